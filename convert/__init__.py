@@ -1,0 +1,1 @@
+"""PyTorch diffusion checkpoints to jddim: read, recognise, rename, verify. Needs `jddim[convert]`."""

@@ -1,0 +1,1 @@
+"""What jddim is compared with, in plain PyTorch: the Ho et al. UNet (`unet`) and the samplers (`ddim`)."""
