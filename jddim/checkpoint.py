@@ -1,0 +1,264 @@
+"""jddim's checkpoints: an Orbax folder of parameters with JSON metadata beside them.
+
+The folder holds two Orbax items, `params` (a nested dict of float32 arrays) and `metadata` (JSON: model config,
+schedule, sampler defaults, where the weights came from), and whatever reports are put beside them (`verify.json`).
+It is written under another name and renamed when whole, and it carries digests of its own contents, so a folder
+that loads is the folder that was written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, from_json, to_json
+from jddim.models.unet import UNet
+
+FORMAT_VERSION = 1
+
+Params = Mapping[str, np.ndarray]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be read or written, with what to do about it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says of itself, beside its parameters.
+
+    provenance: JSON of the converter's: source file and SHA-256, family, EMA or raw and its step, versions, what was
+    assumed, the verification figure. params_sha256 covers every parameter's name, shape and bytes.
+    """
+
+    model: UNetConfig
+    schedule: ScheduleConfig
+    sampler: SamplerConfig
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    params_sha256: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """The checkpoint's identity: a digest of all metadata and, through `params_sha256`, all parameters."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored in the `metadata` item (which adds `sha256` over this)."""
+        return {
+            "format": "jddim",
+            "format_version": FORMAT_VERSION,
+            "model": {"type": "unet", **to_json(self.model)},
+            "schedule": to_json(self.schedule),
+            "sampler": to_json(self.sampler),
+            "provenance": self.provenance,
+            "params_sha256": self.params_sha256,
+        }
+
+
+def flat_params(model: nnx.Module) -> dict[str, Any]:
+    """A model's parameters by dotted path, `down.0.blocks.1.conv1.kernel`; arrays, or shapes of an abstract model."""
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def abstract_model(config: UNetConfig, dtype: DTypeLike = np.float32) -> UNet:
+    """The model with shapes in place of parameters; nothing is allocated."""
+    return nnx.eval_shape(lambda: UNet(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def build_model(config: UNetConfig, params: Params | Mapping[str, Array], dtype: DTypeLike = np.float32) -> UNet:
+    """The model with these parameters. dtype: the compute dtype; parameters keep their own.
+
+    Raises ValueError naming every parameter that is missing, not the model's, or of another shape (flax's own
+    `merge` accepts all three).
+    """
+    graph, state = nnx.split(abstract_model(config, dtype))
+    expected = flat_params(nnx.merge(graph, state))
+    problems = [f"missing {name} {expected[name].shape}" for name in expected if name not in params]
+    problems += [f"unexpected {name} {params[name].shape}" for name in params if name not in expected]
+    problems += [
+        f"{name} has shape {params[name].shape}, the model's is {expected[name].shape}"
+        for name in expected
+        if name in params and params[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise ValueError(f"{len(problems)} parameters do not fit the model: " + "; ".join(problems[:8]))
+    leaves = {path: leaf.replace(jax.numpy.asarray(params[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)}
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def save_checkpoint(path: str | os.PathLike[str], params: Params, metadata: Metadata, *, overwrite: bool = False) -> Metadata:
+    """Write a checkpoint folder; returns the metadata as written, digests filled in.
+
+    Atomic: until the last rename nothing exists at `path` (or, with `overwrite`, the old checkpoint does).
+    Raises CheckpointError if `path` exists and `overwrite` is False, or is something else than a checkpoint.
+    """
+    target = Path(path).absolute()
+    check_destination(target, overwrite=overwrite)
+    metadata = dataclasses.replace(metadata, params_sha256=_digest(params))
+    build_model(metadata.model, params)  # raises if they would not load again
+    ocp = _orbax()
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    retired = staging.with_suffix(".old")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(
+                staging,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(_nested(params)),
+                    metadata=ocp.args.JsonSave({**metadata.to_json(), "sha256": metadata.sha256}),
+                ),
+            )
+        if target.exists():
+            target.rename(retired)
+        staging.rename(target)
+    except BaseException:
+        if retired.exists() and not target.exists():
+            retired.rename(target)
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+    return metadata
+
+
+def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Raise CheckpointError if a checkpoint may not be written to `path`; call it before the long work."""
+    target = Path(path).absolute()
+    if target.exists() or target.is_symlink():
+        if not overwrite:
+            raise CheckpointError(f"{path} exists; choose another name, or pass --overwrite (overwrite=True)")
+        if not (target / "metadata").is_dir():
+            raise CheckpointError(f"{path} exists and is not a jddim checkpoint, so it is not overwritten; remove it first")
+    parent = next(p for p in target.parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot write {path}: {parent} is not a writable folder")
+
+
+def load_metadata(path: str | os.PathLike[str]) -> Metadata:
+    """The metadata of a checkpoint folder, without its parameters.
+
+    Raises CheckpointError if the folder is absent, incomplete, edited, or written by a newer jddim.
+    """
+    target = Path(path).absolute()
+    if not target.exists():
+        raise CheckpointError(f"no checkpoint at {path}")
+    if not target.is_dir():
+        raise CheckpointError(
+            f"{path} is a file, not a jddim checkpoint folder; if it is a PyTorch checkpoint, convert it first: "
+            f"jddim convert {path} DST"
+        )
+    if not (target / "metadata").is_dir():
+        raise CheckpointError(f"{path} is not a jddim checkpoint: it has no metadata (an interrupted copy, or another tool's)")
+    ocp = _orbax()
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            data = checkpointer.restore(target, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+    except Exception as error:  # Orbax raises many kinds for a damaged folder; each means the same to the caller
+        raise CheckpointError(f"{path}: metadata cannot be read ({_first_line(error)}); convert the checkpoint again") from error
+    if not isinstance(data, dict) or data.get("format") != "jddim":
+        raise CheckpointError(f"{path} is not a jddim checkpoint: its metadata does not say so")
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint format {version}, this jddim reads {FORMAT_VERSION}; "
+            + ("upgrade jddim" if isinstance(version, int) and version > FORMAT_VERSION else "convert it again")
+        )
+    try:
+        model = dict(data["model"])
+        if model.pop("type") != "unet":
+            raise ValueError(f"unknown model type {data['model']['type']!r}")
+        metadata = Metadata(
+            model=from_json(UNetConfig, model),
+            schedule=from_json(ScheduleConfig, data["schedule"]),
+            sampler=from_json(SamplerConfig, data["sampler"]),
+            provenance=data["provenance"],
+            params_sha256=data["params_sha256"],
+        )
+        stored = data["sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: metadata is damaged or edited ({_first_line(error)}); convert the checkpoint again") from error
+    if stored != metadata.sha256:
+        raise CheckpointError(
+            f"{path}: metadata was edited after it was written (its SHA-256 does not match); to change settings, "
+            "convert again with --set KEY=VALUE, or pass them to sample"
+        )
+    return metadata
+
+
+def load_params(path: str | os.PathLike[str], metadata: Metadata) -> dict[str, np.ndarray]:
+    """The parameters of a checkpoint folder, on the host, checked against their digest.
+
+    They are restored onto a tree built from the config, so it does not matter on how many or which devices they
+    were saved. Raises CheckpointError if any is missing, damaged or edited.
+    """
+    expected = flat_params(abstract_model(metadata.model))
+    target = _nested({name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()})
+    ocp = _orbax()
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                Path(path).absolute(), args=ocp.args.Composite(params=ocp.args.StandardRestore(target))
+            )["params"]
+        params = {name: np.asarray(value) for name, value in _flat(restored).items()}
+    except Exception as error:  # as above: whatever Orbax raises, the folder is not the one that was written
+        raise CheckpointError(
+            f"{path}: parameters are incomplete or damaged ({_first_line(error)}); convert the checkpoint again"
+        ) from error
+    if _digest(params) != metadata.params_sha256:
+        raise CheckpointError(f"{path}: parameters are not those that were written (SHA-256 mismatch); convert the checkpoint again")
+    return params
+
+
+def _digest(params: Params) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        array = np.ascontiguousarray(params[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _orbax() -> Any:
+    """Orbax, imported on first use (it takes half a second), its notices on stderr kept to errors."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    import orbax.checkpoint as ocp
+
+    return ocp

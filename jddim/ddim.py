@@ -1,0 +1,151 @@
+"""The maths of DDIM (Song et al., arXiv:2010.02502): pure functions of arrays. No loop, no random keys, no network.
+
+Equation numbers are the paper's; its alpha_t is the DDPM papers' alpha_bar_t, the name used here. Coefficients
+(`alpha_bar_t`, `alpha_bar_prev`, `eta`) are scalars or one value per sample, `(b,)`; images are `(b, ...)`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+from numpy.typing import DTypeLike
+
+from jddim.schedule import NoiseSchedule
+from jddim.timesteps import check_timesteps
+
+
+class StepTable(NamedTuple):
+    """The sampler's steps, one row each, in the order taken; what `lax.scan` runs over.
+
+    index: int32, the step's number from 0: which noise it uses.
+    t, t_prev: int32, the timestep left and the timestep reached; the last t_prev is -1.
+    alpha_bar_t, alpha_bar_prev: float in (0, 1], alpha_bar at the two; the last alpha_bar_prev is 1.
+    Each `(S,)`; a slice of rows is again a table (`jax.tree.map(lambda c: c[i:j], table)`).
+    """
+
+    index: ArrayLike
+    t: ArrayLike
+    t_prev: ArrayLike
+    alpha_bar_t: ArrayLike
+    alpha_bar_prev: ArrayLike
+
+    @property
+    def num_steps(self) -> int:
+        """S, the number of rows."""
+        return np.shape(self.t)[0]
+
+
+def step_table(schedule: NoiseSchedule, timesteps: ArrayLike, dtype: DTypeLike = np.float32) -> StepTable:
+    """The table of a schedule and a descending list of timesteps: float64 on the host, cast once to `dtype`.
+
+    Each t steps to the next of the list, and the last to the clean image. Raises ValueError if `timesteps` is
+    not strictly descending within 0..T-1.
+    """
+    t = check_timesteps(timesteps, schedule.num_train_timesteps)
+    t_prev = np.append(t[1:], -1)
+    return StepTable(
+        index=np.arange(len(t), dtype=np.int32),
+        t=t.astype(np.int32),
+        t_prev=t_prev.astype(np.int32),
+        alpha_bar_t=schedule.alpha_bar(t).astype(dtype),
+        alpha_bar_prev=schedule.alpha_bar(t_prev).astype(dtype),
+    )
+
+
+def predict_x0(x_t: Array, eps: Array, alpha_bar_t: ArrayLike) -> Array:
+    """The clean image that x_t and its noise imply, Eq. 9: (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
+    a = per_sample(alpha_bar_t, x_t)
+    return (x_t - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
+
+
+def predict_eps(x_t: Array, x0: Array, alpha_bar_t: ArrayLike) -> Array:
+    """The noise that x_t and its clean image imply, Eq. 9 solved for eps; alpha_bar_t < 1."""
+    a = per_sample(alpha_bar_t, x_t)
+    return (x_t - jnp.sqrt(a) * x0) / jnp.sqrt(1 - a)
+
+
+def ddim_sigma(alpha_bar_t: ArrayLike, alpha_bar_prev: ArrayLike, eta: ArrayLike) -> Array:
+    """The standard deviation of the noise a step adds, Eq. 16. eta 0: none; eta 1: the DDPM posterior's."""
+    a_t, a_prev = jnp.asarray(alpha_bar_t), jnp.asarray(alpha_bar_prev)
+    return eta * jnp.sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
+
+
+def ddim_step(
+    x_t: Array,
+    x0: Array,
+    eps: Array,
+    noise: ArrayLike,
+    *,
+    alpha_bar_t: ArrayLike,
+    alpha_bar_prev: ArrayLike,
+    eta: ArrayLike,
+) -> Array:
+    """One DDIM update, Eq. 12 of arXiv:2010.02502, with sigma from Eq. 16.
+
+    x_t, x0, eps, noise: `(b, ...)`; noise ~ N(0, I), unused where eta = 0 or alpha_bar_prev = 1.
+    alpha_bar_t in (0, 1), alpha_bar_prev in (alpha_bar_t, 1], eta >= 0: scalars or `(b,)`.
+    Returns x_prev, `(b, ...)`; NaN where eta is so large that sigma^2 > 1 - alpha_bar_prev (never for eta <= 1).
+
+    >>> float(ddim_step(jnp.ones(1), jnp.zeros(1), jnp.ones(1), 0.0, alpha_bar_t=0.5, alpha_bar_prev=0.75, eta=0.0)[0])
+    0.5
+    """
+    del x_t  # Eq. 12 is written in x_t through x0 and eps alone; the argument keeps every solver's signature alike
+    a_prev = per_sample(alpha_bar_prev, x0)
+    sigma = per_sample(ddim_sigma(alpha_bar_t, alpha_bar_prev, eta), x0)
+    return jnp.sqrt(a_prev) * x0 + _sqrt(1 - a_prev - sigma**2) * eps + sigma * noise
+
+
+def ddpm_step(
+    x_t: Array,
+    x0: Array,
+    noise: ArrayLike,
+    *,
+    alpha_bar_t: ArrayLike,
+    alpha_bar_prev: ArrayLike,
+    variance: str = "fixed_small",
+) -> Array:
+    """One DDPM ancestral update: the posterior mean, Eq. 7 of arXiv:2006.11239, plus noise.
+
+    variance: "fixed_small", the posterior's beta (1 - alpha_bar_prev) / (1 - alpha_bar_t), which is `ddim_step` at
+    eta = 1; or "fixed_large", beta itself (the DDIM paper's sigma-hat). On a shortened table
+    beta = 1 - alpha_bar_t / alpha_bar_prev. No noise is added on the step to the clean image (alpha_bar_prev = 1).
+    """
+    a_t, a_prev = per_sample(alpha_bar_t, x_t), per_sample(alpha_bar_prev, x_t)
+    beta = 1 - a_t / a_prev
+    mean = (jnp.sqrt(a_prev) * beta * x0 + jnp.sqrt(1 - beta) * (1 - a_prev) * x_t) / (1 - a_t)
+    if variance == "fixed_small":
+        sigma = ddim_sigma(a_t, a_prev, 1.0)
+    elif variance == "fixed_large":
+        sigma = jnp.where(a_prev < 1, jnp.sqrt(beta), 0)
+    else:
+        raise ValueError(f"unknown variance {variance!r} (allowed: fixed_small, fixed_large)")
+    return mean + sigma * noise
+
+
+def largest_eta(table: StepTable) -> float:
+    """The largest eta for which Eq. 12's direction sqrt(1 - alpha_bar_prev - sigma^2) is real at every step.
+
+    At least 1, since eta = 1 is the DDPM posterior; infinite for a single step. Host only.
+    """
+    a_t, a_prev = (np.asarray(c, np.float64) for c in (table.alpha_bar_t, table.alpha_bar_prev))
+    inner = a_prev < 1  # the last step has sigma = 0 whatever eta
+    with np.errstate(divide="ignore"):
+        return float(np.min(np.sqrt((1 - a_t) / (1 - a_t / a_prev)), where=inner, initial=np.inf))
+
+
+def per_sample(value: ArrayLike, x: Array) -> Array:
+    """`value`, a scalar or `(b,)`, shaped to broadcast against x `(b, ...)`."""
+    value = jnp.asarray(value)
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim == 1 else value
+
+
+def _sqrt(u: Array) -> Array:
+    """sqrt(u) with derivative 0, not infinity, at u = 0: the last step has 1 - alpha_bar_prev - sigma^2 = 0."""
+    zero = u == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, u)))
+
+

@@ -1,0 +1,258 @@
+"""The sampling loops: one `lax.scan` over a step table, for any denoiser. The only user of random keys.
+
+A denoiser is a function `denoise(x_t, t) -> eps`: x_t `(b, ...)` float, t `(b,)` int32, eps like x_t, the predicted
+noise. The loops are traceable and hold no jit of their own: wrap them as you like, and pass a model to the
+jitted function as an argument (closing over it compiles every weight in as a constant).
+
+Randomness is per sample: sample i of a seed draws from `fold_in(key, i)`, x_T from its fold 0 and the noise of
+step s from its fold s + 1. Its image depends on (seed, i) alone, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jddim import ddim
+from jddim.ddim import StepTable
+
+Denoiser = Callable[[Array, Array], Array]
+
+
+class Trajectory(NamedTuple):
+    """The way from x_T to x_0, kept every k steps; n = ceil(S / k).
+
+    t: int32 `(n,)`, the timestep reached (-1 is x_0); x_t: `(n, b, ...)`, the sample there; x0_hat: `(n, b, ...)`,
+    the clean image predicted by the step that led there (clipped, if the sampler clips). The last entry is the end.
+    """
+
+    t: Array
+    x_t: Array
+    x0_hat: Array
+
+
+class State(NamedTuple):
+    """What the scan carries from step to step.
+
+    x_t: `(b, ...)`. first_bad: int32 `(b,)`, the index of the step after which a sample first held a NaN or an
+    infinity, or -1. trajectory: filled as the steps are taken, or None.
+    """
+
+    x_t: Array
+    first_bad: Array
+    trajectory: Trajectory | None
+
+
+def sample_keys(key: Array, num: int, start: int = 0) -> Array:
+    """The keys `(num,)` of samples start..start+num-1 of a seed: `fold_in(key, i)`."""
+    return jax.vmap(partial(jax.random.fold_in, key))(start + jnp.arange(num, dtype=jnp.uint32))
+
+
+def initial_noise(keys: Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> Array:
+    """x_T ~ N(0, I), `(b, *shape)`, for the samples with these keys `(b,)`."""
+    return _normal(keys, 0, shape, dtype)
+
+
+def sample_loop(
+    denoise: Denoiser,
+    x_T: Array,
+    table: StepTable,
+    *,
+    eta: ArrayLike = 0.0,
+    key: Array | None = None,
+    noise: Array | None = None,
+    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
+    rederive_eps: bool = False,
+    trajectory_every: int | None = None,
+) -> Array | tuple[Array, Trajectory]:
+    """DDIM from x_T to x_0 (Eq. 12 of arXiv:2010.02502 at every row of `table`). Traceable.
+
+    denoise: see the module's docstring. x_T: `(b, ...)` float, standard normal. table: `jddim.ddim.step_table`.
+    eta: >= 0, scalar or `(b,)`, may be traced; 0 is deterministic, 1 has the DDPM posterior's variance.
+    key: one key, whose sample i then draws from `fold_in(key, i)`, or one key per sample `(b,)`; or
+    noise: `(S, b, ...)`, row s used in the s-th step taken. One of the two is needed unless eta is the number 0.
+    clip_range: clamp x0 to (low, high) at each step, or None. rederive_eps: recompute eps from the clipped x0 for
+    the direction term (OpenAI, lucidrains); False keeps the network's (the walk-through, ermongroup, diffusers).
+    trajectory_every: also return the `Trajectory` kept every so many steps.
+
+    Returns x_0 `(b, ...)`, in x_T's dtype, or (x_0, trajectory). Raises ValueError on shapes that do not agree.
+    A NaN from the denoiser propagates to that sample alone.
+    """
+    state = init_state(x_T, table, trajectory_every)
+    state = ddim_steps(
+        denoise,
+        state,
+        table,
+        eta=eta,
+        key=key,
+        noise=noise,
+        clip_range=clip_range,
+        rederive_eps=rederive_eps,
+        trajectory_every=trajectory_every,
+    )
+    return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
+
+
+def ancestral_loop(
+    denoise: Denoiser,
+    x_T: Array,
+    table: StepTable,
+    *,
+    key: Array | None = None,
+    noise: Array | None = None,
+    variance: str = "fixed_small",
+    clip_range: tuple[ArrayLike, ArrayLike] | None = (-1.0, 1.0),
+    trajectory_every: int | None = None,
+) -> Array | tuple[Array, Trajectory]:
+    """DDPM ancestral sampling from x_T to x_0 (Algorithm 2 of arXiv:2006.11239), on any table. Traceable.
+
+    variance: "fixed_small" or "fixed_large" (`jddim.ddim.ddpm_step`). Clips x0 to [-1, 1] by default, as Ho et al. do.
+    The other arguments and the result are `sample_loop`'s.
+    """
+
+    def update(x_t: Array, eps: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
+        x0 = _clip(ddim.predict_x0(x_t, eps, row.alpha_bar_t), clip_range)
+        x_prev = ddim.ddpm_step(
+            x_t, x0, noise, alpha_bar_t=row.alpha_bar_t, alpha_bar_prev=row.alpha_bar_prev, variance=variance
+        )
+        return x_prev, x0
+
+    noise_at = _noise_source(x_T, table, key, noise)
+    state = init_state(x_T, table, trajectory_every)
+    state = _scan(denoise, state, table, noise_at, update, trajectory_every)
+    return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
+
+
+def init_state(x_T: Array, table: StepTable, trajectory_every: int | None = None) -> State:
+    """The state before the first step of `table` (the whole one: it sizes the trajectory)."""
+    trajectory = None
+    if trajectory_every is not None:
+        if trajectory_every < 1:
+            raise ValueError(f"trajectory_every must be at least 1, got {trajectory_every}")
+        slots = -(-table.num_steps // trajectory_every)
+        empty = jnp.zeros((slots, *x_T.shape), x_T.dtype)
+        trajectory = Trajectory(jnp.zeros(slots, jnp.int32), empty, empty)
+    return State(x_T, jnp.full(x_T.shape[0], -1, jnp.int32), trajectory)
+
+
+def ddim_steps(
+    denoise: Denoiser,
+    state: State,
+    table: StepTable,
+    *,
+    eta: ArrayLike = 0.0,
+    key: Array | None = None,
+    noise: Array | None = None,
+    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
+    rederive_eps: bool = False,
+    trajectory_every: int | None = None,
+) -> State:
+    """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `sample_loop`.
+
+    `noise`, if given, has one row for each row of this table. Taking a table's segments one after the other gives,
+    to the bit, what the whole gives; that is how progress is shown.
+    """
+
+    def update(x_t: Array, eps: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
+        x0 = ddim.predict_x0(x_t, eps, row.alpha_bar_t)
+        if clip_range is not None:
+            x0 = _clip(x0, clip_range)
+            if rederive_eps:
+                eps = ddim.predict_eps(x_t, x0, row.alpha_bar_t)
+        x_prev = ddim.ddim_step(
+            x_t, x0, eps, noise, alpha_bar_t=row.alpha_bar_t, alpha_bar_prev=row.alpha_bar_prev, eta=eta
+        )
+        return x_prev, x0
+
+    deterministic = isinstance(eta, (int, float)) and eta == 0
+    eta = jnp.asarray(eta, state.x_t.dtype)
+    if eta.shape not in ((), state.x_t.shape[:1]):
+        raise ValueError(f"eta must be a scalar or one value per sample {state.x_t.shape[:1]}, got shape {eta.shape}")
+    if deterministic and key is None and noise is None:
+        noise_at: NoiseSource = (None, lambda index, _: jnp.zeros((), state.x_t.dtype))
+    else:
+        noise_at = _noise_source(state.x_t, table, key, noise)
+    return _scan(denoise, state, table, noise_at, update, trajectory_every)
+
+
+def segments(table: StepTable, at_least: int = 8) -> list[StepTable]:
+    """`table` cut into equal segments, at least so many if S allows, so that they share one compiled program."""
+    S = table.num_steps
+    length = max(n for n in range(1, max(S // at_least, 1) + 1) if S % n == 0)
+    return [StepTable(*(column[i : i + length] for column in table)) for i in range(0, S, length)]
+
+
+# What the scan runs over beside the table (rows of explicit noise, or None), and the noise of one step from both.
+NoiseSource = tuple[Array | None, Callable[[Array, Array | None], Array]]
+
+
+def _noise_source(x: Array, table: StepTable, key: Array | None, noise: Array | None) -> NoiseSource:
+    if (key is None) == (noise is None):
+        raise ValueError("give either key or noise: eta > 0 adds noise at each step" if key is None else
+                         "give either key or noise, not both")
+    if noise is not None:
+        if noise.shape != (table.num_steps, *x.shape):
+            raise ValueError(
+                f"noise must have one row per step: expected {(table.num_steps, *x.shape)} for {table.num_steps} "
+                f"steps, got {noise.shape}"
+            )
+        return noise.astype(x.dtype), lambda index, row: row
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key must be made by jax.random.key, got an array of {key.dtype}")
+    if key.shape not in ((), x.shape[:1]):
+        raise ValueError(f"key must be one key or one per sample {x.shape[:1]}, got shape {key.shape}")
+    keys = sample_keys(key, x.shape[0]) if key.shape == () else key
+    return None, lambda index, _: _normal(keys, index + 1, x.shape[1:], x.dtype)
+
+
+def _normal(keys: Array, fold: ArrayLike, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, fold), shape, dtype))(keys)
+
+
+def _clip(x0: Array, clip_range: tuple[ArrayLike, ArrayLike] | None) -> Array:
+    return x0 if clip_range is None else jnp.clip(x0, *clip_range)
+
+
+def _scan(
+    denoise: Denoiser,
+    state: State,
+    table: StepTable,
+    noise_at: NoiseSource,
+    update: Callable[[Array, Array, Array, StepTable], tuple[Array, Array]],
+    trajectory_every: int | None,
+) -> State:
+    """The one loop: each row asks the denoiser for eps and takes `update`'s step."""
+    noise_rows, noise_of = noise_at
+
+    def step(state: State, row_and_noise: tuple[StepTable, Array | None]) -> tuple[State, None]:
+        row, noise_row = row_and_noise
+        x_t = state.x_t
+        eps = denoise(x_t, jnp.broadcast_to(row.t, x_t.shape[:1]))
+        if eps.shape != x_t.shape:
+            raise ValueError(f"denoise must return eps like x_t {x_t.shape}, it returned {eps.shape}")
+        x_prev, x0 = update(x_t, eps.astype(x_t.dtype), noise_of(row.index, noise_row), row)
+        bad = ~jnp.isfinite(x_prev).reshape(x_prev.shape[0], -1).all(axis=1)
+        first_bad = jnp.where(bad & (state.first_bad < 0), row.index, state.first_bad)
+        return State(x_prev, first_bad, _record(state.trajectory, row, x_prev, x0, trajectory_every)), None
+
+    rows = StepTable(*(jnp.asarray(column) for column in table))
+    state, _ = lax.scan(step, state, (rows, noise_rows))
+    return state
+
+
+def _record(
+    trajectory: Trajectory | None, row: StepTable, x_t: Array, x0: Array, every: int | None
+) -> Trajectory | None:
+    """Write this step into its slot; a slot's last write, its k-th step or the table's end, is what remains."""
+    if trajectory is None:
+        return None
+    assert every is not None
+    slot = row.index // every
+    values = Trajectory(row.t_prev, x_t, x0)
+    return Trajectory(*(lax.dynamic_update_index_in_dim(b, v, slot, 0) for b, v in zip(trajectory, values, strict=True)))
