@@ -1,0 +1,57 @@
+"""What a checkpoint family provides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.rules import Rules
+from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One set of weights taken out of a file. tensors: torch names, without wrappers' prefixes -> arrays."""
+
+    tensors: Mapping[str, np.ndarray]
+    weights: str  # "ema", "raw", or "unstated" for a bare state dict
+    step: int | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a source becomes a model: everything inferred, told or assumed, and the rename table.
+
+    assumed: sentences, each a fact that neither the tensors nor the user gave.
+    """
+
+    model: UNetConfig
+    schedule: ScheduleConfig
+    sampler: SamplerConfig
+    rules: Rules
+    ignored: Mapping[str, str]
+    assumed: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A checkpoint family: functions, so that a new one is a file and not a subclass.
+
+    recognise: file contents -> is it ours? open_source: contents, "ema" | "raw" | None (best there is), file name ->
+    Source. plan: tensors, config file's contents or None, --set values -> Plan. reference: config -> a torch module
+    with the source's parameter names. block_outputs: (module, x_t NCHW, t) -> outputs by block, named as in
+    `UNet.activations`. settings: what --set takes -> what it means.
+    """
+
+    name: str
+    title: str
+    recognise: Callable[[Any], bool]
+    open_source: Callable[[Any, str | None, str], Source]
+    plan: Callable[[Mapping[str, np.ndarray], Mapping[str, Any] | None, Mapping[str, str]], Plan]
+    reference: Callable[[UNetConfig], Any]
+    block_outputs: Callable[[Any, Any, Any], Mapping[str, Any]]
+    settings: Mapping[str, str]

@@ -1,0 +1,388 @@
+"""The Ho et al. family: ermongroup/ddim's `ckpt.pth` and pesser/pytorch_diffusion's bare state dicts.
+
+ermongroup's runner saves a list [model, optimizer, epoch, step, EMA shadow] beside a `config.yml`; the model's names
+carry DataParallel's `module.`, the shadow's do not. pesser's `.ckpt` is the state dict alone, and its EMA weights
+are a file of their own, named `ema_...`. Both name and wire the network alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import yaml
+
+from convert.engine import ConversionError, in_one_line
+from convert.families.base import Family, Plan, Source
+from convert.rules import Rules
+from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions, size_problems
+from jddim.schedule import make_schedule, schedule_config_from_betas
+
+Tensors = Mapping[str, np.ndarray]
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+def recognise(raw: Any) -> bool:
+    """A state dict with this family's names, or ermongroup's list around one."""
+    states = raw[0] if isinstance(raw, list) and raw else raw
+    if not isinstance(states, dict):
+        return False
+    names = {str(name).removeprefix("module.") for name in states}
+    return sum(bool(re.match(r"(temb\.dense|(down|up)\.\d+\.block|mid\.(block|attn)_)", name)) for name in names) >= 4
+
+
+def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
+    """The asked set of weights; without a wish, the EMA's where the file has them."""
+    if isinstance(raw, dict):
+        if weights is not None and weights != ("ema" if file_name.startswith("ema_") else "raw"):
+            raise ConversionError(
+                f"{file_name} is a bare state dict with one set of weights, so --weights {weights} cannot be had from it; "
+                "leave the option out (EMA weights of this kind are a file of their own, ema_...)"
+            )
+        return Source(_tensors(raw, file_name), "ema" if file_name.startswith("ema_") else weights or "unstated")
+    if len(raw) not in (4, 5):
+        raise ConversionError(f"{file_name} is a list of {len(raw)} entries; ermongroup's runner saves 4, or 5 with EMA")
+    has_ema = len(raw) == 5 and isinstance(raw[4], dict) and bool(raw[4])
+    if weights == "ema" and not has_ema:
+        raise ConversionError(f"{file_name} holds no EMA weights (trained with ema: false?); use --weights raw")
+    step = raw[3] if isinstance(raw[3], int) else None
+    if weights == "raw" or not has_ema:
+        return Source(_tensors(raw[0], file_name), "raw", step, "" if has_ema else "the file has no EMA weights")
+    return Source(_tensors(raw[4], file_name), "ema", step)
+
+
+def _tensors(state: Mapping[Any, Any], file_name: str) -> dict[str, np.ndarray]:
+    odd = [f"{name} is a {type(value).__name__}" for name, value in state.items() if not isinstance(value, np.ndarray)]
+    if odd:
+        raise ConversionError(in_one_line(f"{file_name} holds entries that are not tensors", odd))
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+# -- what the tensors tell --------------------------------------------------------------------------------------------
+
+
+def infer(tensors: Tensors) -> dict[str, Any]:
+    """Every architectural fact that shapes and names hold, under ermongroup's config names.
+
+    Facts are taken from several tensors each, by majority, so that one missing or misshapen tensor is reported as
+    such and not as a different network.
+    """
+
+    def votes(pattern: str, axis: int, divide: int = 1) -> int | None:
+        sizes = Counter(
+            value.shape[axis] // divide
+            for name, value in tensors.items()
+            if re.fullmatch(pattern, name) and value.ndim > max(axis, 0)
+        )
+        return sizes.most_common(1)[0][0] if sizes else None
+
+    def indices(pattern: str) -> list[int]:
+        return sorted({int(found.group(1)) for name in tensors if (found := re.match(pattern, name))})
+
+    levels = indices(r"down\.(\d+)\.block\.") or indices(r"up\.(\d+)\.block\.")
+    ch = votes(r"temb\.dense\.[01]\.bias|mid\.block_[12]\.temb_proj\.weight|down\.\d+\.block\.\d+\.temb_proj\.weight", -1, 4)
+    widths = [votes(rf"(down|up)\.{level}\.block\.\d+\.(conv1|conv2|temb_proj)\.bias", 0) for level in levels]
+    blocks = Counter(
+        sum(bool(re.fullmatch(rf"down\.{level}\.block\.\d+\.conv2\.bias", name)) for name in tensors) for level in levels
+    )
+    if ch is None or not levels or levels != list(range(len(levels))) or None in widths:
+        raise ConversionError("too few tensors of the UNet are there to tell its shape; is the file whole?")
+    odd = [width for width in widths if width % ch]  # type: ignore[operator]
+    if odd:
+        raise ConversionError(f"the levels' widths {widths} are not multiples of the time embedding's ch = {ch}")
+    return {
+        "ch": ch,
+        "ch_mult": tuple(width // ch for width in widths),  # type: ignore[operator]
+        "num_res_blocks": blocks.most_common(1)[0][0],
+        "in_channels": votes(r"conv_in\.weight", 1),
+        "out_ch": votes(r"conv_out\.bias", 0) or votes(r"conv_out\.weight", 0),
+        "attn_levels": tuple(indices(r"down\.(\d+)\.attn\.")),
+        "resamp_with_conv": any(re.match(r"(down|up)\.\d+\.(down|up)sample\.conv\.", name) for name in tensors),
+        "conv_shortcut": any(".conv_shortcut." in name for name in tensors),
+    }
+
+
+# -- what only the config or the user can tell ------------------------------------------------------------------------
+
+SETTINGS = {
+    "image_size": "side of the training images in pixels, or HEIGHTxWIDTH",
+    "attn_resolutions": "list of resolutions with attention (checked against the tensors)",
+    "ch": "base width (checked against the tensors)",
+    "ch_mult": "list of width multipliers (checked against the tensors)",
+    "num_res_blocks": "residual blocks per level (checked against the tensors)",
+    "in_channels": "channels of x_t (checked against the tensors)",
+    "out_ch": "channels of the output (checked against the tensors)",
+    "resamp_with_conv": "convolutions in down- and upsampling (checked against the tensors)",
+    "norm_groups": "groups of every group norm; the sources always use 32",
+    "norm_eps": "epsilon of every group norm; the sources always use 1e-6",
+    "beta_schedule": "linear, quad, const, sigmoid, or a name of jddim.schedule",
+    "beta_start": "first beta",
+    "beta_end": "last beta",
+    "num_diffusion_timesteps": "T",
+    "var_type": "fixedsmall or fixedlarge, the ancestral sampler's variance",
+    "rescaled": "true: the model works on images in [-1, 1]",
+    "spacing": "default timetable of the sampler: uniform, quad, linspace",
+    "num_steps": "default number of steps",
+    "eta": "default eta",
+    "clip": "default for clamping x0 to [-1, 1]",
+}
+
+
+def _image_size(value: Any) -> tuple[int, int]:
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)x(\d+)", value)):
+        return int(found.group(1)), int(found.group(2))
+    return _integer(value), _integer(value)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("an integer")
+    return value
+
+
+def _number(value: Any) -> float:
+    # YAML 1.1 reads 1e-4 as text; ermongroup's files write 0.0001
+    number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else float("nan")
+    if not np.isfinite(number):
+        raise ValueError("a number")
+    return number
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _integers(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str):  # --set ch_mult=1,2,2
+        value = [yaml.safe_load(part) for part in value.split(",")]
+    return tuple(_integer(item) for item in (value if isinstance(value, list) else [value]))
+
+
+def _text(value: Any) -> str:
+    return str(value)
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "image_size": _image_size,
+    **dict.fromkeys(("ch", "num_res_blocks", "in_channels", "out_ch", "norm_groups"), _integer),
+    **dict.fromkeys(("num_diffusion_timesteps", "num_steps"), _integer),
+    **dict.fromkeys(("norm_eps", "beta_start", "beta_end", "eta"), _number),
+    **dict.fromkeys(("resamp_with_conv", "rescaled", "clip"), _boolean),
+    **dict.fromkeys(("attn_resolutions", "ch_mult"), _integers),
+    **dict.fromkeys(("beta_schedule", "var_type", "spacing"), _text),
+}
+
+
+def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> dict[str, Any]:
+    """The config file's and --set's values, parsed; --set wins. Raises ConversionError for unknown or bad ones.
+
+    The config file's other entries (training, optimizer) do not concern sampling.
+    """
+    told: dict[str, Any] = {}
+    for section in ("data", "model", "diffusion"):
+        entries = (config or {}).get(section, {})
+        if not isinstance(entries, Mapping):
+            raise ConversionError(f"config: section {section!r} must hold key: value lines, it holds {entries!r}")
+        told |= {key: value for key, value in entries.items() if key in SETTINGS}
+    problems = [f"unknown --set key {key!r}{did_you_mean(key, SETTINGS)}" for key in given if key not in SETTINGS]
+    parsed: dict[str, Any] = {}
+    for origin, values in (("config", told), ("--set", {k: _literal(v) for k, v in given.items() if k in SETTINGS})):
+        for key, value in values.items():
+            try:
+                parsed[key] = _PARSERS[key](value)
+            except ValueError as error:
+                problems.append(f"{origin}: {key} must be {error}, got {value!r}")
+    if problems:
+        raise ConversionError("; ".join(problems))
+    return parsed
+
+
+def _literal(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:
+    """The model, schedule and sampler of these tensors, with what config and --set add, and what is assumed."""
+    told = read_settings(config, given)
+    inferred = infer(tensors)
+    assumed: list[str] = []
+    problems: list[str] = []
+
+    def origin(key: str) -> str:
+        return "--set" if key in given else "the config"
+
+    def settle(key: str, default: Any, why: str) -> Any:
+        if key in told:
+            return told[key]
+        assumed.append(f"{key} = {default} ({why})")
+        return default
+
+    image_size = told.get("image_size")
+    if image_size is None:
+        problems.append(
+            "the tensors do not tell the image size; give the source's config.yml by --config, or --set image_size=32"
+        )
+    levels = len(inferred["ch_mult"])
+    for key in ("ch", "ch_mult", "num_res_blocks", "in_channels", "out_ch", "resamp_with_conv"):
+        if inferred[key] is None:
+            inferred[key] = told.get(key)
+            if inferred[key] is None:
+                problems.append(f"the tensors that tell {key} are missing; --set {key}=... lets the rest be checked")
+        elif key in told and told[key] != inferred[key]:
+            problems.append(f"{key} is {told[key]} in {origin(key)}, but {inferred[key]} in the tensors")
+    if image_size is not None and "attn_resolutions" in told:
+        at = levels_at_resolutions(image_size[0], levels, told["attn_resolutions"])
+        if at != inferred["attn_levels"]:
+            sides = [image_size[0] // 2**level for level in inferred["attn_levels"]]
+            problems.append(
+                f"attn_resolutions is {list(told['attn_resolutions'])} at image size {image_size[0]} in "
+                f"{origin('attn_resolutions')}, but the tensors have attention at {sides}"
+            )
+    if not told.get("rescaled", True):
+        problems.append(
+            "the config says rescaled: false, a model of images in [0, 1]; jddim's images are [-1, 1], so its samples "
+            "would be wrong by a shift (--set rescaled=true if the config is mistaken)"
+        )
+    if problems:
+        raise ConversionError("; ".join(problems))
+    assert image_size is not None
+
+    source = "all checkpoints of this family"
+    # The sources always have 32 groups. A width that 32 does not divide is some other network; UNetConfig says so.
+    model_fields = {
+        "image_size": image_size,
+        "in_channels": inferred["in_channels"],
+        "out_channels": inferred["out_ch"],
+        "channels": inferred["ch"],
+        "channel_mults": inferred["ch_mult"],
+        "num_res_blocks": inferred["num_res_blocks"],
+        "attention_levels": inferred["attn_levels"],
+        "resample_with_conv": inferred["resamp_with_conv"],
+        "conv_shortcut": inferred["conv_shortcut"],
+        "norm_groups": settle("norm_groups", 32, source),
+        "norm_epsilon": settle("norm_eps", 1e-6, source),
+    }
+    try:
+        model = UNetConfig(**model_fields)
+    except ValueError as error:
+        raise ConversionError(f"the tensors and settings make no valid UNet: {error}") from error
+    assert not size_problems(model, model.image_size)
+
+    T = settle("num_diffusion_timesteps", 1000, "Ho et al.")
+    schedule = _schedule(
+        settle("beta_schedule", "linear", "Ho et al."),
+        T,
+        settle("beta_start", 1e-4, "Ho et al."),
+        settle("beta_end", 0.02, "Ho et al."),
+    )
+    logvar = tensors.get("logvar")
+    if logvar is not None and logvar.shape != (T,):
+        raise ConversionError(f"num_diffusion_timesteps is {T}, but the tensor logvar has {logvar.shape[0]} entries")
+    var_type = settle("var_type", "fixedlarge", "ermongroup; DDIM does not use it")
+    if var_type not in ("fixedsmall", "fixedlarge"):
+        raise ConversionError(f"var_type must be fixedsmall or fixedlarge, got {var_type!r}")
+    # ermongroup's sampling, whose row in the README's table says the same: no clipping, eps as predicted.
+    sampler = SamplerConfig(
+        spacing=told.get("spacing", "uniform"),
+        num_steps=told.get("num_steps", min(50, T)),
+        eta=told.get("eta", 0.0),
+        clip=told.get("clip", False),
+        variance="fixed_small" if var_type == "fixedsmall" else "fixed_large",
+    )
+    ignored = {"logvar": "the 'bayesian' model type's learned per-timestep variance; DDIM does not use it"}
+    return Plan(model, schedule, sampler, rules(model), {k: v for k, v in ignored.items() if k in tensors}, tuple(assumed))
+
+
+def _schedule(name: str, T: int, beta_start: float, beta_end: float) -> ScheduleConfig:
+    """The schedule under the sources' names for it ("quad" is our scaled_linear), checked by building it."""
+    try:
+        if name == "const":
+            return schedule_config_from_betas([beta_end] * T)
+        if name == "jsd":
+            raise ValueError(
+                "beta_schedule jsd ends in beta = 1, where alpha_bar is 0 and x_0 cannot be had from a predicted eps"
+            )
+        known = {"quad": "scaled_linear"}.get(name, name)
+        config = ScheduleConfig(known, T, *((None, None) if known == "cosine" else (beta_start, beta_end)))
+        make_schedule(config)
+    except ValueError as error:
+        raise ConversionError(f"the noise schedule cannot be built: {error}") from error
+    return config
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+_BLOCK = {"norm1": "norm1", "conv1": "conv1", "temb_proj": "time_proj", "norm2": "norm2", "conv2": "conv2"}
+_ATTENTION = {"norm": "norm", "q": "q", "k": "k", "v": "v", "proj_out": "out"}
+_PLACES: Iterable[tuple[str, str, str]] = (
+    ("block", "down.{i}.block.{j}", "down.{i}.blocks.{j}"),
+    ("block", "mid.block_1", "mid.block_1"),
+    ("block", "mid.block_2", "mid.block_2"),
+    ("block", "up.{i}.block.{j}", "up.{i}.blocks.{j}"),
+    ("attention", "down.{i}.attn.{j}", "down.{i}.attentions.{j}"),
+    ("attention", "mid.attn_1", "mid.attention"),
+    ("attention", "up.{i}.attn.{j}", "up.{i}.attentions.{j}"),
+)
+
+
+def rules(config: UNetConfig) -> Rules:
+    """The rename table. The shortcut's source name depends on its kernel: nin_shortcut 1x1, conv_shortcut 3x3."""
+    shortcut = {"conv_shortcut" if config.conv_shortcut else "nin_shortcut": "shortcut"}
+    parts = {"block": _BLOCK | shortcut, "attention": _ATTENTION}
+    return {
+        "temb.dense.0": "time_embed.linear_1",
+        "temb.dense.1": "time_embed.linear_2",
+        "conv_in": "conv_in",
+        "down.{i}.downsample.conv": "down.{i}.downsample.conv",
+        "up.{i}.upsample.conv": "up.{i}.upsample.conv",
+        "norm_out": "norm_out",
+        "conv_out": "conv_out",
+        **{f"{a}.{x}": f"{b}.{y}" for kind, a, b in _PLACES for x, y in parts[kind].items()},
+    }
+
+
+def reference(config: UNetConfig) -> Any:
+    """The PyTorch reference of this config, whose parameters have the sources' names."""
+    from convert.reference.unet import ReferenceUNet
+
+    return ReferenceUNet(
+        ch=config.channels,
+        ch_mult=config.channel_mults,
+        num_res_blocks=config.num_res_blocks,
+        attn_levels=config.attention_levels,
+        in_channels=config.in_channels,
+        out_ch=config.out_channels,
+        resamp_with_conv=config.resample_with_conv,
+        conv_shortcut=config.conv_shortcut,
+        norm_groups=config.norm_groups,
+        norm_eps=config.norm_epsilon,
+    )
+
+
+def block_outputs(module: Any, x_t: Any, t: Any) -> Mapping[str, Any]:
+    """The reference's outputs by block."""
+    from convert.reference.unet import block_outputs as outputs
+
+    return outputs(module, x_t, t)
+
+
+FAMILY = Family(
+    name="ho",
+    title="Ho et al. (ermongroup/ddim, pesser/pytorch_diffusion)",
+    recognise=recognise,
+    open_source=open_source,
+    plan=plan,
+    reference=reference,
+    block_outputs=block_outputs,
+    settings=SETTINGS,
+)

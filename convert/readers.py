@@ -1,0 +1,117 @@
+"""Files -> nested Python containers of NumPy arrays. Nothing in a file is ever executed.
+
+PyTorch files are read by `torch.load(weights_only=True)`, which builds tensors and plain containers only; this is
+the conversion path's one import of torch. `.safetensors` files need no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.engine import ConversionError
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """The contents of a `.safetensors` or PyTorch file, tensors as NumPy arrays (bfloat16 widened to float32).
+
+    Raises ConversionError, saying what the file is, if it is not a whole checkpoint or its pickle would run code.
+    """
+    path = Path(path)
+    kind = _kind(path)
+    if kind == "safetensors":
+        return _read_safetensors(path)
+    return _read_torch(path)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _kind(path: Path) -> str:
+    """"safetensors" or "torch" by the file's first bytes and structure; ConversionError if neither."""
+    if not path.exists():
+        raise ConversionError(f"no such file: {path}")
+    if path.is_dir():
+        raise ConversionError(f"{path} is a folder; name the checkpoint file in it")
+    size = path.stat().st_size
+    if size == 0:
+        raise ConversionError(f"{path} is empty (0 bytes); copy or download it again")
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    if head.startswith(b"PK"):
+        if not zipfile.is_zipfile(path):
+            raise ConversionError(f"{path} is truncated: it begins like a PyTorch file but has no end ({size} bytes)")
+        names = zipfile.ZipFile(path).namelist()
+        if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+            raise ConversionError(f"{path} is a TorchScript program, not a checkpoint; save its state_dict() instead")
+        if not any(name.endswith("/data.pkl") for name in names):
+            raise ConversionError(f"{path} is a zip archive, but not a PyTorch checkpoint (it holds {', '.join(names[:3])})")
+        return "torch"
+    if head.startswith(b"\x80"):
+        return "torch"  # a bare pickle: PyTorch's format before 1.6
+    raise ConversionError(
+        f"{path} is not a PyTorch checkpoint: it begins with {head[:8]!r}; expected a file written by torch.save, or "
+        ".safetensors"
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{path} is not a whole .safetensors file: {error}") from error
+    except TypeError:  # NumPy has no bfloat16; torch widens it
+        _torch()
+        from safetensors.torch import load_file
+
+        return _to_numpy(load_file(path))
+
+
+def _read_torch(path: Path) -> Any:
+    torch = _torch()
+    try:
+        return _to_numpy(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError ... for broken files
+        message = str(error)
+        if found := re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class)[:\s]+(?:GLOBAL )?([\w.]+)", message):
+            name = found.group(1) or found.group(2)
+            raise ConversionError(
+                f"{path} refused: its pickle calls {name} when loaded, and jddim never runs code from a checkpoint; "
+                "if you trust it, load it where it was made and save only tensors: torch.save(model.state_dict(), FILE)"
+            ) from error
+        first = message.strip().splitlines()[0][:160] if message.strip() else type(error).__name__
+        raise ConversionError(f"{path} is damaged or truncated: PyTorch cannot read it ({first})") from error
+
+
+def _to_numpy(value: Any) -> Any:
+    torch = _torch()
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if isinstance(value, dict):
+        return {key: _to_numpy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_numpy(item) for item in value]
+    return value
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError("reading PyTorch checkpoints needs PyTorch: pip install 'jddim[convert]'") from error
+    return torch

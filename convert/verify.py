@@ -1,0 +1,119 @@
+"""Is the Flax model the PyTorch model? Both run on the same random inputs and are compared block by block."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.families import Family
+from jddim.config import UNetConfig
+from jddim.models.unet import UNet
+
+TOLERANCE = 1e-4
+"""Largest error over largest output. float32 rounding through 60 convolutions leaves 1e-6 to 1e-5; a wrong epsilon,
+padding or transpose 1e-3 and up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What was compared and how far apart it was.
+
+    blocks: name -> largest absolute error over the reference block's largest magnitude, in forward order; the last
+    is the network's output. t, batch, image_size, seed: the inputs. torch, jax: versions.
+    """
+
+    blocks: Mapping[str, float]
+    t: tuple[int, ...]
+    image_size: tuple[int, int]
+    seed: int
+    torch: str
+    jax: str
+    tolerance: float = TOLERANCE
+
+    @property
+    def output_error(self) -> float:
+        """The last block's error: the network's output."""
+        return list(self.blocks.values())[-1]
+
+    @property
+    def first_bad(self) -> str | None:
+        """The first block out of tolerance (a NaN is), or None."""
+        return next((name for name, error in self.blocks.items() if not error <= self.tolerance), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """For provenance and `verify.json`."""
+        return {
+            **dataclasses.asdict(self),
+            "output_error": self.output_error,
+            "first_bad": self.first_bad,
+            "matmul_precision": "highest",
+        }
+
+
+def verify(
+    model: UNet, tensors: Mapping[str, np.ndarray], family: Family, config: UNetConfig, num_t: int, seed: int = 0
+) -> Verification:
+    """Run the Flax model and the family's PyTorch reference, loaded from the source's own tensors, on random inputs.
+
+    num_t: T; the batch has three samples, at t = 0, T // 2 and T - 1. JAX multiplies in its highest precision (a GPU
+    would use TF32 by default).
+    """
+    import torch
+
+    rng = np.random.default_rng(seed)
+    t = np.array([0, num_t // 2, num_t - 1], np.int32)
+    x_t = rng.standard_normal((len(t), *config.image_size, config.in_channels), dtype=np.float32)
+
+    reference = family.reference(config)
+    reference.load_state_dict({name: torch.from_numpy(np.array(value, np.float32)) for name, value in tensors.items()})
+    reference.eval()
+    with torch.no_grad():
+        outputs = family.block_outputs(
+            reference, torch.from_numpy(x_t.transpose(0, 3, 1, 2).copy()), torch.from_numpy(t.astype(np.int64))
+        )
+    expected = {name: _nhwc(output.numpy()) for name, output in outputs.items()}
+
+    with jax.default_matmul_precision("highest"):
+        actual = jax.jit(lambda model, x_t, t: dict(model.activations(x_t, t)))(model, jnp.asarray(x_t), jnp.asarray(t))
+    if list(expected) != (names := [name for name, _ in _ordered(actual, expected)]):
+        raise AssertionError(f"the reference's blocks {list(expected)} are not the model's {names}")
+    return Verification(
+        blocks={name: scaled_error(np.asarray(actual[name], np.float32), expected[name]) for name in expected},
+        t=tuple(int(i) for i in t),
+        image_size=config.image_size,
+        seed=seed,
+        torch=torch.__version__,
+        jax=jax.__version__,
+    )
+
+
+def scaled_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Largest absolute error over the largest expected magnitude; NaN if either holds one."""
+    scale = np.abs(expected).max()
+    return float(np.abs(actual - expected).max() / (scale if scale > 0 else 1.0))
+
+
+def table(verification: Verification) -> str:
+    """A text table of the blocks' errors, marking the first out of tolerance."""
+    width = max(map(len, verification.blocks))
+    lines = [f"{'block':<{width}}  error / scale"]
+    for name, error in verification.blocks.items():
+        mark = "" if error <= verification.tolerance else "  out of tolerance"
+        lines.append(f"{name:<{width}}  {error:.2e}{mark}{' (first)' if name == verification.first_bad else ''}")
+    return "\n".join(lines)
+
+
+def _nhwc(array: np.ndarray) -> np.ndarray:
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+
+def _ordered(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """`actual` in the reference's order (a dict leaves jit with its keys sorted), unmatched names at the end."""
+    return [(name, actual[name]) for name in expected if name in actual] + [
+        (name, value) for name, value in actual.items() if name not in expected
+    ]
