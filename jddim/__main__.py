@@ -1,0 +1,5 @@
+"""`python -m jddim`."""
+
+from jddim.cli import main
+
+raise SystemExit(main())

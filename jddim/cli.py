@@ -1,0 +1,398 @@
+"""The command line: parses, calls, reports. jax and torch are imported only by the commands that need them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from jddim import __version__
+
+if TYPE_CHECKING:
+    import numpy as np
+
+EXAMPLES = """\
+examples:
+  jddim convert ckpt.pth mnist                      ermongroup's ckpt.pth; config.yml is found beside it
+  jddim convert model-790000.ckpt cifar10 --set image_size=32
+  jddim sample mnist digits.png                     64 images in a grid
+  jddim sample mnist digits.npz --num 50000 --batch-size 256 --steps 50 --seed 1
+  jddim sample mnist path.gif --num 16 --eta 0.5    the way from noise to image
+  jddim schedule --spacing quad --steps 20          the table of steps, for any spacing
+  jddim info ckpt.pth                               what a file is, and how to convert it
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status. A user's mistake is one line on stderr and status 1 (2: the command's words)."""
+    try:
+        args = _parser().parse_args(argv)
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("jddim: interrupted; nothing half-written was left", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ArithmeticError, MemoryError, ModuleNotFoundError) as error:
+        if os.environ.get("JDDIM_DEBUG"):
+            raise
+        print(f"jddim: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _convert(args: argparse.Namespace) -> int:
+    convert = _convert_module()
+    convert.convert(
+        args.src,
+        args.dst,
+        config=args.config,
+        settings=_settings(args.set),
+        weights=args.weights,
+        verify=args.verify,
+        overwrite=args.overwrite,
+        say=lambda line: print(line, flush=True),
+    )
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    x_T = _load_array(args.x_T, "--x-T")
+    noise = _load_array(args.noise, "--noise")
+    num = args.num if args.num is not None else 64 if x_T is None else len(x_T) if x_T.ndim else 0
+    suffix = args.out.suffix.lower()
+    if args.trajectory and suffix not in (".png", ".gif", ".npz", ".npy"):
+        raise ValueError("--trajectory goes with OUT ending in .png, .gif, .npz or .npy")
+
+    from jddim.checkpoint import load_metadata
+    from jddim.images import atomic, check_output, save_images, save_png
+
+    metadata = load_metadata(args.ckpt)
+    check_output(args.out, metadata.model.in_channels)
+
+    import jax
+    import numpy as np
+
+    import jddim
+    from jddim import images
+
+    ddim = jddim.load(args.ckpt, dtype=args.dtype)
+    table = ddim.table(args.steps, args.spacing)
+    keep = suffix == ".gif" or args.trajectory
+    every = max(1, table.num_steps // 40) if suffix == ".gif" else 1
+    started = time.perf_counter()
+    result = ddim.sample(
+        jax.random.key(args.seed),
+        num,
+        steps=args.steps,
+        eta=args.eta,
+        spacing=args.spacing,
+        clip=args.clip,
+        x_T=x_T,
+        noise=noise,
+        batch_size=args.batch_size,
+        trajectory_every=every if keep else None,
+        progress=True,
+    )
+    x_0, trajectory = result if keep else (result, None)
+    x_0 = np.asarray(x_0)
+    seconds = time.perf_counter() - started
+
+    settings = {
+        "checkpoint_sha256": metadata.sha256,
+        "jddim": __version__,
+        "seed": args.seed,
+        "num": num,
+        "steps": table.num_steps,
+        "spacing": args.spacing or ddim.sampler.spacing,
+        "eta": ddim.sampler.eta if args.eta is None else args.eta,
+        "clip": ddim.sampler.clip if args.clip is None else args.clip,
+        "rederive_eps": ddim.sampler.rederive_eps,
+        "dtype": args.dtype,
+        "x_T": None if args.x_T is None else args.x_T.name,
+        "noise": None if args.noise is None else args.noise.name,
+    }
+    if trajectory is None:
+        save_images(args.out, x_0, settings)
+    elif suffix == ".gif":
+        first = x_T if x_T is not None else _initial(args.seed, num, x_0.shape[1:])
+        save_images(args.out, x_0, settings, frames=[first, *np.asarray(trajectory.x_t)])
+    elif suffix == ".png":  # one row an image, the predicted x_0 from left to right, at most 12 columns
+        columns = np.unique(np.linspace(0, table.num_steps - 1, 12).round().astype(int))
+        x0_hat = np.asarray(trajectory.x0_hat)[columns].swapaxes(0, 1)
+        save_png(args.out, images.grid(x0_hat.reshape(-1, *x_0.shape[1:]), columns=len(columns)), settings)
+    else:
+        arrays = {name: np.asarray(value) for name, value in trajectory._asdict().items()}
+        with atomic(args.out) as staging:
+            if suffix == ".npz":
+                np.savez(staging, arr_0=images.to_uint8(x_0), **arrays)
+            else:
+                np.save(staging, arrays["x_t"])
+    print(
+        f"{num} images in {table.num_steps} steps ({settings['spacing']}, eta {settings['eta']:g}) -> {args.out}"
+        f"  [{seconds:.1f} s with compiling, {num / seconds:.1f} images/s]"
+    )
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    convert = _convert_module()
+    from convert.verify import table
+    from jddim.images import atomic
+
+    result = convert.verify(args.ckpt, args.src, args.config)
+    print(table(result))
+    with atomic(Path(args.ckpt) / "verify.json") as staging:
+        staging.write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    if result.first_bad is not None:
+        print(
+            f"jddim: error: {args.ckpt} differs from PyTorch by more than {result.tolerance:g} of a block's scale, first "
+            f"at {result.first_bad}",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"equal: largest error of the output {result.output_error:.1e} of its scale; kept in {args.ckpt}/verify.json")
+    return 0
+
+
+def _schedule(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from jddim.checkpoint import load_metadata
+    from jddim.config import SamplerConfig, ScheduleConfig
+    from jddim.ddim import ddim_sigma, largest_eta, step_table
+    from jddim.schedule import make_schedule
+    from jddim.timesteps import make_timesteps
+
+    if args.ckpt is not None:
+        metadata = load_metadata(args.ckpt)
+        config, sampler = metadata.schedule, metadata.sampler
+    else:
+        config, sampler = ScheduleConfig(args.schedule, args.train_timesteps), SamplerConfig()
+    schedule = make_schedule(config)
+    T = schedule.num_train_timesteps
+    spacing = args.spacing or sampler.spacing
+    table = step_table(schedule, make_timesteps(spacing, T, min(args.steps or sampler.num_steps, T) if args.steps is None else args.steps), np.float64)
+    if not args.eta >= 0:
+        raise ValueError(f"--eta must be a number >= 0, got {args.eta}")
+    sigma = np.asarray(ddim_sigma(np.asarray(table.alpha_bar_t), np.asarray(table.alpha_bar_prev), args.eta))
+    print(f"{config.name}, T = {T}; {spacing}, {table.num_steps} steps; eta {args.eta:g} (at most {largest_eta(table):.4g})")
+    print(f"{'step':>5} {'t':>5} {'t_prev':>6} {'alpha_bar_t':>12} {'alpha_bar_prev':>14} {'sigma':>10}")
+    columns = zip(table.t, table.t_prev, table.alpha_bar_t, table.alpha_bar_prev, sigma, strict=True)  # type: ignore[arg-type]
+    for i, (t, t_prev, a_t, a_prev, s) in enumerate(columns, 1):
+        print(f"{i:>5} {t:>5} {t_prev:>6} {a_t:>12.6g} {a_prev:>14.6g} {s:>10.5f}")
+    if args.plot is not None:
+        _plot(args.plot, schedule.alphas_cumprod, table, sigma, f"{config.name}, {spacing}, eta {args.eta:g}")
+        print(f"plot: {args.plot}")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    path = Path(args.path)
+    if (path / "metadata").is_dir() or (path.is_dir() and not (path / "ckpt.pth").is_file()) or not path.exists():
+        from jddim.checkpoint import abstract_model, flat_params, load_metadata
+
+        metadata = load_metadata(path)
+        data = metadata.to_json()
+        provenance = data.pop("provenance")
+        count = sum(leaf.size for leaf in flat_params(abstract_model(metadata.model)).values())
+        lines = {"checkpoint": path, "sha256": metadata.sha256, "parameters": f"{count:,}", **data, **provenance}
+        for name, value in lines.items():
+            if name == "verification" and "blocks" in value:
+                value = f"{value['output_error']:.1e} of the output's scale, against PyTorch {value['torch']}"
+            print(f"{name:<15} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+        return 0
+    print("\n".join(_convert_module().describe(path, args.config, _settings(args.set))))
+    return 0
+
+
+def _plot(path: Path, alphas_cumprod: np.ndarray, table: Any, sigma: np.ndarray, title: str) -> None:
+    """alpha_bar over t with the visited timesteps marked, and sigma of each step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from jddim.images import atomic
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot(alphas_cumprod, color="0.6", label=r"$\bar\alpha_t$")
+    left.plot(table.t, table.alpha_bar_t, "o", markersize=4, label="visited t")
+    left.set(xlabel="t", ylabel=r"$\bar\alpha$", title=title)
+    left.legend()
+    right.plot(table.t, sigma, "o-", markersize=4)
+    right.set(xlabel="t", ylabel=r"$\sigma$", title="noise added by the step from t")
+    with atomic(path) as staging:
+        figure.savefig(staging, dpi=120)
+    plt.close(figure)
+
+
+def _initial(seed: int, num: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The x_T that `DDIM.sample` drew, for the first frame."""
+    import jax
+    import numpy as np
+
+    from jddim.sampling import initial_noise, sample_keys
+
+    return np.asarray(initial_noise(sample_keys(jax.random.key(seed), num), shape))
+
+
+def _load_array(path: Path | None, option: str) -> np.ndarray | None:
+    if path is None:
+        return None
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{option} {path} is not an .npy file of numbers ({error})") from error
+
+
+def _convert_module() -> Any:
+    try:
+        import torch  # noqa: F401 - what `pip install jddim` alone lacks
+
+        from convert import convert
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"this command reads PyTorch checkpoints and needs {error.name}: pip install 'jddim[convert]'"
+        ) from error
+    return convert
+
+
+def _settings(pairs: Sequence[str]) -> Mapping[str, str]:
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes KEY=VALUE, got {pair!r}")
+        settings[key] = value
+    return settings
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print the usage as well."""
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="jddim",
+        description="DDIM sampling in JAX for diffusion models trained in PyTorch.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"jddim {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, examples: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog="examples:\n" + "".join(f"  jddim {name} {line}\n" for line in examples.splitlines()),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    def source_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--config", type=Path, metavar="FILE", help="the source's config.yml (default: the one beside it)")
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="a fact the tensors do not tell; over the config's"
+        )
+
+    sub = command(
+        "convert",
+        _convert,
+        "convert a PyTorch checkpoint into a jddim checkpoint folder, verified",
+        "ckpt.pth mnist\nckpt.pth mnist-raw --weights raw\nema_diffusion.ckpt cifar10 --set image_size=32",
+    )
+    sub.add_argument("src", type=Path, help="ermongroup ckpt.pth, or a state dict of pesser/pytorch_diffusion")
+    sub.add_argument("dst", type=Path, help="folder to write")
+    source_options(sub)
+    sub.add_argument("--weights", choices=("ema", "raw"), help="default: ema where there are any")
+    sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a jddim checkpoint")
+    sub.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch (recorded)")
+
+    sub = command(
+        "sample",
+        _sample,
+        "sample images from a converted checkpoint",
+        "mnist digits.png\nmnist path.gif --num 16 --steps 50 --spacing linspace --clip\n"
+        "mnist samples.npz --num 50000 --batch-size 256\nmnist exact.npy --x-T x_T.npy --noise noise.npy --eta 1",
+    )
+    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    sub.add_argument(
+        "out",
+        type=Path,
+        help=".png grid; .gif trajectory; .npz arr_0 uint8 NHWC, for FID evaluators; .npy float32 NHWC in [-1, 1], exactly "
+        "the sampler's result; no suffix: a folder of numbered PNGs",
+    )
+    sub.add_argument("--num", type=int, metavar="N", help="images (default 64, or as many as --x-T holds)")
+    sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
+    sub.add_argument("--eta", type=float, metavar="E", help="0 deterministic, 1 as noisy as DDPM; default: the checkpoint's")
+    sub.add_argument("--seed", type=int, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0")
+    sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time (default 64)")
+    sub.add_argument("--spacing", metavar="NAME", help="linspace, uniform or quad; default: the checkpoint's")
+    sub.add_argument("--x-T", dest="x_T", type=Path, metavar="FILE.npy", help="start from this noise, (N, H, W, C) float32")
+    sub.add_argument(
+        "--noise", type=Path, metavar="FILE.npy", help="(S, N, H, W, C) float32; row s is used in the s-th step taken"
+    )
+    sub.add_argument(
+        "--clip", action=argparse.BooleanOptionalAction, help="clamp x0 to [-1, 1] at each step; default: the checkpoint's"
+    )
+    sub.add_argument(
+        "--trajectory",
+        action="store_true",
+        help="every step too: .png a row of predicted x_0 an image; .npz also t, x_t, x0_hat; .npy x_t, (S, N, H, W, C)",
+    )
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
+
+    sub = command(
+        "verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth"
+    )
+    sub.add_argument("ckpt", type=Path)
+    sub.add_argument("src", type=Path, help="the file that it was converted from")
+    sub.add_argument("--config", type=Path, metavar="FILE", help="as given to convert")
+
+    sub = command(
+        "schedule",
+        _schedule,
+        "print (and plot) the table of steps of any spacing",
+        "--spacing quad --steps 20\nmnist --steps 10 --eta 1\n--schedule cosine --steps 50 --plot cosine.png",
+    )
+    sub.add_argument("ckpt", type=Path, nargs="?", help="take the schedule and defaults from a checkpoint")
+    sub.add_argument("--schedule", default="linear", metavar="NAME", help="without a checkpoint: linear, cosine, ...")
+    sub.add_argument("--train-timesteps", type=int, default=1000, metavar="T", help="without a checkpoint (default 1000)")
+    sub.add_argument("--spacing", metavar="NAME", help="linspace, uniform or quad")
+    sub.add_argument("--steps", type=int, metavar="S")
+    sub.add_argument("--eta", type=float, default=1.0, metavar="E", help="for sigma (default 1)")
+    sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs jddim[plot])")
+
+    sub = command(
+        "info",
+        _info,
+        "what a checkpoint is: a jddim folder, or a PyTorch file (nothing in it is run)",
+        "mnist\nckpt.pth",
+    )
+    sub.add_argument("path", type=Path)
+    source_options(sub)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

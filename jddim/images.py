@@ -1,0 +1,160 @@
+"""Images: [-1, 1] <-> uint8, grids, and files whose suffix chooses the format. NumPy and Pillow only."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, PngImagePlugin
+
+FORMATS = (".png", ".gif", ".npz", ".npy")
+
+
+def to_uint8(images: ArrayLike) -> NDArray[np.uint8]:
+    """[-1, 1] -> 0..255: (x + 1) * 127.5, clamped and truncated, as OpenAI's samplers write for FID evaluators."""
+    return np.clip((np.asarray(images, np.float32) + 1) * 127.5, 0, 255).astype(np.uint8)
+
+
+def grid(images: ArrayLike, columns: int | None = None, border: int = 2) -> NDArray[np.uint8]:
+    """`(n, h, w, c)` in [-1, 1], c 1 or 3 -> one uint8 picture `(H, W, c)`, row by row, as square as n allows."""
+    pixels = to_uint8(images)
+    n, h, w, c = pixels.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows * (h + border) + border, columns * (w + border) + border, c), 255, np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = (border + (i // columns) * (h + border), border + (i % columns) * (w + border))
+        sheet[top : top + h, left : left + w] = image
+    return sheet
+
+
+def check_output(path: str | os.PathLike[str], channels: int, *, overwrite: bool = True) -> None:
+    """Raise ValueError or OSError if samples of `channels` channels cannot be written to `path`.
+
+    To be called before sampling. Numbered PNGs are only written into a folder that is new or empty.
+    """
+    target = Path(path)
+    suffix = target.suffix.lower()
+    if suffix and suffix not in FORMATS:
+        raise ValueError(
+            f"{path}: unknown format {suffix!r}; end OUT in .png (grid), .gif (trajectory), .npz (uint8), .npy "
+            "(float32), or no suffix (a folder of PNGs)"
+        )
+    if suffix in ("", ".png", ".gif") and channels not in (1, 3):
+        raise ValueError(f"{path}: pictures need 1 or 3 channels, the samples have {channels}; write .npz or .npy")
+    if suffix and target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    if not suffix and target.exists():
+        if not target.is_dir():
+            raise FileExistsError(f"{path} is a file; give its format as a suffix, or name a folder")
+        if any(target.iterdir()):
+            raise FileExistsError(f"{path} is a folder that is not empty; choose a new one")
+    if suffix and target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(f"cannot write {path}: permission denied")
+    parent = next(p for p in target.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write {path}: {parent} is not a writable folder")
+
+
+def save_images(
+    path: str | os.PathLike[str],
+    images: ArrayLike,
+    metadata: Mapping[str, Any],
+    frames: Sequence[ArrayLike] = (),
+    start: int = 0,
+) -> None:
+    """Write samples `(n, h, w, c)` float32 in the format that the suffix of `path` names, whole or not at all.
+
+    .png: one grid. .gif: `frames`, each `(n, h, w, c)`, as an animated grid. .npz: `arr_0`, uint8 NHWC, as FID
+    evaluators read it. .npy: the float32 samples themselves. No suffix: a folder of PNGs numbered from `start`.
+    metadata: JSON, kept in every PNG's text chunk "jddim" (a folder's PNGs add their `index`), and in the GIF's comment.
+    """
+    target = Path(path)
+    images = np.asarray(images, np.float32)
+    match target.suffix.lower():
+        case "":
+            with atomic(target) as staging:
+                staging.mkdir()
+                for i, image in enumerate(to_uint8(images)):
+                    _save_png(staging / f"{start + i:06d}.png", image, {**metadata, "index": start + i})
+        case ".png":
+            with atomic(target) as staging:
+                _save_png(staging, grid(images), metadata)
+        case ".gif":
+            save_gif(target, [grid(frame) for frame in frames], metadata)
+        case ".npz":
+            with atomic(target) as staging:
+                np.savez(staging, arr_0=to_uint8(images))
+        case ".npy":
+            with atomic(target) as staging:
+                np.save(staging, images)
+        case suffix:
+            raise ValueError(f"{path}: unknown format {suffix!r}; allowed: {', '.join(FORMATS)} or a folder")
+
+
+def save_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:
+    """Write one uint8 picture `(h, w, 1 or 3)` as PNG, whole or not at all, `metadata` as JSON in its text."""
+    with atomic(Path(path)) as staging:
+        _save_png(staging, picture, metadata)
+
+
+def save_gif(
+    path: str | os.PathLike[str],
+    pictures: Sequence[NDArray[np.uint8]],
+    metadata: Mapping[str, Any],
+    *,
+    milliseconds: int = 80,
+    hold: int = 1500,
+) -> None:
+    """Write uint8 pictures as an endless GIF that rests `hold` milliseconds on the last, whole or not at all."""
+    first, *rest = [_to_pillow(picture) for picture in pictures]
+    with atomic(Path(path)) as staging:
+        first.save(
+            staging,
+            save_all=True,
+            append_images=rest,
+            duration=[milliseconds] * len(rest) + [hold],
+            loop=0,
+            comment=json.dumps(metadata).encode(),
+        )
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings that a PNG of ours was made with."""
+    with Image.open(path) as image:
+        return json.loads(image.text["jddim"])  # type: ignore[attr-defined]
+
+
+@contextmanager
+def atomic(target: Path) -> Iterator[Path]:
+    """A path beside `target` (same suffix) to write to; renamed to `target` on success, removed on any failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
+    remove: Callable[[Path], None] = lambda p: shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)  # noqa: E731
+    try:
+        yield staging
+        if staging.is_dir() and target.is_dir():
+            target.rmdir()  # only ever an empty folder; see check_output
+        staging.replace(target)
+    except BaseException:
+        remove(staging)
+        raise
+
+
+def _save_png(path: Path, picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("jddim", json.dumps(metadata))
+    _to_pillow(picture).save(path, pnginfo=text)
+
+
+def _to_pillow(picture: NDArray[np.uint8]) -> Image.Image:
+    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
