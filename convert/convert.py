@@ -68,7 +68,9 @@ def convert(
                 f"{src}: the converted model differs from PyTorch by {result.output_error:.2e} of its output's scale "
                 f"(allowed: {result.tolerance:g}), first at block {result.first_bad}; nothing was written"
             )
-        say(f"  verified: largest error {result.output_error:.1e} of the output's scale, against PyTorch {result.torch}")
+        say(
+            f"  verified: largest error {result.output_error:.1e} of the output's scale, against PyTorch {result.torch}"
+        )
         figure = result.to_json()
     else:
         say("  not verified (--no-verify), and recorded as such")
@@ -139,8 +141,10 @@ def describe(
         config_file = _config_file(src, config)
         plan = family.plan(source.tensors, _read_config(config_file), settings or {})
         lines += [f"  config      {config_file}" if config_file else "  config      none beside it"]
-        lines += [f"  {name:<11} {to_json(part)}" for name, part in
-                  (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))]
+        lines += [
+            f"  {name:<11} {to_json(part)}"
+            for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
+        ]
         lines += [f"  assumed     {fact}" for fact in plan.assumed]
     except ConversionError as error:
         lines.append(f"  needs       {error}")
@@ -203,16 +207,19 @@ class _ConfigLoader(yaml.SafeLoader):
     """Safe YAML, and argparse.Namespace read as a mapping: ermongroup's runner dumps its config as one."""
 
 
-_ConfigLoader.add_constructor(
-    "tag:yaml.org,2002:python/object:argparse.Namespace", lambda loader, node: loader.construct_mapping(node, deep=True)
-)
+def _namespace(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
+    assert isinstance(node, yaml.MappingNode)
+    return loader.construct_mapping(node, deep=True)
+
+
+_ConfigLoader.add_constructor("tag:yaml.org,2002:python/object:argparse.Namespace", _namespace)
 
 
 def _read_config(path: Path | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        contents = yaml.load(path.read_text(), Loader=_ConfigLoader)  # noqa: S506 - a SafeLoader
+        contents = yaml.load(path.read_text(), Loader=_ConfigLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConversionError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(contents, dict):

@@ -37,7 +37,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def _kind(path: Path) -> str:
-    """"safetensors" or "torch" by the file's first bytes and structure; ConversionError if neither."""
+    """By the file's name, first bytes and structure: "safetensors" or "torch"; ConversionError if neither."""
     if not path.exists():
         raise ConversionError(f"no such file: {path}")
     if path.is_dir():
@@ -56,7 +56,9 @@ def _kind(path: Path) -> str:
         if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
             raise ConversionError(f"{path} is a TorchScript program, not a checkpoint; save its state_dict() instead")
         if not any(name.endswith("/data.pkl") for name in names):
-            raise ConversionError(f"{path} is a zip archive, but not a PyTorch checkpoint (it holds {', '.join(names[:3])})")
+            raise ConversionError(
+                f"{path} is a zip archive, but not a PyTorch checkpoint (it holds {', '.join(names[:3])})"
+            )
         return "torch"
     if head.startswith(b"\x80"):
         return "torch"  # a bare pickle: PyTorch's format before 1.6

@@ -96,11 +96,16 @@ def build_model(config: UNetConfig, params: Params | Mapping[str, Array], dtype:
     ]
     if problems:
         raise ValueError(f"{len(problems)} parameters do not fit the model: " + "; ".join(problems[:8]))
-    leaves = {path: leaf.replace(jax.numpy.asarray(params[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)}
+    leaves = {
+        path: leaf.replace(jax.numpy.asarray(params[".".join(map(str, path))]))
+        for path, leaf in nnx.to_flat_state(state)
+    }
     return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
-def save_checkpoint(path: str | os.PathLike[str], params: Params, metadata: Metadata, *, overwrite: bool = False) -> Metadata:
+def save_checkpoint(
+    path: str | os.PathLike[str], params: Params, metadata: Metadata, *, overwrite: bool = False
+) -> Metadata:
     """Write a checkpoint folder; returns the metadata as written, digests filled in.
 
     Atomic: until the last rename nothing exists at `path` (or, with `overwrite`, the old checkpoint does).
@@ -143,7 +148,9 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
         if not overwrite:
             raise CheckpointError(f"{path} exists; choose another name, or pass --overwrite (overwrite=True)")
         if not (target / "metadata").is_dir():
-            raise CheckpointError(f"{path} exists and is not a jddim checkpoint, so it is not overwritten; remove it first")
+            raise CheckpointError(
+                f"{path} exists and is not a jddim checkpoint, so it is not overwritten; remove it first"
+            )
     parent = next(p for p in target.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"cannot write {path}: {parent} is not a writable folder")
@@ -163,13 +170,17 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
             f"jddim convert {path} DST"
         )
     if not (target / "metadata").is_dir():
-        raise CheckpointError(f"{path} is not a jddim checkpoint: it has no metadata (an interrupted copy, or another tool's)")
+        raise CheckpointError(
+            f"{path} is not a jddim checkpoint: it has no metadata (an interrupted copy, or another tool's)"
+        )
     ocp = _orbax()
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             data = checkpointer.restore(target, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
     except Exception as error:  # Orbax raises many kinds for a damaged folder; each means the same to the caller
-        raise CheckpointError(f"{path}: metadata cannot be read ({_first_line(error)}); convert the checkpoint again") from error
+        raise CheckpointError(
+            f"{path}: metadata cannot be read ({_first_line(error)}); convert the checkpoint again"
+        ) from error
     if not isinstance(data, dict) or data.get("format") != "jddim":
         raise CheckpointError(f"{path} is not a jddim checkpoint: its metadata does not say so")
     version = data.get("format_version")
@@ -191,7 +202,9 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
         )
         stored = data["sha256"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: metadata is damaged or edited ({_first_line(error)}); convert the checkpoint again") from error
+        raise CheckpointError(
+            f"{path}: metadata is damaged or edited ({_first_line(error)}); convert the checkpoint again"
+        ) from error
     if stored != metadata.sha256:
         raise CheckpointError(
             f"{path}: metadata was edited after it was written (its SHA-256 does not match); to change settings, "
@@ -220,7 +233,9 @@ def load_params(path: str | os.PathLike[str], metadata: Metadata) -> dict[str, n
             f"{path}: parameters are incomplete or damaged ({_first_line(error)}); convert the checkpoint again"
         ) from error
     if _digest(params) != metadata.params_sha256:
-        raise CheckpointError(f"{path}: parameters are not those that were written (SHA-256 mismatch); convert the checkpoint again")
+        raise CheckpointError(
+            f"{path}: parameters are not those that were written (SHA-256 mismatch); convert the checkpoint again"
+        )
     return params
 
 

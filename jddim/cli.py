@@ -29,7 +29,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status. A user's mistake is one line on stderr and status 1 (2: the command's words)."""
+    """Run one command; the exit status. A user's mistake is one line on stderr and status 1 (2: bad options)."""
     try:
         args = _parser().parse_args(argv)
         return args.run(args)
@@ -130,7 +130,7 @@ def _sample(args: argparse.Namespace) -> int:
         arrays = {name: np.asarray(value) for name, value in trajectory._asdict().items()}
         with atomic(args.out) as staging:
             if suffix == ".npz":
-                np.savez(staging, arr_0=images.to_uint8(x_0), **arrays)
+                np.savez(staging, allow_pickle=False, arr_0=images.to_uint8(x_0), **arrays)
             else:
                 np.save(staging, arrays["x_t"])
     print(
@@ -151,8 +151,8 @@ def _verify(args: argparse.Namespace) -> int:
         staging.write_text(json.dumps(result.to_json(), indent=2) + "\n")
     if result.first_bad is not None:
         print(
-            f"jddim: error: {args.ckpt} differs from PyTorch by more than {result.tolerance:g} of a block's scale, first "
-            f"at {result.first_bad}",
+            f"jddim: error: {args.ckpt} differs from PyTorch by more than {result.tolerance:g} of a block's scale, "
+            f"first at {result.first_bad}",
             file=sys.stderr,
         )
         return 1
@@ -177,13 +177,17 @@ def _schedule(args: argparse.Namespace) -> int:
     schedule = make_schedule(config)
     T = schedule.num_train_timesteps
     spacing = args.spacing or sampler.spacing
-    table = step_table(schedule, make_timesteps(spacing, T, min(args.steps or sampler.num_steps, T) if args.steps is None else args.steps), np.float64)
+    steps = min(sampler.num_steps, T) if args.steps is None else args.steps
+    table = step_table(schedule, make_timesteps(spacing, T, steps), np.float64)
     if not args.eta >= 0:
         raise ValueError(f"--eta must be a number >= 0, got {args.eta}")
     sigma = np.asarray(ddim_sigma(np.asarray(table.alpha_bar_t), np.asarray(table.alpha_bar_prev), args.eta))
-    print(f"{config.name}, T = {T}; {spacing}, {table.num_steps} steps; eta {args.eta:g} (at most {largest_eta(table):.4g})")
+    print(
+        f"{config.name}, T = {T}; {spacing}, {table.num_steps} steps; "
+        f"eta {args.eta:g} (at most {largest_eta(table):.4g})"
+    )
     print(f"{'step':>5} {'t':>5} {'t_prev':>6} {'alpha_bar_t':>12} {'alpha_bar_prev':>14} {'sigma':>10}")
-    columns = zip(table.t, table.t_prev, table.alpha_bar_t, table.alpha_bar_prev, sigma, strict=True)  # type: ignore[arg-type]
+    columns = zip(table.t, table.t_prev, table.alpha_bar_t, table.alpha_bar_prev, sigma, strict=True)
     for i, (t, t_prev, a_t, a_prev, s) in enumerate(columns, 1):
         print(f"{i:>5} {t:>5} {t_prev:>6} {a_t:>12.6g} {a_prev:>14.6g} {s:>10.5f}")
     if args.plot is not None:
@@ -310,9 +314,15 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def source_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--config", type=Path, metavar="FILE", help="the source's config.yml (default: the one beside it)")
         sub.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="a fact the tensors do not tell; over the config's"
+            "--config", type=Path, metavar="FILE", help="the source's config.yml (default: the one beside it)"
+        )
+        sub.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="a fact the tensors do not tell; over the config's",
         )
 
     sub = command(
@@ -339,32 +349,36 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "out",
         type=Path,
-        help=".png grid; .gif trajectory; .npz arr_0 uint8 NHWC, for FID evaluators; .npy float32 NHWC in [-1, 1], exactly "
-        "the sampler's result; no suffix: a folder of numbered PNGs",
+        help=".png grid; .gif trajectory; .npz arr_0 uint8 NHWC, for FID evaluators; .npy float32 NHWC in [-1, 1], "
+        "exactly the sampler's result; no suffix: a folder of numbered PNGs",
     )
     sub.add_argument("--num", type=int, metavar="N", help="images (default 64, or as many as --x-T holds)")
     sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
-    sub.add_argument("--eta", type=float, metavar="E", help="0 deterministic, 1 as noisy as DDPM; default: the checkpoint's")
+    sub.add_argument(
+        "--eta", type=float, metavar="E", help="0 deterministic, 1 as noisy as DDPM; default: the checkpoint's"
+    )
     sub.add_argument("--seed", type=int, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0")
     sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time (default 64)")
     sub.add_argument("--spacing", metavar="NAME", help="linspace, uniform or quad; default: the checkpoint's")
-    sub.add_argument("--x-T", dest="x_T", type=Path, metavar="FILE.npy", help="start from this noise, (N, H, W, C) float32")
+    sub.add_argument(
+        "--x-T", dest="x_T", type=Path, metavar="FILE.npy", help="start from this noise, (N, H, W, C) float32"
+    )
     sub.add_argument(
         "--noise", type=Path, metavar="FILE.npy", help="(S, N, H, W, C) float32; row s is used in the s-th step taken"
     )
     sub.add_argument(
-        "--clip", action=argparse.BooleanOptionalAction, help="clamp x0 to [-1, 1] at each step; default: the checkpoint's"
+        "--clip",
+        action=argparse.BooleanOptionalAction,
+        help="clamp x0 to [-1, 1] at each step; default: the checkpoint's",
     )
     sub.add_argument(
         "--trajectory",
         action="store_true",
-        help="every step too: .png a row of predicted x_0 an image; .npz also t, x_t, x0_hat; .npy x_t, (S, N, H, W, C)",
+        help="every step too: .png a row of x0_hat an image; .npz also t, x_t, x0_hat; .npy x_t, (S, N, H, W, C)",
     )
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
 
-    sub = command(
-        "verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth"
-    )
+    sub = command("verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth")
     sub.add_argument("ckpt", type=Path)
     sub.add_argument("src", type=Path, help="the file that it was converted from")
     sub.add_argument("--config", type=Path, metavar="FILE", help="as given to convert")
@@ -377,7 +391,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("ckpt", type=Path, nargs="?", help="take the schedule and defaults from a checkpoint")
     sub.add_argument("--schedule", default="linear", metavar="NAME", help="without a checkpoint: linear, cosine, ...")
-    sub.add_argument("--train-timesteps", type=int, default=1000, metavar="T", help="without a checkpoint (default 1000)")
+    sub.add_argument(
+        "--train-timesteps", type=int, default=1000, metavar="T", help="without a checkpoint (default 1000)"
+    )
     sub.add_argument("--spacing", metavar="NAME", help="linspace, uniform or quad")
     sub.add_argument("--steps", type=int, metavar="S")
     sub.add_argument("--eta", type=float, default=1.0, metavar="E", help="for sigma (default 1)")

@@ -88,8 +88,8 @@ class UNetConfig:
         if not problems and any(self.channels * m % self.norm_groups for m in (1, *self.channel_mults)):
             problems.append(
                 f"every level's width must be a multiple of norm_groups={self.norm_groups}: channels={self.channels} "
-                f"with channel_mults={self.channel_mults} gives {[self.channels * m for m in (1, *self.channel_mults)]}; "
-                f"take channels from {self.norm_groups}, {2 * self.norm_groups}, {3 * self.norm_groups}, ..."
+                f"with channel_mults={self.channel_mults} gives {[self.channels * m for m in (1, *self.channel_mults)]}"
+                f"; take channels from {self.norm_groups}, {2 * self.norm_groups}, {3 * self.norm_groups}, ..."
             )
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             problems.append(f"image_size={self.image_size} must be (height, width), both at least 1")

@@ -17,26 +17,28 @@ from numpy.typing import DTypeLike
 from jddim.schedule import NoiseSchedule
 from jddim.timesteps import check_timesteps
 
+Column = Array | np.ndarray
+
 
 class StepTable(NamedTuple):
     """The sampler's steps, one row each, in the order taken; what `lax.scan` runs over.
 
-    index: int32, the step's number from 0: which noise it uses.
+    step: int32, the step's number from 0: which noise it uses.
     t, t_prev: int32, the timestep left and the timestep reached; the last t_prev is -1.
     alpha_bar_t, alpha_bar_prev: float in (0, 1], alpha_bar at the two; the last alpha_bar_prev is 1.
     Each `(S,)`; a slice of rows is again a table (`jax.tree.map(lambda c: c[i:j], table)`).
     """
 
-    index: ArrayLike
-    t: ArrayLike
-    t_prev: ArrayLike
-    alpha_bar_t: ArrayLike
-    alpha_bar_prev: ArrayLike
+    step: Column
+    t: Column
+    t_prev: Column
+    alpha_bar_t: Column
+    alpha_bar_prev: Column
 
     @property
     def num_steps(self) -> int:
         """S, the number of rows."""
-        return np.shape(self.t)[0]
+        return self.t.shape[0]
 
 
 def step_table(schedule: NoiseSchedule, timesteps: ArrayLike, dtype: DTypeLike = np.float32) -> StepTable:
@@ -48,7 +50,7 @@ def step_table(schedule: NoiseSchedule, timesteps: ArrayLike, dtype: DTypeLike =
     t = check_timesteps(timesteps, schedule.num_train_timesteps)
     t_prev = np.append(t[1:], -1)
     return StepTable(
-        index=np.arange(len(t), dtype=np.int32),
+        step=np.arange(len(t), dtype=np.int32),
         t=t.astype(np.int32),
         t_prev=t_prev.astype(np.int32),
         alpha_bar_t=schedule.alpha_bar(t).astype(dtype),
@@ -71,7 +73,7 @@ def predict_eps(x_t: Array, x0: Array, alpha_bar_t: ArrayLike) -> Array:
 def ddim_sigma(alpha_bar_t: ArrayLike, alpha_bar_prev: ArrayLike, eta: ArrayLike) -> Array:
     """The standard deviation of the noise a step adds, Eq. 16. eta 0: none; eta 1: the DDPM posterior's."""
     a_t, a_prev = jnp.asarray(alpha_bar_t), jnp.asarray(alpha_bar_prev)
-    return eta * jnp.sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
+    return jnp.asarray(eta) * jnp.sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
 
 
 def ddim_step(
@@ -147,5 +149,3 @@ def _sqrt(u: Array) -> Array:
     """sqrt(u) with derivative 0, not infinity, at u = 0: the last step has 1 - alpha_bar_prev - sigma^2 = 0."""
     zero = u == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, u)))
-
-

@@ -76,7 +76,7 @@ def save_images(
 
     .png: one grid. .gif: `frames`, each `(n, h, w, c)`, as an animated grid. .npz: `arr_0`, uint8 NHWC, as FID
     evaluators read it. .npy: the float32 samples themselves. No suffix: a folder of PNGs numbered from `start`.
-    metadata: JSON, kept in every PNG's text chunk "jddim" (a folder's PNGs add their `index`), and in the GIF's comment.
+    metadata: JSON, kept in every PNG's text chunk "jddim" (a folder's add their `index`) and the GIF's comment.
     """
     target = Path(path)
     images = np.asarray(images, np.float32)

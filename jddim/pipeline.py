@@ -76,8 +76,8 @@ class DDIM:
         clip: bool | None = None,
         clip_range: tuple[float, float] | None = None,
         rederive_eps: bool | None = None,
-        x_T: ArrayLike | None = None,
-        noise: ArrayLike | None = None,
+        x_T: Array | np.ndarray | None = None,
+        noise: Array | np.ndarray | None = None,
         image_size: tuple[int, int] | None = None,
         batch_size: int | None = None,
         start: int = 0,
@@ -110,10 +110,15 @@ class DDIM:
         clip_range = self.sampler.clip_range if clip_range is None else clip_range
         rederive_eps = self.sampler.rederive_eps if rederive_eps is None else rederive_eps
         if num is None and x_T is not None:
-            num = np.shape(x_T)[0] if np.ndim(x_T) else None
-        shape = (*(image_size or (np.shape(x_T)[1:3] if np.ndim(x_T) == 4 else self.model.config.image_size)),
-                 self.model.config.in_channels)
-        problems = self._problems(key, num, table, eta, clip_range if clip else None, x_T, noise, shape, batch_size, dtype)
+            num = x_T.shape[0] if x_T.ndim else None
+        if image_size is None:
+            image_size = self.model.config.image_size
+            if x_T is not None and x_T.ndim == 4:
+                image_size = (x_T.shape[1], x_T.shape[2])
+        shape = (*image_size, self.model.config.in_channels)
+        problems = self._problems(
+            key, num, table, eta, clip_range if clip else None, x_T, noise, shape, batch_size, dtype
+        )
         if problems:
             raise ValueError("sample: " + "; ".join(problems))
         assert num is not None
@@ -134,8 +139,8 @@ class DDIM:
                 for segment in segments(table) if bar.enabled else [table]:
                     noise_rows = None
                     if noise is not None:
-                        first = int(segment.index[0])  # type: ignore[index]
-                        noise_rows = pad(jnp.asarray(noise[first : first + segment.num_steps, rows]), axis=1)  # type: ignore[index]
+                        first = int(segment.step[0])
+                        noise_rows = pad(jnp.asarray(noise[first : first + segment.num_steps, rows]), axis=1)
                     state = _steps(
                         self.model,
                         state,
@@ -168,8 +173,8 @@ class DDIM:
         table: StepTable,
         eta: ArrayLike,
         clip_range: tuple[float, float] | None,
-        x_T: ArrayLike | None,
-        noise: ArrayLike | None,
+        x_T: Array | np.ndarray | None,
+        noise: Array | np.ndarray | None,
         shape: tuple[int, ...],
         batch_size: int | None,
         dtype: DTypeLike,
@@ -179,7 +184,7 @@ class DDIM:
         problems = size_problems(config, (shape[0], shape[1]))
         if config.in_channels != config.out_channels:
             problems.append(
-                f"this model maps {config.in_channels} channels to {config.out_channels}; sampling needs as many out as in"
+                f"this model maps {config.in_channels} channels to {config.out_channels}; sampling needs both equal"
             )
         if num is None or num < 1:
             problems.append(f"num must be at least 1, got {num}")
@@ -198,8 +203,8 @@ class DDIM:
                 problems.append(f"eta must be a finite number >= 0, got {np.asarray(eta)[bad].flat[0]}")
             elif np.max(np.asarray(eta)) > (limit := largest_eta(table)):
                 problems.append(
-                    f"eta {np.max(np.asarray(eta)):g} is too large for this table: above {limit:g} a step's noise exceeds "
-                    "its variance, 1 - alpha_bar_prev - sigma^2 < 0"
+                    f"eta {np.max(np.asarray(eta)):g} is too large for this table: above {limit:g} a step's "
+                    "1 - alpha_bar_prev - sigma^2 is negative"
                 )
         for name, array, expected in (
             ("x_T", x_T, (num, *shape)),
@@ -252,7 +257,9 @@ _initial_noise = jax.jit(initial_noise, static_argnums=(1, 2))
 def _pad(x: Array, to: int, axis: int = 0) -> Array:
     """`x` with its last sample repeated to make a full batch; the copies are dropped afterwards."""
     missing = to - x.shape[axis]
-    return x if not missing else jnp.concatenate([x, jnp.repeat(jnp.take(x, jnp.array([-1]), axis), missing, axis)], axis)
+    return (
+        x if not missing else jnp.concatenate([x, jnp.repeat(jnp.take(x, jnp.array([-1]), axis), missing, axis)], axis)
+    )
 
 
 def _is_zero(eta: ArrayLike) -> bool:

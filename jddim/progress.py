@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
+from typing import Any
 
 
 class Progress:
@@ -17,7 +18,7 @@ class Progress:
         self.label = label
         self.enabled = enabled and sys.stderr.isatty()
         self._done = 0.0
-        self._bar = None
+        self._bar: Any = None
 
     def __enter__(self) -> Progress:
         if self.enabled:
@@ -37,7 +38,7 @@ class Progress:
                 initial=self._done,
                 desc=self.label,
                 unit="image",
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]",
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]",
                 file=sys.stderr,
             )
         else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -174,10 +174,9 @@ def ddim_steps(
     eta = jnp.asarray(eta, state.x_t.dtype)
     if eta.shape not in ((), state.x_t.shape[:1]):
         raise ValueError(f"eta must be a scalar or one value per sample {state.x_t.shape[:1]}, got shape {eta.shape}")
-    if deterministic and key is None and noise is None:
-        noise_at: NoiseSource = (None, lambda index, _: jnp.zeros((), state.x_t.dtype))
-    else:
-        noise_at = _noise_source(state.x_t, table, key, noise)
+    no_noise: NoiseSource = (None, lambda step, _: jnp.zeros((), state.x_t.dtype))
+    unneeded = deterministic and key is None and noise is None
+    noise_at = no_noise if unneeded else _noise_source(state.x_t, table, key, noise)
     return _scan(denoise, state, table, noise_at, update, trajectory_every)
 
 
@@ -189,26 +188,27 @@ def segments(table: StepTable, at_least: int = 8) -> list[StepTable]:
 
 
 # What the scan runs over beside the table (rows of explicit noise, or None), and the noise of one step from both.
-NoiseSource = tuple[Array | None, Callable[[Array, Array | None], Array]]
+NoiseSource = tuple[Array | None, Callable[[ArrayLike, Any], Array]]
 
 
 def _noise_source(x: Array, table: StepTable, key: Array | None, noise: Array | None) -> NoiseSource:
-    if (key is None) == (noise is None):
-        raise ValueError("give either key or noise: eta > 0 adds noise at each step" if key is None else
-                         "give either key or noise, not both")
     if noise is not None:
+        if key is not None:
+            raise ValueError("give either key or noise, not both")
         if noise.shape != (table.num_steps, *x.shape):
             raise ValueError(
                 f"noise must have one row per step: expected {(table.num_steps, *x.shape)} for {table.num_steps} "
                 f"steps, got {noise.shape}"
             )
-        return noise.astype(x.dtype), lambda index, row: row
+        return noise.astype(x.dtype), lambda step, row: row
+    if key is None:
+        raise ValueError("give either key or noise: eta > 0 adds noise at each step")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise ValueError(f"key must be made by jax.random.key, got an array of {key.dtype}")
     if key.shape not in ((), x.shape[:1]):
         raise ValueError(f"key must be one key or one per sample {x.shape[:1]}, got shape {key.shape}")
     keys = sample_keys(key, x.shape[0]) if key.shape == () else key
-    return None, lambda index, _: _normal(keys, index + 1, x.shape[1:], x.dtype)
+    return None, lambda step, _: _normal(keys, step + 1, x.shape[1:], x.dtype)
 
 
 def _normal(keys: Array, fold: ArrayLike, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
@@ -236,9 +236,9 @@ def _scan(
         eps = denoise(x_t, jnp.broadcast_to(row.t, x_t.shape[:1]))
         if eps.shape != x_t.shape:
             raise ValueError(f"denoise must return eps like x_t {x_t.shape}, it returned {eps.shape}")
-        x_prev, x0 = update(x_t, eps.astype(x_t.dtype), noise_of(row.index, noise_row), row)
+        x_prev, x0 = update(x_t, eps.astype(x_t.dtype), noise_of(row.step, noise_row), row)
         bad = ~jnp.isfinite(x_prev).reshape(x_prev.shape[0], -1).all(axis=1)
-        first_bad = jnp.where(bad & (state.first_bad < 0), row.index, state.first_bad)
+        first_bad = jnp.where(bad & (state.first_bad < 0), row.step, state.first_bad)
         return State(x_prev, first_bad, _record(state.trajectory, row, x_prev, x0, trajectory_every)), None
 
     rows = StepTable(*(jnp.asarray(column) for column in table))
@@ -250,9 +250,10 @@ def _record(
     trajectory: Trajectory | None, row: StepTable, x_t: Array, x0: Array, every: int | None
 ) -> Trajectory | None:
     """Write this step into its slot; a slot's last write, its k-th step or the table's end, is what remains."""
-    if trajectory is None:
+    if trajectory is None or every is None:
         return None
-    assert every is not None
-    slot = row.index // every
-    values = Trajectory(row.t_prev, x_t, x0)
-    return Trajectory(*(lax.dynamic_update_index_in_dim(b, v, slot, 0) for b, v in zip(trajectory, values, strict=True)))
+    slot = row.step // every
+    values = (row.t_prev, x_t, x0)
+    return Trajectory(
+        *(lax.dynamic_update_index_in_dim(b, v, slot, 0) for b, v in zip(trajectory, values, strict=True))
+    )

@@ -50,9 +50,9 @@ def from_betas(betas: ArrayLike) -> NoiseSchedule:
     bad = np.flatnonzero(~((betas > 0) & (betas < 1)))
     if bad.size:
         raise ValueError(
-            f"betas must lie in (0, 1): {bad.size} of {betas.size} do not, the first is betas[{bad[0]}] = {betas[bad[0]]}"
+            f"betas must lie in (0, 1): {bad.size} of {betas.size} do not, first betas[{bad[0]}] = {betas[bad[0]]}"
         )
-    alphas_cumprod = np.cumprod(1.0 - betas)
+    alphas_cumprod: NDArray[np.float64] = np.cumprod(1.0 - betas, dtype=np.float64)
     if alphas_cumprod[-1] == 0:
         raise ValueError("alphas_cumprod underflows to 0 in float64: betas are too large for their number")
     betas.setflags(write=False)
@@ -60,9 +60,7 @@ def from_betas(betas: ArrayLike) -> NoiseSchedule:
     return NoiseSchedule(betas, alphas_cumprod)
 
 
-def linear_schedule(
-    num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
-) -> NoiseSchedule:
+def linear_schedule(num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
     """Betas linear in t: Ho et al. (2006.11239, section 4).
 
     Not rescaled by 1000/T; OpenAI and lucidrains multiply both ends by it, which the caller does here.

@@ -34,7 +34,7 @@ def linspace_timesteps(num_train_timesteps: int, num_steps: int) -> NDArray[np.i
 
 
 def uniform_timesteps(num_train_timesteps: int, num_steps: int) -> NDArray[np.int64]:
-    """ermongroup's "uniform": range(0, T, T // S), reversed.
+    """Ermongroup's "uniform": range(0, T, T // S), reversed.
 
     num_steps: S in 1..T. The stride is an integer, so there are S entries only if it fits: T = 1000 gives 31 at
     S = 30 and 1000 at S = 600, as in the source. The first t is below T-1 for every S < T.
@@ -47,7 +47,7 @@ def uniform_timesteps(num_train_timesteps: int, num_steps: int) -> NDArray[np.in
 
 
 def quad_timesteps(num_train_timesteps: int, num_steps: int) -> NDArray[np.int64]:
-    """ermongroup's "quad": int(linspace(0, sqrt(0.8 T), S) ** 2), reversed, each t once.
+    """Ermongroup's "quad": int(linspace(0, sqrt(0.8 T), S) ** 2), reversed, each t once.
 
     num_steps: S in 1..T. The source repeats small t at larger S (T = 1000: from S = 30 on, four zeros at S = 100).
     A repeated t is a step from t to itself, which changes nothing (sigma is 0 and alpha_bar_prev is alpha_bar_t),

@@ -1,4 +1,4 @@
-"""Checkpoint families, one file each: `recognise`, `open_source`, `plan`. A new family is one new file, named in FAMILIES."""
+"""Checkpoint families, one file each (`convert.families.base` says what it provides), named in FAMILIES."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def recognise(raw: Any, path: str) -> Family:
 # Marks of files that people pass by mistake or that jddim does not convert yet: a substring of a tensor's name, what
 # the file then is.
 _OTHERS = {
-    "model.diffusion_model.": "is a latent-diffusion checkpoint (Stable Diffusion and its like); jddim samples pixel-space models",
+    "model.diffusion_model.": "is a latent-diffusion model (Stable Diffusion and its like); jddim's are in pixel space",
     "down_blocks.": "is a diffusers model; this family is not supported yet",
     "input_blocks.": "is an OpenAI guided-diffusion or improved-diffusion model; this family is not supported yet",
     "downs.0.": "is a lucidrains denoising-diffusion-pytorch model; this family is not supported yet",

@@ -41,12 +41,14 @@ def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
     if isinstance(raw, dict):
         if weights is not None and weights != ("ema" if file_name.startswith("ema_") else "raw"):
             raise ConversionError(
-                f"{file_name} is a bare state dict with one set of weights, so --weights {weights} cannot be had from it; "
+                f"{file_name} is a bare state dict with one set of weights: no --weights {weights} in it; "
                 "leave the option out (EMA weights of this kind are a file of their own, ema_...)"
             )
         return Source(_tensors(raw, file_name), "ema" if file_name.startswith("ema_") else weights or "unstated")
     if len(raw) not in (4, 5):
-        raise ConversionError(f"{file_name} is a list of {len(raw)} entries; ermongroup's runner saves 4, or 5 with EMA")
+        raise ConversionError(
+            f"{file_name} is a list of {len(raw)} entries; ermongroup's runner saves 4, or 5 with EMA"
+        )
     has_ema = len(raw) == 5 and isinstance(raw[4], dict) and bool(raw[4])
     if weights == "ema" and not has_ema:
         raise ConversionError(f"{file_name} holds no EMA weights (trained with ema: false?); use --weights raw")
@@ -85,10 +87,13 @@ def infer(tensors: Tensors) -> dict[str, Any]:
         return sorted({int(found.group(1)) for name in tensors if (found := re.match(pattern, name))})
 
     levels = indices(r"down\.(\d+)\.block\.") or indices(r"up\.(\d+)\.block\.")
-    ch = votes(r"temb\.dense\.[01]\.bias|mid\.block_[12]\.temb_proj\.weight|down\.\d+\.block\.\d+\.temb_proj\.weight", -1, 4)
+    ch = votes(
+        r"temb\.dense\.[01]\.bias|mid\.block_[12]\.temb_proj\.weight|down\.\d+\.block\.\d+\.temb_proj\.weight", -1, 4
+    )
     widths = [votes(rf"(down|up)\.{level}\.block\.\d+\.(conv1|conv2|temb_proj)\.bias", 0) for level in levels]
     blocks = Counter(
-        sum(bool(re.fullmatch(rf"down\.{level}\.block\.\d+\.conv2\.bias", name)) for name in tensors) for level in levels
+        sum(bool(re.fullmatch(rf"down\.{level}\.block\.\d+\.conv2\.bias", name)) for name in tensors)
+        for level in levels
     )
     if ch is None or not levels or levels != list(range(len(levels))) or None in widths:
         raise ConversionError("too few tensors of the UNet are there to tell its shape; is the file whole?")
@@ -300,7 +305,9 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         variance="fixed_small" if var_type == "fixedsmall" else "fixed_large",
     )
     ignored = {"logvar": "the 'bayesian' model type's learned per-timestep variance; DDIM does not use it"}
-    return Plan(model, schedule, sampler, rules(model), {k: v for k, v in ignored.items() if k in tensors}, tuple(assumed))
+    return Plan(
+        model, schedule, sampler, rules(model), {k: v for k, v in ignored.items() if k in tensors}, tuple(assumed)
+    )
 
 
 def _schedule(name: str, T: int, beta_start: float, beta_end: float) -> ScheduleConfig:

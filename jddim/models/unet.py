@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -77,27 +78,28 @@ class UNet(nnx.Module):
     def __init__(self, config: UNetConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        norm = {"groups": config.norm_groups, "epsilon": config.norm_epsilon}
-        common = {"dtype": dtype, "rngs": rngs}
-        with_conv = config.resample_with_conv
-
-        def block(channels_in: int, channels_out: int) -> ResBlock:
-            return ResBlock(
-                channels_in,
-                channels_out,
-                4 * config.channels,
-                conv_shortcut=config.conv_shortcut,
-                **norm,
-                **common,
-            )
+        groups, epsilon = config.norm_groups, config.norm_epsilon
+        conv3 = partial(conv, size=3, dtype=dtype, rngs=rngs)
+        attention = partial(Attention, groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
+        block = partial(
+            ResBlock,
+            time_channels=4 * config.channels,
+            groups=groups,
+            epsilon=epsilon,
+            conv_shortcut=config.conv_shortcut,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        halve = partial(Downsample, with_conv=config.resample_with_conv, dtype=dtype, rngs=rngs)
+        double = partial(Upsample, with_conv=config.resample_with_conv, dtype=dtype, rngs=rngs)
 
         def attentions(level: int, count: int, channels: int) -> list[Attention]:
-            return [Attention(channels, **norm, **common) for _ in range(count if level in config.attention_levels else 0)]
+            return [attention(channels) for _ in range(count if level in config.attention_levels else 0)]
 
         widths = [config.channels * mult for mult in config.channel_mults]
         last = len(widths) - 1
-        self.time_embed = TimeEmbedding(config.channels, **common)
-        self.conv_in = conv(config.in_channels, config.channels, 3, **common)
+        self.time_embed = TimeEmbedding(config.channels, dtype=dtype, rngs=rngs)
+        self.conv_in = conv3(config.in_channels, config.channels)
 
         skips = [config.channels]  # the widths that the decoder will pop, in the order the encoder pushes them
         down = []
@@ -108,13 +110,13 @@ class UNet(nnx.Module):
                 skips.append(width)
             downsample = None
             if level < last:
-                downsample = Downsample(width, with_conv=with_conv, **common)
+                downsample = halve(width)
                 skips.append(width)
             down.append(Level(blocks, attentions(level, config.num_res_blocks, width), downsample=downsample))
         self.down = nnx.List(down)
 
         width = widths[-1]
-        self.mid = Middle(block(width, width), Attention(width, **norm, **common), block(width, width))
+        self.mid = Middle(block(width, width), attention(width), block(width, width))
 
         up = []
         for level in reversed(range(len(widths))):
@@ -122,17 +124,15 @@ class UNet(nnx.Module):
             for _ in range(config.num_res_blocks + 1):
                 blocks.append(block(width + skips.pop(), widths[level]))
                 width = widths[level]
-            upsample = Upsample(width, with_conv=with_conv, **common) if level > 0 else None
+            upsample = double(width) if level > 0 else None
             up.append(Level(blocks, attentions(level, config.num_res_blocks + 1, width), upsample=upsample))
         self.up = nnx.List(up[::-1])  # up[level], like down[level]; level 0 is full resolution
 
-        self.norm_out = group_norm(width, config.norm_groups, config.norm_epsilon, **common)
-        self.conv_out = conv(width, config.out_channels, 3, **common)
+        self.norm_out = group_norm(width, groups, epsilon, dtype=dtype, rngs=rngs)
+        self.conv_out = conv3(width, config.out_channels)
 
     def __call__(self, x_t: Array, t: Array) -> Array:
-        output = x_t
-        for _, output in self.activations(x_t, t):
-            pass
+        *_, (_, output) = self.activations(x_t, t)
         return output.astype(x_t.dtype)
 
     def activations(self, x_t: Array, t: Array) -> Iterator[tuple[str, Array]]:
@@ -140,10 +140,10 @@ class UNet(nnx.Module):
 
         `jddim verify` compares these one by one; the names are those of the PyTorch reference's blocks.
         """
-        problems = size_problems(self.config, x_t.shape[1:3])
-        if problems or x_t.ndim != 4 or x_t.shape[3] != self.config.in_channels:
-            problems = problems or [f"x_t must be (b, h, w, {self.config.in_channels}), got {x_t.shape}"]
-            raise ValueError("UNet: " + "; ".join(problems))
+        if x_t.ndim != 4 or x_t.shape[3] != self.config.in_channels:
+            raise ValueError(f"UNet: x_t must be (b, h, w, {self.config.in_channels}), got {x_t.shape}")
+        if problems := size_problems(self.config, (x_t.shape[1], x_t.shape[2])):
+            raise ValueError(f"UNet: {problems[0]}")
 
         time = self.time_embed(t)
         yield "time_embed", time
