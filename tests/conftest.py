@@ -1,0 +1,34 @@
+"""Fixtures that several test modules share. Tests that need torch or the MNIST images skip, with the reason, without."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# The CPU allocator would otherwise compete with torch's; and no test may depend on a GPU being there.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+ROOT = Path(__file__).parent.parent
+MNIST_SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm"
+
+
+@pytest.fixture(scope="session")
+def mnist_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped MNIST checkpoint, converted once (needs torch)."""
+    pytest.importorskip("torch", reason="converting the shipped checkpoint needs torch: pip install 'jddim[convert]'")
+    from convert.convert import convert
+
+    path = tmp_path_factory.mktemp("converted") / "mnist"
+    convert(MNIST_SOURCE / "ckpt.pth", path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def mnist_images() -> Path:
+    """The folder of the real MNIST's IDX files, which the repository does not ship."""
+    path = ROOT.parent / "shared" / "data" / "mnist"
+    if not (path / "t10k-images-idx3-ubyte.gz").is_file():
+        pytest.skip(f"the real MNIST is not at {path.parent.parent.name}/data/mnist beside the checkout")
+    return path
