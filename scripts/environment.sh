@@ -6,6 +6,7 @@
 #   jddim_find_python          sets JDDIM_BASE to the Python that .venv is made from
 #   jddim_make_venv DIR        an empty virtual environment in DIR, from JDDIM_BASE
 #   jddim_install DIR WHAT ... installs into DIR with the arguments of `pip install`; WHAT names it to the user
+#   jddim_export_uv_settings   lets uv run by hand read pip's settings
 #
 # Settings: JDDIM_PYTHON_BASE (or PYTHON) names the Python to use. uv is used when it is on PATH, pip otherwise;
 # both read the user's own settings. What is said goes to stdout; stderr gets one line, and only on failure.
@@ -134,6 +135,15 @@ jddim_make_venv() {
   return 1
 }
 
+# uv does not read pip's settings (PIP_* variables, pip.conf): without this, someone whose pip is set up for a
+# mirror, a folder of wheels or a company's certificate would get an error, or other builds of the packages.
+jddim_export_uv_settings() {
+  local setting
+  while IFS= read -r setting; do
+    [ -z "$setting" ] || export "${setting?}"
+  done <<<"$("$JDDIM_BASE" -I "$JDDIM_ROOT/scripts/uv_settings.py")"
+}
+
 # The line of an installer's log that says best why it failed.
 _jddim_reason() {
   local line
@@ -169,7 +179,7 @@ _jddim_ticker() {
 }
 
 jddim_install() {
-  local dir=$1 what=$2 log=$1/install.log start=$SECONDS rc=0 ticker='' reason setting
+  local dir=$1 what=$2 log=$1/install.log start=$SECONDS rc=0 ticker='' reason
   shift 2
   _jddim_say "installing $what ..."
   if [ -t 1 ]; then
@@ -181,11 +191,7 @@ jddim_install() {
     trap 'exit 130' INT TERM
     cd -- "$JDDIM_ROOT" || exit
     if _jddim_has_uv; then
-      # uv does not read pip's settings (PIP_* variables, pip.conf): without this, someone whose pip is set up
-      # for a mirror, a folder of wheels or a company's certificate would get an error, or other builds.
-      while IFS= read -r setting; do
-        [ -z "$setting" ] || export "${setting?}"
-      done <<<"$("$JDDIM_BASE" -I scripts/uv_settings.py)"
+      jddim_export_uv_settings
       if [ "${JDDIM_UV_NO_INDEX:-}" = 1 ]; then
         set -- --no-index "$@"
       fi

@@ -82,7 +82,7 @@ class Checkout:
         } | {name: str(value) for name, value in settings.items()}
 
     def run(
-        self, code: str, cwd: Path | None = None, **settings: str | Path
+        self, code: str, /, cwd: Path | None = None, **settings: str | Path
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(code),
@@ -233,7 +233,7 @@ def test_python_is_set_and_clean(ready: Checkout, tmp_path: Path) -> None:
     (tmp_path / "stray").mkdir()
     (tmp_path / "stray" / "tomllib.py").write_text("raise RuntimeError('a stray module was imported')")
     result = ready.run(
-        'jddim_environment convert; echo "$JDDIM_PYTHON"; "$JDDIM_PYTHON" -c "import backend as b; print(b.__file__)"',
+        'jddim_environment convert; echo "$JDDIM_PYTHON"; "$JDDIM_PYTHON" -c "import backend; print(backend)"',
         cwd=tmp_path,
         PYTHONPATH=tmp_path / "stray",
         PYTHONHOME=tmp_path,
@@ -241,7 +241,10 @@ def test_python_is_set_and_clean(ready: Checkout, tmp_path: Path) -> None:
         PIP_TARGET=tmp_path / "target",
     )
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines() == [str(ready.venv / "bin" / "python"), str(ready.root / "backend.py")]
+    assert result.stdout.splitlines() == [
+        str(ready.venv / "bin" / "python"),
+        f"<module 'backend' from '{ready.root / 'backend.py'}'>",
+    ]
 
 
 def test_second_run_installs_nothing(ready: Checkout) -> None:
