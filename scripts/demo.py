@@ -68,7 +68,8 @@ def load_or_convert() -> jddim.DDIM:
             print(f"   {shown(checkpoint)} cannot be used ({error}): converting again")
         shutil.rmtree(checkpoint)
     command = ["convert", shown(source), shown(checkpoint), "--config", shown(config)]
-    with timed(f"1. Converting the PyTorch checkpoint and comparing the two networks\n   $ {shlex.join(['jddim', *command])}"):
+    print("1. Converting the PyTorch checkpoint, and comparing the two networks")
+    with timed(f"   $ {shlex.join(['jddim', *command])}"):
         converted = subprocess.run([sys.executable, "-m", "jddim", *command])
     if converted.returncode:
         sys.exit(converted.returncode)  # it has said why
@@ -90,11 +91,12 @@ def labelled(rows: NDArray[np.uint8], labels: list[str], width: int = 110) -> ND
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/demo", description=" ".join((__doc__ or "").split("\n\n")[0].split()))
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0, metavar="I", help="other digits (default 0)")
     args = parser.parse_args(argv)
 
     OUT.mkdir(parents=True, exist_ok=True)
+    # Compiling the two programs takes about as long as running them; the next run finds them here.
     jax.config.update("jax_compilation_cache_dir", str(OUT / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     print("jddim: a DDPM trained in PyTorch on MNIST, sampled with DDIM in JAX. No retraining.\n")
@@ -112,9 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         x_t, x0_hat = np.asarray(trajectory.x_t)[:, :16], np.asarray(trajectory.x0_hat)[:, :16]
         # Each frame: x_t, and beside it the image that the network predicts from it; last, the result and itself.
         left, right = [np.asarray(x_T), *x_t], [*x0_hat, x_t[-1]]
-        frames = [
-            enlarge(np.concatenate([grid(a), grid(b)], axis=1)) for a, b in zip(left, right, strict=True)
-        ]
+        frames = [enlarge(np.concatenate([grid(a), grid(b)], axis=1)) for a, b in zip(left, right, strict=True)]
         save_gif(OUT / "trajectory.gif", frames, {**settings, "eta": 0.0})
 
     with timed(f"4. Sampling the first 8 again with the same noise and eta {', '.join(f'{eta:g}' for eta in ETAS)}"):
@@ -123,13 +123,14 @@ def main(argv: list[str] | None = None) -> int:
         strip = enlarge(grid(np.concatenate(rows), columns=8))
         save_png(OUT / "eta-strip.png", labelled(strip, [f"eta {eta:g}" for eta in ETAS]), settings)
 
+    command = [shown(Path(sys.executable).parent / "jddim"), "sample", shown(OUT / "mnist"), "more.png"]
     print(f"""
 Pictures:
    {shown(OUT / "digits.png")}      64 digits, {STEPS} steps, eta 0
    {shown(OUT / "eta-strip.png")}   the same noise with more and more of it added on the way (top: eta 0)
    {shown(OUT / "trajectory.gif")}  left x_t, right the digit predicted from it, step by step
 Sample it yourself:
-   $ {shlex.join([shown(Path(sys.executable).parent / "jddim"), "sample", shown(OUT / "mnist"), "more.png", "--eta", "0.5"])}""")
+   $ {shlex.join([*command, "--eta", "0.5", "--seed", "1"])}""")
     return 0
 
 

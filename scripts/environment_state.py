@@ -87,9 +87,7 @@ def check(root: Path, extra: str) -> int:
         return 0
     # Only what the rest does not contain: "test", not "test,convert".
     extras = list(dict.fromkeys([*before, extra]))
-    print(
-        ",".join(e for e in extras if not any(e in installed_by(project, [o])[0] for o in extras if o != e))
-    )
+    print(",".join(e for e in extras if not any(e in installed_by(project, [o])[0] for o in extras if o != e)))
     return 3
 
 

@@ -31,9 +31,7 @@ def pip_configuration() -> dict[str, str]:
         "global": {},
         "install": {},
         ":env:": {
-            name[4:].lower().replace("_", "-"): value
-            for name, value in os.environ.items()
-            if name.startswith("PIP_")
+            name[4:].lower().replace("_", "-"): value for name, value in os.environ.items() if name.startswith("PIP_")
         },
     }
     listed = subprocess.run(

@@ -81,9 +81,7 @@ class Checkout:
             "JDDIM_PYTHON_BASE": str(BASE_PYTHON),
         } | {name: str(value) for name, value in settings.items()}
 
-    def run(
-        self, code: str, /, cwd: Path | None = None, **settings: str | Path
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, code: str, /, cwd: Path | None = None, **settings: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(code),
             env=self.environment(**settings),
@@ -232,8 +230,9 @@ def test_named_python_is_used_or_refused(checkout: Checkout, tmp_path: Path, ans
 def test_python_is_set_and_clean(ready: Checkout, tmp_path: Path) -> None:
     (tmp_path / "stray").mkdir()
     (tmp_path / "stray" / "tomllib.py").write_text("raise RuntimeError('a stray module was imported')")
+    code = '"$JDDIM_PYTHON" -c "import backend; print(backend)"'
     result = ready.run(
-        'jddim_environment convert; echo "$JDDIM_PYTHON"; "$JDDIM_PYTHON" -c "import backend; print(backend)"',
+        f'jddim_environment convert; echo "$JDDIM_PYTHON"; {code}',
         cwd=tmp_path,
         PYTHONPATH=tmp_path / "stray",
         PYTHONHOME=tmp_path,
@@ -414,14 +413,14 @@ def closed_port() -> int:
 
 def test_unreachable_index(ready: Checkout) -> None:
     index = f"http://127.0.0.1:{closed_port()}/simple"
-    settings = {
-        "PIP_NO_INDEX": "",
-        "PIP_RETRIES": "1",
-        "PIP_INDEX_URL": index,
-        "BUILD_NEEDS": "no-such-package",
-    }
     with ready.changed("pyproject.toml"):
-        result = ready.run("jddim_environment convert", **settings)
+        result = ready.run(
+            "jddim_environment convert",
+            PIP_NO_INDEX="",
+            PIP_INDEX_URL=index,
+            PIP_RETRIES="1",
+            BUILD_NEEDS="no-such-package",
+        )
     assert result.returncode == 1
     line = one_line(result.stderr)
     assert "the package index could not be reached (Connection refused)" in line
@@ -441,9 +440,7 @@ def test_failed_update_keeps_what_was_there(ready: Checkout) -> None:
 
 def test_unwritable_checkout(checkout: Checkout) -> None:
     (checkout.tools / "mkdir").unlink()
-    fake_python(
-        checkout.tools, "mkdir", "echo 'Read-only file system' >&2; exit 1"
-    )  # root may write anywhere
+    fake_python(checkout.tools, "mkdir", "echo 'Read-only file system' >&2; exit 1")  # root may write anywhere
     result = checkout.run("jddim_environment convert")
     assert result.returncode == 1
     assert "cannot write" in one_line(result.stderr)
