@@ -215,8 +215,8 @@ class DDIM:
             if np.shape(array) != expected:
                 of_steps = f", one row for each of {table.num_steps} steps" if name == "noise" else ""
                 problems.append(f"{name} must have shape {expected}{of_steps}, got {np.shape(array)}")
-            elif jnp.result_type(array) != dtype:
-                problems.append(f"{name} must be {jnp.dtype(dtype)}, got {jnp.result_type(array)}")
+            elif array.dtype != dtype:
+                problems.append(f"{name} must be {jnp.dtype(dtype)}, got {array.dtype}")
             elif not isinstance(array, jax.core.Tracer) and not np.isfinite(array).all():
                 where = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
                 problems.append(f"{name} holds a NaN or infinity, first at {where}")

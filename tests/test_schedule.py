@@ -66,7 +66,9 @@ def test_the_ends_of_the_published_linear_schedule() -> None:
     schedule = linear_schedule()
     assert schedule.betas[0] == 1e-4
     assert schedule.betas[-1] == 0.02
-    assert schedule.alphas_cumprod[-1] == pytest.approx(4.0358e-5, rel=1e-4)  # the T = 1000 figure that the field quotes
+    assert schedule.alphas_cumprod[-1] == pytest.approx(
+        4.0358e-5, rel=1e-4
+    )  # the T = 1000 figure that the field quotes
 
 
 def test_openai_rescales_the_linear_ends_by_1000_over_T() -> None:
@@ -76,7 +78,9 @@ def test_openai_rescales_the_linear_ends_by_1000_over_T() -> None:
 
 def test_alpha_bar_at_minus_one_is_the_clean_image() -> None:
     schedule = cosine_schedule(7)
-    np.testing.assert_array_equal(schedule.alpha_bar([6, -1, 0]), [schedule.alphas_cumprod[6], 1, schedule.alphas_cumprod[0]])
+    np.testing.assert_array_equal(
+        schedule.alpha_bar([6, -1, 0]), [schedule.alphas_cumprod[6], 1, schedule.alphas_cumprod[0]]
+    )
     with pytest.raises(ValueError, match=r"-1\.\.6"):
         schedule.alpha_bar([7])
     with pytest.raises(ValueError, match=r"-1\.\.6"):
