@@ -60,7 +60,7 @@ def test_the_same_contents_have_the_same_identity(tmp_path: Path) -> None:
 def test_overwriting_is_asked_for_and_only_of_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "ckpt"
     save_checkpoint(path, random_params(), METADATA)
-    with pytest.raises(CheckpointError, match="exists.*--overwrite"):
+    with pytest.raises(CheckpointError, match=r"exists.*--overwrite"):
         save_checkpoint(path, random_params(1), METADATA)
     chex.assert_trees_all_equal(load_params(path, load_metadata(path)), random_params())
     save_checkpoint(path, random_params(1), METADATA, overwrite=True)

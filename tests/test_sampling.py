@@ -206,7 +206,7 @@ def test_a_nan_is_dated_and_stays_in_its_sample() -> None:
 
 
 def test_it_compiles_to_a_program_that_exports() -> None:
-    """No host callback in the scan: `jax.export` refuses those. Exporting needs flatbuffers, which jax does not bring."""
+    """No host callback in the scan: `jax.export` refuses those."""
     exported = jax.export.export(run)(start(2), jax.tree.map(jnp.asarray, TABLE), 0.5, jax.random.key(0))
     assert "custom_call_target" not in exported.mlir_module() or "callback" not in exported.mlir_module()
     chex.assert_trees_all_close(
