@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax import Array
 from jax.typing import ArrayLike
-from numpy.typing import DTypeLike
 
 from jddim.schedule import NoiseSchedule
 from jddim.timesteps import check_timesteps
@@ -41,7 +41,7 @@ class StepTable(NamedTuple):
         return self.t.shape[0]
 
 
-def step_table(schedule: NoiseSchedule, timesteps: ArrayLike, dtype: DTypeLike = np.float32) -> StepTable:
+def step_table(schedule: NoiseSchedule, timesteps: npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> StepTable:
     """The table of a schedule and a descending list of timesteps: float64 on the host, cast once to `dtype`.
 
     Each t steps to the next of the list, and the last to the clean image. Raises ValueError if `timesteps` is

@@ -70,7 +70,7 @@ def sample_loop(
     clip_range: tuple[ArrayLike, ArrayLike] | None = None,
     rederive_eps: bool = False,
     trajectory_every: int | None = None,
-) -> Array | tuple[Array, Trajectory]:
+) -> Any:
     """DDIM from x_T to x_0 (Eq. 12 of arXiv:2010.02502 at every row of `table`). Traceable.
 
     denoise: see the module's docstring. x_T: `(b, ...)` float, standard normal. table: `jddim.ddim.step_table`.
@@ -109,7 +109,7 @@ def ancestral_loop(
     variance: str = "fixed_small",
     clip_range: tuple[ArrayLike, ArrayLike] | None = (-1.0, 1.0),
     trajectory_every: int | None = None,
-) -> Array | tuple[Array, Trajectory]:
+) -> Any:
     """DDPM ancestral sampling from x_T to x_0 (Algorithm 2 of arXiv:2006.11239), on any table. Traceable.
 
     variance: "fixed_small" or "fixed_large" (`jddim.ddim.ddpm_step`). Clips x0 to [-1, 1] by default, as Ho et al. do.

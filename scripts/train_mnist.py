@@ -107,9 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     rate = number(float, "above 0 and at most 1", lambda x: 0 < x <= 1)
     decay = number(float, "0 or more and below 1", lambda x: 0 <= x < 1)
     some = number(int_list, "whole numbers of 1 or more, as 1,2,2", lambda v: bool(v) and min(v) >= 1)
-    any_sizes = number(
-        int_list, "sizes of 1 or more, as 14,7, or '' for none", lambda v: min(v, default=1) >= 1
-    )
+    any_sizes = number(int_list, "sizes of 1 or more, as 14,7, or '' for none", lambda v: min(v, default=1) >= 1)
     on_off = argparse.BooleanOptionalAction
     raw = argparse.RawDescriptionHelpFormatter
 
@@ -160,9 +158,7 @@ def read_idx_images(path: Path) -> np.ndarray:
         raise CannotTrainError(f"{path} is no IDX file of images (those start with 00000803 in hexadecimal)")
     n, h, w = (int(size) for size in np.frombuffer(raw, ">u4", count=3, offset=4))
     if len(raw) - 16 != n * h * w:
-        raise CannotTrainError(
-            f"{path} announces {n} images of {h}x{w}, {n * h * w} bytes, but holds {len(raw) - 16}"
-        )
+        raise CannotTrainError(f"{path} announces {n} images of {h}x{w}, {n * h * w} bytes, but holds {len(raw) - 16}")
     if n == 0 or h != w:
         raise CannotTrainError(f"{path} holds {n} images of {h}x{w}: one or more square ones are needed")
     return np.frombuffer(raw, np.uint8, offset=16).reshape(n, h, w)
@@ -196,9 +192,7 @@ def read_resumed(out: Path) -> tuple[list[Any], dict[str, Any]]:
             value = stored[name] = float(value)
         if type(value) is not wanted or (wanted is list and any(type(item) is not int for item in value)):
             entry = f"{setting.section}.{setting.key}"
-            raise CannotTrainError(
-                f"--resume: {entry} in {config} must be like {setting.default}, got {value}"
-            )
+            raise CannotTrainError(f"--resume: {entry} in {config} must be like {setting.default}, got {value}")
     return states, stored
 
 
@@ -436,8 +430,7 @@ def run_training(trainer: Trainer, *, log_every: int, save: Callable[[], None]) 
                 rate = (done - first) / (time.monotonic() - started)
                 left = (steps - done) / rate / 60
                 tqdm.write(
-                    f"step {done}/{steps}  smoothed loss {smoothed:.4f}  "
-                    f"{rate:.1f} steps/s  {left:.1f} min left"
+                    f"step {done}/{steps}  smoothed loss {smoothed:.4f}  {rate:.1f} steps/s  {left:.1f} min left"
                 )
                 sys.stdout.flush()
             if done % trainer.settings.save_every == 0 or done == steps:

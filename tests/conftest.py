@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share. Tests that need torch or the MNIST images skip, with the reason, without."""
+"""Fixtures that several test modules share. Without torch or the MNIST images, tests that need them skip and say so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# The CPU allocator would otherwise compete with torch's; and no test may depend on a GPU being there.
+# No test may depend on a GPU being there, nor compete for its memory.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 ROOT = Path(__file__).parent.parent

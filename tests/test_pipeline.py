@@ -193,7 +193,7 @@ def test_a_nan_names_the_image_and_the_step(ddim: jddim.DDIM) -> None:
     ],
 )
 def test_what_is_wrong_is_said_at_once(ddim: jddim.DDIM, arguments: dict, messages: list[str]) -> None:
-    with pytest.raises(ValueError, match="sample|num_steps|spacing") as raised:
+    with pytest.raises(ValueError, match=r"sample|num_steps|spacing") as raised:
         ddim.sample(**{"key": KEY, "num": 3, **arguments})
     for message in messages:
         assert message in str(raised.value)

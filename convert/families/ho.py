@@ -71,8 +71,8 @@ def _tensors(state: Mapping[Any, Any], file_name: str) -> dict[str, np.ndarray]:
 def infer(tensors: Tensors) -> dict[str, Any]:
     """Every architectural fact that shapes and names hold, under ermongroup's config names.
 
-    Facts are taken from several tensors each, by majority, so that one missing or misshapen tensor is reported as
-    such and not as a different network.
+    Facts are taken from several tensors each, by majority, so that one missing, misshapen or stray tensor is
+    reported as such and not as a different network. None stands for a fact that no tensor tells.
     """
 
     def votes(pattern: str, axis: int, divide: int = 1) -> int | None:
@@ -83,32 +83,45 @@ def infer(tensors: Tensors) -> dict[str, Any]:
         )
         return sizes.most_common(1)[0][0] if sizes else None
 
-    def indices(pattern: str) -> list[int]:
-        return sorted({int(found.group(1)) for name in tensors if (found := re.match(pattern, name))})
+    def parts(pattern: str, tensors_each: int) -> dict[int, int]:
+        """Level -> blocks or attentions there; one counts if at least half of its tensors are there."""
+        found = Counter(tuple(map(int, m.groups())) for name in tensors if (m := re.match(pattern, name)))
+        return Counter(level for (level, _), number in found.items() if 2 * number >= tensors_each)
 
-    levels = indices(r"down\.(\d+)\.block\.") or indices(r"up\.(\d+)\.block\.")
+    down, up = parts(r"down\.(\d+)\.block\.(\d+)\.", 10), parts(r"up\.(\d+)\.block\.(\d+)\.", 10)
+    levels = sorted(set(down) | set(up))
+    blocks = Counter(down.values()) + Counter(number - 1 for number in up.values())
     ch = votes(
         r"temb\.dense\.[01]\.bias|mid\.block_[12]\.temb_proj\.weight|down\.\d+\.block\.\d+\.temb_proj\.weight", -1, 4
     )
     widths = [votes(rf"(down|up)\.{level}\.block\.\d+\.(conv1|conv2|temb_proj)\.bias", 0) for level in levels]
-    blocks = Counter(
-        sum(bool(re.fullmatch(rf"down\.{level}\.block\.\d+\.conv2\.bias", name)) for name in tensors)
-        for level in levels
-    )
-    if ch is None or not levels or levels != list(range(len(levels))) or None in widths:
+    if not ch or not levels or levels != list(range(len(levels))) or None in widths:
         raise ConversionError("too few tensors of the UNet are there to tell its shape; is the file whole?")
     odd = [width for width in widths if width % ch]  # type: ignore[operator]
     if odd:
         raise ConversionError(f"the levels' widths {widths} are not multiples of the time embedding's ch = {ch}")
+    resamplings = sum(bool(re.match(r"(down|up)\.\d+\.(down|up)sample\.conv\.", name)) for name in tensors)
+    shortcuts = Counter(kind for name in tensors for kind in ("conv_shortcut", "nin_shortcut") if f".{kind}." in name)
     return {
         "ch": ch,
         "ch_mult": tuple(width // ch for width in widths),  # type: ignore[operator]
         "num_res_blocks": blocks.most_common(1)[0][0],
         "in_channels": votes(r"conv_in\.weight", 1),
-        "out_ch": votes(r"conv_out\.bias", 0) or votes(r"conv_out\.weight", 0),
-        "attn_levels": tuple(indices(r"down\.(\d+)\.attn\.")),
-        "resamp_with_conv": any(re.match(r"(down|up)\.\d+\.(down|up)sample\.conv\.", name) for name in tensors),
-        "conv_shortcut": any(".conv_shortcut." in name for name in tensors),
+        "out_ch": votes(r"conv_out\.(weight|bias)", 0),
+        # What the two ends have in common, for when one of them is missing or misshapen.
+        "ends": Counter(
+            value.shape[axis]
+            for name, axis in (("conv_out.weight", 0), ("conv_out.bias", 0), ("conv_in.weight", 1))
+            if name in tensors and (value := tensors[name]).ndim > axis
+        ).most_common(),
+        "attn_levels": tuple(
+            sorted(
+                set(parts(r"down\.(\d+)\.attn\.(\d+)\.", 10)) | set(parts(r"up\.(\d+)\.attn\.(\d+)\.", 10))
+            )
+        ),
+        # A down- and an upsampling between two levels, a weight and a bias each. One level has none, so none can tell.
+        "resamp_with_conv": None if len(levels) == 1 else resamplings >= 2 * (len(levels) - 1),
+        "conv_shortcut": shortcuts["conv_shortcut"] > shortcuts["nin_shortcut"],
     }
 
 

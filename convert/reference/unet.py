@@ -205,18 +205,14 @@ class ReferenceUNet(nn.Module):
         super().__init__()
         levels = len(ch_mult)
         if ch < 4:
-            raise ValueError(
-                f"ch must be at least 4 (the timestep embedding divides by ch // 2 - 1), got {ch}"
-            )
+            raise ValueError(f"ch must be at least 4 (the timestep embedding divides by ch // 2 - 1), got {ch}")
         if levels == 0:
             raise ValueError("ch_mult must have at least one entry, got none")
         if num_res_blocks < 1:
             raise ValueError(f"num_res_blocks must be at least 1, got {num_res_blocks}")
         absent = [level for level in attn_levels if not 0 <= level < levels]
         if absent:
-            raise ValueError(
-                f"attn_levels must be within 0..{levels - 1} for ch_mult={tuple(ch_mult)}, got {absent}"
-            )
+            raise ValueError(f"attn_levels must be within 0..{levels - 1} for ch_mult={tuple(ch_mult)}, got {absent}")
 
         def make_block(c_in: int, c_out: int) -> nn.Module:
             for c in (c_in, c_out):

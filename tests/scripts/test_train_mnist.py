@@ -128,9 +128,7 @@ def test_the_ema_is_an_average_of_the_weights_it_passed(script, images: Path, tm
     torch.testing.assert_close(ema_2, 0.75 * ema_1 + 0.25 * raw_2, rtol=0, atol=1e-7)
 
 
-def test_interrupted_and_resumed_is_as_if_never_interrupted(
-    script, images: Path, tmp_path: Path, monkeypatch, capsys
-):
+def test_interrupted_and_resumed_is_as_if_never_interrupted(script, images: Path, tmp_path: Path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     given = ["--images", str(images), "--steps", "5", "--seed", "3", "--lr", "0.002", "--no-bf16", *SMALL]
     assert script.main([*given, "--out", str(whole)]) == 0
@@ -162,9 +160,7 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(
         assert all(torch.equal(value, b[1]["state"][i][key]) for key, value in moment.items())
 
 
-def test_without_moments_the_file_is_smaller_and_resuming_says_so(
-    script, images: Path, tmp_path: Path, capsys
-):
+def test_without_moments_the_file_is_smaller_and_resuming_says_so(script, images: Path, tmp_path: Path, capsys):
     out = tmp_path / "out"
     given = ["--images", str(images), "--out", str(out), "--steps", "2", "--no-keep-optimizer", *SMALL]
     assert script.main(given) == 0
@@ -235,9 +231,7 @@ def test_the_network_sees_images_noised_as_eq_4_of_ddpm(script, tmp_path: Path, 
 
 def test_every_epoch_takes_every_image_once_in_another_order(script, tmp_path: Path):
     settings = script.argparse.Namespace(batch_size=3, seed=1, lr=0.001)
-    model = ReferenceUNet(
-        ch=8, ch_mult=(1,), num_res_blocks=1, attn_levels=(), in_channels=1, out_ch=1, norm_groups=4
-    )
+    model = ReferenceUNet(ch=8, ch_mult=(1,), num_res_blocks=1, attn_levels=(), in_channels=1, out_ch=1, norm_groups=4)
     trainer = script.Trainer(settings, model, np.arange(11, dtype=np.uint8).reshape(11, 1, 1))
     epochs = []
     for _ in range(2):
@@ -417,7 +411,5 @@ def test_the_command_line_itself(tmp_path: Path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert (
-        done.stderr == f"train_mnist: cannot read --images {tmp_path / 'absent'}: No such file or directory\n"
-    )
+    assert done.stderr == f"train_mnist: cannot read --images {tmp_path / 'absent'}: No such file or directory\n"
     assert not (tmp_path / "out").exists()

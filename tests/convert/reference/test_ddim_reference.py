@@ -51,9 +51,7 @@ def test_a_step_by_hand():
     assert x_s.item() == pytest.approx(0.55, abs=1e-15)
     # eta = 1: sigma^2 = 0.36 / 0.64 * (1 - 0.36 / 0.64) = 0.24609375; direction sqrt(0.36 - sigma^2) = 0.3375
     # x_s = 0.4 + 0.3375 * 0.25 + sqrt(0.24609375) * 2 = 0.484375 + 0.99215674...
-    x_s, _ = ddim_step(
-        torch.tensor(0.5, dtype=F64), torch.tensor(0.25, dtype=F64), 0.36, 0.64, 1.0, torch.tensor(2.0)
-    )
+    x_s, _ = ddim_step(torch.tensor(0.5, dtype=F64), torch.tensor(0.25, dtype=F64), 0.36, 0.64, 1.0, torch.tensor(2.0))
     assert x_s.item() == pytest.approx(0.484375 + 2 * math.sqrt(0.24609375), abs=1e-14)
 
 

@@ -130,9 +130,7 @@ def test_upsample_repeats_each_pixel_before_its_conv():
 
 @pytest.mark.parametrize("conv_shortcut", [True, False])
 def test_resnet_block_adds_the_time_embedding_between_its_convs(conv_shortcut: bool):
-    block = ResnetBlock(
-        6, 9, temb_channels=7, conv_shortcut=conv_shortcut, norm_groups=3, norm_eps=1e-6
-    ).double()
+    block = ResnetBlock(6, 9, temb_channels=7, conv_shortcut=conv_shortcut, norm_groups=3, norm_eps=1e-6).double()
     redraw_(block, seed=6)
     x, temb = draw(2, 6, 3, 5, dtype=F64), draw(2, 7, seed=1, dtype=F64)
     p = dict(block.named_parameters())
