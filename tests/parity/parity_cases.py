@@ -1,0 +1,420 @@
+"""What the parity tests compare: the same networks, noise and sampler settings on both sides. NHWC at every boundary.
+
+Imported by the float32 tests in pytest's own process and by `float64_checks.py` in a process with JAX_ENABLE_X64=1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.engine import fill
+from convert.families.ho import reference, rules
+from jddim.checkpoint import abstract_model, build_model, flat_params
+from jddim.config import UNetConfig
+from jddim.ddim import StepTable, step_table
+from jddim.models.unet import UNet
+from jddim.sampling import Trajectory, ancestral_loop, sample_loop
+from jddim.schedule import NoiseSchedule, cosine_schedule, linear_schedule
+from jddim.timesteps import linspace_timesteps
+
+torch = pytest.importorskip("torch", reason="parity is with PyTorch; the golden test compares without it")
+
+from convert.reference import ddim as torch_ddim  # noqa: E402 - they import torch
+from convert.reference.unet import redraw_  # noqa: E402
+
+# -- arrays between the two sides -------------------------------------------------------------------------------------
+
+
+def to_torch(x: np.ndarray) -> Any:
+    """An image or noise array `(..., h, w, c)` as a tensor `(..., c, h, w)`."""
+    return torch.tensor(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, -3)))
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """A tensor `(..., c, h, w)` as an array `(..., h, w, c)`."""
+    return np.moveaxis(x.detach().numpy(), -3, -1)
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """Largest absolute error over the largest expected magnitude; infinite if anything is not finite."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    error = float(np.abs(actual - expected).max() / np.abs(expected).max())
+    return error if np.isfinite(error) else float("inf")
+
+
+# -- the UNets --------------------------------------------------------------------------------------------------------
+
+
+class UNetCase(NamedTuple):
+    config: UNetConfig
+    size: tuple[int, int]  # (height, width) of the input, not always the config's
+    t: tuple[float, ...]  # one per sample; floats are given to both sides as floats
+
+
+def _case(size: tuple[int, int], t: tuple[float, ...] = (0, 499, 999), **fields: Any) -> UNetCase:
+    return UNetCase(UNetConfig(**({"image_size": size, "norm_groups": 5, "channels": 5} | fields)), size, t)
+
+
+# Prime widths (norm_groups = channels = a prime), heights and widths a prime times 2^(levels - 1), batches of 2 or 3.
+# Every field takes every kind of value at least twice; `test_every_option_is_covered_twice` counts.
+UNET_CASES: dict[str, UNetCase] = {
+    "one level, prime sides": _case((7, 11), channel_mults=(1,), num_res_blocks=3, attention_levels=()),
+    "one level, wider": _case(
+        (13, 3),
+        (0, 0.5, 998.25),
+        channel_mults=(2,),
+        num_res_blocks=3,
+        attention_levels=(0,),
+        in_channels=2,
+        out_channels=5,
+    ),
+    "two levels, pooled": _case(
+        (10, 6),
+        (999, 731),
+        channel_mults=(2, 1),
+        num_res_blocks=2,
+        attention_levels=(1,),
+        resample_with_conv=False,
+        in_channels=1,
+        out_channels=1,
+    ),
+    "two levels, 3x3 shortcuts, odd width": _case(
+        (6, 14),
+        channels=15,
+        norm_groups=3,
+        channel_mults=(1, 3),
+        num_res_blocks=2,
+        attention_levels=(0, 1),
+        conv_shortcut=True,
+        norm_epsilon=1e-5,
+    ),
+    "three levels, all attention": _case(
+        (12, 20),
+        (0.25, 999),
+        channels=7,
+        norm_groups=7,
+        channel_mults=(1, 2, 3),
+        num_res_blocks=1,
+        attention_levels=(0, 1, 2),
+        in_channels=5,
+        out_channels=2,
+    ),
+    "three levels, pooled, 3x3 shortcuts": _case(
+        (20, 12),
+        channels=11,
+        norm_groups=11,
+        channel_mults=(1, 1, 2),
+        num_res_blocks=1,
+        attention_levels=(),
+        resample_with_conv=False,
+        conv_shortcut=True,
+        norm_epsilon=1e-3,
+    ),
+    "four levels": _case(
+        (16, 24),
+        (1, 500),
+        channels=8,
+        norm_groups=4,
+        channel_mults=(1, 2, 2, 4),
+        num_res_blocks=1,
+        attention_levels=(1, 3),
+        norm_epsilon=1e-5,
+    ),
+    "four levels, not the config's size": _case(
+        (24, 40),
+        (999, 0),
+        image_size=(16, 16),
+        channels=4,
+        norm_groups=1,
+        channel_mults=(1, 2, 1, 3),
+        num_res_blocks=1,
+        attention_levels=(0, 2),
+        in_channels=1,
+        out_channels=1,
+        norm_epsilon=1e-3,
+    ),
+}
+BLOCKS_CASE = "three levels, all attention"
+SAMPLER_CONFIG = UNetConfig(
+    (6, 10), 3, 3, channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_levels=(1,), norm_groups=4
+)
+
+
+def reference_unet(config: UNetConfig, seed: int) -> Any:
+    """The PyTorch UNet with every parameter redrawn, float32.
+
+    conv_in is then scaled by 1/50. With all layers at order 1 no norm sees a small variance, and an epsilon of 1e-5
+    for 1e-6 would hide in the rounding (5e-6 of a norm's output); at variance 4e-4 it shows. The mutation test holds
+    us to it.
+    """
+    model = reference(config).eval().requires_grad_(False)
+    redraw_(model, seed)
+    for parameter in model.conv_in.parameters():
+        parameter.mul_(0.02)
+    return model
+
+
+def flax_params(config: UNetConfig, model: Any) -> dict[str, np.ndarray]:
+    """What the converter makes of a float32 reference's state dict."""
+    source = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    return fill(source, {name: leaf.shape for name, leaf in flat_params(abstract_model(config)).items()}, rules(config))
+
+
+def both(config: UNetConfig, model: Any, dtype: Any) -> tuple[Any, UNet]:
+    """A float32 reference and the jddim UNet with the same weights, both computing in dtype."""
+    params = {name: value.astype(dtype) for name, value in flax_params(config, model).items()}
+    return model.to(torch.float64 if dtype == np.float64 else torch.float32), build_model(config, params, dtype)
+
+
+def unet_inputs(case: UNetCase, seed: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """x_t `(b, h, w, c)` in dtype, the float32 numbers in either, and t `(b,)`, int32 unless any is fractional."""
+    x = np.random.default_rng(seed).standard_normal((len(case.t), *case.size, case.config.in_channels), np.float32)
+    fractional = any(t != int(t) for t in case.t)
+    return x.astype(dtype), np.array(case.t, dtype if fractional else np.int32)
+
+
+apply = jax.jit(lambda model, x_t, t: model(x_t, t))
+
+
+def unet_error(name: str, dtype: Any, seed: int = 3) -> float:
+    """Largest error of jddim's output over the reference's largest output, for a case of `UNET_CASES`."""
+    case = UNET_CASES[name]
+    model, unet = both(case.config, reference_unet(case.config, seed), dtype)
+    x_t, t = unet_inputs(case, seed, dtype)
+    return relative_error(apply(unet, x_t, t), to_numpy(model(to_torch(x_t), torch.tensor(t))))
+
+
+# -- the sampler ------------------------------------------------------------------------------------------------------
+
+CLIPS: dict[str, tuple[float, float] | None] = {"clip": (-1.0, 1.0), "no clip": None}
+ETAS = (0.0, 0.3, 1.0)
+
+
+class SamplerCase(NamedTuple):
+    T: int
+    S: int
+    eta: float
+    clip: str  # a key of CLIPS
+    rederive_eps: bool
+    schedule: str = "linear"
+
+    @property
+    def id(self) -> str:
+        parts = [f"T {self.T}", f"S {self.S}", f"eta {self.eta:g}", self.clip]
+        return ", ".join(parts + ["rederive"] * self.rederive_eps + ([self.schedule] * (self.schedule != "linear")))
+
+
+def _ids(cases: Iterable[SamplerCase]) -> dict[str, SamplerCase]:
+    return {case.id: case for case in cases}
+
+
+def _grid(Ts: Iterable[int], Ss: Iterable[int], *modes: tuple[str, bool]) -> Iterator[SamplerCase]:
+    return (SamplerCase(T, min(S, T), eta, *mode) for T in Ts for S in Ss for eta in ETAS for mode in modes)
+
+
+# min(S, T) makes the 1000 of these lists "all T steps". Re-deriving without clipping changes nothing but rounding.
+SAMPLER_CASES = _ids(
+    [
+        *_grid((1000, 300), (1, 7, 30, 1000), ("clip", False), ("clip", True), ("no clip", False)),
+        *_grid((1000, 300), (7,), ("no clip", True)),
+        *(SamplerCase(1000, S, eta, clip, False, "cosine") for S in (7, 30) for eta in ETAS for clip in CLIPS),
+    ]
+)
+UNET_SAMPLER_CASES = _ids(
+    [
+        *_grid((1000, 300), (1,), ("no clip", False)),
+        *_grid((1000, 300), (7,), ("clip", True)),
+        *_grid((1000, 300), (30,), ("clip", False), ("no clip", False)),
+        SamplerCase(300, 300, 1.0, "clip", False),
+        SamplerCase(1000, 1000, 0.3, "no clip", False),
+    ]
+)
+
+
+class AncestralCase(NamedTuple):
+    T: int
+    S: int
+    variance: str
+    clip: str
+
+    @property
+    def id(self) -> str:
+        return f"T {self.T}, S {self.S}, {self.variance}, {self.clip}"
+
+
+ANCESTRAL_CASES: dict[str, AncestralCase] = {
+    case.id: case
+    for case in (
+        AncestralCase(T, S, variance, clip)
+        for T in (1000, 300)
+        for S in (1, 7, T)
+        for variance in ("fixed_small", "fixed_large")
+        for clip in CLIPS
+    )
+}
+
+
+def schedule_of(name: str, T: int) -> NoiseSchedule:
+    return {"linear": linear_schedule, "cosine": cosine_schedule}[name](T)
+
+
+def stand_in(xp: Any, x: Any, t: Any, flipped: Any, other_channel: Any) -> Any:
+    """A network's stand-in: non-linear, depends on t, mixes pixels and channels; xp is jax.numpy or torch.
+
+    It increases in x, as a noise predictor does, and by at most 0.95 (in the largest norm). A steeper one is chaotic:
+    where x0 is clipped, x_s is sqrt(1 - alpha_bar_s) eps(x_t) plus a constant, so 1000 steps through a slope of 1.2
+    part two float64 runs of the same code altogether, and nothing could be learnt from comparing them.
+    """
+    return 0.7 * xp.tanh(x) + 0.15 * xp.sin(flipped + 0.01 * t) + 0.1 * other_channel
+
+
+def jax_denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+    t = t.astype(x.dtype)[:, None, None, None]
+    return stand_in(jnp, x, t, x[:, :, ::-1], jnp.roll(x, 1, axis=3))
+
+
+def torch_denoise(x: Any, t: Any) -> Any:
+    t = t.to(x.dtype)[:, None, None, None]
+    return stand_in(torch, x, t, x.flip(3), x.roll(1, 1))
+
+
+def sampler_inputs(S: int, shape: tuple[int, ...], dtype: Any, seed: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """x_T `shape` and noise `(S, *shape)`, standard normal, the float32 numbers in either dtype."""
+    rng = np.random.default_rng(seed)
+    return tuple(rng.standard_normal(s, np.float32).astype(dtype) for s in (shape, (S, *shape)))  # type: ignore[return-value]
+
+
+@partial(jax.jit, static_argnames=("denoise", "clip", "rederive_eps"))
+def _sample(
+    denoise: Callable[[Any], Callable[..., jax.Array]],
+    model: Any,
+    x_T: jax.Array,
+    table: StepTable,
+    eta: jax.Array,
+    noise: jax.Array,
+    *,
+    clip: str,
+    rederive_eps: bool,
+) -> Trajectory:
+    _, trajectory = sample_loop(
+        denoise(model),
+        x_T,
+        table,
+        eta=eta,
+        noise=noise,
+        clip_range=CLIPS[clip],
+        rederive_eps=rederive_eps,
+        trajectory_every=1,
+    )
+    return trajectory
+
+
+@partial(jax.jit, static_argnames=("variance", "clip"))
+def _ancestral(x_T: jax.Array, table: StepTable, noise: jax.Array, *, variance: str, clip: str) -> Trajectory:
+    _, trajectory = ancestral_loop(
+        jax_denoise, x_T, table, noise=noise, variance=variance, clip_range=CLIPS[clip], trajectory_every=1
+    )
+    return trajectory
+
+
+def _the_stand_in(model: None) -> Callable[..., jax.Array]:
+    return jax_denoise
+
+
+def _the_network(model: UNet) -> Callable[..., jax.Array]:
+    return model
+
+
+class SamplerErrors(NamedTuple):
+    """The largest error of any step over the largest magnitude of the trajectory, and the same step by step.
+
+    stepwise: the largest over the steps of a step's error over that step's own magnitude. Never below the other, and
+    it sees the end of a trajectory that began at 158 times its size (1 / sqrt(alpha_bar_T) at T = 1000, unclipped).
+    """
+
+    overall: float
+    stepwise: float
+
+
+def trajectory_errors(x_t: Any, x0_hat: Any, expected: tuple[list[Any], list[Any]]) -> SamplerErrors:
+    """Of `(S, b, h, w, c)` arrays against the reference sampler's lists of NCHW tensors; the worse of the two."""
+    pairs = [(np.asarray(a), np.stack([to_numpy(x) for x in b])) for a, b in zip((x_t, x0_hat), expected, strict=True)]
+    return SamplerErrors(
+        max(relative_error(a, b) for a, b in pairs),
+        max(relative_error(a[i], b[i]) for a, b in pairs for i in range(len(b))),
+    )
+
+
+def sampler_errors(
+    case: SamplerCase, dtype: Any, unet: tuple[Any, UNet] | None = None, shape: tuple[int, ...] = (2, 3, 5, 3)
+) -> SamplerErrors:
+    """jddim's scan against the reference loop, through the stand-in or a pair (reference, jddim UNet)."""
+    schedule = schedule_of(case.schedule, case.T)
+    timesteps = linspace_timesteps(case.T, case.S)
+    x_T, noise = sampler_inputs(case.S, shape, dtype)
+    expected = torch_ddim.ddim_sample(
+        torch_denoise if unet is None else unet[0],
+        to_torch(x_T),
+        schedule.alphas_cumprod,
+        torch_ddim.linspace_timesteps(case.T, case.S),
+        eta=case.eta,
+        noise=to_torch(noise),
+        clip=CLIPS[case.clip],
+        rederive_eps=case.rederive_eps,
+    )
+    trajectory = _sample(
+        _the_stand_in if unet is None else _the_network,
+        None if unet is None else unet[1],
+        jnp.asarray(x_T),
+        step_table(schedule, timesteps, dtype),
+        jnp.asarray(case.eta, dtype),
+        jnp.asarray(noise),
+        clip=case.clip,
+        rederive_eps=case.rederive_eps,
+    )
+    assert trajectory.x_t.dtype == dtype
+    return trajectory_errors(trajectory.x_t, trajectory.x0_hat, expected)
+
+
+def ancestral_errors(case: AncestralCase, dtype: Any, shape: tuple[int, ...] = (2, 3, 5, 3)) -> SamplerErrors:
+    """jddim's ancestral sampler against the reference's, through the stand-in."""
+    schedule = linear_schedule(case.T)
+    x_T, noise = sampler_inputs(case.S, shape, dtype)
+    timesteps = linspace_timesteps(case.T, case.S)
+    expected = torch_ddim.ddpm_sample(
+        torch_denoise,
+        to_torch(x_T),
+        schedule.alphas_cumprod,
+        timesteps.tolist(),
+        variance=case.variance,
+        noise=to_torch(noise),
+        clip=CLIPS[case.clip],
+    )
+    table = step_table(schedule, timesteps, dtype)
+    trajectory = _ancestral(jnp.asarray(x_T), table, jnp.asarray(noise), variance=case.variance, clip=case.clip)
+    return trajectory_errors(trajectory.x_t, trajectory.x0_hat, expected)
+
+
+@cache
+def sampler_unet_pair(dtype: Any) -> tuple[Any, UNet]:
+    """The network of the sampler tests, its output a third of what redrawing gives.
+
+    The whole network is then a map of slope below 1, like `stand_in` and for the same reason: an untrained network is
+    no contraction, and its 1000 steps would compare two chaotic orbits.
+    """
+    model = reference_unet(SAMPLER_CONFIG, seed=17)
+    for parameter in model.conv_out.parameters():
+        parameter.mul_(1 / 3)
+    return both(SAMPLER_CONFIG, model, dtype)
+
+
+def unet_sampler_errors(case: SamplerCase, dtype: Any) -> SamplerErrors:
+    return sampler_errors(case, dtype, sampler_unet_pair(dtype), (2, *SAMPLER_CONFIG.image_size, 3))
