@@ -57,7 +57,10 @@ def convert(
     src = _source_file(src)
     family, source, plan, config_file = _open(src, config, settings or {}, weights, say)
     expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
-    params = fill(source.tensors, expected, plan.rules, plan.ignored)
+    try:
+        params = fill(source.tensors, expected, plan.rules, plan.ignored)
+    except ConversionError as error:
+        raise ConversionError(f"{src}: {error}") from error
     say(f"  {len(params)} parameters filled, {sum(p.size for p in params.values()):,} numbers")
 
     figure: dict[str, Any] = {"skipped": True}

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from convert.rules import Rules, source_of, target_leaf, targets_of, to_layout, torch_shape
 
-SHOWN = 8
-
 
 class ConversionError(ValueError):
     """A source that cannot be converted, with what was found and what to do about it."""
@@ -30,44 +28,51 @@ def fill(
 
     source: torch names -> arrays in torch's layout. expected: parameter paths -> shapes. rules: `convert.rules`.
     ignored: source names that are not weights -> the reason. Raises ConversionError naming every tensor that is
-    missing, unexpected, of a wrong shape, not floating point or not finite.
+    missing, unexpected, of a wrong shape, not floating point or not finite (the first few of each kind).
     """
     ignored = ignored or {}
     filled: dict[str, NDArray[np.float32]] = {}
     origin: dict[str, str] = {}
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": [], "not usable": [], "rules": []}
     for name, array in source.items():
         if name in ignored:
             continue
         module, _, kind = name.rpartition(".")
         leaves = [leaf for target in targets_of(module, rules) if (leaf := target_leaf(target, kind, expected))]
-        if len(leaves) != 1:
-            problems.append(f"unexpected {name} {array.shape}" if not leaves else f"{name} matches {len(leaves)} rules")
+        if not leaves:
+            problems["unexpected"].append(f"unexpected {name} {array.shape}")
+            continue
+        if len(leaves) > 1:
+            problems["rules"].append(f"{name} matches {len(leaves)} rules")
             continue
         leaf = leaves[0]
         if leaf in origin:
-            problems.append(f"{name} and {origin[leaf]} both fill {leaf}")
+            problems["rules"].append(f"{name} and {origin[leaf]} both fill {leaf}")
             continue
         origin[leaf] = name
-        if not np.issubdtype(array.dtype, np.floating):
-            problems.append(f"{name} holds {array.dtype}, not floating point numbers")
-            continue
         value = to_layout(array, expected[leaf])
         if value.shape != expected[leaf]:
-            problems.append(f"{name} has shape {array.shape}, expected {torch_shape(expected[leaf], array)}")
+            problems["misshapen"].append(
+                f"{name} has shape {array.shape}, expected {torch_shape(expected[leaf], array)}"
+            )
             continue
-        value = np.ascontiguousarray(value, dtype=np.float32)
-        if not np.isfinite(value).all():
-            problems.append(f"{name} holds {np.count_nonzero(~np.isfinite(value))} NaN or infinite values")
+        if not np.issubdtype(array.dtype, np.floating):
+            problems["not usable"].append(f"{name} holds {array.dtype}, not floating point numbers")
+            continue
+        with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is reported as such
+            value = np.ascontiguousarray(value, dtype=np.float32)
+        if bad := np.count_nonzero(~np.isfinite(value)):
+            problems["not usable"].append(f"{name} holds NaN or infinity in {bad} of {value.size} float32 numbers")
             continue
         filled[leaf] = value
-    problems += [f"missing {source_of(leaf, rules)}" for leaf in expected if leaf not in origin]
-    if problems:
-        raise ConversionError(in_one_line(f"{len(problems)} tensors do not fit the model", problems))
+    problems["missing"] += [f"missing {source_of(leaf, rules)}" for leaf in expected if leaf not in origin]
+    if count := sum(map(len, problems.values())):
+        what = "1 tensor does not fit" if count == 1 else f"{count} tensors do not fit"
+        raise ConversionError(f"{what} the model: " + "; ".join(shortened(kind) for kind in problems.values() if kind))
     return filled
 
 
-def in_one_line(summary: str, problems: list[str]) -> str:
-    """`summary: first; second; ... and n more`, the one-line report of related failures."""
-    more = f"; ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return f"{summary}: " + "; ".join(problems[:SHOWN]) + more
+def shortened(items: list[str], shown: int = 6) -> str:
+    """`first; second; ... and n more`: a list as one line of an error message."""
+    more = f"; ... and {len(items) - shown} more" if len(items) > shown else ""
+    return "; ".join(items[:shown]) + more

@@ -37,19 +37,29 @@ _OTHERS = {
 
 
 def _what_it_is(raw: Any) -> str:
-    if isinstance(raw, dict):
-        if "param_groups" in raw and "state" in raw:
-            return "is an optimizer's state, not a model; the model's weights are in another file of the same run"
-        if "ema" in raw and "model" in raw and "opt" in raw:
-            return f"is a lucidrains Trainer's file (step {raw.get('step')}); this family is not supported yet"
-        if "pytorch-lightning_version" in raw:
-            return "is a PyTorch Lightning checkpoint; save the network's own state_dict() to convert it"
-        if "state_dict" in raw:
-            return "wraps its weights in 'state_dict'; save that entry alone to convert it"
-        names = [str(name) for name in raw]
-        for mark, what in _OTHERS.items():
-            if any(mark in name for name in names):
-                return what
-        shown = ", ".join(names[:4]) if names else "nothing"
-        return f"is no checkpoint that jddim knows: it holds {shown}{', ...' if len(names) > 4 else ''}"
-    return f"is no checkpoint that jddim knows: it holds a {type(raw).__name__}, not named tensors"
+    if not isinstance(raw, dict):
+        return f"is no checkpoint that jddim knows: it holds a value of type {type(raw).__name__}, not named tensors"
+    if "param_groups" in raw and "state" in raw:
+        return "is an optimizer's state, not a model; the model's weights are in another file of the same run"
+    if "ema" in raw and "model" in raw and "opt" in raw:
+        return f"is a lucidrains Trainer's file (step {raw.get('step')}); this family is not supported yet"
+    if what := _other(raw):
+        return what
+    for key, inner in raw.items():
+        if isinstance(inner, dict) and (what := _other(inner)):
+            return f"{what} (under {key!r})"
+    for key, inner in raw.items():
+        if any(family.recognise(inner) for family in FAMILIES.values()):
+            return (
+                f"wraps its weights in {key!r}; save that entry alone to convert it: "
+                f"torch.save(torch.load(FILE, weights_only=True)[{key!r}], NEW_FILE)"
+            )
+    if "pytorch-lightning_version" in raw:
+        return "is a PyTorch Lightning checkpoint; save the network's own state_dict() to convert it"
+    names = [str(name) for name in raw]
+    shown = ", ".join(names[:4]) if names else "nothing"
+    return f"is no checkpoint that jddim knows: it holds {shown}{', ...' if len(names) > 4 else ''}"
+
+
+def _other(names: Any) -> str | None:
+    return next((what for mark, what in _OTHERS.items() if any(mark in str(name) for name in names)), None)

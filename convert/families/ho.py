@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from convert.engine import ConversionError, in_one_line
+from convert.engine import ConversionError, shortened
 from convert.families.base import Family, Plan, Source
 from convert.rules import Rules
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions, size_problems
@@ -59,17 +59,22 @@ def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
 
 
 def _tensors(state: Mapping[Any, Any], file_name: str) -> dict[str, np.ndarray]:
-    odd = [f"{name} is a {type(value).__name__}" for name, value in state.items() if not isinstance(value, np.ndarray)]
+    odd = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, np.ndarray)]
     if odd:
-        raise ConversionError(in_one_line(f"{file_name} holds entries that are not tensors", odd))
+        raise ConversionError(f"{file_name} holds entries that are not tensors: {shortened(odd)}")
+    counts = Counter(str(name).removeprefix("module.") for name in state)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ConversionError(f"{file_name} holds, with and without the prefix 'module.', {shortened(twice)}")
     return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
 # -- what the tensors tell --------------------------------------------------------------------------------------------
 
 
-def infer(tensors: Tensors) -> dict[str, Any]:
+def infer(tensors: Tensors, told: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every architectural fact that shapes and names hold, under ermongroup's config names.
+
+    told: what the config says, which decides only where the tensors are of two minds about in_channels or out_ch.
 
     Facts are taken from several tensors each, by majority, so that one missing, misshapen or stray tensor is
     reported as such and not as a different network. None stands for a fact that no tensor tells.
@@ -106,23 +111,32 @@ def infer(tensors: Tensors) -> dict[str, Any]:
         "ch": ch,
         "ch_mult": tuple(width // ch for width in widths),  # type: ignore[operator]
         "num_res_blocks": blocks.most_common(1)[0][0],
-        "in_channels": votes(r"conv_in\.weight", 1),
-        "out_ch": votes(r"conv_out\.(weight|bias)", 0),
-        # What the two ends have in common, for when one of them is missing or misshapen.
-        "ends": Counter(
-            value.shape[axis]
-            for name, axis in (("conv_out.weight", 0), ("conv_out.bias", 0), ("conv_in.weight", 1))
-            if name in tensors and (value := tensors[name]).ndim > axis
-        ).most_common(),
+        **_ends(tensors, told or {}),
         "attn_levels": tuple(
-            sorted(
-                set(parts(r"down\.(\d+)\.attn\.(\d+)\.", 10)) | set(parts(r"up\.(\d+)\.attn\.(\d+)\.", 10))
-            )
+            sorted(set(parts(r"down\.(\d+)\.attn\.(\d+)\.", 10)) | set(parts(r"up\.(\d+)\.attn\.(\d+)\.", 10)))
         ),
         # A down- and an upsampling between two levels, a weight and a bias each. One level has none, so none can tell.
         "resamp_with_conv": None if len(levels) == 1 else resamplings >= 2 * (len(levels) - 1),
         "conv_shortcut": shortcuts["conv_shortcut"] > shortcuts["nin_shortcut"],
     }
+
+
+def _ends(tensors: Tensors, told: Mapping[str, Any]) -> dict[str, int | None]:
+    """in_channels and out_ch: what the config says, if a tensor agrees; else the majority of both ends' tensors.
+
+    Both ends vote together because DDIM needs them equal; a network whose ends differ has to be told so.
+    """
+    sizes: dict[str, list[int]] = {"in_channels": [], "out_ch": []}
+    for name, axis, key in (
+        ("conv_out.weight", 0, "out_ch"),
+        ("conv_out.bias", 0, "out_ch"),
+        ("conv_in.weight", 1, "in_channels"),
+    ):
+        if name in tensors and tensors[name].ndim > axis:
+            sizes[key].append(tensors[name].shape[axis])
+    every = Counter(sizes["out_ch"] + sizes["in_channels"])
+    common = every.most_common(1)[0][0] if every else None
+    return {key: told[key] if told.get(key) in of_key else common for key, of_key in sizes.items()}
 
 
 # -- what only the config or the user can tell ------------------------------------------------------------------------
@@ -232,7 +246,7 @@ def _literal(text: str) -> Any:
 def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:
     """The model, schedule and sampler of these tensors, with what config and --set add, and what is assumed."""
     told = read_settings(config, given)
-    inferred = infer(tensors)
+    inferred = infer(tensors, told)
     assumed: list[str] = []
     problems: list[str] = []
 
@@ -251,6 +265,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "the tensors do not tell the image size; give the source's config.yml by --config, or --set image_size=32"
         )
     levels = len(inferred["ch_mult"])
+    if inferred["resamp_with_conv"] is None:
+        inferred["resamp_with_conv"] = told.get("resamp_with_conv", True)  # of no effect: there is one level
     for key in ("ch", "ch_mult", "num_res_blocks", "in_channels", "out_ch", "resamp_with_conv"):
         if inferred[key] is None:
             inferred[key] = told.get(key)
@@ -305,7 +321,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     )
     logvar = tensors.get("logvar")
     if logvar is not None and logvar.shape != (T,):
-        raise ConversionError(f"num_diffusion_timesteps is {T}, but the tensor logvar has {logvar.shape[0]} entries")
+        raise ConversionError(f"num_diffusion_timesteps is {T}, but the tensor logvar has shape {logvar.shape}")
     var_type = settle("var_type", "fixedlarge", "ermongroup; DDIM does not use it")
     if var_type not in ("fixedsmall", "fixedlarge"):
         raise ConversionError(f"var_type must be fixedsmall or fixedlarge, got {var_type!r}")
