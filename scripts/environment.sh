@@ -266,26 +266,26 @@ _jddim_look() {
 }
 
 _jddim_set_up() {
-  local extra=$1 venv=$JDDIM_ROOT/.venv extras=$1 complete='' first=' (a minute or two the first time)' rc=0
+  local extra=$1 venv=$JDDIM_ROOT/.venv extras=$1 complete='' rc=0
   _jddim_look "$extra" || return # again: another run may have done the work while this one waited for it
   case $_jddim_found in
     ready) return 0 ;;
     install\ *)
       extras=${_jddim_found#install }
       complete=yes
-      first=''
       jddim_find_python >/dev/null 2>&1 || JDDIM_BASE=$venv/bin/python
       : >"$venv/install.log"
       ;;
     *)
       jddim_find_python || return
       if [ "$_jddim_found" != absent ]; then
-        _jddim_say "the .venv here cannot be used (${_jddim_found#broken }): making it anew"
+        _jddim_say "the .venv here cannot be used (${_jddim_found#broken }) and is replaced"
       fi
       if ! rm -rf -- "$venv" 2>/dev/null; then
         _jddim_fail "cannot remove $venv"
         return 1
       fi
+      _jddim_say 'making .venv: a minute or two, this time only'
       jddim_make_venv "$venv" || return
       ;;
   esac
@@ -293,7 +293,7 @@ _jddim_set_up() {
     _jddim_fail "cannot write $venv"
     return 1
   fi
-  jddim_install "$venv" "jddim[$extras] into .venv$first" \
+  jddim_install "$venv" "jddim[$extras] into .venv" \
     -e ".[$extras]" -c scripts/constraints.txt || rc=$?
   if [ "$rc" -eq 0 ]; then
     "$venv/bin/python" -I "$JDDIM_ROOT/scripts/environment_state.py" write "$JDDIM_ROOT" "$extras" || return

@@ -248,12 +248,14 @@ def test_python_is_set_and_clean(ready: Checkout, tmp_path: Path) -> None:
 
 def test_second_run_installs_nothing(ready: Checkout) -> None:
     before = (ready.venv / "install.log").stat().st_mtime_ns
-    start = time.perf_counter()
-    result = ready.run("jddim_environment convert", PATH=ready.tools)
-    seconds = time.perf_counter() - start
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = ready.run("jddim_environment convert")
+        seconds.append(time.perf_counter() - start)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert (ready.venv / "install.log").stat().st_mtime_ns == before
-    assert seconds < 2  # 0.15 s on an idle machine; a run of pip alone takes 1 s
+    assert min(seconds) < 1  # 0.12 s on an idle machine; the best of three, since others may be at work
 
 
 def test_extras_accumulate(ready: Checkout) -> None:
@@ -276,7 +278,7 @@ def test_changes_are_noticed(ready: Checkout) -> None:
     result = ready.run("jddim_environment convert")
     assert (result.returncode, result.stderr) == (0, "")
     assert "installing jddim[" in result.stdout
-    assert "anew" not in result.stdout
+    assert "replaced" not in result.stdout
     assert ready.run(look).stdout == "ready\n"
 
 
@@ -362,7 +364,7 @@ def test_killed_install_is_started_over_and_waited_for(ready: Checkout, tmp_path
         os.killpg(first.pid, 9)
     rest = second.communicate(timeout=60)[0]
     assert second.returncode == 0
-    assert "the .venv here cannot be used (its set-up did not finish): making it anew" in rest
+    assert "the .venv here cannot be used (its set-up did not finish) and is replaced" in rest
     assert not (ready.venv / "left over").exists()
     assert ready.run("jddim_environment convert").stdout == ""
 
