@@ -211,8 +211,7 @@ class _ConfigLoader(yaml.SafeLoader):
 
 
 def _namespace(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
-    assert isinstance(node, yaml.MappingNode)
-    return loader.construct_mapping(node, deep=True)
+    return loader.construct_mapping(node, deep=True)  # type: ignore[arg-type]  # raises for another kind of node
 
 
 _ConfigLoader.add_constructor("tag:yaml.org,2002:python/object:argparse.Namespace", _namespace)
@@ -223,6 +222,11 @@ def _read_config(path: Path | None) -> dict[str, Any] | None:
         return None
     try:
         contents = yaml.load(path.read_text(), Loader=_ConfigLoader)
+    except yaml.constructor.ConstructorError as error:
+        raise ConversionError(
+            f"{path} holds more than plain values, and jddim never runs code from a config: "
+            f"{error.problem} ({str(error.problem_mark).strip()})"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConversionError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(contents, dict):

@@ -8,6 +8,7 @@ that loads is the folder that was written.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -118,6 +119,7 @@ def save_checkpoint(
     ocp = _orbax()
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     retired = staging.with_suffix(".old")
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -134,9 +136,13 @@ def save_checkpoint(
     except BaseException:
         if retired.exists() and not target.exists():
             retired.rename(target)
+        for leftover in staging.parent.glob(f"{staging.name}*"):  # Orbax writes under a longer name at first
+            shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in made:
+                parent.rmdir()
         raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
     return metadata
 
@@ -144,7 +150,10 @@ def save_checkpoint(
 def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Raise CheckpointError if a checkpoint may not be written to `path`; call it before the long work."""
     target = Path(path).absolute()
-    if target.exists() or target.is_symlink():
+    exists = False
+    with contextlib.suppress(OSError):  # a name the file system does not take: trying it, below, says why
+        exists = target.exists() or target.is_symlink()
+    if exists:
         if not overwrite:
             raise CheckpointError(f"{path} exists; choose another name, or pass --overwrite (overwrite=True)")
         if not (target / "metadata").is_dir():
@@ -152,8 +161,17 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
                 f"{path} exists and is not a jddim checkpoint, so it is not overwritten; remove it first"
             )
     parent = next(p for p in target.parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if not parent.is_dir():
         raise CheckpointError(f"cannot write {path}: {parent} is not a writable folder")
+    # Only trying tells: permissions do not bind root, and file systems refuse for reasons of their own.
+    probe = parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot write {path}: {(error.strerror if isinstance(error, OSError) else None) or error} in {parent}"
+        ) from error
 
 
 def load_metadata(path: str | os.PathLike[str]) -> Metadata:

@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,15 @@ def check_output(path: str | os.PathLike[str], channels: int, *, overwrite: bool
     if suffix and target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(f"cannot write {path}: permission denied")
     parent = next(p for p in target.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"cannot write {path}: {parent} is not a writable folder")
+    if not parent.is_dir():
+        raise NotADirectoryError(f"cannot write {path}: {parent} is not a writable folder")
+    # Only trying tells: permissions do not bind root, and file systems refuse for reasons of their own.
+    probe = parent / _staging(target).name
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error} in {parent}") from error
 
 
 def save_images(
@@ -137,17 +144,25 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 @contextmanager
 def atomic(target: Path) -> Iterator[Path]:
     """A path beside `target` (same suffix) to write to; renamed to `target` on success, removed on any failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
+    made = [parent for parent in target.absolute().parents if not parent.exists()]
+    staging = _staging(target)
     remove: Callable[[Path], None] = lambda p: shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)  # noqa: E731
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield staging
         if staging.is_dir() and target.is_dir():
             target.rmdir()  # only ever an empty folder; see check_output
         staging.replace(target)
     except BaseException:
         remove(staging)
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
         raise
+
+
+def _staging(target: Path) -> Path:
+    return target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
 
 
 def _save_png(path: Path, picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:

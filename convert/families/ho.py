@@ -18,8 +18,10 @@ import yaml
 from convert.engine import ConversionError, shortened
 from convert.families.base import Family, Plan, Source
 from convert.rules import Rules
-from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions, size_problems
+from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions
+from jddim.ddim import largest_eta, step_table
 from jddim.schedule import make_schedule, schedule_config_from_betas
+from jddim.timesteps import make_timesteps
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -168,7 +170,9 @@ SETTINGS = {
 def _image_size(value: Any) -> tuple[int, int]:
     if isinstance(value, str) and (found := re.fullmatch(r"(\d+)x(\d+)", value)):
         return int(found.group(1)), int(found.group(2))
-    return _integer(value), _integer(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("an integer or HEIGHTxWIDTH")
+    return value, value
 
 
 def _integer(value: Any) -> int:
@@ -179,9 +183,18 @@ def _integer(value: Any) -> int:
 
 def _number(value: Any) -> float:
     # YAML 1.1 reads 1e-4 as text; ermongroup's files write 0.0001
-    number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else float("nan")
+    try:
+        number = float("nan" if isinstance(value, bool) else value)
+    except (TypeError, ValueError):
+        number = float("nan")
     if not np.isfinite(number):
         raise ValueError("a number")
+    return number
+
+
+def _positive(value: Any) -> float:
+    if (number := _number(value)) <= 0:
+        raise ValueError("a number above 0")
     return number
 
 
@@ -194,7 +207,10 @@ def _boolean(value: Any) -> bool:
 def _integers(value: Any) -> tuple[int, ...]:
     if isinstance(value, str):  # --set ch_mult=1,2,2
         value = [yaml.safe_load(part) for part in value.split(",")]
-    return tuple(_integer(item) for item in (value if isinstance(value, list) else [value]))
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, bool) or not isinstance(item, int) for item in items):
+        raise ValueError("integers (KEY=1,2,2)")
+    return tuple(items)
 
 
 def _text(value: Any) -> str:
@@ -205,7 +221,8 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "image_size": _image_size,
     **dict.fromkeys(("ch", "num_res_blocks", "in_channels", "out_ch", "norm_groups"), _integer),
     **dict.fromkeys(("num_diffusion_timesteps", "num_steps"), _integer),
-    **dict.fromkeys(("norm_eps", "beta_start", "beta_end", "eta"), _number),
+    **dict.fromkeys(("beta_start", "beta_end", "eta"), _number),
+    "norm_eps": _positive,
     **dict.fromkeys(("resamp_with_conv", "rescaled", "clip"), _boolean),
     **dict.fromkeys(("attn_resolutions", "ch_mult"), _integers),
     **dict.fromkeys(("beta_schedule", "var_type", "spacing"), _text),
@@ -309,8 +326,9 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     try:
         model = UNetConfig(**model_fields)
     except ValueError as error:
-        raise ConversionError(f"the tensors and settings make no valid UNet: {error}") from error
-    assert not size_problems(model, model.image_size)
+        groups = "norm_groups" in str(error) and "norm_groups" not in told
+        hint = "; or --set norm_groups=N, if the network was trained with N groups instead of 32" if groups else ""
+        raise ConversionError(f"the tensors and settings make no valid UNet: {error}{hint}") from error
 
     T = settle("num_diffusion_timesteps", 1000, "Ho et al.")
     schedule = _schedule(
@@ -333,6 +351,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         clip=told.get("clip", False),
         variance="fixed_small" if var_type == "fixedsmall" else "fixed_large",
     )
+    _check_sampler(sampler, schedule)
     ignored = {"logvar": "the 'bayesian' model type's learned per-timestep variance; DDIM does not use it"}
     return Plan(
         model, schedule, sampler, rules(model), {k: v for k, v in ignored.items() if k in tensors}, tuple(assumed)
@@ -354,6 +373,20 @@ def _schedule(name: str, T: int, beta_start: float, beta_end: float) -> Schedule
     except ValueError as error:
         raise ConversionError(f"the noise schedule cannot be built: {error}") from error
     return config
+
+
+def _check_sampler(sampler: SamplerConfig, schedule: ScheduleConfig) -> None:
+    """Raise ConversionError if sampling with these defaults would fail."""
+    try:
+        table = step_table(
+            make_schedule(schedule),
+            make_timesteps(sampler.spacing, schedule.num_train_timesteps, sampler.num_steps),
+        )
+    except ValueError as error:
+        raise ConversionError(f"the sampler's defaults do not work: {error}") from error
+    limit = largest_eta(table)
+    if not 0 <= sampler.eta <= limit:
+        raise ConversionError(f"eta must lie in 0..{limit:.4g} for this table of steps, got {sampler.eta:g}")
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
