@@ -23,7 +23,7 @@ from convert.engine import ConversionError
 
 
 def read(path: str | os.PathLike[str]) -> Any:
-    """The contents of a `.safetensors` or PyTorch file, tensors as NumPy arrays (bfloat16 and float8 widened to float32).
+    """The contents of a `.safetensors` or PyTorch file, tensors as NumPy arrays (bfloat16, float8 as float32).
 
     Raises ConversionError, saying what the file is, if it is not a whole checkpoint or its pickle would run code.
     """
@@ -83,7 +83,7 @@ def _check_zip(path: Path) -> None:
                 )
             if not any(name.endswith("/data.pkl") for name in names):
                 raise ConversionError(
-                    f"{path} is a zip archive, but not a PyTorch checkpoint (it holds {', '.join(names[:3]) or 'nothing'})"
+                    f"{path} is a zip archive, but not a PyTorch checkpoint (holds {', '.join(names[:3]) or 'nothing'})"
                 )
             # torch.load does not compare the checksums, and a damaged weight is still a number. A checksum of 0 is
             # that of a file written under torch.serialization.set_crc32_options(False): none.

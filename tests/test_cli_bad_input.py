@@ -1,0 +1,204 @@
+"""Bad input: one line on stderr, a non-zero exit status, nothing written, and no code run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jddim.cli import main
+
+torch = pytest.importorskip("torch", reason="most bad input is a bad PyTorch file")
+
+from conftest import MNIST_SOURCE  # noqa: E402
+
+CKPT = MNIST_SOURCE / "ckpt.pth"
+
+
+@pytest.fixture
+def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must fail; its one line on stderr. Nothing in tmp_path may have changed."""
+
+    def run(*command: object, status: int = 1) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        try:
+            code = main([str(word) for word in command])
+        except SystemExit as stop:
+            code = stop.code
+        error = capsys.readouterr().err
+        assert code == status, error
+        assert error.count("\n") == 1, error
+        assert error.startswith("jddim")
+        assert "Traceback" not in error
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+
+    return run
+
+
+class Runs:
+    """A pickle that runs a command when loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def ema() -> dict[str, torch.Tensor]:
+    return torch.load(CKPT, weights_only=True)[4]
+
+
+@pytest.mark.parametrize("size", [0, 10, 4_000_000, -100])
+def test_a_truncated_file(tmp_path: Path, fails: Callable[..., str], size: int) -> None:
+    source = tmp_path / "ckpt.pth"
+    source.write_bytes(CKPT.read_bytes()[:size])
+    message = fails("convert", source, tmp_path / "dst")
+    assert "empty" in message if size == 0 else ("truncated" in message or "not a PyTorch" in message)
+
+
+def test_files_that_are_something_else(tmp_path: Path, fails: Callable[..., str]) -> None:
+    source = tmp_path / "file.pth"
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.writestr("holiday.jpg", b"x")
+    assert "zip archive, but not a PyTorch checkpoint" in fails("convert", source, tmp_path / "dst")
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(2))]).state_dict()
+    for content, what in (
+        (optimizer, "optimizer"),
+        ({"down_blocks.0.resnets.0.norm1.weight": torch.zeros(2)}, "diffusers"),
+        ({"input_blocks.0.0.weight": torch.zeros(2)}, "OpenAI"),
+        ({"step": 3, "model": {}, "opt": {}, "ema": {}}, "lucidrains"),
+        ({"weight": torch.zeros(2)}, "no checkpoint that jddim knows"),
+    ):
+        torch.save(content, source)
+        assert what in fails("convert", source, tmp_path / "dst")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, fails: Callable[..., str], zipped: bool) -> None:
+    source, mark = tmp_path / "evil.pth", tmp_path / "it-ran"
+    torch.save({"temb.dense.0.weight": Runs(mark)}, source, _use_new_zipfile_serialization=zipped)
+    message = fails("convert", source, tmp_path / "dst")
+    assert "never runs code" in message
+    assert "system" in message
+    assert not mark.exists()
+
+
+def test_four_kinds_of_misfit_in_one_report(tmp_path: Path, fails: Callable[..., str]) -> None:
+    state = ema()
+    del state["down.1.block.0.conv1.bias"]
+    state["down.0.block.0.extra.weight"] = torch.zeros(3)
+    state["mid.attn_1.q.bias"] = torch.zeros(5)
+    state["norm_out.weight"][3] = float("nan")
+    source = tmp_path / "state.pth"
+    torch.save(state, source)
+    message = fails("convert", source, tmp_path / "dst", "--set", "image_size=28")
+    assert "4 tensors do not fit" in message
+    for name in (
+        "missing down.1.block.0.conv1.bias",
+        "unexpected down.0.block.0.extra.weight",
+        "mid.attn_1.q.bias has shape (5,), expected (64,)",
+        "norm_out.weight holds NaN",
+    ):
+        assert name in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "ch=64"], "ch is 64 in --set, but 32 in the tensors"),
+        (["--set", "imagesize=28"], "did you mean 'image_size'"),
+        (["--set", "image_size=30", "--set", "attn_resolutions=7"], "multiples of 4"),
+        (["--set", "attn_resolutions=14"], "attention at [7]"),
+        (["--set", "beta_end=x"], "beta_end must be a number"),
+        (["--set", "novalue"], "KEY=VALUE"),
+        (["--config", "/nowhere/config.yml"], "no such config file"),
+    ],
+)
+def test_settings_that_contradict(tmp_path: Path, fails: Callable[..., str], options: list[str], message: str) -> None:
+    assert message in fails("convert", CKPT, tmp_path / "dst", *options)
+
+
+def test_no_image_size(tmp_path: Path, fails: Callable[..., str]) -> None:
+    torch.save(ema(), tmp_path / "ema_state.ckpt")
+    assert "--set image_size=" in fails("convert", tmp_path / "ema_state.ckpt", tmp_path / "dst")
+
+
+def test_destinations(tmp_path: Path, fails: Callable[..., str], mnist_checkpoint: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").touch()
+    (tmp_path / "file").touch()
+    assert "--overwrite" in fails("convert", CKPT, tmp_path / "thesis")
+    assert "not a jddim checkpoint" in fails("convert", CKPT, tmp_path / "thesis", "--overwrite")
+    assert "not a writable folder" in fails("convert", CKPT, tmp_path / "file" / "dst")
+    assert "not a writable folder" in fails("sample", mnist_checkpoint, tmp_path / "file" / "a.png")
+    assert "unknown format '.jpg'" in fails("sample", mnist_checkpoint, tmp_path / "a.jpg")
+    assert "not empty" in fails("sample", mnist_checkpoint, tmp_path / "thesis")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "1..1000"),
+        (["--steps", "1001"], "1..1000"),
+        (["--steps", "-3"], "got -3"),
+        (["--eta", "-0.5"], "got -0.5"),
+        (["--eta", "nan"], "got nan"),
+        (["--num", "0"], "num must be at least 1"),
+        (["--spacing", "cubic"], "unknown spacing"),
+    ],
+)
+def test_sampling_options(
+    tmp_path: Path, fails: Callable[..., str], mnist_checkpoint: Path, options: list[str], message: str
+) -> None:
+    assert message in fails("sample", mnist_checkpoint, tmp_path / "a.npy", *options)
+
+
+def test_noise_files(tmp_path: Path, fails: Callable[..., str], mnist_checkpoint: Path) -> None:
+    path, out = tmp_path / "x.npy", tmp_path / "a.npy"
+    good = np.zeros((2, 28, 28, 1), np.float32)
+    for array, message in (
+        (good[..., 0], "must have shape"),
+        (good[:, :27, :27], "27x27 does not divide"),
+        (good.astype(np.float64), "must be float32, got float64"),
+        (good + np.float32("nan"), "NaN"),
+    ):
+        np.save(path, array)
+        assert message in fails("sample", mnist_checkpoint, out, "--x-T", path)
+    path.write_text("no array")
+    assert "not an .npy file" in fails("sample", mnist_checkpoint, out, "--x-T", path)
+    np.save(path, np.zeros((3, 2, 28, 28, 1), np.float32))
+    message = fails("sample", mnist_checkpoint, out, "--num", 2, "--steps", 10, "--noise", path)
+    assert "one row for each of 10 steps" in message
+
+
+def test_damaged_checkpoint_folders(tmp_path: Path, fails: Callable[..., str], mnist_checkpoint: Path) -> None:
+    assert "no checkpoint at" in fails("sample", tmp_path / "absent", tmp_path / "a.npy")
+    assert "jddim convert" in fails("sample", CKPT, tmp_path / "a.npy")
+    for number, path in enumerate(sorted(p for p in (mnist_checkpoint / "params").rglob("*") if p.is_file())):
+        if path.stat().st_size < 1000:
+            continue  # markers and manifests; the data files hold the weights
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(mnist_checkpoint, copy)
+        damaged = copy / path.relative_to(mnist_checkpoint)
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 2] ^= 1
+        damaged.write_bytes(content)
+        assert "convert the checkpoint again" in fails("sample", copy, tmp_path / "a.npy")
+    for change, message in (({"format_version": 2}, "upgrade jddim"), ({"provenance": {}}, "edited")):
+        copy = tmp_path / message.split()[0]
+        shutil.copytree(mnist_checkpoint, copy)
+        (metadata,) = (p for p in (copy / "metadata").iterdir() if "success" not in p.name)
+        metadata.write_text(json.dumps(json.loads(metadata.read_text()) | change))
+        assert message in fails("sample", copy, tmp_path / "a.npy")
+
+
+def test_unknown_words_exit_with_two(tmp_path: Path, fails: Callable[..., str]) -> None:
+    assert "--help" in fails("sample", "a", "b.png", "--stepz", "3", status=2)
