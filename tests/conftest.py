@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,8 @@ def mnist_images() -> Path:
     if not (path / "t10k-images-idx3-ubyte.gz").is_file():
         pytest.skip(f"the real MNIST is not at {path.parent.parent.name}/data/mnist beside the checkout")
     return path
+
+
+if find_spec("torch") is None:
+    print("tests of the PyTorch side are left out: torch is not installed (pip install 'jddim[convert]')")
+    collect_ignore_glob = ["convert/reference/*", "scripts/test_train_mnist.py"]

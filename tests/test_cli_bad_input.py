@@ -194,7 +194,7 @@ def test_damaged_checkpoint_folders(tmp_path: Path, fails: Callable[..., str], m
         try:
             load_params(copy, metadata)  # what loads has the digest of what was written
         except CheckpointError as error:
-            assert "convert the checkpoint again" in str(error)
+            assert "convert the checkpoint again" in str(error)  # noqa: PT017
             refused += 1
     assert refused >= 1
     for change, message in (({"format_version": 2}, "upgrade jddim"), ({"provenance": {}}, "edited")):
