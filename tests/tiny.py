@@ -1,0 +1,101 @@
+"""Small checkpoints of the Ho et al. family, every layer redrawn, for tests that read, convert and sample them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
+
+# Two levels: one down- and one upsampling, a change of width, attention below. 44,969 parameters.
+SMALL: dict[str, Any] = {
+    "ch": 8,
+    "ch_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attn_levels": (1,),
+    "in_channels": 1,
+    "out_ch": 1,
+    "norm_groups": 4,
+}
+SIZE = (6, 10)  # height and width differ from each other and from every width, so no axis can stand in for another
+SETTINGS = {"norm_groups": "4", "image_size": "6x10"}
+"""What `convert` must be told of a bare state dict of SMALL."""
+SETTING_OPTIONS = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
+
+
+def state_dict(seed: int = 1, **changes: Any) -> dict[str, Any]:
+    """A PyTorch state dict with this family's names. changes: over SMALL, arguments of `ReferenceUNet`."""
+    from convert.reference.unet import ReferenceUNet, redraw_
+
+    model = ReferenceUNet(**(SMALL | changes))
+    redraw_(model, seed)
+    return dict(model.state_dict())
+
+
+def small_config(**changes: Any) -> UNetConfig:
+    """SMALL as jddim's config."""
+    fields: dict[str, Any] = {
+        "image_size": SIZE,
+        "in_channels": 1,
+        "out_channels": 1,
+        "channels": 8,
+        "channel_mults": (1, 2),
+        "num_res_blocks": 1,
+        "attention_levels": (1,),
+        "norm_groups": 4,
+    }
+    return UNetConfig(**(fields | changes))
+
+
+def arrays(config: UNetConfig | None = None, seed: int = 1) -> dict[str, np.ndarray]:
+    """A state dict as NumPy arrays, as `convert.readers.read` gives it, made without torch.
+
+    test_families_ho.py compares its names and shapes with the PyTorch reference's.
+    """
+    from convert.families.ho import rules
+    from convert.rules import source_of
+    from jddim.checkpoint import abstract_model, flat_params
+
+    config = config or small_config()
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for leaf, abstract in flat_params(abstract_model(config)).items():
+        name, shape = source_of(leaf, rules(config)), abstract.shape
+        if len(shape) == 4:
+            shape = (shape[3], shape[2], shape[0], shape[1])
+        elif len(shape) == 2:
+            shape = (shape[1], shape[0]) + ((1, 1) if ".attn" in name or "nin_shortcut" in name else ())
+        tensors[name] = rng.standard_normal(shape, dtype=np.float32)
+    return tensors
+
+
+def write_checkpoint(
+    path: Path,
+    *,
+    edit: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
+    seed: int = 0,
+    **fields: Any,
+) -> Path:
+    """A jddim checkpoint with random parameters, made without torch.
+
+    edit: (dotted name, array) -> what to store instead. fields: of `small_config`.
+    """
+    from jddim.checkpoint import Metadata, abstract_model, flat_params, save_checkpoint
+
+    config = small_config(**fields)
+    rng = np.random.default_rng(seed)
+    params = {
+        name: edit(name, (name.endswith("scale") + 0.2 * rng.standard_normal(leaf.shape)).astype(np.float32))
+        for name, leaf in flat_params(abstract_model(config)).items()
+    }
+    sampler = SamplerConfig(spacing="uniform", num_steps=5, clip=False)
+    save_checkpoint(path, params, Metadata(config, ScheduleConfig(), sampler, {"family": "ho", "source": {}}))
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder, hidden files too: path -> contents, None for a folder. To compare before and after."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
