@@ -123,7 +123,7 @@ def _read_torch(path: Path) -> Any:
                 f"{path} refused: its pickle calls {name} when loaded, and jddim never runs code from a checkpoint; "
                 "if you trust it, load it where it was made and save only tensors: torch.save(model.state_dict(), FILE)"
             ) from error
-        if "Unsupported operand" in str(error):
+        if "Unsupported operand" in str(error) and _pickle_protocol(path) > 2:
             raise ConversionError(
                 f"{path} is a pickle, but not one that torch.save wrote (its default protocol is 2); load it where it "
                 "was made and save it with torch.save(model.state_dict(), FILE)"
@@ -154,6 +154,12 @@ def _refused_global(path: Path, message: str) -> str | None:
             if isinstance(argument, str):
                 strings.append(argument)
     return None
+
+
+def _pickle_protocol(path: Path) -> int:
+    with open(path, "rb") as file:
+        head = file.read(2)
+    return head[1] if len(head) == 2 and head[0] == 0x80 else 0
 
 
 def _reason(error: Exception) -> str:

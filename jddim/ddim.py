@@ -73,7 +73,7 @@ def predict_eps(x_t: Array, x0: Array, alpha_bar_t: ArrayLike) -> Array:
 def ddim_sigma(alpha_bar_t: ArrayLike, alpha_bar_prev: ArrayLike, eta: ArrayLike) -> Array:
     """The standard deviation of the noise a step adds, Eq. 16. eta 0: none; eta 1: the DDPM posterior's."""
     a_t, a_prev = jnp.asarray(alpha_bar_t), jnp.asarray(alpha_bar_prev)
-    return jnp.asarray(eta) * jnp.sqrt((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev))
+    return jnp.asarray(eta) * jnp.sqrt((1 - a_prev) * _forgotten(a_t, a_prev))
 
 
 def ddim_step(
@@ -96,9 +96,11 @@ def ddim_step(
     0.5
     """
     del x_t  # Eq. 12 is written in x_t through x0 and eps alone; the argument keeps every solver's signature alike
-    a_prev = per_sample(alpha_bar_prev, x0)
-    sigma = per_sample(ddim_sigma(alpha_bar_t, alpha_bar_prev, eta), x0)
-    return jnp.sqrt(a_prev) * x0 + _sqrt(1 - a_prev - sigma**2) * eps + sigma * noise
+    a_t, a_prev, eta = (per_sample(value, x0) for value in (alpha_bar_t, alpha_bar_prev, eta))
+    sigma = ddim_sigma(a_t, a_prev, eta)
+    # 1 - alpha_bar_prev - sigma^2, factored: in float32 the plain difference rounds below 0 where alpha_bar_t is tiny.
+    direction = _sqrt((1 - a_prev) * (1 - eta**2 * _forgotten(a_t, a_prev)))
+    return jnp.sqrt(a_prev) * x0 + direction * eps + sigma * noise
 
 
 def ddpm_step(
@@ -143,6 +145,14 @@ def per_sample(value: ArrayLike, x: Array) -> Array:
     """`value`, a scalar or `(b,)`, shaped to broadcast against x `(b, ...)`."""
     value = jnp.asarray(value)
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim == 1 else value
+
+
+def _forgotten(a_t: ArrayLike, a_prev: ArrayLike) -> Array:
+    """sigma^2 / (1 - alpha_bar_prev) at eta = 1: how much of the noise at alpha_bar_prev is drawn anew.
+
+    In (0, 1], in floating point too: alpha_bar_t / alpha_bar_prev never rounds below alpha_bar_t.
+    """
+    return (1 - jnp.asarray(a_t) / a_prev) / (1 - a_t)
 
 
 def _sqrt(u: Array) -> Array:

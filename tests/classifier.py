@@ -1,0 +1,89 @@
+"""The judge of tests/test_digits.py: a small convolutional MNIST classifier, pure functions on a dict of arrays.
+
+scripts/train_classifier.py trains it and writes its file, so this module must not need anything but JAX and NumPy.
+"""
+
+import gzip
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+FILE = Path(__file__).parent / "assets" / "mnist_classifier.npz"
+CONFIDENT = 0.9
+"""A digit counts as named from this probability on."""
+
+Params = dict[str, Array]
+# 105,866 parameters. A kernel's last axis is its outputs.
+SHAPES = {
+    "conv1": (3, 3, 1, 16),
+    "conv2": (3, 3, 16, 32),
+    "dense1": (7 * 7 * 32, 64),
+    "dense2": (64, 10),
+}
+FIGURES = ("test_accuracy", "test_confident")
+
+
+def init(key: Array) -> Params:
+    """He-normal kernels, zero biases."""
+    params = {}
+    for (name, shape), k in zip(SHAPES.items(), jax.random.split(key, len(SHAPES)), strict=True):
+        fan_in = np.prod(shape[:-1])
+        params[f"{name}/kernel"] = jnp.sqrt(2 / fan_in) * jax.random.normal(k, shape)
+        params[f"{name}/bias"] = jnp.zeros(shape[-1])
+    return params
+
+
+def logits(params: Params, images: Array) -> Array:
+    """`(n, 28, 28, 1)` in [-1, 1] -> `(n, 10)`."""
+    x = images
+    for name in ("conv1", "conv2"):
+        x = lax.conv_general_dilated(
+            x, params[f"{name}/kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.nn.relu(x + params[f"{name}/bias"])
+        x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    x = x.reshape(len(x), -1)
+    x = jax.nn.relu(x @ params["dense1/kernel"] + params["dense1/bias"])
+    return x @ params["dense2/kernel"] + params["dense2/bias"]
+
+
+@jax.jit
+def predict(params: Params, images: Array) -> Array:
+    """Probabilities `(n, 10)` of images `(n, 28, 28, 1)` in [-1, 1]."""
+    return jax.nn.softmax(logits(params, images))
+
+
+def confident(probabilities: Array) -> float:
+    """The share of images whose likeliest digit has at least `CONFIDENT`."""
+    return float((np.asarray(probabilities).max(axis=1) >= CONFIDENT).mean())
+
+
+def load(path: Path = FILE) -> Params:
+    """The shipped parameters, kept as float16 and used as float32."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: jnp.asarray(arrays[name], jnp.float32) for name in arrays if name not in FIGURES}
+
+
+def figures(path: Path = FILE) -> dict[str, float]:
+    """What scripts/train_classifier.py measured of the file it wrote, on the 10,000 test images."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: float(arrays[name]) for name in FIGURES}
+
+
+def read_idx(folder: Path, name: str) -> np.ndarray:
+    """An IDX file of bytes, FOLDER/NAME or FOLDER/NAME.gz: MNIST's images `(n, 28, 28)` or labels `(n,)`, uint8."""
+    path = folder / name
+    raw = path.read_bytes() if path.exists() else gzip.decompress((folder / f"{name}.gz").read_bytes())
+    if raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is no IDX file of bytes (those start with 000008 in hexadecimal)")
+    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+
+
+def read_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images `(n, 28, 28, 1)` float32 in [-1, 1] and labels `(n,)` of part "train" or "t10k"."""
+    images = read_idx(folder, f"{part}-images-idx3-ubyte")
+    return images[..., None] / np.float32(127.5) - 1, read_idx(folder, f"{part}-labels-idx1-ubyte")

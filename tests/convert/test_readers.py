@@ -1,0 +1,281 @@
+"""Reading files: whole or not at all, and never running anything in them."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="reading PyTorch files needs torch: pip install 'jddim[convert]'")
+
+from tiny import state_dict  # noqa: E402
+
+from convert.engine import ConversionError  # noqa: E402
+from convert.readers import read, sha256  # noqa: E402
+
+
+def write_zip(content: Any, path: Path) -> None:
+    torch.save(content, path)
+
+
+def write_legacy(content: Any, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def write_safetensors(content: Any, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(content, path)
+
+
+FORMATS: dict[str, Callable[[Any, Path], None]] = {
+    "file.pth": write_zip,
+    "legacy.pth": write_legacy,
+    "file.safetensors": write_safetensors,
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_arrays(tmp_path: Path, name: str) -> None:
+    expected = state_dict()
+    FORMATS[name](expected, tmp_path / name)
+    actual = read(tmp_path / name)
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(actual[key], value.numpy())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    value = torch.randn(3, 5, dtype=torch.float64).to(dtype)
+    FORMATS[name]({"a": value}, tmp_path / name)
+    actual = read(tmp_path / name)["a"]
+    assert actual.dtype == (np.float32 if dtype == torch.bfloat16 else value.numpy().dtype)
+    np.testing.assert_array_equal(actual.astype(np.float64), value.double().numpy())  # widening is exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_widened(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.save({"a": torch.tensor([1.5, -0.25]).to(dtype)}, tmp_path / "a.pth")
+    np.testing.assert_array_equal(read(tmp_path / "a.pth")["a"], np.array([1.5, -0.25], np.float32))
+
+
+def test_containers_and_plain_values_are_kept(tmp_path: Path) -> None:
+    content = [OrderedDict(a=torch.nn.Parameter(torch.ones(2))), {"lr": 0.1, "on": True}, 7, (None, "text")]
+    torch.save(content, tmp_path / "a.pth")
+    state, optimizer, step, last = read(tmp_path / "a.pth")
+    np.testing.assert_array_equal(state["a"], np.ones(2))
+    assert (optimizer, step, last) == ({"lr": 0.1, "on": True}, 7, [None, "text"])
+
+
+def test_a_view_is_read_as_what_it_shows(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    torch.save({"transposed": base.T, "strided": base[:, ::2]}, tmp_path / "a.pth")
+    actual = read(tmp_path / "a.pth")
+    np.testing.assert_array_equal(actual["transposed"], base.T.numpy())
+    np.testing.assert_array_equal(actual["strided"], base[:, ::2].numpy())
+
+
+@pytest.mark.parametrize("kind", ["to_sparse", "meta"])
+def test_tensors_without_plain_numbers(tmp_path: Path, kind: str) -> None:
+    value = torch.ones(3).to_sparse() if kind == "to_sparse" else torch.ones(3, device="meta")
+    torch.save({"a": value}, tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match="not a plain array of numbers"):
+        read(tmp_path / "a.pth")
+
+
+# -- files that are broken --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("keep", [0, 1, 2, 10, 100, 0.5, 0.9, -100, -1])
+def test_truncated_files(tmp_path: Path, name: str, keep: float) -> None:
+    FORMATS[name](state_dict(), tmp_path / "whole")
+    content = (tmp_path / "whole").read_bytes()
+    (tmp_path / name).write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(ConversionError) as caught:
+        read(tmp_path / name)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / name))
+    assert "\n" not in message
+    # Nothing of PyTorch's advice to switch weights_only off, which is how files run code.
+    assert "weights_only" not in message
+    if keep == 0:
+        assert "is empty (0 bytes)" in message
+    elif keep != 1:
+        assert "truncated" in message or "not a whole" in message
+
+
+def test_a_flipped_byte_in_the_weights(tmp_path: Path) -> None:
+    torch.save(state_dict(), tmp_path / "a.pth")
+    content = bytearray((tmp_path / "a.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(ConversionError, match="is damaged: Bad CRC-32"):
+        read(tmp_path / "a.pth")
+
+
+def test_a_file_written_without_checksums_is_read(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(5.0)}, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    np.testing.assert_array_equal(read(tmp_path / "a.pth")["a"], np.arange(5.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.pth", b"\x00" * 64, "is not a PyTorch checkpoint"),
+        ("a.pth", b"\x80\x02garbage", "is damaged or truncated"),
+        ("a.pth", b"\x80\x02" + bytes(range(256)), "is damaged or truncated"),
+        ("a.pth", b"<!DOCTYPE html><html>log in", "is a web page"),
+        ("a.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer"),
+        ("a.pth", b"\x89PNG\r\n\x1a\n" + b"\x00" * 64, "is not a PyTorch checkpoint: it begins with"),
+        ("a.safetensors", b"\x80\x02garbage", "is not a whole .safetensors file"),
+        ("a.safetensors", b"\xff" * 100, "is not a whole .safetensors file"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConversionError) as caught:
+        read(tmp_path / name)
+    assert what in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("members", "what"),
+    [
+        (
+            {"notes.txt": b"x", "more.txt": b"y"},
+            "is a zip archive, but not a PyTorch checkpoint (holds notes.txt, more.t",
+        ),
+        ({}, "is a zip archive, but not a PyTorch checkpoint (holds nothing)"),
+        ({"archive/data.pkl": b"not a pickle"}, "is damaged or truncated"),
+        ({"archive/data.pkl": b"\x80\x02}.", "archive/version": b"3\n"}, None),
+        ({"m/data.pkl": b"", "m/constants.pkl": b"", "m/code/m.py": b"import os"}, "is a TorchScript program"),
+    ],
+)
+def test_zips(tmp_path: Path, members: dict[str, bytes], what: str | None) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    if what is None:
+        assert read(tmp_path / "a.pth") == {}  # an empty dict saved: a whole file, for the families to refuse
+        return
+    with pytest.raises(ConversionError) as caught:
+        read(tmp_path / "a.pth")
+    assert what in str(caught.value)
+    assert "report an enhancement" not in str(caught.value)
+
+
+def test_an_npz_is_named_by_its_contents(tmp_path: Path) -> None:
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros(3))
+    with pytest.raises(ConversionError, match=r"zip archive, but not .* \(holds arr_0\.npy\)"):
+        read(tmp_path / "samples.npz")
+
+
+def test_no_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="no such file"):
+        read(tmp_path / "absent.pth")
+    with pytest.raises(ConversionError, match="is a folder; name the checkpoint file in it"):
+        read(tmp_path)
+
+
+# -- files that run code ----------------------------------------------------------------------------------------------
+
+
+class Calls:
+    """Unpickles as a call of `function`."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any):
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+def hostile(mark: Path) -> dict[str, Calls]:
+    """Objects that create the file `mark` when they are unpickled."""
+    code = f"__import__('pathlib').Path({str(mark)!r}).touch()"
+    return {
+        "posix.system": Calls(os.system, f"touch {mark}"),
+        "eval": Calls(builtins.eval, code),
+        "exec": Calls(builtins.exec, code),
+    }
+
+
+def write_pickle(protocol: int) -> Callable[[Any, Path], None]:
+    return lambda content, path: path.write_bytes(pickle.dumps(content, protocol)) and None
+
+
+WRITERS = {"zip": write_zip, "legacy": write_legacy} | {f"pickle {n}": write_pickle(n) for n in (2, 3, 4, 5)}
+
+
+@pytest.mark.filterwarnings("error")  # PyTorch warns of pickle protocols, which would be more lines on stderr
+@pytest.mark.parametrize("how", WRITERS)
+@pytest.mark.parametrize("what", ["posix.system", "eval", "exec"])
+def test_a_pickle_that_runs_code_is_refused_and_never_run(tmp_path: Path, how: str, what: str) -> None:
+    mark, path = tmp_path / "it-ran", tmp_path / "a.pth"
+    WRITERS[how](OrderedDict({"temb.dense.0.weight": hostile(mark)[what]}), path)
+    with pytest.raises(ConversionError) as caught:
+        read(path)
+    assert not mark.exists()
+    message = str(caught.value)
+    assert "refused: its pickle calls" in message
+    assert what.rpartition(".")[2] in message
+    assert "never runs code" in message
+    assert "torch.save(model.state_dict(), FILE)" in message
+    # The same file does run code when it is read without care: the test would otherwise prove nothing.
+    if how.startswith("pickle"):
+        pickle.loads(path.read_bytes())
+        assert mark.exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_old_text_pickles_are_not_checkpoints(tmp_path: Path, protocol: int) -> None:
+    mark = tmp_path / "it-ran"
+    (tmp_path / "a.pth").write_bytes(pickle.dumps({"a": hostile(mark)["posix.system"]}, protocol))
+    with pytest.raises(ConversionError, match="is not a PyTorch checkpoint"):
+        read(tmp_path / "a.pth")
+    assert not mark.exists()
+
+
+def test_a_whole_module_is_refused_with_its_class(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 3), tmp_path / "a.pth")
+    with pytest.raises(ConversionError, match=r"refused: its pickle calls torch\.nn\.modules\.linear\.Linear"):
+        read(tmp_path / "a.pth")
+
+
+def test_a_torchscript_archive(tmp_path: Path) -> None:
+    # As torch.jit.save lays it out; torch.jit itself is deprecated.
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py", "version"):
+            archive.writestr(f"a/{name}", b"x")
+    with pytest.raises(ConversionError, match=r"is a TorchScript program, not a checkpoint; save its state_dict\(\)"):
+        read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_harmless_pickle_of_another_protocol(tmp_path: Path, protocol: int) -> None:
+    (tmp_path / "a.pth").write_bytes(pickle.dumps({"a": [1, 2.0]}, protocol))
+    with pytest.raises(ConversionError, match=r"is a pickle, but not one that torch\.save wrote"):
+        read(tmp_path / "a.pth")
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
