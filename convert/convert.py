@@ -172,12 +172,7 @@ def _open(
         plan = family.plan(source.tensors, contents, settings)
     except ConversionError as error:
         raise ConversionError(f"{src}: {error}") from error
-    model = plan.model
-    say(
-        f"  model: {model.image_size[0]}x{model.image_size[1]}x{model.in_channels}, ch {model.channels}, "
-        f"mult {','.join(map(str, model.channel_mults))}, {model.num_res_blocks} blocks a level, "
-        f"attention at levels {','.join(map(str, model.attention_levels)) or 'none'}"
-    )
+    say(f"  model: {plan.model.summary}")
     for fact in plan.assumed:
         say(f"  assumed: {fact}")
     for name, reason in plan.ignored.items():

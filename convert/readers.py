@@ -101,7 +101,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise ConversionError(f"{path} is not a whole .safetensors file: {error}") from error
     except TypeError:  # NumPy has no bfloat16; torch widens it
@@ -109,6 +109,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         from safetensors.torch import load_file
 
         return _to_numpy(load_file(path))
+    # Once jax is imported, NumPy does have bfloat16 and float8, as dtypes of kind V.
+    return {name: value.astype(np.float32) if value.dtype.kind == "V" else value for name, value in tensors.items()}
 
 
 def _read_torch(path: Path) -> Any:

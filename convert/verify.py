@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.families import Family
-from jddim.config import UNetConfig
-from jddim.models.unet import UNet
+from jddim.config import ModelConfig
+from jddim.models import Network
 
 TOLERANCE = 1e-4
 """Largest error over largest output. float32 rounding through 60 convolutions leaves 1e-6 to 1e-5; a wrong epsilon,
@@ -56,7 +56,7 @@ class Verification:
 
 
 def verify(
-    model: UNet, tensors: Mapping[str, np.ndarray], family: Family, config: UNetConfig, num_t: int, seed: int = 0
+    model: Network, tensors: Mapping[str, np.ndarray], family: Family, config: ModelConfig, num_t: int, seed: int = 0
 ) -> Verification:
     """Run the Flax model and the family's PyTorch reference, loaded from the source's own tensors, on random inputs.
 

@@ -26,8 +26,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, from_json, to_json
-from jddim.models.unet import UNet
+from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, did_you_mean, from_json, to_json
+from jddim.models import MODELS, Network, build, wiring_of
 
 FORMAT_VERSION = 1
 
@@ -46,7 +46,7 @@ class Metadata:
     assumed, the verification figure. params_sha256 covers every parameter's name, shape and bytes.
     """
 
-    model: UNetConfig
+    model: ModelConfig
     schedule: ScheduleConfig
     sampler: SamplerConfig
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -62,7 +62,7 @@ class Metadata:
         return {
             "format": "jddim",
             "format_version": FORMAT_VERSION,
-            "model": {"type": "unet", **to_json(self.model)},
+            "model": {"type": wiring_of(self.model), **to_json(self.model)},
             "schedule": to_json(self.schedule),
             "sampler": to_json(self.sampler),
             "provenance": self.provenance,
@@ -75,12 +75,12 @@ def flat_params(model: nnx.Module) -> dict[str, Any]:
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
-def abstract_model(config: UNetConfig, dtype: DTypeLike = np.float32) -> UNet:
+def abstract_model(config: ModelConfig, dtype: DTypeLike = np.float32) -> Any:
     """The model with shapes in place of parameters; nothing is allocated."""
-    return nnx.eval_shape(lambda: UNet(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def build_model(config: UNetConfig, params: Params | Mapping[str, Array], dtype: DTypeLike = np.float32) -> UNet:
+def build_model(config: ModelConfig, params: Params | Mapping[str, Array], dtype: DTypeLike = np.float32) -> Network:
     """The model with these parameters. dtype: the compute dtype; parameters keep their own.
 
     Raises ValueError naming every parameter that is missing, not the model's, or of another shape (flax's own
@@ -209,10 +209,10 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
         )
     try:
         model = dict(data["model"])
-        if model.pop("type") != "unet":
-            raise ValueError(f"unknown model type {data['model']['type']!r}")
+        if (wiring := model.pop("type")) not in MODELS:
+            raise ValueError(f"unknown model type {wiring!r}{did_you_mean(str(wiring), MODELS)}")
         metadata = Metadata(
-            model=from_json(UNetConfig, model),
+            model=from_json(MODELS[wiring][0], model),
             schedule=from_json(ScheduleConfig, data["schedule"]),
             sampler=from_json(SamplerConfig, data["sampler"]),
             provenance=data["provenance"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -16,6 +16,7 @@ class ScheduleConfig:
 
     name: a key of `jddim.schedule.SCHEDULES`, or "betas" for the explicit list in `betas`.
     beta_start, beta_end: for the schedules that take them; None means the schedule's own default.
+    zero_terminal_snr: the betas are rescaled so that alpha_bar ends at 0 (arXiv:2305.08891, Algorithm 1).
     """
 
     name: str = "linear"
@@ -23,74 +24,201 @@ class ScheduleConfig:
     beta_start: float | None = None
     beta_end: float | None = None
     betas: tuple[float, ...] | None = None
+    zero_terminal_snr: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
     """A source's sampling conventions (the defaults of `DDIM.sample`; every one can be overridden).
 
-    spacing: a key of `jddim.timesteps.SPACINGS`.
-    clip: clamp x0 to `clip_range`. rederive_eps: recompute eps from the clipped x0 for the direction term.
-    variance: "fixed_small" or "fixed_large", the ancestral sampler's variance.
+    spacing: a key of `jddim.timesteps.SPACINGS`, or OpenAI's "ddimN" or "10,15,20", which say their own S.
+    steps_offset: added to every t of the spacing "leading". set_alpha_to_one: False: the last step of diffusers'
+        spacings ends at alpha_bar_0, not at 1.
+    clip: clamp x0 to `clip_range`. threshold_ratio: instead, dynamic thresholding (Imagen, arXiv:2205.11487): x0 is
+        clamped to that quantile of its magnitude, between 1 and threshold_max, and divided by it.
+    rederive_eps: recompute eps from the clipped x0 for the direction term.
+    prediction_type: what the network predicts: "epsilon", "sample" (x0) or "v_prediction".
+    timestep_scale: the network is given t times this (OpenAI's rescale_timesteps: 1000 / T).
+    self_condition: the network also takes the last step's x0 (lucidrains).
+    variance: "fixed_small", "fixed_large" or "learned_range", the ancestral sampler's variance. With "learned_range"
+        the network has twice the channels, of which the second half interpolates the log-variance (Nichol, Eq. 15);
+        DDIM drops it.
     """
 
     spacing: str = "linspace"
     num_steps: int = 50
     eta: float = 0.0
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
     clip: bool = True
     clip_range: tuple[float, float] = (-1.0, 1.0)
+    threshold_ratio: float | None = None
+    threshold_max: float = 1.0
     rederive_eps: bool = False
     prediction_type: str = "epsilon"
+    timestep_scale: float = 1.0
+    self_condition: bool = False
     variance: str = "fixed_small"
+
+
+class ModelConfig(Protocol):
+    """What sampling needs to know of a network, whatever its wiring. One frozen dataclass for each (`jddim.models`)."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the checkpoint was trained at."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the network's input."""
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of its output."""
+
+    @property
+    def size_factor(self) -> int:
+        """Height and width must be multiples of it."""
+
+    @property
+    def summary(self) -> str:
+        """The network in one line, for people."""
+
+    @property
+    def class_embedding(self) -> str | None:
+        """None if the network takes no labels."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Integer labels lie in 0..num_classes-1; None if there are none, or they are not integers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """The UNet of Ho et al. (arXiv:2006.11239, appendix B) and what varies between its descendants.
 
+    The defaults are Ho et al.'s. One wiring, three sources: ermongroup and pesser, diffusers' UNet2DModel, OpenAI.
+
     image_size: (height, width) in pixels that the checkpoint was trained at.
-    channels: width of the first level; channel_mults: one multiplier per level, full resolution first.
-    attention_levels: levels (0 is full resolution) whose residual blocks are each followed by attention.
-    resample_with_conv: True: strided 3x3 convolution down (padded below and to the right only), nearest +
-        3x3 convolution up; False: 2x2 average pool down, nearest up.
+    channels: width of the embedding of t. channel_mults: each level's width as a multiple of it, full resolution
+        first (`widths`; may be fractional). stem_channels: width after conv_in, None: `channels`.
+    attention_levels: levels (0 is full resolution) whose residual blocks are each followed by attention, in the
+        encoder; up_attention_levels: in the decoder, None: the same. mid_attention: in the middle.
+    num_heads, or head_channels (their width; over num_heads): of every attention. num_heads_up: the decoder's, None:
+        num_heads. mid_norm_groups: groups of the middle attention's norm, None: norm_groups, 0: no norm.
+    downsample, upsample: how the step between levels i and i + 1 is taken, one entry for each, or one for all:
+        "conv" (strided 3x3; nearest + 3x3), "pool" (2x2 average pool; nearest alone), "resnet" (a residual block
+        that resamples after its first norm). symmetric_padding: the strided 3x3 pads 1 on each side, not 0 and 1.
     conv_shortcut: a 3x3 instead of a 1x1 convolution where a residual block changes its width.
-    norm_epsilon: 1e-6 in this family (torch's own default is 1e-5).
+    scale_shift: time enters a block as norm2(h) (1 + scale) + shift, not added before norm2.
+    activation: "silu", "gelu" (exact), "mish" or "relu", in the blocks; the time MLP and the output have silu always.
+    middle: False: nothing between encoder and decoder. mid_scale: the middle's blocks and attention divide their sum
+        with the residual by it.
+    norm_epsilon: 1e-6 in Ho et al.'s (torch's own default is 1e-5).
+    time_embedding: "sinusoidal"; "fourier" (log t through fixed random frequencies; the output is divided by t) or
+        "learned" (a row for each of num_timesteps). time_channels: width of the time MLP, None: 4 `channels`.
+    cosine_first, frequency_shift: of the sinusoid, whose frequencies are
+        10000^(-i / (channels // 2 - frequency_shift)). divide_last: in their exponents the division comes last, as in
+        diffusers and OpenAI; it changes the last float32 digit only, which t = 1000 magnifies to 1e-4.
+    class_embedding: None, "learned" (num_classes rows), "timestep" (a number, embedded as t is) or "identity" (a
+        vector of the time MLP's width), added to the time MLP's output.
+    center_input: the network first maps x to 2 x - 1.
     """
 
     image_size: tuple[int, int]
     in_channels: int = 3
     out_channels: int = 3
     channels: int = 128
-    channel_mults: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mults: tuple[float, ...] = (1, 2, 2, 2)
+    stem_channels: int | None = None
     num_res_blocks: int = 2
     attention_levels: tuple[int, ...] = (1,)
-    resample_with_conv: bool = True
+    up_attention_levels: tuple[int, ...] | None = None
+    middle: bool = True
+    mid_attention: bool = True
+    mid_norm_groups: int | None = None
+    num_heads: int = 1
+    num_heads_up: int | None = None
+    head_channels: int | None = None
+    downsample: tuple[str, ...] = ("conv",)
+    upsample: tuple[str, ...] = ("conv",)
+    symmetric_padding: bool = False
     conv_shortcut: bool = False
+    scale_shift: bool = False
+    activation: str = "silu"
+    mid_scale: float = 1.0
     norm_groups: int = 32
     norm_epsilon: float = 1e-6
+    time_embedding: str = "sinusoidal"
+    time_channels: int | None = None
+    cosine_first: bool = False
+    frequency_shift: float = 1.0
+    divide_last: bool = False
+    num_timesteps: int | None = None
+    class_embedding: str | None = None
+    num_classes: int | None = None
+    center_input: bool = False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, full resolution first."""
+        return tuple(round(self.channels * mult) for mult in self.channel_mults)
+
+    @property
+    def stem(self) -> int:
+        """Channels after conv_in."""
+        return self.channels if self.stem_channels is None else self.stem_channels
+
+    @property
+    def size_factor(self) -> int:
+        """Height and width must be multiples of it: each level but the last halves them."""
+        return 2 ** (len(self.channel_mults) - 1)
+
+    @property
+    def summary(self) -> str:
+        """The network in one line, for people."""
+        return (
+            f"{self.image_size[0]}x{self.image_size[1]}x{self.in_channels}, ch {self.channels}, "
+            f"mult {','.join(f'{mult:g}' for mult in self.channel_mults)}, {self.num_res_blocks} blocks a level, "
+            f"attention at levels {','.join(map(str, self.attention_levels)) or 'none'}"
+        )
+
+    @property
+    def time_width(self) -> int:
+        """Channels of the time MLP's output."""
+        return 4 * self.channels if self.time_channels is None else self.time_channels
+
+    def resampling(self, level: int) -> tuple[str, str]:
+        """How levels `level` and `level` + 1 are joined: (down, up)."""
+        down, up = (kinds[level] if len(kinds) > 1 else kinds[0] for kinds in (self.downsample, self.upsample))
+        return down, up
+
+    def has_attention(self, level: int, *, up: bool) -> bool:
+        """Whether the encoder's or the decoder's blocks at `level` are followed by attention."""
+        return level in (
+            self.up_attention_levels if up and self.up_attention_levels is not None else self.attention_levels
+        )
+
+    def heads(self, width: int, *, up: bool = False) -> int:
+        """How many heads an attention of `width` channels has."""
+        if self.head_channels is not None:
+            return width // self.head_channels
+        return self.num_heads_up if up and self.num_heads_up is not None else self.num_heads
 
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong, and what would be right."""
-        problems: list[str] = []
-        for name in ("in_channels", "out_channels", "num_res_blocks", "norm_groups"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)} must be at least 1")
+        problems = [
+            f"{name}={getattr(self, name)} must be at least 1"
+            for name in ("in_channels", "out_channels", "num_res_blocks", "norm_groups", "num_heads")
+            if getattr(self, name) < 1
+        ]
         if self.channels < 4:
             problems.append(f"channels={self.channels} must be at least 4 (the time embedding needs two of each)")
-        if not self.channel_mults or min(self.channel_mults) < 1:
-            problems.append(f"channel_mults={self.channel_mults} must hold one positive integer per level")
-        levels = len(self.channel_mults)
-        outside = [level for level in self.attention_levels if not 0 <= level < levels]
-        if outside:
-            problems.append(f"attention_levels={self.attention_levels} must lie in 0..{levels - 1}")
-        if len(set(self.attention_levels)) != len(self.attention_levels):
-            problems.append(f"attention_levels={self.attention_levels} repeats a level")
-        if not problems and any(self.channels * m % self.norm_groups for m in (1, *self.channel_mults)):
-            problems.append(
-                f"every level's width must be a multiple of norm_groups={self.norm_groups}: channels={self.channels} "
-                f"with channel_mults={self.channel_mults} gives {[self.channels * m for m in (1, *self.channel_mults)]}"
-                f"; take channels from {self.norm_groups}, {2 * self.norm_groups}, {3 * self.norm_groups}, ..."
-            )
+        if not self.channel_mults or min(self.channel_mults) <= 0 or min(self.widths) < 1:
+            problems.append(f"channel_mults={self.channel_mults} must hold one positive number per level")
+        problems += self._level_problems() + self._choice_problems()
+        if not problems:
+            problems += self._width_problems()
         if len(self.image_size) != 2 or min(self.image_size) < 1:
             problems.append(f"image_size={self.image_size} must be (height, width), both at least 1")
         elif self.channel_mults:
@@ -98,17 +226,84 @@ class UNetConfig:
         if problems:
             raise ValueError("UNetConfig: " + "; ".join(problems))
 
+    def _level_problems(self) -> list[str]:
+        problems = []
+        levels = len(self.channel_mults)
+        for name in ("attention_levels", "up_attention_levels"):
+            given = getattr(self, name) or ()
+            if any(not 0 <= level < levels for level in given):
+                problems.append(f"{name}={given} must lie in 0..{levels - 1}")
+            if len(set(given)) != len(given):
+                problems.append(f"{name}={given} repeats a level")
+        for name in ("downsample", "upsample"):
+            kinds = getattr(self, name)
+            if len(kinds) not in (1, levels - 1):
+                problems.append(f"{name}={kinds} must have one entry, or one for each of {levels - 1} steps")
+            problems += [
+                f"{name} {kind!r} is unknown{did_you_mean(kind, RESAMPLINGS)}"
+                for kind in kinds
+                if kind not in RESAMPLINGS
+            ]
+        return problems
 
-def size_problems(config: UNetConfig, image_size: tuple[int, int]) -> list[str]:
-    """What is wrong with (height, width) for this UNet: [] or one sentence that says which sizes divide."""
-    factor = 2 ** (len(config.channel_mults) - 1)
+    def _choice_problems(self) -> list[str]:
+        problems = [
+            f"{name} {value!r} is unknown{did_you_mean(str(value), allowed)}"
+            for name, value, allowed in (
+                ("activation", self.activation, ACTIVATIONS),
+                ("time_embedding", self.time_embedding, TIME_EMBEDDINGS),
+                ("class_embedding", self.class_embedding or CLASS_EMBEDDINGS[0], CLASS_EMBEDDINGS),
+            )
+            if value not in allowed
+        ]
+        if (self.class_embedding == "learned") != (self.num_classes is not None):
+            problems.append(f"num_classes={self.num_classes} goes with class_embedding='learned', and only with it")
+        if (self.time_embedding == "learned") != (self.num_timesteps is not None):
+            problems.append(f"num_timesteps={self.num_timesteps} goes with time_embedding='learned', and only with it")
+        if self.mid_scale == 0:
+            problems.append("mid_scale must not be 0")
+        return problems
+
+    def _width_problems(self) -> list[str]:
+        problems = []
+        widths = (self.stem, *self.widths)
+        if any(width % self.norm_groups for width in widths):
+            groups = self.norm_groups
+            problems.append(
+                f"every level's width must be a multiple of norm_groups={groups}: channels={self.channels} "
+                f"with channel_mults={self.channel_mults} gives {list(widths)}"
+                f"; take channels from {groups}, {2 * groups}, {3 * groups}, ..."
+            )
+        attended = [
+            (width, up) for i, width in enumerate(self.widths) for up in (False, True) if self.has_attention(i, up=up)
+        ]
+        attended += [(self.widths[-1], False)] * (self.middle and self.mid_attention)
+        for width, up in dict.fromkeys(attended):
+            heads = self.heads(width, up=up)
+            if heads < 1 or width % heads or (self.head_channels and width % self.head_channels):
+                problems.append(
+                    f"attention over {width} channels cannot be split into heads"
+                    + (f" of head_channels={self.head_channels}" if self.head_channels else f": num_heads={heads}")
+                )
+        return problems
+
+
+RESAMPLINGS = ("conv", "pool", "resnet")
+ACTIVATIONS = ("silu", "gelu", "mish", "relu")
+TIME_EMBEDDINGS = ("sinusoidal", "fourier", "learned")
+CLASS_EMBEDDINGS = ("learned", "timestep", "identity")
+
+
+def size_problems(config: ModelConfig, image_size: tuple[int, int]) -> list[str]:
+    """What is wrong with (height, width) for this network: [] or one sentence that says which sizes divide."""
+    factor = config.size_factor
     if all(side >= factor and side % factor == 0 for side in image_size):
         return []
     lower = [max(side // factor, 1) * factor for side in image_size]
     upper = [-(-side // factor) * factor for side in image_size]
     return [
-        f"image size {image_size[0]}x{image_size[1]} does not divide: {len(config.channel_mults)} levels halve it "
-        f"{len(config.channel_mults) - 1} times, so height and width must be multiples of {factor} "
+        f"image size {image_size[0]}x{image_size[1]} does not divide: the network halves it {factor.bit_length() - 1} "
+        f"times, so height and width must be multiples of {factor} "
         f"(nearest: {lower[0]}x{lower[1]} or {upper[0]}x{upper[1]})"
     ]
 

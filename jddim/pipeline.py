@@ -17,8 +17,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jddim.checkpoint import Metadata, build_model, load_metadata, load_params
 from jddim.config import SamplerConfig, size_problems
 from jddim.ddim import StepTable, largest_eta, step_table
+from jddim.models import Network
 from jddim.models.layers import at_least_float32
-from jddim.models.unet import UNet
 from jddim.progress import Progress
 from jddim.sampling import State, Trajectory, ddim_steps, init_state, initial_noise, sample_keys, segments
 from jddim.schedule import NoiseSchedule, make_schedule
@@ -44,7 +44,7 @@ class DDIM:
     the defaults of `sample`. metadata: the checkpoint's own, None for a model built in memory.
     """
 
-    model: UNet
+    model: Network
     schedule: NoiseSchedule
     sampler: SamplerConfig
     metadata: Metadata | None = None
@@ -225,7 +225,7 @@ class DDIM:
 
 @partial(jax.jit, static_argnames=("rederive_eps", "trajectory_every"))
 def _steps(
-    model: UNet,
+    model: Network,
     state: State,
     table: StepTable,
     eta: Array,

@@ -275,7 +275,7 @@ def build_diffusers(case: Case, device: str, *, channels_last: bool) -> Sampler:
 
     diffusers.utils.logging.set_verbosity_error()
     c = case.config
-    if c.conv_shortcut or not c.resample_with_conv:
+    if c.conv_shortcut or c.downsample != ("conv",):
         raise UnavailableError("diffusers has no such UNet (3x3 shortcuts, or resampling without convolutions)")
     attention = [level in c.attention_levels for level in range(len(c.channel_mults))]
     unet: Any = diffusers.UNet2DModel(

@@ -8,6 +8,7 @@ Example:
   .venv/bin/python scripts/train_classifier.py DATA
 
 DATA holds train-images-idx3-ubyte, train-labels-idx1-ubyte and the t10k- pair, gzipped or plain.
+
 """
 
 from __future__ import annotations

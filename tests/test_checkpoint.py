@@ -25,9 +25,14 @@ from jddim.pipeline import load
 
 pytestmark = pytest.mark.quick
 
-CONFIG = UNetConfig((6, 10), 2, 2, 6, (1, 2), 1, (1,), norm_groups=3)
+CONFIG = UNetConfig(
+    (6, 10), 2, 2, channels=6, channel_mults=(1, 2), num_res_blocks=1, attention_levels=(1,), norm_groups=3
+)
 METADATA = Metadata(
-    CONFIG, ScheduleConfig("betas", 3, betas=(0.1, 1 / 3, 0.7)), SamplerConfig("quad", 3, 0.3), {"weights": "ema"}
+    CONFIG,
+    ScheduleConfig("betas", 3, betas=(0.1, 1 / 3, 0.7)),
+    SamplerConfig("quad", num_steps=3, eta=0.3),
+    {"weights": "ema"},
 )
 
 

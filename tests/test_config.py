@@ -15,9 +15,21 @@ pytestmark = pytest.mark.quick
     "config",
     [
         UNetConfig((32, 32)),
-        UNetConfig((12, 20), 1, 2, 15, (1, 3), 3, (), False, True, 5, 1e-5),
+        UNetConfig(
+            (12, 20),
+            1,
+            2,
+            channels=15,
+            channel_mults=(1, 3.2),
+            attention_levels=(),
+            downsample=("pool",),
+            norm_groups=1,
+        ),
+        UNetConfig(
+            (16, 24), channels=4, norm_groups=2, class_embedding="learned", num_classes=7, up_attention_levels=(0,)
+        ),
         ScheduleConfig("betas", 3, betas=(0.1, 1 / 3, 0.7)),
-        SamplerConfig("quad", 7, 0.3, False, (-2.0, 3.0), True, "epsilon", "fixed_large"),
+        SamplerConfig("quad", 7, 0.3, clip=False, clip_range=(-2.0, 3.0), rederive_eps=True, variance="fixed_large"),
     ],
 )
 def test_round_trip(config) -> None:
@@ -40,7 +52,7 @@ def test_unknown_and_missing_keys_raise_together() -> None:
         ({"attention_levels": (4,)}, r"0\.\.3"),
         ({"attention_levels": (1, 1)}, "repeats"),
         ({"channels": 3, "norm_groups": 1}, "at least 4"),
-        ({"channel_mults": ()}, "one positive integer per level"),
+        ({"channel_mults": ()}, "one positive number per level"),
         ({"num_res_blocks": 0, "in_channels": 0}, "in_channels=0 must be at least 1; num_res_blocks=0"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert.rules import Rules
-from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Plan:
     assumed: sentences, each a fact that neither the tensors nor the user gave.
     """
 
-    model: UNetConfig
+    model: ModelConfig
     schedule: ScheduleConfig
     sampler: SamplerConfig
     rules: Rules
@@ -52,6 +52,6 @@ class Family:
     recognise: Callable[[Any], bool]
     open_source: Callable[[Any, str | None, str], Source]
     plan: Callable[[Mapping[str, np.ndarray], Mapping[str, Any] | None, Mapping[str, str]], Plan]
-    reference: Callable[[UNetConfig], Any]
+    reference: Callable[[Any], Any]
     block_outputs: Callable[[Any, Any, Any], Mapping[str, Any]]
     settings: Mapping[str, str]

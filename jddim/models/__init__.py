@@ -1,1 +1,40 @@
 """Networks, one module per wiring. A checkpoint's config says which is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from jddim.config import ModelConfig, UNetConfig
+from jddim.models.unet import UNet
+
+
+class Network(Protocol):
+    """What a wiring provides; an `nnx.Module`, so a pytree."""
+
+    config: ModelConfig
+    dtype: DTypeLike
+
+    def __call__(self, x_t: Array, t: Array, labels: Array | None = None) -> Array:
+        """x_t `(b, h, w, in_channels)`, t `(b,)`, labels as the config says -> `(b, h, w, out_channels)`."""
+
+    def activations(self, x_t: Array, t: Array, labels: Array | None = None) -> Iterator[tuple[str, Array]]:
+        """The forward pass, one `(name, output)` per block in the order computed; the last is the output."""
+
+
+# By the name that a checkpoint's metadata has for the wiring: the config that describes it, the network it builds.
+MODELS: dict[str, tuple[type[Any], type[Any]]] = {"unet": (UNetConfig, UNet)}
+
+
+def build(config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Any:
+    """The network that `config` describes, with fresh parameters."""
+    return MODELS[wiring_of(config)][1](config, dtype=dtype, rngs=rngs)
+
+
+def wiring_of(config: ModelConfig) -> str:
+    """The name that the config's wiring has in MODELS."""
+    return next(name for name, (cls, _) in MODELS.items() if cls is type(config))

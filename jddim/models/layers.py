@@ -7,6 +7,8 @@ even when `dtype` is bfloat16 or float16.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +18,29 @@ from jax import Array
 from jax.typing import DTypeLike
 
 
-def timestep_embedding(t: Array, dim: int, dtype: DTypeLike = jnp.float32) -> Array:
-    """Sinusoidal embedding of Ho et al.: t `(b,)` int or float -> `(b, dim)`, sines then cosines.
+def timestep_embedding(
+    t: Array,
+    dim: int,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    cosine_first: bool = False,
+    shift: float = 1.0,
+    divide_last: bool = False,
+) -> Array:
+    """Sinusoidal embedding: t `(b,)` int or float -> `(b, dim)`, sines then cosines, or the other way round.
 
-    The frequencies are 10000^(-i / (dim // 2 - 1)); OpenAI and diffusers' default divide by dim // 2 instead. Their
-    exponents are rounded to `dtype` before exp, as torch does: at t = 1000 one unit in their last place already
-    moves the sine by 6e-5. An odd `dim` ends in a zero. dim >= 4.
+    The frequencies are 10000^(-i / (dim // 2 - shift)): shift 1 in Ho et al., 0 in OpenAI's and diffusers' default.
+    Their exponents are rounded to `dtype` before exp, as torch does, and in the source's order (`divide_last`): at
+    t = 1000 one unit in their last place already moves the sine by 6e-5. An odd `dim` ends in a zero. dim >= 4.
     """
     half = dim // 2
-    exponents = np.arange(half, dtype=dtype) * np.asarray(-math.log(10000) / (half - 1), dtype)
+    i = np.arange(half, dtype=dtype)
+    log, divisor = np.asarray(-math.log(10000), dtype), np.asarray(half - shift, dtype)
+    exponents = i * log / divisor if divide_last else i * np.asarray(-math.log(10000) / (half - shift), dtype)
     frequencies = np.exp(exponents.astype(np.float64)).astype(dtype)
     angles = t.astype(dtype)[:, None] * frequencies
-    return jnp.pad(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1), ((0, 0), (0, dim % 2)))
+    waves = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.pad(jnp.concatenate(waves[::-1] if cosine_first else waves, axis=1), ((0, 0), (0, dim % 2)))
 
 
 def at_least_float32(dtype: DTypeLike) -> DTypeLike:
@@ -54,8 +67,46 @@ def group_norm(channels: int, groups: int, epsilon: float, *, dtype: DTypeLike, 
     )
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),  # torch's default; jax's is the tanh approximation
+    "mish": jax.nn.mish,
+    "relu": jax.nn.relu,
+}
+
+
+class FourierFeatures(nnx.Module):
+    """Sines, then cosines, of 2 pi log t times fixed frequencies drawn at training: t `(b,)` -> `(b, 2 channels)`.
+
+    diffusers' GaussianFourierProjection, score_sde's. t = 0 has no logarithm: NaN, as in the source.
+    """
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(16 * jax.random.normal(rngs.params(), (channels,)))
+
+    def __call__(self, t: Array, dtype: DTypeLike = jnp.float32) -> Array:
+        frequencies = self.kernel[...].astype(dtype)
+        angles = jnp.log(t.astype(dtype))[:, None] * frequencies * np.asarray(2 * math.pi, dtype)
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+
+
+class TimeMLP(nnx.Module):
+    """Linear, silu, linear: `(b, in)` -> `(b, out)`."""
+
+    def __init__(self, channels_in: int, channels_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.linear_1 = nnx.Linear(channels_in, channels_out, dtype=dtype, rngs=rngs)
+        self.linear_2 = nnx.Linear(channels_out, channels_out, dtype=dtype, rngs=rngs)
+
+    def __call__(self, embedding: Array) -> Array:
+        return self.linear_2(jax.nn.silu(self.linear_1(embedding)))
+
+
 class ResBlock(nnx.Module):
-    """norm, swish, conv, + time, norm, swish, conv, + shortcut: `(b, h, w, in)`, `(b, 4 ch)` -> `(b, h, w, out)`."""
+    """norm, act, conv, time, norm, act, conv, + shortcut: `(b, h, w, in)`, `(b, time)` -> `(b, h', w', out)`.
+
+    Time is added before the second norm, or scales and shifts its output. resample: "down" halves and "up" doubles
+    both branches after the first activation (h', w'); None keeps the size. scale: what the sum is divided by.
+    """
 
     def __init__(
         self,
@@ -65,14 +116,21 @@ class ResBlock(nnx.Module):
         time_channels: int,
         groups: int,
         epsilon: float,
-        conv_shortcut: bool,
+        conv_shortcut: bool = False,
+        scale_shift: bool = False,
+        activation: str = "silu",
+        resample: str | None = None,
+        scale: float = 1.0,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.dtype = dtype
+        self.scale_shift = scale_shift
+        self.activation = activation
+        self.resample = resample
+        self.scale = scale
         self.norm1 = group_norm(channels_in, groups, epsilon, dtype=dtype, rngs=rngs)
         self.conv1 = conv(channels_in, channels_out, 3, dtype=dtype, rngs=rngs)
-        self.time_proj = nnx.Linear(time_channels, channels_out, dtype=dtype, rngs=rngs)
+        self.time_proj = nnx.Linear(time_channels, (1 + scale_shift) * channels_out, dtype=dtype, rngs=rngs)
         self.norm2 = group_norm(channels_out, groups, epsilon, dtype=dtype, rngs=rngs)
         self.conv2 = conv(channels_out, channels_out, 3, dtype=dtype, rngs=rngs)
         self.shortcut = (
@@ -82,18 +140,43 @@ class ResBlock(nnx.Module):
         )
 
     def __call__(self, x: Array, time: Array) -> Array:
-        h = self.conv1(jax.nn.swish(self.norm1(x)))
-        h = h + self.time_proj(jax.nn.swish(time))[:, None, None, :]
-        h = self.conv2(jax.nn.swish(self.norm2(h)))
-        return h + (x if self.shortcut is None else self.shortcut(x))
+        act = ACTIVATIONS[self.activation]
+        h = act(self.norm1(x))
+        if self.resample is not None:
+            resize = average_pool if self.resample == "down" else nearest
+            h, x = resize(h), resize(x)
+        h = self.conv1(h)
+        time = self.time_proj(act(time))[:, None, None, :]
+        if self.scale_shift:
+            scale, shift = jnp.split(time, 2, axis=-1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time)
+        h = self.conv2(act(h))
+        return _divided(h + (x if self.shortcut is None else self.shortcut(x)), self.scale)
 
 
 class Attention(nnx.Module):
-    """Single-head self-attention over the pixels, with a residual: `(b, h, w, c)` -> the same. Scale c^-1/2."""
+    """Self-attention over the pixels, with a residual: `(b, h, w, c)` -> the same. Scale (c / heads)^-1/2.
 
-    def __init__(self, channels: int, *, groups: int, epsilon: float, dtype: DTypeLike, rngs: nnx.Rngs):
+    groups 0: without a norm. scale: what the sum with the residual is divided by.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        groups: int,
+        epsilon: float,
+        heads: int = 1,
+        scale: float = 1.0,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.dtype = dtype
-        self.norm = group_norm(channels, groups, epsilon, dtype=dtype, rngs=rngs)
+        self.heads = heads
+        self.scale = scale
+        self.norm = group_norm(channels, groups, epsilon, dtype=dtype, rngs=rngs) if groups else None
         self.q = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
         self.k = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
         self.v = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
@@ -101,34 +184,55 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         b, h, w, c = x.shape
-        pixels = self.norm(x).reshape(b, h * w, c)
-        q, k, v = self.q(pixels), self.k(pixels), self.v(pixels)
-        scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=at_least_float32(self.dtype)) * c**-0.5
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return x + self.out(jnp.einsum("bqk,bkc->bqc", weights, v)).reshape(b, h, w, c)
+        pixels = (x if self.norm is None else self.norm(x)).reshape(b, h * w, c)
+        q, k, v = (
+            project(pixels).reshape(b, h * w, self.heads, c // self.heads) for project in (self.q, self.k, self.v)
+        )
+        scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=at_least_float32(self.dtype))
+        weights = jax.nn.softmax(scores * (c // self.heads) ** -0.5, axis=-1).astype(v.dtype)
+        mixed = jnp.einsum("bnqk,bknd->bqnd", weights, v).reshape(b, h, w, c)
+        return _divided(x + self.out(mixed), self.scale)
 
 
 class Downsample(nnx.Module):
-    """Halve height and width: `(b, h, w, c)` -> `(b, h/2, w/2, c)`."""
+    """Halve height and width: `(b, h, w, c)` -> `(b, h/2, w/2, c)`. The time embedding is not used."""
 
-    def __init__(self, channels: int, *, with_conv: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        # One row and column of zeros below and to the right only: TensorFlow's SAME at stride 2, which Ho et al. had.
+    def __init__(self, channels: int, *, with_conv: bool, symmetric: bool = False, dtype: DTypeLike, rngs: nnx.Rngs):
+        # Not symmetric: zeros below and to the right only, TensorFlow's SAME at stride 2, which Ho et al. had.
+        side = (1, 1) if symmetric else (0, 1)
         self.conv = (
-            nnx.Conv(channels, channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs)
+            nnx.Conv(channels, channels, (3, 3), strides=2, padding=(side, side), dtype=dtype, rngs=rngs)
             if with_conv
             else None
         )
 
-    def __call__(self, x: Array) -> Array:
-        return nnx.avg_pool(x, (2, 2), strides=(2, 2)) if self.conv is None else self.conv(x)
+    def __call__(self, x: Array, time: Array | None = None) -> Array:
+        return average_pool(x) if self.conv is None else self.conv(x)
 
 
 class Upsample(nnx.Module):
-    """Double height and width by nearest neighbour: `(b, h, w, c)` -> `(b, 2h, 2w, c)`, then a 3x3 conv if asked."""
+    """Double height and width by nearest neighbour: `(b, h, w, c)` -> `(b, 2h, 2w, c)`, then a 3x3 conv if asked.
+
+    The time embedding is not used.
+    """
 
     def __init__(self, channels: int, *, with_conv: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv = conv(channels, channels, 3, dtype=dtype, rngs=rngs) if with_conv else None
 
-    def __call__(self, x: Array) -> Array:
-        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    def __call__(self, x: Array, time: Array | None = None) -> Array:
+        x = nearest(x)
         return x if self.conv is None else self.conv(x)
+
+
+def average_pool(x: Array) -> Array:
+    """The mean of each 2x2 square: `(b, h, w, c)` -> `(b, h/2, w/2, c)`."""
+    return nnx.avg_pool(x, (2, 2), strides=(2, 2))
+
+
+def nearest(x: Array) -> Array:
+    """Each pixel as a 2x2 square: `(b, h, w, c)` -> `(b, 2h, 2w, c)`."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+def _divided(x: Array, scale: float) -> Array:
+    return x if scale == 1 else x / scale

@@ -1,4 +1,4 @@
-"""The UNet of Ho et al. (arXiv:2006.11239), as ermongroup/ddim and pesser/pytorch_diffusion wire it."""
+"""The UNet of Ho et al. (arXiv:2006.11239) and its descendants of the same wiring: ermongroup, diffusers, OpenAI."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from jddim.config import UNetConfig, size_problems
 from jddim.models.layers import (
     Attention,
     Downsample,
+    FourierFeatures,
     ResBlock,
+    TimeMLP,
     Upsample,
     at_least_float32,
     conv,
@@ -32,8 +34,8 @@ class Level(nnx.Module):
         blocks: list[ResBlock],
         attentions: list[Attention],
         *,
-        downsample: Downsample | None = None,
-        upsample: Upsample | None = None,
+        downsample: Downsample | ResBlock | None = None,
+        upsample: Upsample | ResBlock | None = None,
     ):
         self.blocks = nnx.List(blocks)
         self.attentions = nnx.List(attentions)
@@ -42,34 +44,22 @@ class Level(nnx.Module):
 
 
 class Middle(nnx.Module):
-    """The bottom of the UNet: block, attention, block at the lowest resolution."""
+    """The bottom of the UNet: block, attention or none, block at the lowest resolution."""
 
-    def __init__(self, block_1: ResBlock, attention: Attention, block_2: ResBlock):
+    def __init__(self, block_1: ResBlock, attention: Attention | None, block_2: ResBlock):
         self.block_1 = block_1
         self.attention = attention
         self.block_2 = block_2
 
 
-class TimeEmbedding(nnx.Module):
-    """Sinusoid, linear, swish, linear: t `(b,)` -> `(b, 4 ch)`."""
-
-    def __init__(self, channels: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.channels = channels
-        self.dtype = dtype
-        self.linear_1 = nnx.Linear(channels, 4 * channels, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(4 * channels, 4 * channels, dtype=dtype, rngs=rngs)
-
-    def __call__(self, t: Array) -> Array:
-        # The sinusoid stays float32 under bfloat16: its argument reaches 1000, where bfloat16 resolves only 4.
-        embedding = timestep_embedding(t, self.channels, at_least_float32(self.dtype))
-        return self.linear_2(jax.nn.swish(self.linear_1(embedding)))
-
-
 class UNet(nnx.Module):
-    """Predicts eps: `unet(x_t, t)`, x_t `(b, h, w, in_channels)` float, t `(b,)` int or float in 0..T-1.
+    """The network: `unet(x_t, t)`, x_t `(b, h, w, in_channels)` float, t `(b,)` int or float.
 
-    Returns `(b, h, w, out_channels)` in x_t's dtype. Fully convolutional: h and w need not be the config's, but must
-    be multiples of 2^(levels - 1); others raise ValueError.
+    labels: `(b,)` int for a class embedding "learned", `(b,)` numbers for "timestep", `(b, time_width)` for
+    "identity"; needed by a model with classes, refused by one without (ValueError).
+
+    Returns `(b, h, w, out_channels)` in x_t's dtype: eps, or whatever the network was trained to predict. Fully
+    convolutional: h and w need not be the config's, but must be multiples of 2^(levels - 1); others raise ValueError.
 
     dtype: the compute dtype; norms and softmax are never below float32. Fresh parameters are flax's defaults, for
     training from scratch; `jddim.load` fills them from a checkpoint.
@@ -78,30 +68,51 @@ class UNet(nnx.Module):
     def __init__(self, config: UNetConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        groups, epsilon = config.norm_groups, config.norm_epsilon
         conv3 = partial(conv, size=3, dtype=dtype, rngs=rngs)
-        attention = partial(Attention, groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
+        groups, epsilon = config.norm_groups, config.norm_epsilon
+        attention = partial(Attention, epsilon=epsilon, dtype=dtype, rngs=rngs)
         block = partial(
             ResBlock,
-            time_channels=4 * config.channels,
+            time_channels=config.time_width,
             groups=groups,
             epsilon=epsilon,
             conv_shortcut=config.conv_shortcut,
+            scale_shift=config.scale_shift,
+            activation=config.activation,
             dtype=dtype,
             rngs=rngs,
         )
-        halve = partial(Downsample, with_conv=config.resample_with_conv, dtype=dtype, rngs=rngs)
-        double = partial(Upsample, with_conv=config.resample_with_conv, dtype=dtype, rngs=rngs)
 
-        def attentions(level: int, count: int, channels: int) -> list[Attention]:
-            return [attention(channels) for _ in range(count if level in config.attention_levels else 0)]
+        def attentions(level: int, count: int, *, up: bool) -> list[Attention]:
+            width = config.widths[level]
+            heads = config.heads(width, up=up)
+            count = count if config.has_attention(level, up=up) else 0
+            return [attention(width, groups=groups, heads=heads) for _ in range(count)]
 
-        widths = [config.channels * mult for mult in config.channel_mults]
+        def halve(level: int) -> Downsample | ResBlock:
+            kind, width = config.resampling(level)[0], config.widths[level]
+            if kind == "resnet":
+                return block(width, width, resample="down")
+            return Downsample(
+                width, with_conv=kind == "conv", symmetric=config.symmetric_padding, dtype=dtype, rngs=rngs
+            )
+
+        def double(level: int) -> Upsample | ResBlock:  # from `level` to the one above it
+            kind, width = config.resampling(level - 1)[1], config.widths[level]
+            if kind == "resnet":
+                return block(width, width, resample="up")
+            return Upsample(width, with_conv=kind == "conv", dtype=dtype, rngs=rngs)
+
+        features = 2 * config.channels if config.time_embedding == "fourier" else config.channels
+        time_mlp = partial(TimeMLP, features, config.time_width, dtype=dtype, rngs=rngs)
+        self.time_proj = _time_projection(config, rngs)
+        self.time_embed = time_mlp()
+        self.class_embed = time_mlp() if config.class_embedding == "timestep" else _class_table(config, dtype, rngs)
+        self.conv_in = conv3(config.in_channels, config.stem)
+
+        widths = config.widths
         last = len(widths) - 1
-        self.time_embed = TimeEmbedding(config.channels, dtype=dtype, rngs=rngs)
-        self.conv_in = conv3(config.in_channels, config.channels)
-
-        skips = [config.channels]  # the widths that the decoder will pop, in the order the encoder pushes them
+        skips = [config.stem]  # the widths that the decoder will pop, in the order the encoder pushes them
         down = []
         for level, width in enumerate(widths):
             blocks = []
@@ -110,13 +121,20 @@ class UNet(nnx.Module):
                 skips.append(width)
             downsample = None
             if level < last:
-                downsample = halve(width)
+                downsample = halve(level)
                 skips.append(width)
-            down.append(Level(blocks, attentions(level, config.num_res_blocks, width), downsample=downsample))
+            down.append(Level(blocks, attentions(level, config.num_res_blocks, up=False), downsample=downsample))
         self.down = nnx.List(down)
 
         width = widths[-1]
-        self.mid = Middle(block(width, width), attention(width), block(width, width))
+        mid_groups = groups if config.mid_norm_groups is None else config.mid_norm_groups
+        mid_block = partial(block, width, width, scale=config.mid_scale)
+        mid_attention = partial(attention, width, groups=mid_groups, heads=config.heads(width), scale=config.mid_scale)
+        self.mid = (
+            Middle(mid_block(), mid_attention() if config.mid_attention else None, mid_block())
+            if config.middle
+            else None
+        )
 
         up = []
         for level in reversed(range(len(widths))):
@@ -124,18 +142,18 @@ class UNet(nnx.Module):
             for _ in range(config.num_res_blocks + 1):
                 blocks.append(block(width + skips.pop(), widths[level]))
                 width = widths[level]
-            upsample = double(width) if level > 0 else None
-            up.append(Level(blocks, attentions(level, config.num_res_blocks + 1, width), upsample=upsample))
+            upsample = double(level) if level > 0 else None
+            up.append(Level(blocks, attentions(level, config.num_res_blocks + 1, up=True), upsample=upsample))
         self.up = nnx.List(up[::-1])  # up[level], like down[level]; level 0 is full resolution
 
         self.norm_out = group_norm(width, groups, epsilon, dtype=dtype, rngs=rngs)
         self.conv_out = conv3(width, config.out_channels)
 
-    def __call__(self, x_t: Array, t: Array) -> Array:
-        *_, (_, output) = self.activations(x_t, t)
+    def __call__(self, x_t: Array, t: Array, labels: Array | None = None) -> Array:
+        *_, (_, output) = self.activations(x_t, t, labels)
         return output.astype(x_t.dtype)
 
-    def activations(self, x_t: Array, t: Array) -> Iterator[tuple[str, Array]]:
+    def activations(self, x_t: Array, t: Array, labels: Array | None = None) -> Iterator[tuple[str, Array]]:
         """The forward pass, one `(name, output)` per block in the order computed; the last is the network's output.
 
         `jddim verify` compares these one by one; the names are those of the PyTorch reference's blocks.
@@ -145,10 +163,10 @@ class UNet(nnx.Module):
         if problems := size_problems(self.config, (x_t.shape[1], x_t.shape[2])):
             raise ValueError(f"UNet: {problems[0]}")
 
-        time = self.time_embed(t)
+        time = self._embedding(t, labels)
         yield "time_embed", time
 
-        h = self.conv_in(x_t)
+        h = self.conv_in(2 * x_t - 1 if self.config.center_input else x_t)
         yield "conv_in", h
         skips = [h]
         for i, level in enumerate(self.down):
@@ -160,16 +178,18 @@ class UNet(nnx.Module):
                     yield f"down.{i}.attn.{j}", h
                 skips.append(h)
             if level.downsample is not None:
-                h = level.downsample(h)
+                h = level.downsample(h, time)
                 yield f"down.{i}.downsample", h
                 skips.append(h)
 
-        h = self.mid.block_1(h, time)
-        yield "mid.block_1", h
-        h = self.mid.attention(h)
-        yield "mid.attn_1", h
-        h = self.mid.block_2(h, time)
-        yield "mid.block_2", h
+        if self.mid is not None:
+            h = self.mid.block_1(h, time)
+            yield "mid.block_1", h
+            if self.mid.attention is not None:
+                h = self.mid.attention(h)
+                yield "mid.attn_1", h
+            h = self.mid.block_2(h, time)
+            yield "mid.block_2", h
 
         for i, level in reversed(list(enumerate(self.up))):
             for j, block in enumerate(level.blocks):
@@ -179,7 +199,52 @@ class UNet(nnx.Module):
                     h = level.attentions[j](h)
                     yield f"up.{i}.attn.{j}", h
             if level.upsample is not None:
-                h = level.upsample(h)
+                h = level.upsample(h, time)
                 yield f"up.{i}.upsample", h
 
-        yield "conv_out", self.conv_out(jax.nn.swish(self.norm_out(h)))
+        output = self.conv_out(jax.nn.silu(self.norm_out(h)))
+        if self.config.time_embedding == "fourier":
+            output = output / t.astype(output.dtype)[:, None, None, None]
+        yield "conv_out", output
+
+    def _embedding(self, t: Array, labels: Array | None) -> Array:
+        """What every block is told: the time MLP's output, plus the class's embedding, `(b, time_width)`."""
+        kind = self.config.class_embedding
+        if (kind is None) != (labels is None):
+            wanted = "takes no labels: it has no classes" if kind is None else f"needs labels ({kind} class embedding)"
+            raise ValueError(f"UNet: this model {wanted}")
+        time = self.time_embed(self._features(t))
+        if labels is None:
+            return time
+        if isinstance(self.class_embed, nnx.Embed):
+            return time + self.class_embed(labels)
+        return time + (labels if self.class_embed is None else self.class_embed(self._features(labels)))
+
+    def _features(self, t: Array) -> Array:
+        # Never below float32: the sinusoid's argument reaches 1000, where bfloat16 resolves only 4.
+        dtype = at_least_float32(self.dtype)
+        if isinstance(self.time_proj, FourierFeatures):
+            return self.time_proj(t, dtype)
+        if self.time_proj is not None:
+            return self.time_proj(t)
+        c = self.config
+        return timestep_embedding(
+            t, c.channels, dtype, cosine_first=c.cosine_first, shift=c.frequency_shift, divide_last=c.divide_last
+        )
+
+
+def _time_projection(config: UNetConfig, rngs: nnx.Rngs) -> FourierFeatures | nnx.Embed | None:
+    """What turns t into the time MLP's input; None: the sinusoid, which has no parameters."""
+    if config.time_embedding == "fourier":
+        return FourierFeatures(config.channels, rngs=rngs)
+    if config.time_embedding == "learned":
+        assert config.num_timesteps is not None
+        return nnx.Embed(config.num_timesteps, config.channels, rngs=rngs)
+    return None
+
+
+def _class_table(config: UNetConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Embed | None:
+    if config.class_embedding != "learned":
+        return None
+    assert config.num_classes is not None
+    return nnx.Embed(config.num_classes, config.time_width, dtype=dtype, rngs=rngs)
