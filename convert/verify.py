@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.families import Family
-from jddim.config import ModelConfig
+from jddim.config import ModelConfig, UNetConfig
 from jddim.models import Network
 
 TOLERANCE = 1e-4
@@ -68,18 +68,24 @@ def verify(
     rng = np.random.default_rng(seed)
     t = np.array([0, num_t // 2, num_t - 1], np.int32)
     x_t = rng.standard_normal((len(t), *config.image_size, config.in_channels), dtype=np.float32)
+    labels = random_labels(config, rng, len(t))
 
     reference = family.reference(config)
     reference.load_state_dict({name: torch.from_numpy(np.array(value, np.float32)) for name, value in tensors.items()})
     reference.eval()
     with torch.no_grad():
         outputs = family.block_outputs(
-            reference, torch.from_numpy(x_t.transpose(0, 3, 1, 2).copy()), torch.from_numpy(t.astype(np.int64))
+            reference,
+            torch.from_numpy(x_t.transpose(0, 3, 1, 2).copy()),
+            torch.from_numpy(t.astype(np.int64)),
+            None if labels is None else torch.from_numpy(labels),
         )
     expected = {name: _nhwc(output.numpy()) for name, output in outputs.items()}
 
     with jax.default_matmul_precision("highest"):
-        actual = jax.jit(lambda model, x_t, t: dict(model.activations(x_t, t)))(model, jnp.asarray(x_t), jnp.asarray(t))
+        actual = jax.jit(lambda model, *inputs: dict(model.activations(*inputs)))(
+            model, jnp.asarray(x_t), jnp.asarray(t), None if labels is None else jnp.asarray(labels)
+        )
     if list(expected) != (names := [name for name, _ in _ordered(actual, expected)]):
         raise AssertionError(f"the reference's blocks {list(expected)} are not the model's {names}")
     return Verification(
@@ -90,6 +96,20 @@ def verify(
         torch=torch.__version__,
         jax=jax.__version__,
     )
+
+
+def random_labels(config: ModelConfig, rng: np.random.Generator, num: int) -> np.ndarray | None:
+    """Labels `(num, ...)` that a network with classes takes, or None."""
+    match config.class_embedding:
+        case None:
+            return None
+        case "learned":
+            return rng.integers(0, config.num_classes or 1, num)
+        case "timestep":
+            return rng.uniform(0, 1000, num).astype(np.float32)
+        case _:
+            assert isinstance(config, UNetConfig)
+            return rng.standard_normal((num, config.time_width), dtype=np.float32)
 
 
 def scaled_error(actual: np.ndarray, expected: np.ndarray) -> float:

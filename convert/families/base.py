@@ -43,7 +43,7 @@ class Family:
 
     recognise: file contents -> is it ours? open_source: contents, "ema" | "raw" | None (best there is), file name ->
     Source. plan: tensors, config file's contents or None, --set values -> Plan. reference: config -> a torch module
-    with the source's parameter names. block_outputs: (module, x_t NCHW, t) -> outputs by block, named as in
+    with the source's parameter names. block_outputs: (module, x_t NCHW, t, labels or None) -> outputs by block, named as in
     `UNet.activations`. settings: what --set takes -> what it means.
     """
 
@@ -53,5 +53,5 @@ class Family:
     open_source: Callable[[Any, str | None, str], Source]
     plan: Callable[[Mapping[str, np.ndarray], Mapping[str, Any] | None, Mapping[str, str]], Plan]
     reference: Callable[[Any], Any]
-    block_outputs: Callable[[Any, Any, Any], Mapping[str, Any]]
+    block_outputs: Callable[[Any, Any, Any, Any], Mapping[str, Any]]
     settings: Mapping[str, str]

@@ -439,8 +439,8 @@ def reference(config: UNetConfig) -> Any:
     )
 
 
-def block_outputs(module: Any, x_t: Any, t: Any) -> Mapping[str, Any]:
-    """The reference's outputs by block."""
+def block_outputs(module: Any, x_t: Any, t: Any, labels: Any) -> Mapping[str, Any]:
+    """The reference's outputs by block; labels: None, this family has no classes."""
     from convert.reference.unet import block_outputs as outputs
 
     return outputs(module, x_t, t)
