@@ -215,6 +215,14 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _diff(args: argparse.Namespace) -> int:
+    from jddim.diff import diff, table
+
+    rows = diff(args.a, args.b)
+    print(table(rows) if rows else "equal")
+    return int(bool(rows))
+
+
 def _plot(path: Path, alphas_cumprod: np.ndarray, table: Any, sigma: np.ndarray, title: str) -> None:
     """alpha_bar over t with the visited timesteps marked, and sigma of each step."""
     import matplotlib
@@ -398,6 +406,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, metavar="S")
     sub.add_argument("--eta", type=float, default=1.0, metavar="E", help="for sigma (default 1)")
     sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs jddim[plot])")
+
+    sub = command(
+        "diff",
+        _diff,
+        "what differs between two checkpoints, sets of samples or settings; exit status 0 if nothing, as diff's",
+        "mnist mnist-raw\nmine.npy theirs.npy\na.png b.png",
+    )
+    sub.add_argument("a", type=Path, help="a checkpoint folder, .npy or .npz samples, .json or .png settings")
+    sub.add_argument("b", type=Path, help="another of the same kind")
 
     sub = command(
         "info",

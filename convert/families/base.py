@@ -43,8 +43,8 @@ class Family:
 
     recognise: file contents -> is it ours? open_source: contents, "ema" | "raw" | None (best there is), file name ->
     Source. plan: tensors, config file's contents or None, --set values -> Plan. reference: config -> a torch module
-    with the source's parameter names. block_outputs: (module, x_t NCHW, t, labels or None) -> outputs by block, named as in
-    `UNet.activations`. settings: what --set takes -> what it means.
+    with the source's parameter names. block_outputs: (module, x_t NCHW, t, labels or None) -> outputs by block, named
+    as in `UNet.activations`. settings: what --set takes -> what it means.
     """
 
     name: str
