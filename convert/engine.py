@@ -6,7 +6,9 @@ agree; values are finite. Nothing is returned unless all of it holds. No torch h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,3 +78,38 @@ def shortened(items: list[str], shown: int = 6) -> str:
     """`first; second; ... and n more`: a list as one line of an error message."""
     more = f"; ... and {len(items) - shown} more" if len(items) > shown else ""
     return "; ".join(items[:shown]) + more
+
+
+def source_tensors(params: Mapping[str, np.ndarray], rules: Rules, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The parameters under the source's names and in torch's layout: the inverse of `fill`.
+
+    shapes: source name -> shape, of the reference's state dict; in its order. The values are not copied.
+    """
+    tensors = {}
+    for leaf, value in params.items():
+        name = source_of(leaf, rules)
+        tensors[name] = _torch_layout(leaf, value).reshape(tuple(shapes[name]))
+    return {name: tensors[name] for name in shapes}
+
+
+def _torch_layout(leaf: str, value: np.ndarray) -> np.ndarray:
+    """HWIO -> OIHW; (in, out) -> (out, in); the inverse of `convert.rules.to_layout`."""
+    if value.ndim == 4:
+        return value.transpose(3, 2, 0, 1)
+    if value.ndim == 2 and leaf.endswith(".kernel"):
+        return value.T
+    return value
+
+
+def cannot_hold(config: Any, varies: Collection[str], fixed: Mapping[str, Any] | None = None) -> list[str]:
+    """Why a source's wiring cannot hold a config: each field that it does not vary and that is not what it has.
+
+    varies: the fields that the source lets one choose. fixed: what it has elsewhere than the config's defaults.
+    """
+    fixed = fixed or {}
+    return [
+        f"{field.name} is {value!r}, there always {expected!r}"
+        for field in dataclasses.fields(config)
+        if field.name not in varies
+        and (value := getattr(config, field.name)) != (expected := fixed.get(field.name, field.default))
+    ]

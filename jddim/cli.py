@@ -61,6 +61,15 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export_torch(args: argparse.Namespace) -> int:
+    _convert_module()
+    from convert.export import export
+
+    name = export(args.ckpt, args.dst, args.format, overwrite=args.overwrite)
+    print(f"wrote {args.dst} ({name})")
+    return 0
+
+
 def _sample(args: argparse.Namespace) -> int:
     x_T = _load_array(args.x_T, "--x-T")
     noise = _load_array(args.noise, "--noise")
@@ -345,6 +354,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--weights", choices=("ema", "raw"), help="default: ema where there are any")
     sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a jddim checkpoint")
     sub.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch (recorded)")
+
+    sub = command(
+        "export-torch",
+        _export_torch,
+        "write a checkpoint in the format of a PyTorch source, for that source's own loader",
+        "mnist ckpt-folder\nmnist pipeline --format diffusers",
+    )
+    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    sub.add_argument("dst", type=Path, help="file or folder to write")
+    sub.add_argument("--format", metavar="NAME", help="ermongroup, pesser, ...; default: where it came from")
+    sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a file")
 
     sub = command(
         "sample",

@@ -75,6 +75,7 @@ def diff_mappings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference
 def _diff_checkpoints(a: Path, b: Path) -> list[Difference]:
     metadata = [load_metadata(path) for path in (a, b)]
     rows = diff_mappings(*(m.to_json() for m in metadata))
+    rows = [row for row in rows if not row.name.startswith("provenance.verification.blocks.")]  # rounding
     if metadata[0].params_sha256 == metadata[1].params_sha256:
         return rows
     params = [load_params(path, m) for path, m in zip((a, b), metadata, strict=True)]
@@ -130,7 +131,7 @@ def _settings(path: Path) -> dict[str, Any]:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        nested = isinstance(value, Mapping) and value
+        nested = isinstance(value, Mapping)
         flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return flat
 

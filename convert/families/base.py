@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert.rules import Rules
+from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig
 
 
@@ -44,7 +46,8 @@ class Family:
     recognise: file contents -> is it ours? open_source: contents, "ema" | "raw" | None (best there is), file name ->
     Source. plan: tensors, config file's contents or None, --set values -> Plan. reference: config -> a torch module
     with the source's parameter names. block_outputs: (module, x_t NCHW, t, labels or None) -> outputs by block, named
-    as in `UNet.activations`. settings: what --set takes -> what it means.
+    as in `UNet.activations`. settings: what --set takes -> what it means. formats: name -> a function that writes a
+    checkpoint as the source does (`convert.export`), the one to use by default first.
     """
 
     name: str
@@ -55,3 +58,6 @@ class Family:
     reference: Callable[[Any], Any]
     block_outputs: Callable[[Any, Any, Any, Any], Mapping[str, Any]]
     settings: Mapping[str, str]
+    formats: Mapping[str, Callable[[Metadata, Mapping[str, np.ndarray], Path], None]] = dataclasses.field(
+        default_factory=dict
+    )

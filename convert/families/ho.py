@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from convert.engine import ConversionError, shortened
+from convert.engine import ConversionError, cannot_hold, shortened, source_tensors
 from convert.families.base import Family, Plan, Source
 from convert.rules import Rules
-from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions
+from jddim.checkpoint import Metadata
+from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions
 from jddim.ddim import largest_eta, step_table
 from jddim.schedule import make_schedule, schedule_config_from_betas
 from jddim.timesteps import make_timesteps
@@ -344,18 +346,22 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     var_type = settle("var_type", "fixedlarge", "ermongroup; DDIM does not use it")
     if var_type not in ("fixedsmall", "fixedlarge"):
         raise ConversionError(f"var_type must be fixedsmall or fixedlarge, got {var_type!r}")
-    # ermongroup's sampling, whose row in the README's table says the same: no clipping, eps as predicted.
-    sampler = SamplerConfig(
-        spacing=told.get("spacing", "uniform"),
-        num_steps=told.get("num_steps", min(50, T)),
-        eta=told.get("eta", 0.0),
-        clip=told.get("clip", False),
-        variance="fixed_small" if var_type == "fixedsmall" else "fixed_large",
-    )
+    sampler = _sampler(told, T, "fixed_small" if var_type == "fixedsmall" else "fixed_large")
     _check_sampler(sampler, schedule)
     ignored = {"logvar": "the 'bayesian' model type's learned per-timestep variance; DDIM does not use it"}
     return Plan(
         model, schedule, sampler, rules(model), {k: v for k, v in ignored.items() if k in tensors}, tuple(assumed)
+    )
+
+
+def _sampler(told: Mapping[str, Any], T: int, variance: str) -> SamplerConfig:
+    """Ermongroup's sampling, whose row in the README's table says the same: no clipping, eps as predicted."""
+    return SamplerConfig(
+        spacing=told.get("spacing", "uniform"),
+        num_steps=told.get("num_steps", min(50, T)),
+        eta=told.get("eta", 0.0),
+        clip=told.get("clip", False),
+        variance=variance,
     )
 
 
@@ -446,6 +452,133 @@ def block_outputs(module: Any, x_t: Any, t: Any, labels: Any) -> Mapping[str, An
     return outputs(module, x_t, t)
 
 
+# -- back -------------------------------------------------------------------------------------------------------------
+
+
+def write_ermongroup(metadata: Metadata, params: Tensors, path: Path) -> None:
+    """A folder with `ckpt.pth` and `config.yml`, as ermongroup's runner saves and loads them.
+
+    Raw and EMA weights in it are equal: a jddim checkpoint holds one set. The optimizer's state is empty.
+    """
+    if problems := _wiring_problems(metadata.model) + _config_problems(metadata):
+        raise ConversionError("; ".join(problems))
+    config = _config_yml(metadata)
+    tensors = _source_tensors(metadata, params)
+    import torch
+
+    state = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()}
+    path.mkdir()
+    step = metadata.provenance.get("step") or 0
+    torch.save([{f"module.{name}": value for name, value in state.items()}, {}, 0, step, state], path / "ckpt.pth")
+    (path / "config.yml").write_text(yaml.safe_dump(config))
+
+
+def write_pesser(metadata: Metadata, params: Tensors, path: Path) -> None:
+    """One file, the bare state dict that pesser's models load."""
+    if problems := _wiring_problems(metadata.model):
+        raise ConversionError("; ".join(problems))
+    tensors = _source_tensors(metadata, params)
+    import torch
+
+    torch.save({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()}, path)
+
+
+def _source_tensors(metadata: Metadata, params: Tensors) -> dict[str, np.ndarray]:
+    import torch
+
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in reference(metadata.model).state_dict().items()}
+    return source_tensors(params, rules(metadata.model), shapes)
+
+
+def _wiring_problems(c: ModelConfig) -> list[str]:
+    """Why this family's network cannot be a model."""
+    if not isinstance(c, UNetConfig):
+        return [f"another wiring than this family's ({type(c).__name__})"]
+    problems = cannot_hold(c, _VARIES, {"up_attention_levels": c.up_attention_levels})
+    if c.up_attention_levels not in (None, c.attention_levels):
+        problems.append(f"attention is at levels {c.attention_levels} down and {c.up_attention_levels} up, there equal")
+    if (c.downsample, c.upsample) not in ((("conv",), ("conv",)), (("pool",), ("pool",))):
+        problems.append(f"resampling is {c.downsample} and {c.upsample}, there both conv or both pool")
+    if any(mult != int(mult) for mult in c.channel_mults):
+        problems.append(f"channel_mults is {c.channel_mults}, there integers")
+    return problems
+
+
+_VARIES = (
+    *("image_size", "in_channels", "out_channels", "channels", "channel_mults", "num_res_blocks", "attention_levels"),
+    *("downsample", "upsample", "conv_shortcut", "norm_groups", "norm_epsilon"),
+    "divide_last",  # a matter of rounding
+)
+
+
+_SCHEDULES = {"linear": "linear", "scaled_linear": "quad", "sigmoid": "sigmoid"}
+
+
+def _config_problems(metadata: Metadata) -> list[str]:
+    """Why ermongroup's config file and runner cannot say what the checkpoint says."""
+    problems = []
+    height, width = metadata.model.image_size
+    if height != width:
+        problems.append(f"image size is {height}x{width}, there square")
+    if _source_schedule(metadata.schedule) is None:
+        problems.append(f"the schedule is {metadata.schedule.name}, there linear, quad, const or sigmoid")
+    if metadata.sampler.prediction_type != "epsilon":
+        problems.append(f"prediction_type is {metadata.sampler.prediction_type}, there epsilon")
+    return problems
+
+
+def _source_schedule(config: ScheduleConfig) -> tuple[str, float, float] | None:
+    """The source's beta_schedule, beta_start and beta_end, or None if it has no such schedule."""
+    betas = make_schedule(config).betas
+    if config.name == "betas" and np.all(betas == betas[0]):
+        return "const", float(betas[0]), float(betas[0])
+    if config.name not in _SCHEDULES or config.zero_terminal_snr:
+        return None
+    ends = [float(betas[0]), float(betas[-1])]  # a sigmoid's betas do not reach its ends, so those must be told
+    start, end = (
+        end if told is None else told for told, end in zip((config.beta_start, config.beta_end), ends, strict=True)
+    )
+    return _SCHEDULES[config.name], start, end
+
+
+def _config_yml(metadata: Metadata) -> dict[str, Any]:
+    """The config that ermongroup's runner needs to build the network and its schedule, and our sampler's defaults."""
+    c, schedule, sampler = metadata.model, metadata.schedule, metadata.sampler
+    assert isinstance(c, UNetConfig)
+    found = _source_schedule(schedule)
+    assert found is not None
+    name, start, end = found
+    defaults = _sampler({}, schedule.num_train_timesteps, sampler.variance)
+    ours = {"spacing": sampler.spacing, "num_steps": sampler.num_steps, "eta": sampler.eta, "clip": sampler.clip}
+    return {
+        "data": {"image_size": c.image_size[0], "channels": c.in_channels, "rescaled": True},
+        "model": {
+            "type": "simple",
+            "in_channels": c.in_channels,
+            "out_ch": c.out_channels,
+            "ch": c.channels,
+            "ch_mult": [int(mult) for mult in c.channel_mults],
+            "num_res_blocks": c.num_res_blocks,
+            "attn_resolutions": [c.image_size[0] // 2**level for level in c.attention_levels],
+            "dropout": 0.0,
+            "resamp_with_conv": c.downsample == ("conv",),
+            "var_type": sampler.variance.replace("_", ""),
+            "ema": True,
+            "ema_rate": 0.9999,
+            "norm_groups": c.norm_groups,
+            "norm_eps": c.norm_epsilon,
+        },
+        "diffusion": {
+            "beta_schedule": name,
+            "beta_start": start,
+            "beta_end": end,
+            "num_diffusion_timesteps": schedule.num_train_timesteps,
+            **{key: value for key, value in ours.items() if value != getattr(defaults, key)},
+        },
+    }
+
+
 FAMILY = Family(
     name="ho",
     title="Ho et al. (ermongroup/ddim, pesser/pytorch_diffusion)",
@@ -455,4 +588,5 @@ FAMILY = Family(
     reference=reference,
     block_outputs=block_outputs,
     settings=SETTINGS,
+    formats={"ermongroup": write_ermongroup, "pesser": write_pesser},
 )

@@ -1,0 +1,55 @@
+"""Back to PyTorch: a jddim checkpoint in a source's own format, for the source's own loader.
+
+A format is a function of a family's file, `(metadata, params, path) -> None`, named in its `Family.formats`. It writes
+one file or folder, or raises ConversionError with every reason why its source cannot hold the model.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from convert.engine import ConversionError
+from convert.families import FAMILIES
+from jddim.checkpoint import load_metadata, load_params
+from jddim.config import did_you_mean
+from jddim.images import atomic
+
+
+def formats() -> dict[str, Any]:
+    """Every format's name and writer, of all families."""
+    return {name: write for family in FAMILIES.values() for name, write in family.formats.items()}
+
+
+def export(
+    ckpt: str | os.PathLike[str], dst: str | os.PathLike[str], format: str | None = None, *, overwrite: bool = False
+) -> str:
+    """Write the checkpoint folder `ckpt` to `dst` in a source's format; returns the format's name.
+
+    format: a key of `formats()`; None: the first of the family that the checkpoint came from. Parameters keep their
+    bits, so that converting the result again gives the same `params_sha256`.
+
+    Raises ConversionError if the format is unknown, cannot hold the model, or `dst` exists (without `overwrite`, which
+    replaces a file, never a folder); nothing is then written.
+    """
+    metadata = load_metadata(ckpt)
+    known = formats()
+    if format is None:
+        own = FAMILIES[metadata.provenance["family"]].formats if metadata.provenance.get("family") in FAMILIES else {}
+        if not own:
+            raise ConversionError(f"{ckpt} does not say where it came from; give --format, one of {', '.join(known)}")
+        format = next(iter(own))
+    if format not in known:
+        raise ConversionError(f"unknown format {format!r}{did_you_mean(format, known)}")
+    target = Path(dst)
+    if target.exists() and (not overwrite or target.is_dir()):
+        hint = "it is a folder; choose another name" if target.is_dir() else "choose another name, or pass --overwrite"
+        raise ConversionError(f"{dst} exists; {hint}")
+    params = load_params(ckpt, metadata)
+    with atomic(target) as staging:
+        try:
+            known[format](metadata, params, staging)
+        except ConversionError as error:
+            raise ConversionError(f"{ckpt} cannot be written as {format}: {error}") from error
+    return format
