@@ -486,6 +486,8 @@ def write_pesser(metadata: Metadata, params: Tensors, path: Path) -> None:
 def _source_tensors(metadata: Metadata, params: Tensors) -> dict[str, np.ndarray]:
     import torch
 
+    assert isinstance(metadata.model, UNetConfig)
+
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in reference(metadata.model).state_dict().items()}
     return source_tensors(params, rules(metadata.model), shapes)
@@ -536,9 +538,8 @@ def _source_schedule(config: ScheduleConfig) -> tuple[str, float, float] | None:
     if config.name not in _SCHEDULES or config.zero_terminal_snr:
         return None
     ends = [float(betas[0]), float(betas[-1])]  # a sigmoid's betas do not reach its ends, so those must be told
-    start, end = (
-        end if told is None else told for told, end in zip((config.beta_start, config.beta_end), ends, strict=True)
-    )
+    told = (config.beta_start, config.beta_end)
+    start, end = (there if asked is None else asked for asked, there in zip(told, ends, strict=True))
     return _SCHEDULES[config.name], start, end
 
 
