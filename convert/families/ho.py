@@ -19,6 +19,7 @@ import yaml
 from convert.engine import ConversionError, cannot_hold, shortened, source_tensors
 from convert.families.base import Family, Plan, Source
 from convert.rules import Rules
+from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions
 from jddim.ddim import largest_eta, step_table
@@ -463,13 +464,10 @@ def write_ermongroup(metadata: Metadata, params: Tensors, path: Path) -> None:
     if problems := _wiring_problems(metadata.model) + _config_problems(metadata):
         raise ConversionError("; ".join(problems))
     config = _config_yml(metadata)
-    tensors = _source_tensors(metadata, params)
-    import torch
-
-    state = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()}
-    path.mkdir()
+    state = _source_tensors(metadata, params)
     step = metadata.provenance.get("step") or 0
-    torch.save([{f"module.{name}": value for name, value in state.items()}, {}, 0, step, state], path / "ckpt.pth")
+    path.mkdir()
+    save_torch([{f"module.{name}": value for name, value in state.items()}, {}, 0, step, state], path / "ckpt.pth")
     (path / "config.yml").write_text(yaml.safe_dump(config))
 
 
@@ -477,20 +475,13 @@ def write_pesser(metadata: Metadata, params: Tensors, path: Path) -> None:
     """One file, the bare state dict that pesser's models load."""
     if problems := _wiring_problems(metadata.model):
         raise ConversionError("; ".join(problems))
-    tensors = _source_tensors(metadata, params)
-    import torch
-
-    torch.save({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()}, path)
+    save_torch(_source_tensors(metadata, params), path)
 
 
 def _source_tensors(metadata: Metadata, params: Tensors) -> dict[str, np.ndarray]:
-    import torch
-
-    assert isinstance(metadata.model, UNetConfig)
-
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in reference(metadata.model).state_dict().items()}
-    return source_tensors(params, rules(metadata.model), shapes)
+    config = metadata.model
+    assert isinstance(config, UNetConfig)
+    return source_tensors(params, rules(config), state_shapes(lambda: reference(config)))
 
 
 def _wiring_problems(c: ModelConfig) -> list[str]:
