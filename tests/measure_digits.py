@@ -66,7 +66,6 @@ def main() -> None:
             probabilities = np.asarray(classifier.predict(judge, images))
             shares = np.bincount(probabilities.argmax(1), minlength=10) / NUM
             print(f"eta {eta:g} {name}: named {classifier.confident(probabilities):.4f}, classes {shares.round(3)}")
-            np.save(f"/tmp/digits_{name}_{eta:g}.npy", images)
 
 
 if __name__ == "__main__":
