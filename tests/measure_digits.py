@@ -1,8 +1,8 @@
-"""What tests/test_digits.py holds jddim to: the judge's words on 512 digits of each sampler, with no noise in common.
+"""Writes assets/digits.npz, which tests/test_digits.py reads: what the judge names 512 digits of each sampler.
 
-    python tests/measure_digits.py CKPT      (CKPT: the shipped checkpoint, converted)
+    PYTHONPATH=.:tests python tests/measure_digits.py CKPT      (CKPT: the shipped checkpoint, converted; ten minutes)
 
-The PyTorch side is the reference network with the walk-through's loop, its noise drawn by torch.
+The PyTorch side is the reference network with the walk-through's loop, its noise drawn by torch: none in common.
 """
 
 from __future__ import annotations
@@ -61,11 +61,16 @@ def jax_digits(path: str, eta: float, num: int = NUM, seed: int = 0) -> np.ndarr
 def main() -> None:
     judge = classifier.load()
     print(classifier.figures())
+    kept = {}
     for eta in (0.0, 1.0):
-        for name, images in (("torch", torch_digits(eta)), ("jddim", jax_digits(sys.argv[1], eta))):
+        for sampler, images in (("torch", torch_digits(eta)), ("jddim", jax_digits(sys.argv[1], eta))):
             probabilities = np.asarray(classifier.predict(judge, images))
-            shares = np.bincount(probabilities.argmax(1), minlength=10) / NUM
-            print(f"eta {eta:g} {name}: named {classifier.confident(probabilities):.4f}, classes {shares.round(3)}")
+            names, confidences = probabilities.argmax(1), probabilities.max(1)
+            shares = np.bincount(names, minlength=10) / NUM
+            print(f"eta {eta:g} {sampler}: {classifier.confident(probabilities):.4f}, classes {shares.round(3)}")
+            kept[f"{sampler}/{eta:g}/names"] = names.astype(np.int8)
+            kept[f"{sampler}/{eta:g}/confidences"] = confidences.astype(np.float32)
+    np.savez_compressed(classifier.FILE.with_name("digits.npz"), allow_pickle=False, **kept)
 
 
 if __name__ == "__main__":
