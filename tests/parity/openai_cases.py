@@ -87,7 +87,9 @@ def openai_error(name: str, dtype: Any, seed: int = 3) -> float:
     unet = build_model(made.model, {name: value.astype(dtype) for name, value in params.items()}, dtype)
     model = model.to(torch.float64 if dtype == np.float64 else torch.float32)
 
-    x_t = np.random.default_rng(seed).standard_normal((len(case.t), height, width, case.network["in_channels"]), np.float32)
+    x_t = np.random.default_rng(seed).standard_normal(
+        (len(case.t), height, width, case.network["in_channels"]), np.float32
+    )
     x_t = x_t.astype(dtype)
     t = np.array(case.t, dtype if any(t != int(t) for t in case.t) else np.int32)
     labels = None if case.labels is None else np.array(case.labels)
