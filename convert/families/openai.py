@@ -22,6 +22,7 @@ from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
 from jddim.schedule import make_schedule
+from jddim.timesteps import make_timesteps
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -336,6 +337,10 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     learned = found["out_channels"] == 2 * found["in_channels"]
     small = not learned and settle("sigma_small", False, f"{both}; DDIM does not use it")
     spacing, num_steps = _spacing(told.get("timestep_respacing", ""), T)
+    try:
+        make_timesteps(spacing, T, num_steps)
+    except ValueError as error:
+        raise ConversionError(f"timestep_respacing: {error}") from error
     sampler = SamplerConfig(
         spacing=spacing,
         num_steps=num_steps,
