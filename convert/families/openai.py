@@ -85,7 +85,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     """
     layers: dict[str, dict[int, Counter[tuple[int, str]]]] = {"input": {}, "output": {}}
     for name in tensors:
-        if found := re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.([a-z_]+)", name):
+        if found := re.match(r"(input|output)_blocks\.(\d{1,6})\.(\d{1,6})\.([a-z_]+)", name):
             side, n, layer, kind = found.groups()
             layers[side].setdefault(int(n), Counter())[int(layer), kind] += 1
     entries, exits = layers["input"], layers["output"]
@@ -93,12 +93,13 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     convs = sum((0, "op") in found for found in entries.values())
     convs = max(convs, sum(any(kind == "conv" for _, kind in found) for found in exits.values()))
     blocks = sum(any(layer and kind == "in_layers" for layer, kind in found) for found in exits.values())
-    pools = len(set(range(max(entries, default=0))) - set(entries))
+    pools = 1 + max(entries, default=-1) - len(entries)  # numbers without a tensor
     resample = "resnet" if blocks > convs else "conv" if convs else "pool"
     levels = 1 + {"resnet": blocks, "conv": convs, "pool": pools}[resample]
     count = 1 + max(exits, default=-1)
     each = count // levels  # blocks of a level on the way up; on the way down the last of them is the downsampling
-    if count % levels or each < 2 or 1 + max(entries, default=-1) != count:
+    # A number alone makes no blocks: most of them must be there.
+    if count % levels or each < 2 or 1 + max(entries, default=-1) != count or 2 * len(exits) < count:
         raise ConversionError(
             f"the blocks do not add up to a UNet: input_blocks up to {max(entries, default='none')}, "
             f"output_blocks up to {max(exits, default='none')}, {levels - 1} upsamplings; is the file whole?"
@@ -140,7 +141,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
         "out_channels": ends[1],
         "resample": resample if levels > 1 else "conv",
         "use_scale_shift_norm": ratios.most_common(1)[0][0] == 2 if ratios else True,
-        "num_classes": None if labels is None or labels.ndim != 2 else labels.shape[0],
+        "num_classes": labels.shape[0] or None if labels is not None and labels.ndim == 2 else None,
     }
 
 
@@ -238,7 +239,7 @@ def _size(text: str) -> tuple[int, int]:
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(_number(float(part)) for part in text.split(",") if text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError("a list of numbers (1,2,3)") from None
 
 

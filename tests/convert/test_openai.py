@@ -178,6 +178,24 @@ def test_a_file_without_its_end_does_not_pass_for_a_smaller_network() -> None:
             infer(tensors)
 
 
+def test_a_block_with_a_huge_number_costs_nothing() -> None:
+    far = {f"{side}_blocks.999998.0.in_layers.0.bias": np.ones(32, np.float32) for side in ("input", "output")}
+    with pytest.raises(ConversionError, match="is the file whole"):
+        infer(small_shapes() | far)
+    endless = {f"input_blocks.{'9' * 5000}.0.in_layers.0.bias": np.ones(32, np.float32)}
+    assert infer(small_shapes() | endless) == infer(small_shapes())  # `fill` then reports it as unexpected
+
+
+def test_one_missing_or_misshapen_tensor_is_not_another_network() -> None:
+    small = small_shapes(num_classes=3)
+    whole = infer(small)
+    read_once = ("input_blocks.0.0.weight", "out.2.bias", "label_emb.weight")
+    for name in small:
+        if name not in read_once:
+            assert infer({other: value for other, value in small.items() if other != name}) == whole, name
+            assert infer({**small, name: np.ones((5, 7), np.float32)}) == whole, name
+
+
 # -- the flags --------------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +302,7 @@ def test_what_cannot_be_read_is_named_with_what_can() -> None:
         "num_channels": "12.5",
         "diffusion_steps": "0",
         "noise_schedule": "sqrt",
-        "channel_mult": "1,two",
+        "channel_mult": "1,inf",
         "timestep_respacing": "ddim",
         "image_size": "6x",
         "num_head_channels": "-2",
