@@ -34,8 +34,9 @@ class Fused:
         count = len(self.parts)
         if array.ndim == 0 or array.shape[0] % (count * self.groups):
             return []
-        blocks = array.reshape(self.groups, count, -1, *array.shape[1:])
-        return [blocks[:, i].reshape(-1, *array.shape[1:]) for i in range(count)]
+        width, rest = array.shape[0] // count, array.shape[1:]  # spelled out: -1 is no size where the array is empty
+        blocks = array.reshape(self.groups, count, width // self.groups, *rest)
+        return [blocks[:, i].reshape(width, *rest) for i in range(count)]
 
     def join(self, arrays: Sequence[NDArray]) -> NDArray:
         """The parts' tensors, `(width, ...)` each, as the source's: the inverse of `split`."""
