@@ -52,10 +52,10 @@ def fill(
             problems["rules"].append(f"{name} and {origin[leaf]} both fill {leaf}")
             continue
         origin[leaf] = name
-        value = to_layout(array, expected[leaf])
+        value = to_layout(array, expected[leaf], leaf)
         if value.shape != expected[leaf]:
             problems["misshapen"].append(
-                f"{name} has shape {array.shape}, expected {torch_shape(expected[leaf], array)}"
+                f"{name} has shape {array.shape}, expected {torch_shape(expected[leaf], array, leaf)}"
             )
             continue
         if not np.issubdtype(array.dtype, np.floating):
@@ -94,11 +94,9 @@ def source_tensors(params: Mapping[str, np.ndarray], rules: Rules, shapes: Mappi
 
 def _torch_layout(leaf: str, value: np.ndarray) -> np.ndarray:
     """HWIO -> OIHW; (in, out) -> (out, in); the inverse of `convert.rules.to_layout`."""
-    if value.ndim == 4:
-        return value.transpose(3, 2, 0, 1)
-    if value.ndim == 2 and leaf.endswith(".kernel"):
-        return value.T
-    return value
+    if not leaf.endswith(".kernel"):
+        return value
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
 
 def cannot_hold(config: Any, varies: Collection[str], fixed: Mapping[str, Any] | None = None) -> list[str]:

@@ -43,11 +43,15 @@ def target_leaf(module: str, kind: str, leaves: Sequence[str] | Mapping[str, obj
     return next((name for name in names if name in leaves), None)
 
 
-def to_layout(array: NDArray, shape: tuple[int, ...]) -> NDArray:
+def to_layout(array: NDArray, shape: tuple[int, ...], leaf: str = "kernel") -> NDArray:
     """A torch tensor in the layout of a target leaf of this shape. Returned as it is where no layout rule applies.
 
-    4-d targets are convolutions, OIHW -> HWIO. 2-d targets are linears, from (out, in) or a 1x1 convolution.
+    Of kernels, 4-d targets are convolutions, OIHW -> HWIO; 2-d targets are linears, from (out, in) or a 1x1
+    convolution. Other leaves keep torch's layout; lists of c may come as (1, c, 1, 1), to broadcast over an image.
+    leaf: the target leaf's name, or the last part of it.
     """
+    if leaf.rpartition(".")[2] != "kernel":
+        return array.reshape(-1) if len(shape) == 1 and array.shape == (1, *shape, 1, 1) else array
     if len(shape) == 4 and array.ndim == 4:
         return array.transpose(2, 3, 1, 0)
     if len(shape) == 2 and array.ndim >= 2 and all(side == 1 for side in array.shape[2:]):
@@ -55,8 +59,10 @@ def to_layout(array: NDArray, shape: tuple[int, ...]) -> NDArray:
     return array
 
 
-def torch_shape(target: tuple[int, ...], array: NDArray) -> tuple[int, ...]:
+def torch_shape(target: tuple[int, ...], array: NDArray, leaf: str = "kernel") -> tuple[int, ...]:
     """The shape that `array` would need in torch's layout to fill a leaf of shape `target`; for error messages."""
+    if leaf.rpartition(".")[2] != "kernel":
+        return (1, *target, 1, 1) if len(target) == 1 and np.ndim(array) == 4 else target
     if len(target) == 4:
         return (target[3], target[2], target[0], target[1])
     if len(target) == 2:

@@ -360,12 +360,12 @@ class LucidrainsConfig:
 
     @property
     def class_embedding(self) -> str | None:
-        """This wiring has no classes."""
+        """None: there are no classes in this wiring."""
         return None
 
     @property
     def num_classes(self) -> int | None:
-        """This wiring has no classes."""
+        """None: there are no classes in this wiring."""
         return None
 
     @property
@@ -374,7 +374,7 @@ class LucidrainsConfig:
         full = [str(level) for level, full in enumerate(self.full_attention) if full]
         return (
             f"{self.image_size[0]}x{self.image_size[1]}x{self.in_channels}, ch {self.channels}, "
-            f"mult {','.join(map(str, self.channel_mults))}, linear attention, full at levels {','.join(full) or 'none'}"
+            f"mult {','.join(map(str, self.channel_mults))}, full attention at levels {','.join(full) or 'none'}"
             + (", self-conditioned" if self.self_condition else "")
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,12 @@ class SinusoidalPosEmb(nn.Module):
 
     def __init__(self, dim: int, theta: float):
         super().__init__()
-        self.half, self.theta = dim // 2, theta
+        self.count, self.theta = dim // 2, theta
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Every operation is rounded in dtype."""
-        i = torch.arange(self.half, dtype=dtype, device=t.device)
-        angles = t.to(dtype)[:, None] * torch.exp(i * -(math.log(self.theta) / (self.half - 1)))[None, :]
+        i = torch.arange(self.count, dtype=dtype, device=t.device)
+        angles = t.to(dtype)[:, None] * torch.exp(i * -(math.log(self.theta) / (self.count - 1)))[None, :]
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -63,7 +64,7 @@ class TimeMLP(nn.Sequential):
 
     def forward(self, t: Tensor) -> Tensor:
         """t: `(b,)` int or float. Angles are at least float32."""
-        dtype = self[3].weight.dtype
+        dtype = next(self[3].parameters()).dtype
         features = self[0](t, torch.promote_types(dtype, torch.float32)).to(dtype)
         return self[3](self[2](self[1](features)))
 
@@ -199,7 +200,7 @@ class LucidrainsUNet(nn.Module):
 
         last = len(dim_mults) - 1
         downs, ups = [], []
-        for level, (width, deeper) in enumerate(zip(widths, widths[1:], strict=False)):
+        for level, (width, deeper) in enumerate(pairwise(widths)):
             shrink = (
                 nn.Conv2d(width, deeper, 3, padding=1)
                 if level == last
@@ -220,10 +221,10 @@ class LucidrainsUNet(nn.Module):
                 )
             )
         self.downs = nn.ModuleList(downs)
+        self.ups = nn.ModuleList(reversed(ups))  # in the order that they run
         self.mid_block1 = block(widths[-1], widths[-1])
         self.mid_attn = attention(last, widths[-1], True)
         self.mid_block2 = block(widths[-1], widths[-1])
-        self.ups = nn.ModuleList(reversed(ups))  # in the order that they run
         self.final_res_block = block(2 * init_dim, init_dim)
         self.final_conv = nn.Conv2d(init_dim, out_dim, 1)
 
@@ -234,7 +235,8 @@ class LucidrainsUNet(nn.Module):
         x = stem = self.init_conv(x)
         time = self.time_mlp(t)
         skips = []
-        for block1, block2, attention, shrink in self.downs:  # type: ignore[misc]
+        for level in self.downs:
+            block1, block2, attention, shrink = level.children()
             x = block1(x, time)
             skips.append(x)
             x = block2(x, time)
@@ -244,7 +246,8 @@ class LucidrainsUNet(nn.Module):
         x = self.mid_block1(x, time)
         x = self.mid_attn(x) + x
         x = self.mid_block2(x, time)
-        for block1, block2, attention, grow in self.ups:  # type: ignore[misc]
+        for level in self.ups:
+            block1, block2, attention, grow = level.children()
             x = block1(torch.cat([x, skips.pop()], dim=1), time)
             x = block2(torch.cat([x, skips.pop()], dim=1), time)
             x = attention(x) + x

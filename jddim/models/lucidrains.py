@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -90,9 +91,7 @@ class Attention(nnx.Module):
     keys then values.
     """
 
-    def __init__(
-        self, channels: int, *, heads: int, head_channels: int, memory: int, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
+    def __init__(self, channels: int, *, heads: int, head_channels: int, memory: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dtype = dtype
         self.norm = RMSNorm(channels, dtype=dtype)
         self.mem_kv = nnx.Param(jax.random.normal(rngs.params(), (2, heads, memory, head_channels)))
@@ -117,9 +116,7 @@ class LinearAttention(nnx.Module):
     mem_kv: `(2, heads, head_channels, memory)`. Between the projections it computes in float32 at least.
     """
 
-    def __init__(
-        self, channels: int, *, heads: int, head_channels: int, memory: int, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
+    def __init__(self, channels: int, *, heads: int, head_channels: int, memory: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dtype = dtype
         self.norm = RMSNorm(channels, dtype=dtype)
         self.mem_kv = nnx.Param(jax.random.normal(rngs.params(), (2, heads, head_channels, memory)))
@@ -221,25 +218,17 @@ class LucidrainsUNet(nnx.Module):
 
         widths = (config.stem, *config.widths)
         last = len(config.widths) - 1
+        conv3 = partial(conv, size=3, dtype=dtype, rngs=rngs)
         down, up = [], []
-        for level, (width, deeper) in enumerate(zip(widths, widths[1:], strict=False)):
-            resample = (
-                partial(conv, size=3, dtype=dtype, rngs=rngs)
-                if level == last
-                else partial(Downsample, dtype=dtype, rngs=rngs)
-            )
+        for level, (width, deeper) in enumerate(pairwise(widths)):
             attend = attention(level, width, full=config.full_attention[level])
-            down.append(Level(block(width, width), block(width, width), attend, resample(width, deeper)))
-        for level in reversed(range(len(config.widths))):
-            above, width = widths[level : level + 2]
-            resample = (
-                partial(conv, size=3, dtype=dtype, rngs=rngs)
-                if level == 0
-                else partial(Upsample, dtype=dtype, rngs=rngs)
-            )
+            halve = conv3(width, deeper) if level == last else Downsample(width, deeper, dtype=dtype, rngs=rngs)
+            down.append(Level(block(width, width), block(width, width), attend, halve))
+        for level, (above, width) in reversed(list(enumerate(pairwise(widths)))):
+            both = width + above  # the skips have the encoder's width at this resolution
             attend = attention(level, width, full=config.full_attention[level])
-            blocks = (block(width + above, width) for _ in range(2))
-            up.append(Level(*blocks, attend, resample(width, above)))
+            double = conv3(width, above) if level == 0 else Upsample(width, above, dtype=dtype, rngs=rngs)
+            up.append(Level(block(both, width), block(both, width), attend, double))
         self.down = nnx.List(down)
         deepest = widths[-1]
         middle = attention(last, deepest, full=True)
@@ -263,9 +252,7 @@ class LucidrainsUNet(nnx.Module):
             raise ValueError("LucidrainsUNet: this model takes no labels: it has no classes")
         if x_t.ndim != 4 or x_t.shape[3] != config.input_channels:
             parts = ", self-conditioning and x_t" if config.self_condition else ""
-            raise ValueError(
-                f"LucidrainsUNet: x_t must be (b, h, w, {config.input_channels}{parts}), got {x_t.shape}"
-            )
+            raise ValueError(f"LucidrainsUNet: x_t must be (b, h, w, {config.input_channels}{parts}), got {x_t.shape}")
         if problems := size_problems(config, (x_t.shape[1], x_t.shape[2])):
             raise ValueError(f"LucidrainsUNet: {problems[0]}")
 
@@ -316,5 +303,5 @@ class LucidrainsUNet(nnx.Module):
 
 
 def _prepend(memory: Array, pixels: Array) -> Array:
-    """memory `(m, heads, width)`, the same for every image, before pixels `(b, n, heads, width)`: `(b, m + n, ...)`."""
+    """Memory `(m, heads, width)`, the same for every image, before pixels `(b, n, heads, width)`: `(b, m + n, ...)`."""
     return jnp.concatenate([jnp.broadcast_to(memory, (pixels.shape[0], *memory.shape)), pixels], axis=1)
