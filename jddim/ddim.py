@@ -53,14 +53,14 @@ def step_table(
 ) -> StepTable:
     """The table of a schedule and a descending list of timesteps: float64 on the host, cast once to `dtype`.
 
-    timesteps: `(S,)`, strictly descending within 0..T-1. timesteps_prev: `(S,)`, where each step ends, in -1..t-1 (-1
-    is the clean image; `jddim.timesteps.previous_timesteps`); None: at the next entry, the last at -1. Both given,
-    an entry may repeat, and then steps to itself.
+    timesteps: `(S,)`, descending within 0..T-1; an entry may repeat (ermongroup's quad), and then steps to itself.
+    timesteps_prev: `(S,)`, where each step ends, in -1..t (-1 is the clean image; see
+    `jddim.timesteps.previous_timesteps`); None: at the next entry, the last at -1.
     set_alpha_to_one: alpha_bar at -1 is 1; False: it is alpha_bar_0 (diffusers' option of that name).
 
     Raises ValueError if `timesteps` does not descend within 0..T-1, or `timesteps_prev` does not precede it.
     """
-    t = check_timesteps(timesteps, schedule.num_train_timesteps, repeats=timesteps_prev is not None)
+    t = check_timesteps(timesteps, schedule.num_train_timesteps, repeats=True)
     t_prev = np.append(t[1:], -1) if timesteps_prev is None else np.asarray(timesteps_prev)
     if t_prev.shape != t.shape or (t_prev > t).any() or (t_prev < -1).any():
         raise ValueError(f"timesteps_prev must hold one entry in -1..t for each t of {t}, got {t_prev}")
