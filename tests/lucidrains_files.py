@@ -14,6 +14,7 @@ from jddim.config import LucidrainsConfig, ScheduleConfig
 SIZE = (6, 10)  # height and width differ from each other and from every width, so no axis can stand in for another
 SETTINGS = {"image_size": "6x10"}
 STEP = 3000
+COSINE = ScheduleConfig("cosine", 100)
 
 
 def small_config(**changes: Any) -> LucidrainsConfig:
@@ -56,9 +57,7 @@ def diffusion(unet: dict[str, np.ndarray], schedule: ScheduleConfig, objective: 
     return buffers(schedule, objective) | {f"model.{name}": value for name, value in unet.items()}
 
 
-def trainer(
-    config: LucidrainsConfig, schedule: ScheduleConfig = ScheduleConfig("cosine", 100), objective: str = "pred_v"
-) -> dict[str, Any]:
+def trainer(config: LucidrainsConfig, schedule: ScheduleConfig = COSINE, objective: str = "pred_v") -> dict[str, Any]:
     """What the Trainer saves, as NumPy arrays: EMA weights of seed 1, raw ones of seed 2."""
     ema, raw = (diffusion(draw(config, seed), schedule, objective) for seed in (1, 2))
     shadow = {"initted": np.array(True), "step": np.array(STEP)}

@@ -41,6 +41,8 @@ def _what_it_is(raw: Any) -> str:
         return f"is no checkpoint that jddim knows: it holds a value of type {type(raw).__name__}, not named tensors"
     if "param_groups" in raw and "state" in raw:
         return "is an optimizer's state, not a model; the model's weights are in another file of the same run"
+    if "ema" in raw and "model" in raw and "opt" in raw:
+        return f"is a lucidrains Trainer's file (step {raw.get('step')}), but holds no image Unet of 2.x"
     if what := _other(raw):
         return what
     for key, inner in raw.items():

@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the files are PyTorch's: pip install 'jddim[convert]'")
 
-from lucidrains_files import SETTINGS, diffusion, draw, small_config, trainer, write  # noqa: E402
+from lucidrains_files import COSINE, SETTINGS, diffusion, draw, small_config, trainer, write  # noqa: E402
 
 import jddim.checkpoint  # noqa: E402
 from convert.convert import convert, describe  # noqa: E402
@@ -23,7 +23,6 @@ from jddim.config import LucidrainsConfig, SamplerConfig, ScheduleConfig  # noqa
 from jddim.schedule import make_schedule  # noqa: E402
 
 CONFIG = small_config()
-COSINE = ScheduleConfig("cosine", 100)
 
 
 def tensors(config: LucidrainsConfig = CONFIG, schedule: ScheduleConfig = COSINE, objective: str = "pred_v") -> Any:

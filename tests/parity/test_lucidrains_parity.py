@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def ddim_sample(
     """What GaussianDiffusion.ddim_sample computes, in [-1, 1]; noise: one `(b, c, h, w)` for each step."""
     times = torch.linspace(-1, len(alpha_bar) - 1, steps + 1).int().tolist()[::-1]
     x0 = None
-    for step, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for step, (t, t_next) in enumerate(pairwise(times)):
         output = model(x, t, x0)
         a = alpha_bar[t]
         if learned:  # LearnedGaussianDiffusion's own model_predictions: half the output, and eps as predicted
@@ -176,7 +177,7 @@ def test_ddim_samples_as_the_source_does(tmp_path: Path, name: str) -> None:
             learned=config.out_channels == 2,
         )
         actual = ddim.sample(x_T=x_T, noise=noise, eta=eta)
-        assert ((-0.99 < expected) & (expected < 0.99)).float().mean() > 0.05  # not all clamped
+        assert (expected.abs() < 0.99).float().mean() > 0.05  # not all clamped
         np.testing.assert_allclose(actual, to_numpy(expected), rtol=0, atol=1e-4)  # the issue's bound
 
 
