@@ -55,6 +55,7 @@ def _convert(args: argparse.Namespace) -> int:
         args.dst,
         config=args.config,
         settings=_settings(args.set),
+        preset=args.preset,
         weights=args.weights,
         verify=args.verify,
         overwrite=args.overwrite,
@@ -248,7 +249,7 @@ def _info(args: argparse.Namespace) -> int:
                 value = f"{value['output_error']:.1e} of the output's scale, against PyTorch {value['torch']}"
             print(f"{name:<15} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
         return 0
-    print("\n".join(_convert_module().describe(path, args.config, _settings(args.set))))
+    print("\n".join(_convert_module().describe(path, args.config, _settings(args.set), args.preset)))
     return 0
 
 
@@ -390,7 +391,10 @@ def _parser() -> argparse.ArgumentParser:
             action="append",
             default=[],
             metavar="KEY=VALUE",
-            help="a fact the tensors do not tell; over the config's",
+            help="a fact the tensors do not tell, under the source's own name; over the config's",
+        )
+        sub.add_argument(
+            "--preset", metavar="NAME", help="all that --set would say, for a published model (guided-256, ...)"
         )
 
     sub = command(

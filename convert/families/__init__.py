@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from convert.engine import ConversionError
-from convert.families import ho, lucidrains
+from convert.families import ho, lucidrains, openai
 from convert.families.base import Family, Plan, Source
 
-FAMILIES: dict[str, Family] = {"ho": ho.FAMILY, "lucidrains": lucidrains.FAMILY}
+FAMILIES: dict[str, Family] = {family.name: family for family in (ho.FAMILY, openai.FAMILY, lucidrains.FAMILY)}
 
 __all__ = ["FAMILIES", "Family", "Plan", "Source", "recognise"]
 
@@ -26,7 +26,7 @@ def recognise(raw: Any, path: str) -> Family:
 _OTHERS = {
     "model.diffusion_model.": "is a latent-diffusion model (Stable Diffusion and its like); jddim's are in pixel space",
     "down_blocks.": "is a diffusers model; this family is not supported yet",
-    "input_blocks.": "is an OpenAI guided-diffusion or improved-diffusion model; this family is not supported yet",
+    "input_blocks.": "has names of OpenAI's UNets (guided- and improved-diffusion), but no middle_block or time_embed",
     "downs.0.": "is like a lucidrains denoising-diffusion-pytorch model, but not one of 2.x's image Unets",
     "all_modules.": "is a score_sde model; this family is not supported",
     "model.enc.": "is an EDM model; this family is not supported",

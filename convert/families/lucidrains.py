@@ -477,7 +477,19 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         variance="learned_range" if found["learned_variance"] else "fixed_small",
     )
     ignored = {name: reason for name, reason in _BUFFERS.items() if name in tensors}
-    return Plan(model, schedule, sampler, rules(model), ignored, tuple(assumed))
+    return Plan(model, schedule, sampler, rules(model), ignored, tuple(assumed), _notes(found, steps, T))
+
+
+def _notes(found: Mapping[str, Any], steps: int, T: int) -> tuple[str, ...]:
+    """Where the source itself would not run DDIM."""
+    notes = []
+    if found["learned_variance"]:
+        notes.append("LearnedGaussianDiffusion's ddim_sample fails by a missing import; jddim does what it says")
+    if found["learned_sinusoidal_dim"] is not None:
+        notes.append("GaussianDiffusion refuses a Unet with learned or random features of t; t is given as 0..T-1")
+    if steps == T:
+        notes.append("with sampling_timesteps = timesteps the source samples ancestrally (sample --method ddpm)")
+    return tuple(notes)
 
 
 def _model(found: Mapping[str, Any], image_size: tuple[int, int], theta: float) -> LucidrainsConfig:
