@@ -151,6 +151,7 @@ def test_a_learned_variance_is_of_predicted_noise() -> None:
         sampler = made.sampler
         assert (sampler.prediction_type, sampler.variance, sampler.rederive_eps) == (prediction, "learned_range", False)
         assert any("learned variance" in fact for fact in made.assumed) == (objective == "pred_v")
+        assert any("ddim_sample fails" in note for note in made.notes)
 
 
 def source_betas(name: str, T: int) -> np.ndarray:
@@ -203,6 +204,7 @@ def test_a_bare_unet_has_the_sources_defaults_or_what_is_told() -> None:
     assert made.schedule == COSINE
     assert (made.sampler.num_steps, made.sampler.eta, made.sampler.prediction_type) == (7, 0.5, "epsilon")
     assert made.assumed == ()
+    assert made.notes == ()
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
