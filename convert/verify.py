@@ -73,7 +73,7 @@ def verify(
 
     rng = np.random.default_rng(seed)
     t = np.array([0, num_t // 2, num_t - 1], np.int32)
-    x_t = rng.standard_normal((len(t), *config.image_size, config.in_channels), dtype=np.float32)
+    x_t = rng.standard_normal((len(t), *config.image_size, config.input_channels), dtype=np.float32)
     labels = random_labels(config, rng, len(t))
 
     reference = family.reference(config, **(reference_options or {}))
