@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from jax import Array
 from jax.typing import DTypeLike
 
-from jddim.config import ModelConfig, UNetConfig
+from jddim.config import LucidrainsConfig, ModelConfig, UNetConfig
+from jddim.models.lucidrains import LucidrainsUNet
 from jddim.models.unet import UNet
 
 
@@ -19,14 +20,17 @@ class Network(Protocol):
     dtype: DTypeLike
 
     def __call__(self, x_t: Array, t: Array, labels: Array | None = None) -> Array:
-        """x_t `(b, h, w, in_channels)`, t `(b,)`, labels as the config says -> `(b, h, w, out_channels)`."""
+        """x_t `(b, h, w, input_channels)`, t `(b,)`, labels as the config says -> `(b, h, w, out_channels)`."""
 
     def activations(self, x_t: Array, t: Array, labels: Array | None = None) -> Iterator[tuple[str, Array]]:
         """The forward pass, one `(name, output)` per block in the order computed; the last is the output."""
 
 
 # By the name that a checkpoint's metadata has for the wiring: the config that describes it, the network it builds.
-MODELS: dict[str, tuple[type[Any], type[Any]]] = {"unet": (UNetConfig, UNet)}
+MODELS: dict[str, tuple[type[Any], type[Any]]] = {
+    "unet": (UNetConfig, UNet),
+    "lucidrains": (LucidrainsConfig, LucidrainsUNet),
+}
 
 
 def build(config: ModelConfig, *, dtype: DTypeLike, rngs: Any) -> Any:
