@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from jddim import interrupt
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, did_you_mean, from_json, to_json
 from jddim.models import MODELS, Network, build, wiring_of
 
@@ -144,6 +146,7 @@ def save_checkpoint(
     retired = staging.with_suffix(".old")
     made = [parent for parent in target.parents if not parent.exists()]
     try:
+        interrupt.unwind()
         target.parent.mkdir(parents=True, exist_ok=True)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(
@@ -159,8 +162,7 @@ def save_checkpoint(
     except BaseException:
         if retired.exists() and not target.exists():
             retired.rename(target)
-        for leftover in staging.parent.glob(f"{staging.name}*"):  # Orbax writes under a longer name at first
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove_all(staging)
         with contextlib.suppress(OSError):
             for parent in made:
                 parent.rmdir()
@@ -168,6 +170,17 @@ def save_checkpoint(
     finally:
         shutil.rmtree(retired, ignore_errors=True)
     return metadata
+
+
+def _remove_all(staging: Path) -> None:
+    """Remove what Orbax has written: under a longer name at first, and its threads may go on for a moment."""
+    quiet = 0
+    while quiet < 3:
+        leftovers = list(staging.parent.glob(f"{staging.name}*"))
+        for leftover in leftovers:
+            shutil.rmtree(leftover, ignore_errors=True)
+        quiet = 0 if leftovers else quiet + 1
+        time.sleep(0.01)
 
 
 def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -190,11 +203,13 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
     probe = parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         probe.mkdir()
-        probe.rmdir()
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot write {path}: {(error.strerror if isinstance(error, OSError) else None) or error} in {parent}"
         ) from error
+    finally:  # after Ctrl-C too
+        with contextlib.suppress(OSError, ValueError):
+            probe.rmdir()
 
 
 def load_metadata(path: str | os.PathLike[str]) -> Metadata:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jddim import __version__
+from jddim import __version__, interrupt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,14 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         return args.run(args)
-    except KeyboardInterrupt:
-        print("jddim: interrupted; nothing half-written was left", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ArithmeticError, MemoryError, ModuleNotFoundError) as error:
-        if os.environ.get("JDDIM_DEBUG"):
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, KeyboardInterrupt) or interrupt.heard():
+            print(interrupt.MESSAGE, file=sys.stderr)
+            return 130
+        mistakes = (ValueError, OSError, ArithmeticError, MemoryError, ModuleNotFoundError)
+        if os.environ.get("JDDIM_DEBUG") or not isinstance(error, mistakes):
             raise
         print(f"jddim: error: {_one_line(error)}", file=sys.stderr)
         return 1

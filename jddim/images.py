@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, PngImagePlugin
 
+from jddim import interrupt
+
 FORMATS = (".png", ".gif", ".npz", ".npy")
 
 
@@ -67,9 +69,11 @@ def check_output(path: str | os.PathLike[str], channels: int, *, overwrite: bool
     probe = parent / _staging(target).name
     try:
         probe.touch(exist_ok=False)
-        probe.unlink()
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error} in {parent}") from error
+    finally:  # after Ctrl-C too
+        with suppress(OSError):
+            probe.unlink()
 
 
 def save_images(
@@ -148,6 +152,7 @@ def atomic(target: Path) -> Iterator[Path]:
     staging = _staging(target)
     remove: Callable[[Path], None] = lambda p: shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)  # noqa: E731
     try:
+        interrupt.unwind()
         target.parent.mkdir(parents=True, exist_ok=True)
         yield staging
         if staging.is_dir() and target.is_dir():

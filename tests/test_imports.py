@@ -68,9 +68,10 @@ def test_torch_is_imported_where_it_is_meant_to_be() -> None:
         ("jddim.denoisers", {"sampling"}),
         ("jddim.models.layers", set()),
         ("jddim.models.unet", {"config", "models"}),
-        ("jddim.checkpoint", {"config", "models"}),
-        ("jddim.images", set()),
+        ("jddim.checkpoint", {"config", "interrupt", "models"}),
+        ("jddim.images", {"interrupt"}),
         ("jddim.progress", set()),
+        ("jddim.interrupt", set()),
     ],
 )
 def test_layers_look_downwards_only(module: str, allowed: set[str]) -> None:

@@ -1,0 +1,85 @@
+"""Ctrl-C, heard at any time and only once.
+
+Python's KeyboardInterrupt alone is not enough for a command. Raised while an extension module is imported it may come
+out as an ImportError, or crash the interpreter (jaxlib's); in a finaliser it is printed and lost; a second one cuts
+short the clearing up after the first. This module imports little, to be ready before the rest is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+SAME = 2.0
+"""Seconds within which a second Ctrl-C is taken for the first, lest it stop the clearing up."""
+
+MESSAGE = "jddim: interrupted; nothing half-written was left"
+
+_heard: float | None = None
+_unwinding = False
+
+
+def listen() -> None:
+    """From now on, Ctrl-C raises KeyboardInterrupt in the main thread and is remembered. For a command's start."""
+    signal.signal(signal.SIGINT, _on_interrupt)
+    sys.unraisablehook = _on_unraisable
+    sys.excepthook = _on_exception
+
+
+def heard() -> bool:
+    """Whether Ctrl-C was heard: then whatever was raised since is its consequence."""
+    return _heard is not None
+
+
+def unwind() -> None:
+    """From now on there are temporary files: an import that Ctrl-C strikes may not end the process at once."""
+    global _unwinding
+    _unwinding = True
+
+
+def ignore() -> None:
+    """From now on, Ctrl-C does nothing: the command has done all it had to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _on_interrupt(signum: int, frame: FrameType | None) -> None:
+    global _heard
+    now = time.monotonic()
+    if _heard is None or now - _heard > SAME:
+        _heard = now
+        if not _unwinding and _importing(frame):
+            os.write(2, f"{MESSAGE}\n".encode())
+            os._exit(130)
+        raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _on_exception(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+    """Extension modules print what their initialisation runs into (numpy's does), and fail then."""
+    if not heard():
+        sys.__excepthook__(kind, value, traceback)
+
+
+def _on_unraisable(unraisable: Any) -> None:
+    """Where KeyboardInterrupt cannot leave the finaliser or callback that it struck, raise it again a little later."""
+    global _heard
+    if not heard():
+        sys.__unraisablehook__(unraisable)
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        return  # after Ctrl-C, what finalisers say of half-made objects is of no interest
+    _heard = None
+    again = threading.Timer(0.02, signal.raise_signal, [signal.SIGINT])
+    again.daemon = True
+    again.start()
