@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -34,8 +33,8 @@ MODELS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 
 
-def build(config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Any:
-    """The network that `config` describes, with fresh parameters."""
+def build(config: ModelConfig, *, dtype: DTypeLike, rngs: Any) -> Any:
+    """The network that `config` describes, with fresh parameters. rngs: `nnx.Rngs`, or what has its `params()`."""
     return MODELS[wiring_of(config)][1](config, dtype=dtype, rngs=rngs)
 
 
