@@ -73,6 +73,16 @@ def _tensors(state: Mapping[Any, Any], file_name: str) -> dict[str, np.ndarray]:
     return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
+def locate(folder: Path, weights: str | None, variant: str | None) -> Path | None:
+    """A run's `ckpt.pth`, which holds raw and EMA weights both; there are no variants."""
+    return file if variant is None and (file := folder / "ckpt.pth").is_file() else None
+
+
+def config_files(weights: Path) -> Iterable[Path]:
+    """The `config.yml` that ermongroup's runner writes beside its checkpoints."""
+    return [weights.parent / "config.yml"]
+
+
 # -- what the tensors tell --------------------------------------------------------------------------------------------
 
 
@@ -581,4 +591,6 @@ FAMILY = Family(
     block_outputs=block_outputs,
     settings=SETTINGS,
     formats={"ermongroup": write_ermongroup, "pesser": write_pesser},
+    locate=locate,
+    config_files=config_files,
 )

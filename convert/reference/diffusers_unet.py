@@ -5,13 +5,13 @@ the arguments. Inference only: there is no dropout. The blocks that `convert.fam
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS = {"silu": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 
 
 class Sinusoid(nn.Module):
@@ -224,9 +224,7 @@ class ReferenceUNet2D(nn.Module):
         temb = time_embedding_dim or 4 * width
         scale_shift = resnet_time_scale_shift == "scale_shift"
 
-        def resnet(
-            channels_in: int, channels_out: int, resample: str | None = None, scale: float = 1.0
-        ) -> ResnetBlock:
+        def resnet(channels_in: int, channels_out: int, resample: str | None = None, scale: float = 1.0) -> ResnetBlock:
             return ResnetBlock(
                 channels_in,
                 channels_out,
