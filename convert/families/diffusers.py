@@ -218,7 +218,10 @@ def block_outputs(module: Any, x_t: Any, t: Any, labels: Any) -> Mapping[str, An
 
 
 def write_pipeline(metadata: Metadata, params: Tensors, path: Path) -> None:
-    """A folder that `DDIMPipeline.from_pretrained` loads: model_index.json, unet/, scheduler/."""
+    """A folder that `DDIMPipeline.from_pretrained` loads: model_index.json, unet/, scheduler/.
+
+    Or DDPMPipeline's, where DDIMScheduler has not what the checkpoint has (`scheduler_json`).
+    """
     problems, parts = [], {}
     for name, make in (
         ("unet", lambda: configs.unet_json(metadata.model)),
@@ -228,10 +231,6 @@ def write_pipeline(metadata: Metadata, params: Tensors, path: Path) -> None:
             parts[name] = make()
         except ConversionError as error:
             problems.append(str(error))
-    if metadata.model.in_channels != metadata.model.out_channels:
-        problems.append(
-            f"the network has {metadata.model.out_channels} output channels, of which DDIMPipeline uses all"
-        )
     if problems:
         raise ConversionError("; ".join(problems))
     config = metadata.model

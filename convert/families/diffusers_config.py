@@ -32,7 +32,7 @@ def _integer(value: Any) -> int:
 
 
 def _count(value: Any) -> int:
-    if _integer(value) < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError("an integer of at least 1")
     return value
 
@@ -584,7 +584,7 @@ def _check_sampler(sampler: SamplerConfig, schedule: ScheduleConfig, model: UNet
 def scheduler_json(metadata: Metadata) -> dict[str, Any]:
     """The `scheduler_config.json` of a checkpoint, the inverse of the two above. Raises ConversionError, as they do.
 
-    Of class DDIMScheduler, except for the sigmoid schedule, which only DDPMScheduler has.
+    Of class DDIMScheduler, except for the sigmoid schedule and learned variances, which only DDPMScheduler has.
     """
     s, config = metadata.sampler, metadata.schedule
     spacing, problems = _spacing(s, config.num_train_timesteps)
@@ -597,6 +597,7 @@ def scheduler_json(metadata: Metadata) -> dict[str, Any]:
         problems.append("self_condition is True, there always False")
     if problems:
         raise ConversionError("; ".join(problems))
+    ancestral = config.name == "sigmoid" or s.variance == "learned_range"
     names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
     known = config.name in names
     betas = make_schedule(dataclasses.replace(config, zero_terminal_snr=False)).betas
@@ -609,7 +610,7 @@ def scheduler_json(metadata: Metadata) -> dict[str, Any]:
     threshold = {} if s.threshold_ratio is None else {"dynamic_thresholding_ratio": s.threshold_ratio}
     call = {"num_inference_steps": s.num_steps, "eta": s.eta, "use_clipped_model_output": s.rederive_eps}
     return {
-        "_class_name": "DDPMScheduler" if config.name == "sigmoid" else "DDIMScheduler",
+        "_class_name": "DDPMScheduler" if ancestral else "DDIMScheduler",
         "num_train_timesteps": config.num_train_timesteps,
         "beta_start": start,
         "beta_end": end,
