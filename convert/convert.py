@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -32,7 +33,7 @@ from jddim.checkpoint import (
     load_params,
     save_checkpoint,
 )
-from jddim.config import to_json
+from jddim.config import did_you_mean, to_json
 
 Say = Callable[[str], None]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
@@ -44,6 +45,7 @@ def convert(
     *,
     config: Paths = None,
     settings: Mapping[str, str] | None = None,
+    preset: str | None = None,
     weights: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -55,16 +57,16 @@ def convert(
 
     src: the file, a folder that a family knows (a run's with `ckpt.pth`, a diffusers pipeline's), or a hub id.
     config: the source's config file or files; those that lie where the family has them are used for the rest.
-    settings: facts under the family's own names, over the config's. weights: "ema" or "raw"; by default the EMA's
-    where there are any. variant: such as "fp16", of a folder's files. revision: of a hub id. verify: compare with
-    the PyTorch reference, refuse above `convert.verify.TOLERANCE`. say: told what is found, line by line.
-    Returns the metadata written.
+    settings: facts under the family's own names, over the config's. preset: a name of the family's for a whole set of
+    settings, which `settings` override. weights: "ema" or "raw"; by default the EMA's where there are any. variant:
+    such as "fp16", of a folder's files. revision: of a hub id. verify: compare with the PyTorch reference, refuse
+    above `convert.verify.TOLERANCE`. say: told what is found, line by line. Returns the metadata written.
 
     Raises ConversionError or CheckpointError, each with all that is wrong; nothing is then written.
     """
     check_destination(dst, overwrite=overwrite)
     origin = find(src, weights, variant, revision)
-    opened = _open(origin, config, settings or {}, weights, say)
+    opened = _open(origin, config, settings or {}, preset, weights, say)
     family, source, plan = opened.family, opened.source, opened.plan
     expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
     try:
@@ -92,11 +94,14 @@ def convert(
         "family": family.name,
         "source": origin.to_json(),
         "config": [{"file": file.name, "sha256": sha256(file)} for file in opened.configs],
-        "set": dict(settings or {}),
+        "preset": preset,
+        "set": dict(opened.settings),
         "weights": source.weights,
         "step": source.step,
         "assumed": list(plan.assumed),
         "ignored": dict(plan.ignored),
+        "notes": list(plan.notes),
+        "reference_options": dict(plan.reference_options),
         "verification": figure,
         "versions": _versions(),
     }
@@ -124,7 +129,7 @@ def verify(
         raise ConversionError(
             f"{ckpt} was not converted from {src}: its source has SHA-256 {recorded}, this file has {actual}"
         )
-    opened = _open(origin, config, metadata.provenance["set"], weights, lambda line: None)
+    opened = _open(origin, config, metadata.provenance["set"], None, weights, lambda line: None)
     family, source, plan = opened.family, opened.source, opened.plan
     if plan.model != metadata.model:
         raise ConversionError(f"{ckpt} and {src} disagree about the model: {metadata.model} and {plan.model}")
@@ -135,6 +140,7 @@ def describe(
     src: str | os.PathLike[str],
     config: Paths = None,
     settings: Mapping[str, str] | None = None,
+    preset: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
 ) -> list[str]:
@@ -147,22 +153,26 @@ def describe(
     options = [f"--config {file}" for file in _given(config)] + [
         f"--set {key}={value}" for key, value in settings.items()
     ]
-    options += [f"--{name} {value}" for name, value in (("variant", variant), ("revision", revision)) if value]
+    told = (("preset", preset), ("variant", variant), ("revision", revision))
+    options += [f"--{name} {value}" for name, value in told if value]
     command = " ".join(["jddim convert", str(src), "DST", *options])
     facts = []
     try:
         contents, files = _configs(family, origin.file, config)
         source = family.placed(source, origin.file, contents)
-        plan = family.plan(source.tensors, contents, settings)
+        plan = family.plan(source.tensors, contents, _with_preset(family, preset, settings))
         facts += [f"  config      {file}" for file in files] or ["  config      none beside it"]
         facts += [
             f"  {name:<11} {to_json(part)}"
             for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
         ]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
+        facts += [f"  note        {note}" for note in plan.notes]
     except ConversionError as error:
         facts.append(f"  needs       {error}")
-        if "image size" in str(error):
+        if fitting := _fitting_presets(family, source):
+            facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
+        elif "image size" in str(error):
             command += " --set image_size=SIDE"
     return [
         f"{src}: {family.title}",
@@ -177,15 +187,18 @@ def describe(
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A source read and understood. configs: the files that it took."""
+    """A source read and understood. configs: the files that it took. settings: --set's over the preset's."""
 
     family: Family
     source: Source
     plan: Plan
     configs: tuple[Path, ...]
+    settings: Mapping[str, str]
 
 
-def _open(origin: Origin, config: Paths, settings: Mapping[str, str], weights: str | None, say: Say) -> _Opened:
+def _open(
+    origin: Origin, config: Paths, settings: Mapping[str, str], preset: str | None, weights: str | None, say: Say
+) -> _Opened:
     src = origin.file
     given = _given(config)
     raw = read_weights(src)
@@ -197,6 +210,7 @@ def _open(origin: Origin, config: Paths, settings: Mapping[str, str], weights: s
     for file in files:
         say(f"  config: {file}" + ("" if file in given else " (found beside the checkpoint)"))
     try:
+        settings = _with_preset(family, preset, settings)
         plan = family.plan(source.tensors, contents, settings)
     except ConversionError as error:
         raise ConversionError(f"{src}: {error}") from error
@@ -205,13 +219,41 @@ def _open(origin: Origin, config: Paths, settings: Mapping[str, str], weights: s
         say(f"  assumed: {fact}")
     for name, reason in plan.ignored.items():
         say(f"  ignored: {name}: {reason}")
-    return _Opened(family, source, plan, files)
+    for note in plan.notes:
+        say(f"  note: {note}")
+    return _Opened(family, source, plan, files, settings)
+
+
+def _with_preset(family: Family, preset: str | None, settings: Mapping[str, str]) -> Mapping[str, str]:
+    """The preset's settings, with `settings` over them."""
+    if preset is None:
+        return settings
+    if not family.presets:
+        raise ConversionError(f"this family has no presets, so no --preset {preset}; use --set KEY=VALUE")
+    if preset not in family.presets:
+        raise ConversionError(f"unknown preset {preset!r}{did_you_mean(preset, family.presets)}")
+    return {**family.presets[preset], **settings}
+
+
+def _fitting_presets(family: Family, source: Source) -> list[str]:
+    """The presets that do not contradict the tensors."""
+    fitting = []
+    for name, settings in family.presets.items():
+        with contextlib.suppress(ConversionError):
+            family.plan(source.tensors, None, settings)
+            fitting.append(name)
+    return fitting
 
 
 def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> verification.Verification:
     tensors = {name: value for name, value in source.tensors.items() if name not in plan.ignored}
     return verification.verify(
-        build_model(plan.model, params), tensors, family, plan.model, plan.schedule.num_train_timesteps
+        build_model(plan.model, params),
+        tensors,
+        family,
+        plan.model,
+        plan.schedule.num_train_timesteps,
+        reference_options=plan.reference_options,
     )
 
 

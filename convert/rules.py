@@ -34,8 +34,9 @@ class Fused:
         count = len(self.parts)
         if array.ndim == 0 or array.shape[0] % (count * self.groups):
             return []
-        blocks = array.reshape(self.groups, count, -1, *array.shape[1:])
-        return [blocks[:, i].reshape(-1, *array.shape[1:]) for i in range(count)]
+        width, rest = array.shape[0] // count, array.shape[1:]  # spelled out: -1 is no size where the array is empty
+        blocks = array.reshape(self.groups, count, width // self.groups, *rest)
+        return [blocks[:, i].reshape(width, *rest) for i in range(count)]
 
     def join(self, arrays: Sequence[NDArray]) -> NDArray:
         """The parts' tensors, `(width, ...)` each, as the source's: the inverse of `split`."""
@@ -90,10 +91,11 @@ def to_layout(array: NDArray, shape: tuple[int, ...], leaf: str = "kernel") -> N
     """A torch tensor in the layout of a target leaf of this shape. Returned as it is where no layout rule applies.
 
     Kernels alone change: 4-d ones are convolutions, OIHW -> HWIO; 2-d ones are linears, from (out, in) or a 1x1
-    convolution. leaf: the target leaf's name, or the last part of it.
+    convolution. Lists of c may come as (1, c, 1, 1), shaped to broadcast over an image (lucidrains' norms). leaf: the
+    target leaf's name, or the last part of it.
     """
     if not _is_kernel(leaf):
-        return array
+        return array.reshape(-1) if len(shape) == 1 and array.shape == (1, *shape, 1, 1) else array
     if len(shape) == 4 and array.ndim == 4:
         return array.transpose(2, 3, 1, 0)
     if len(shape) == 2 and array.ndim >= 2 and all(side == 1 for side in array.shape[2:]):
@@ -114,6 +116,8 @@ def torch_shape(target: tuple[int, ...], array: NDArray, leaf: str = "kernel") -
         return (target[3], target[2], target[0], target[1])
     if len(target) == 2 and _is_kernel(leaf):
         return (target[1], target[0]) + (1,) * max(np.ndim(array) - 2, 0)
+    if len(target) == 1 and np.ndim(array) == 4:
+        return (1, *target, 1, 1)
     return target
 
 

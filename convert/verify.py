@@ -56,21 +56,27 @@ class Verification:
 
 
 def verify(
-    model: Network, tensors: Mapping[str, np.ndarray], family: Family, config: ModelConfig, num_t: int, seed: int = 0
+    model: Network,
+    tensors: Mapping[str, np.ndarray],
+    family: Family,
+    config: ModelConfig,
+    num_t: int,
+    seed: int = 0,
+    reference_options: Mapping[str, Any] | None = None,
 ) -> Verification:
     """Run the Flax model and the family's PyTorch reference, loaded from the source's own tensors, on random inputs.
 
-    num_t: T; the batch has three samples, at t = 0, T // 2 and T - 1. JAX multiplies in its highest precision (a GPU
-    would use TF32 by default).
+    num_t: T; the batch has three samples, at t = 0, T // 2 and T - 1. reference_options: the plan's. JAX multiplies in
+    its highest precision (a GPU would use TF32 by default).
     """
     import torch
 
     rng = np.random.default_rng(seed)
     t = np.array([0, num_t // 2, num_t - 1], np.int32)
-    x_t = rng.standard_normal((len(t), *config.image_size, config.in_channels), dtype=np.float32)
+    x_t = rng.standard_normal((len(t), *config.image_size, config.input_channels), dtype=np.float32)
     labels = random_labels(config, rng, len(t))
 
-    reference = family.reference(config)
+    reference = family.reference(config, **(reference_options or {}))
     reference.load_state_dict({name: torch.from_numpy(np.array(value, np.float32)) for name, value in tensors.items()})
     reference.eval()
     with torch.no_grad():

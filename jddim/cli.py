@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from jddim import __version__
 if TYPE_CHECKING:
     import numpy as np
 
+SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, ddimN or N,N,..."
 EXAMPLES = """\
 examples:
   jddim convert ckpt.pth mnist                      ermongroup's ckpt.pth; config.yml is found beside it
@@ -53,6 +55,7 @@ def _convert(args: argparse.Namespace) -> int:
         args.dst,
         config=args.config,
         settings=_settings(args.set),
+        preset=args.preset,
         weights=args.weights,
         variant=args.variant,
         revision=args.revision,
@@ -92,18 +95,33 @@ def _sample(args: argparse.Namespace) -> int:
     import jddim
     from jddim import images
 
-    ddim = jddim.load(args.ckpt, dtype=args.dtype)
-    table = ddim.table(args.steps, args.spacing)
+    asked = {
+        "spacing": args.spacing,
+        "steps_offset": args.steps_offset,
+        "set_alpha_to_one": args.set_alpha_to_one,
+        "clip": args.clip,
+        "clip_range": None if args.clip_range is None else tuple(args.clip_range),
+        "threshold_ratio": None if args.threshold is None else args.threshold[0],
+        "threshold_max": None if args.threshold is None else args.threshold[1],
+        "rederive_eps": args.rederive_eps,
+        "variance": args.variance,
+        "prediction_type": args.prediction_type,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if args.threshold is None and args.clip is not None:
+        asked["threshold_ratio"] = None
+    ddim = jddim.load(args.ckpt, dtype=args.dtype).with_sampler(**asked)
+    table = ddim.table(args.steps)
     keep = suffix == ".gif" or args.trajectory
     every = max(1, table.num_steps // 40) if suffix == ".gif" else 1
     started = time.perf_counter()
     result = ddim.sample(
         jax.random.key(args.seed),
         num,
+        method=args.method,
         steps=args.steps,
         eta=args.eta,
-        spacing=args.spacing,
-        clip=args.clip,
+        labels=_labels(args.labels, num),
         x_T=x_T,
         noise=noise,
         batch_size=args.batch_size,
@@ -114,16 +132,17 @@ def _sample(args: argparse.Namespace) -> int:
     x_0 = np.asarray(x_0)
     seconds = time.perf_counter() - started
 
+    eta = None if args.method != "ddim" else ddim.sampler.eta if args.eta is None else args.eta
     settings = {
         "checkpoint_sha256": metadata.sha256,
         "jddim": __version__,
         "seed": args.seed,
         "num": num,
-        "steps": table.num_steps,
-        "spacing": args.spacing or ddim.sampler.spacing,
-        "eta": ddim.sampler.eta if args.eta is None else args.eta,
-        "clip": ddim.sampler.clip if args.clip is None else args.clip,
-        "rederive_eps": ddim.sampler.rederive_eps,
+        "method": args.method,
+        **dataclasses.asdict(ddim.sampler),
+        "num_steps": table.num_steps,
+        "eta": eta,
+        "labels": args.labels,
         "dtype": args.dtype,
         "x_T": None if args.x_T is None else args.x_T.name,
         "noise": None if args.noise is None else args.noise.name,
@@ -144,8 +163,9 @@ def _sample(args: argparse.Namespace) -> int:
                 np.savez(staging, allow_pickle=False, arr_0=images.to_uint8(x_0), **arrays)
             else:
                 np.save(staging, arrays["x_t"])
+    how = ddim.sampler.variance if eta is None else f"eta {eta:g}"
     print(
-        f"{num} images in {table.num_steps} steps ({settings['spacing']}, eta {settings['eta']:g}) -> {args.out}"
+        f"{num} images in {table.num_steps} {args.method} steps ({ddim.sampler.spacing}, {how}) -> {args.out}"
         f"  [{seconds:.1f} s with compiling, {num / seconds:.1f} images/s]"
     )
     return 0
@@ -176,9 +196,8 @@ def _schedule(args: argparse.Namespace) -> int:
 
     from jddim.checkpoint import load_metadata
     from jddim.config import SamplerConfig, ScheduleConfig
-    from jddim.ddim import ddim_sigma, largest_eta, step_table
+    from jddim.ddim import ddim_sigma, largest_eta, sampler_table
     from jddim.schedule import make_schedule
-    from jddim.timesteps import make_timesteps
 
     if args.ckpt is not None:
         metadata = load_metadata(args.ckpt)
@@ -186,15 +205,17 @@ def _schedule(args: argparse.Namespace) -> int:
     else:
         config, sampler = ScheduleConfig(args.schedule, args.train_timesteps), SamplerConfig()
     schedule = make_schedule(config)
-    T = schedule.num_train_timesteps
-    spacing = args.spacing or sampler.spacing
-    steps = min(sampler.num_steps, T) if args.steps is None else args.steps
-    table = step_table(schedule, make_timesteps(spacing, T, steps), np.float64)
+    sampler = dataclasses.replace(
+        sampler,
+        spacing=args.spacing or sampler.spacing,
+        num_steps=min(sampler.num_steps, schedule.num_train_timesteps),
+    )
+    table = sampler_table(schedule, sampler, args.steps, np.float64)
     if not args.eta >= 0:
         raise ValueError(f"--eta must be a number >= 0, got {args.eta}")
     sigma = np.asarray(ddim_sigma(np.asarray(table.alpha_bar_t), np.asarray(table.alpha_bar_prev), args.eta))
     print(
-        f"{config.name}, T = {T}; {spacing}, {table.num_steps} steps; "
+        f"{config.name}, T = {schedule.num_train_timesteps}; {sampler.spacing}, {table.num_steps} steps; "
         f"eta {args.eta:g} (at most {largest_eta(table):.4g})"
     )
     print(f"{'step':>5} {'t':>5} {'t_prev':>6} {'alpha_bar_t':>12} {'alpha_bar_prev':>14} {'sigma':>10}")
@@ -202,7 +223,7 @@ def _schedule(args: argparse.Namespace) -> int:
     for i, (t, t_prev, a_t, a_prev, s) in enumerate(columns, 1):
         print(f"{i:>5} {t:>5} {t_prev:>6} {a_t:>12.6g} {a_prev:>14.6g} {s:>10.5f}")
     if args.plot is not None:
-        _plot(args.plot, schedule.alphas_cumprod, table, sigma, f"{config.name}, {spacing}, eta {args.eta:g}")
+        _plot(args.plot, schedule.alphas_cumprod, table, sigma, f"{config.name}, {sampler.spacing}, eta {args.eta:g}")
         print(f"plot: {args.plot}")
     return 0
 
@@ -222,7 +243,8 @@ def _info(args: argparse.Namespace) -> int:
                 value = f"{value['output_error']:.1e} of the output's scale, against PyTorch {value['torch']}"
             print(f"{name:<15} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
         return 0
-    lines = _convert_module().describe(args.path, args.config, _settings(args.set), args.variant, args.revision)
+    settings = _settings(args.set)
+    lines = _convert_module().describe(args.path, args.config, settings, args.preset, args.variant, args.revision)
     print("\n".join(lines))
     return 0
 
@@ -264,6 +286,29 @@ def _initial(seed: int, num: int, shape: tuple[int, ...]) -> np.ndarray:
     from jddim.sampling import initial_noise, sample_keys
 
     return np.asarray(initial_noise(sample_keys(jax.random.key(seed), num), shape))
+
+
+def _labels(text: str | None, num: int) -> np.ndarray | None:
+    """One label an image, from "3,977" (one each, or one for all) or "0:10" (0 to 9, over and over)."""
+    if text is None:
+        return None
+    import numpy as np
+
+    try:
+        if ":" in text:
+            low, high = (int(part) for part in text.split(":"))
+            given = list(range(low, high))
+        else:
+            given = [int(part) for part in text.split(",")]
+    except ValueError:
+        given = []
+    if not given:
+        raise ValueError(f"--labels takes integers, 3,977 or a range, 0:10; got {text!r}")
+    if ":" not in text and len(given) not in (1, num):
+        raise ValueError(
+            f"--labels names {len(given)} labels for {num} images; give one for each, one for all, or a range"
+        )
+    return np.resize(np.array(given, np.int32), num)
 
 
 def _load_array(path: Path | None, option: str) -> np.ndarray | None:
@@ -346,7 +391,10 @@ def _parser() -> argparse.ArgumentParser:
             action="append",
             default=[],
             metavar="KEY=VALUE",
-            help="a fact the tensors do not tell; over the config's",
+            help="a fact the tensors do not tell, under the source's own name; over the config's",
+        )
+        sub.add_argument(
+            "--preset", metavar="NAME", help="all that --set would say, for a published model (guided-256, ...)"
         )
         sub.add_argument("--variant", metavar="NAME", help="such as fp16: which of a folder's weights")
         sub.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
@@ -400,7 +448,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--seed", type=int, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0")
     sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time (default 64)")
-    sub.add_argument("--spacing", metavar="NAME", help="linspace, uniform or quad; default: the checkpoint's")
+    sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
+    sub.add_argument(
+        "--method",
+        choices=("ddim", "ddpm"),
+        default="ddim",
+        help="ddpm: ancestral sampling, with the checkpoint's variance or --variance; default ddim",
+    )
+    sub.add_argument(
+        "--labels",
+        metavar="LABELS",
+        help="of a class-conditional model: 3,977 (one an image, or one for all) or 0:10 (0 to 9, over and over)",
+    )
     sub.add_argument(
         "--x-T", dest="x_T", type=Path, metavar="FILE.npy", help="start from this noise, (N, H, W, C) float32"
     )
@@ -410,7 +469,31 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--clip",
         action=argparse.BooleanOptionalAction,
-        help="clamp x0 to [-1, 1] at each step; default: the checkpoint's",
+        help="clamp x0 to the clip range at each step; default: the checkpoint's",
+    )
+    conventions = sub.add_argument_group("conventions", "each overrides the checkpoint's (`jddim info` shows them)")
+    conventions.add_argument("--clip-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="for --clip")
+    conventions.add_argument(
+        "--threshold",
+        type=float,
+        nargs=2,
+        metavar=("RATIO", "MAX"),
+        help="dynamic thresholding of x0 in place of --clip: diffusers' dynamic_thresholding_ratio, sample_max_value",
+    )
+    conventions.add_argument(
+        "--rederive-eps",
+        action=argparse.BooleanOptionalAction,
+        help="the direction's eps from the clipped x0 (OpenAI, lucidrains)",
+    )
+    conventions.add_argument("--steps-offset", type=int, metavar="N", help="added to each t of the spacing leading")
+    conventions.add_argument(
+        "--set-alpha-to-one",
+        action=argparse.BooleanOptionalAction,
+        help="of diffusers' spacings: whether the last step ends at alpha_bar 1, or at that of t = 0",
+    )
+    conventions.add_argument("--variance", choices=("fixed_small", "fixed_large", "learned_range"), help="for ddpm")
+    conventions.add_argument(
+        "--prediction-type", choices=("epsilon", "sample", "v_prediction"), help="what the network predicts"
     )
     sub.add_argument(
         "--trajectory",
@@ -435,7 +518,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--train-timesteps", type=int, default=1000, metavar="T", help="without a checkpoint (default 1000)"
     )
-    sub.add_argument("--spacing", metavar="NAME", help="linspace, uniform or quad")
+    sub.add_argument("--spacing", metavar="NAME", help=SPACING_NAMES)
     sub.add_argument("--steps", type=int, metavar="S")
     sub.add_argument("--eta", type=float, default=1.0, metavar="E", help="for sigma (default 1)")
     sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs jddim[plot])")

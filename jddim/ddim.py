@@ -6,6 +6,7 @@ Equation numbers are the paper's; its alpha_t is the DDPM papers' alpha_bar_t, t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ import numpy.typing as npt
 from jax import Array
 from jax.typing import ArrayLike
 
-from jddim.config import did_you_mean
+from jddim.config import SamplerConfig, did_you_mean
 from jddim.schedule import NoiseSchedule
-from jddim.timesteps import check_timesteps
+from jddim.timesteps import check_timesteps, counts_itself, make_timesteps, of_diffusers, previous_timesteps
 
 Column = Array | np.ndarray
 
@@ -53,14 +54,14 @@ def step_table(
 ) -> StepTable:
     """The table of a schedule and a descending list of timesteps: float64 on the host, cast once to `dtype`.
 
-    timesteps: `(S,)`, strictly descending within 0..T-1. timesteps_prev: `(S,)`, where each step ends, in -1..t-1 (-1
-    is the clean image; `jddim.timesteps.previous_timesteps`); None: at the next entry, the last at -1. Both given,
-    an entry may repeat, and then steps to itself.
+    timesteps: `(S,)`, descending within 0..T-1; an entry may repeat (ermongroup's quad), and then steps to itself.
+    timesteps_prev: `(S,)`, where each step ends, in -1..t (-1 is the clean image; see
+    `jddim.timesteps.previous_timesteps`); None: at the next entry, the last at -1.
     set_alpha_to_one: alpha_bar at -1 is 1; False: it is alpha_bar_0 (diffusers' option of that name).
 
     Raises ValueError if `timesteps` does not descend within 0..T-1, or `timesteps_prev` does not precede it.
     """
-    t = check_timesteps(timesteps, schedule.num_train_timesteps, repeats=timesteps_prev is not None)
+    t = check_timesteps(timesteps, schedule.num_train_timesteps, repeats=True)
     t_prev = np.append(t[1:], -1) if timesteps_prev is None else np.asarray(timesteps_prev)
     if t_prev.shape != t.shape or (t_prev > t).any() or (t_prev < -1).any():
         raise ValueError(f"timesteps_prev must hold one entry in -1..t for each t of {t}, got {t_prev}")
@@ -73,6 +74,31 @@ def step_table(
         t_prev=t_prev.astype(np.int32),
         alpha_bar_t=schedule.alpha_bar(t).astype(dtype),
         alpha_bar_prev=alpha_bar_prev.astype(dtype),
+    )
+
+
+def sampler_table(
+    schedule: NoiseSchedule,
+    sampler: SamplerConfig,
+    num_steps: int | None = None,
+    dtype: npt.DTypeLike = np.float32,
+    spacing: str | Sequence[int] | np.ndarray | None = None,
+) -> StepTable:
+    """The step table of a source's conventions: its spacing, its rule for where a step ends, its last alpha_bar.
+
+    num_steps, spacing: in place of the conventions' own; spacing may be an explicit list, which takes no num_steps.
+    """
+    spacing = sampler.spacing if spacing is None else spacing
+    if num_steps is None and isinstance(spacing, str) and not counts_itself(spacing):
+        num_steps = sampler.num_steps
+    T = schedule.num_train_timesteps
+    timesteps = make_timesteps(spacing, T, num_steps, sampler.steps_offset)
+    return step_table(
+        schedule,
+        timesteps,
+        dtype,
+        timesteps_prev=previous_timesteps(timesteps, spacing, T),
+        set_alpha_to_one=sampler.set_alpha_to_one or not of_diffusers(spacing),
     )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from convert.engine import ConversionError
-from convert.families import diffusers, ho
+from convert.families import diffusers, ho, lucidrains, openai
 from convert.families.base import Family, Plan, Source
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (ho.FAMILY, diffusers.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (ho.FAMILY, diffusers.FAMILY, openai.FAMILY, lucidrains.FAMILY)
+}
 
 __all__ = ["FAMILIES", "Family", "Plan", "Source", "recognise"]
 
@@ -28,8 +30,8 @@ _OTHERS = {
     "transformer_blocks.": "is a diffusers model with cross-attention to text; jddim's take class labels or nothing",
     "encoder.down_blocks.": "is a diffusers autoencoder, not a diffusion model in pixel space",
     "down_blocks.": "is a diffusers model, but not the whole weights of a UNet2DModel, the class that jddim reads",
-    "input_blocks.": "is an OpenAI guided-diffusion or improved-diffusion model; this family is not supported yet",
-    "downs.0.": "is a lucidrains denoising-diffusion-pytorch model; this family is not supported yet",
+    "input_blocks.": "has names of OpenAI's UNets (guided- and improved-diffusion), but no middle_block or time_embed",
+    "downs.0.": "is like a lucidrains denoising-diffusion-pytorch model, but not one of 2.x's image Unets",
     "all_modules.": "is a score_sde model; this family is not supported",
     "model.enc.": "is an EDM model; this family is not supported",
     "first_stage_model.": "is a latent-diffusion autoencoder, not a diffusion model in pixel space",
@@ -44,7 +46,7 @@ def _what_it_is(raw: Any) -> str:
     if "param_groups" in raw and "state" in raw:
         return "is an optimizer's state, not a model; the model's weights are in another file of the same run"
     if "ema" in raw and "model" in raw and "opt" in raw:
-        return f"is a lucidrains Trainer's file (step {raw.get('step')}); this family is not supported yet"
+        return f"is a lucidrains Trainer's file (step {raw.get('step')}), but holds no image Unet of 2.x"
     if what := _other(raw):
         return what
     for key, inner in raw.items():

@@ -213,12 +213,12 @@ class OpenAIUNet(nn.Module):
     def activations(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every block's output, in the order computed, by the names of `jddim.models.unet.UNet.activations`."""
         # Angles reach 1000; the source's are float32 always.
-        time = self.time_embed(timestep_embedding(t, self.model_channels, self.out[2].weight.dtype))
+        time = self.time_embed(timestep_embedding(t, self.model_channels, next(self.parameters()).dtype))
         if labels is not None:
             time = time + self.label_emb(labels)
         yield "time_embed", time
 
-        blocks = iter(self.input_blocks)
+        blocks = map(_layers, self.input_blocks)
         h = next(blocks)[0](x)
         yield "conv_in", h
         skips = [h]
@@ -240,7 +240,7 @@ class OpenAIUNet(nn.Module):
             h = _apply(layer, h, time)
             yield f"mid.{name}", h
 
-        blocks = iter(self.output_blocks)
+        blocks = map(_layers, self.output_blocks)
         for level in reversed(range(self.num_levels)):
             for i in range(self.num_res_blocks + 1):
                 first, *rest = next(blocks)
@@ -251,6 +251,11 @@ class OpenAIUNet(nn.Module):
                     yield f"up.{level}." + (f"attn.{i}" if isinstance(layer, AttentionBlock) else "upsample"), h
 
         yield "conv_out", self.out(h)
+
+
+def _layers(block: nn.Module) -> list[nn.Module]:
+    assert isinstance(block, nn.ModuleList)
+    return list(block)
 
 
 def _apply(layer: nn.Module, x: Tensor, time: Tensor) -> Tensor:

@@ -135,6 +135,7 @@ def test_the_two_orders_of_fused_outputs() -> None:
         for part, expected in zip(fused.split(fused.join([q, k, v])), (q, k, v), strict=True):
             np.testing.assert_array_equal(part, expected)
     assert by_head.split(np.ones(9)) == []
+    assert [part.shape for part in by_head.split(np.ones((6, 0)))] == [(2, 0)] * 3
 
 
 FUSED = {"a.{i}.qkv": Fused(("b.{i}.q", "b.{i}.k", "b.{i}.v"), groups=3), "table": "rows"}
