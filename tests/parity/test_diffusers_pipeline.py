@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import diffusers_cases as cases
@@ -55,6 +56,7 @@ def assert_same_runs(ddim: jddim.DDIM, pipe: object, steps: int, shape: tuple[in
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_converted_pipeline_samples_as_diffusers_does(tmp_path: Path, name: str) -> None:
     model = cases.network("one head, as in Ho et al.")
+    diffusers.utils.logging.set_verbosity_error()  # it warns that casting is not as good as loading
     model.to(torch.float32)
     kind = getattr(diffusers, SCHEDULERS[name].get("_class_name", "DDIMScheduler"))
     scheduler = kind.from_config({"num_train_timesteps": 300, **SCHEDULERS[name]})
@@ -63,8 +65,7 @@ def test_a_converted_pipeline_samples_as_diffusers_does(tmp_path: Path, name: st
     metadata = convert(tmp_path / "pipeline", tmp_path / "ckpt", verify=False)
     assert metadata.provenance["assumed"] == []
     ddim = jddim.load(tmp_path / "ckpt")
-    for steps in (10, 7):  # 7 does not divide 300: the neighbour rule
-        assert_same_runs(ddim, pipe, steps, (2, *ddim.model.config.image_size, 3))
+    assert_same_runs(ddim, pipe, 11, (2, *ddim.model.config.image_size, 3))  # 11 does not divide 300: t - T // S
 
 
 def test_an_exported_mnist_runs_in_the_pipeline_with_the_same_digits(tmp_path: Path, mnist_checkpoint: Path) -> None:
@@ -76,10 +77,10 @@ def test_an_exported_mnist_runs_in_the_pipeline_with_the_same_digits(tmp_path: P
 
     images = pipe(2, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
     x_T = np.moveaxis(torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0)).numpy(), 1, -1)
-    ours = np.asarray(ddim.sample(x_T=x_T, steps=10))
+    ours = np.asarray(ddim.sample(x_T=x_T, steps=10, noise=noise(10, x_T.shape)[1]))  # eta 0 does not use it
     np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), images, atol=TOLERANCE)
 
     back = convert(tmp_path / "pipeline", tmp_path / "back", verify=False)
     assert back.params_sha256 == ddim.metadata.params_sha256
-    again = np.asarray(jddim.load(tmp_path / "back").sample(x_T=x_T, steps=10))
-    np.testing.assert_allclose(again, ours, atol=TOLERANCE)  # the sinusoid's frequencies are rounded in another order
+    # The sinusoid's frequencies are rounded in diffusers' order now.
+    assert back.model == dataclasses.replace(ddim.model.config, divide_last=True, up_attention_levels=None)
