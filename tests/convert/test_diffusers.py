@@ -476,6 +476,17 @@ def test_diffusers_other_networks_are_named(tmp_path: Path) -> None:
             convert(tmp_path / "w.safetensors", tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["fourier", "learned"])
+def test_verification_gives_a_network_only_what_it_takes(tmp_path: Path, kind: str) -> None:
+    """Fourier features have no log 0; a table of t takes labels embedded as t is only as its rows."""
+    one_level = {"block_out_channels": [4], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    state = {"time_embedding_type": kind, "class_embed_type": "timestep", "num_train_timesteps": 9, **one_level}
+    write(tmp_path / "unet", **state)
+    write_scheduler(tmp_path, num_train_timesteps=9, steps_offset=0, timestep_spacing="trailing")
+    metadata = convert(tmp_path, tmp_path / "out", settings={"num_inference_steps": "3"})
+    assert metadata.provenance["verification"]["output_error"] <= 2e-5
+
+
 # -- back -------------------------------------------------------------------------------------------------------------
 
 ROUND_TRIPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
