@@ -37,6 +37,17 @@ def _count(value: Any) -> int:
     return value
 
 
+def _up_to(limit: int) -> Callable[[Any], int]:
+    """A count that sizes something before the tensors are compared with it, so that a config cannot fill the memory."""
+
+    def read(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            raise ValueError(f"an integer in 1..{limit}")
+        return value
+
+    return read
+
+
 def _number(value: Any) -> float:
     try:  # YAML 1.1, which --set is read as, takes 1e-6 for text
         number = float("nan" if isinstance(value, bool) else value)
@@ -169,7 +180,7 @@ UNET: Mapping[str, Option] = {
         "the decoder's blocks, lowest resolution first",
     ),
     "block_out_channels": Option((224, 448, 672, 896), _list(_count), "each level's width"),
-    "layers_per_block": Option(2, _count, "residual blocks per level"),
+    "layers_per_block": Option(2, _up_to(100), "residual blocks per level"),
     "mid_block_scale_factor": Option(1, _positive, "what the middle's blocks divide their sums by"),
     "downsample_padding": Option(1, _integer, "1: the strided convolution pads every side; 0: right and bottom"),
     "downsample_type": Option("conv", _or_none(_choice("conv", "resnet")), "of AttnDownBlock2D: conv or resnet"),
@@ -189,7 +200,7 @@ UNET: Mapping[str, Option] = {
 
 # Both classes' keys: either class skips the other's, and keeps them when it saves.
 SCHEDULER: Mapping[str, Option] = {
-    "num_train_timesteps": Option(1000, _count, "T"),
+    "num_train_timesteps": Option(1000, _up_to(1_000_000), "T"),
     "beta_start": Option(1e-4, _number, "first beta"),
     "beta_end": Option(0.02, _number, "last beta"),
     "beta_schedule": Option(

@@ -414,6 +414,8 @@ def test_what_no_file_names_is_listed_as_assumed() -> None:
         ({"attention_head_dim": 16}, {}, "cannot be split into heads of head_channels=16"),
         ({"norm_num_groups": None}, {}, "norm_num_groups must be an integer of at least 1"),
         ({"norm_num_groups": 3}, {}, "multiple of norm_groups=3"),
+        ({"layers_per_block": 10**9}, {}, r"layers_per_block must be an integer in 1\.\.100,"),
+        ({}, {"num_train_timesteps": 10**10}, r"num_train_timesteps must be an integer in 1\.\.1000000,"),
         ({"block_out_channels": [4, 8, 8]}, {}, "must be of one length, got 3, 2 and 2"),
         ({"downsample_padding": 2}, {}, "downsample_padding is 2: only 0 and 1"),
         ({"downsample_type": "fir"}, {}, "downsample_type must be one of conv, resnet, or null"),
