@@ -66,13 +66,15 @@ def verify(
 ) -> Verification:
     """Run the Flax model and the family's PyTorch reference, loaded from the source's own tensors, on random inputs.
 
-    num_t: T; the batch has three samples, at t = 0, T // 2 and T - 1. reference_options: the plan's. JAX multiplies in
-    its highest precision (a GPU would use TF32 by default).
+    num_t: T; the batch has three samples, at t = 0, T // 2 and T - 1 (1 for 0 where the network takes log t).
+    reference_options: the plan's. JAX multiplies in its highest precision (a GPU would use TF32 by default).
     """
     import torch
 
     rng = np.random.default_rng(seed)
     t = np.array([0, num_t // 2, num_t - 1], np.int32)
+    if getattr(config, "time_embedding", None) == "fourier":
+        t = np.maximum(t, 1)
     x_t = rng.standard_normal((len(t), *config.image_size, config.input_channels), dtype=np.float32)
     labels = random_labels(config, rng, len(t))
 
@@ -112,7 +114,9 @@ def random_labels(config: ModelConfig, rng: np.random.Generator, num: int) -> np
         case "learned":
             return rng.integers(0, config.num_classes or 1, num)
         case "timestep":
-            return rng.uniform(0, 1000, num).astype(np.float32)
+            if isinstance(config, UNetConfig) and config.num_timesteps is not None:  # a row of the table of t
+                return rng.integers(0, config.num_timesteps, num)
+            return rng.uniform(1, 1000, num).astype(np.float32)
         case _:
             assert isinstance(config, UNetConfig)
             return rng.standard_normal((num, config.time_width), dtype=np.float32)
