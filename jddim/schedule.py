@@ -116,13 +116,18 @@ def sigmoid_schedule(
 def sigmoid_alpha_bar_schedule(
     num_train_timesteps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0
 ) -> NoiseSchedule:
-    """alpha_bar sigmoid in t: Jabri et al. (arXiv:2212.11972, figure 8), lucidrains' default; beta <= 0.999."""
+    """alpha_bar sigmoid in t: Jabri et al. (arXiv:2212.11972, figure 8), lucidrains' default; beta <= 0.999.
+
+    As in lucidrains' code, the sigmoid's two ends are rounded to float32 and nothing else is; at T = 1000 that moves
+    the last alpha_bar by 3e-5 of itself.
+    """
 
     def sigmoid(x: NDArray[np.float64] | float) -> NDArray[np.float64]:
         return np.asarray(1 / (1 + np.exp(-np.asarray(x, np.float64) / tau)))
 
+    first, last = (np.float64(np.float32(sigmoid(x))) for x in (start, end))
     t = np.arange(_check_T(num_train_timesteps) + 1, dtype=np.float64) / num_train_timesteps
-    alpha_bar = (sigmoid(end) - sigmoid(start + t * (end - start))) / (sigmoid(end) - sigmoid(start))
+    alpha_bar = (last - sigmoid(start + t * (end - start))) / (last - first)
     return from_betas(np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999))
 
 

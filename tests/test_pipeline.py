@@ -286,7 +286,7 @@ def test_every_convention_reaches_the_loop() -> None:
         {"rederive_eps": False},
         {"prediction_type": "sample"},
         {"timestep_scale": 1.0},
-        {"spacing": "trailing"},
+        {"spacing": "linspace_diffusers"},
         {"self_condition": False},
     ):
         other = model.with_sampler(**change).sample(KEY, 3, eta=0.4)
