@@ -267,6 +267,17 @@ def _literal(text: str) -> Any:
         return text
 
 
+_LINEAR = {"beta_schedule": "linear", "beta_start": "0.0001", "beta_end": "0.02", "num_diffusion_timesteps": "1000"}
+_CIFAR10 = {"image_size": "32", "ch": "128", "ch_mult": "1,2,2,2", "num_res_blocks": "2", "attn_resolutions": "16"}
+_256 = {"image_size": "256", "ch": "128", "ch_mult": "1,1,2,2,4,4", "num_res_blocks": "2", "attn_resolutions": "16"}
+# The published checkpoints by pesser's names, and Ho et al.'s CelebA-HQ, whose variance their script does not say.
+PRESETS: dict[str, dict[str, str]] = {
+    "cifar10": {**_CIFAR10, **_LINEAR, "var_type": "fixedlarge"},
+    **{name: {**_256, **_LINEAR, "var_type": "fixedsmall"} for name in ("lsun_bedroom", "lsun_cat", "lsun_church")},
+    "celebahq": {**_256, **_LINEAR},
+}
+
+
 def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:
     """The model, schedule and sampler of these tensors, with what config and --set add, and what is assumed."""
     told = read_settings(config, given)
@@ -581,6 +592,7 @@ FAMILY = Family(
     reference=reference,
     block_outputs=block_outputs,
     settings=SETTINGS,
+    presets=PRESETS,
     formats={"ermongroup": write_ermongroup, "pesser": write_pesser},
     locate=locate,
 )
