@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.mapped import FLOATS
 from convert.rules import Rules, source_of, target_leaf, targets_of, to_layout, torch_shape
 
 
@@ -58,7 +59,7 @@ def fill(
                 f"{name} has shape {array.shape}, expected {torch_shape(expected[leaf], array)}"
             )
             continue
-        if not np.issubdtype(array.dtype, np.floating):
+        if not np.issubdtype(array.dtype, np.floating) and array.dtype.name not in FLOATS:
             problems["not usable"].append(f"{name} holds {array.dtype}, not floating point numbers")
             continue
         with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is reported as such
