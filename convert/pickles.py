@@ -183,6 +183,8 @@ _HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "MARK": lambda m, argument: m.marks.append(len(m.stack)),
     "EMPTY_DICT": lambda m, argument: m.stack.append({}),
     "EMPTY_LIST": lambda m, argument: m.stack.append([]),
+    "EMPTY_SET": lambda m, argument: m.stack.append([]),
+    "ADDITEMS": lambda m, argument: m.append(m.pop_mark()),
     "TUPLE": lambda m, argument: m.stack.append(tuple(m.pop_mark())),
     "TUPLE1": lambda m, argument: m.tuple_of(1),
     "TUPLE2": lambda m, argument: m.tuple_of(2),

@@ -116,6 +116,11 @@ def _read_legacy(path: Path) -> Any:
         torch_legacy.check(path)
     except UnreadableError as error:
         raise _refusal(path, error) from error
+    return read_by_torch(path)
+
+
+def read_by_torch(path: Path) -> Any:
+    """What `read` gives, of a PyTorch file of either format, by way of `torch.load(weights_only=True)`."""
     try:
         import torch
     except ImportError as error:

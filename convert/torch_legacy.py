@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.mapped import MappedFile, UnreadableError
-from convert.pickles import PickleError, load
+from convert.pickles import PickleError, load, printable
 from convert.torch_zip import DamagedFileError, Storage, known_globals, parse_storage
 
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -43,11 +43,17 @@ def check(path: Path) -> None:
     load(stream, {}, _no_storage)  # what machine wrote it
     load(stream, known, storage)
     keys = load(stream, {}, _no_storage)
-    if type(keys) is not list or sorted(map(str, keys)) != sorted(storages):
+    if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(storages):
         raise DamagedFileError("its storages are not those that its tensors lie in")
-    needed = stream.tell() + sum(8 + found.nbytes for found in storages.values())
-    if needed > len(stream):
-        raise DamagedFileError(f"its tensors need {needed} bytes, the file has {len(stream)}")
+    for key in keys:  # each is preceded by its number of elements; PyTorch believes that one, whatever the tensor says
+        found = storages[key]
+        numel = int.from_bytes(stream.read(8), "little")
+        if numel != found.numel or stream.tell() + found.nbytes > len(stream):
+            raise DamagedFileError(
+                f"storage {printable(key, 40)} should have {found.numel} numbers; it has {numel}, "
+                f"in a file of {len(stream)} bytes"
+            )
+        stream.seek(found.nbytes, 1)
 
 
 def _no_storage(identity: Any) -> Any:
