@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from jddim import __version__
 if TYPE_CHECKING:
     import numpy as np
 
+SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, ddimN or N,N,..."
 EXAMPLES = """\
 examples:
   jddim convert ckpt.pth mnist                      ermongroup's ckpt.pth; config.yml is found beside it
@@ -90,18 +92,33 @@ def _sample(args: argparse.Namespace) -> int:
     import jddim
     from jddim import images
 
-    ddim = jddim.load(args.ckpt, dtype=args.dtype)
-    table = ddim.table(args.steps, args.spacing)
+    asked = {
+        "spacing": args.spacing,
+        "steps_offset": args.steps_offset,
+        "set_alpha_to_one": args.set_alpha_to_one,
+        "clip": args.clip,
+        "clip_range": None if args.clip_range is None else tuple(args.clip_range),
+        "threshold_ratio": None if args.threshold is None else args.threshold[0],
+        "threshold_max": None if args.threshold is None else args.threshold[1],
+        "rederive_eps": args.rederive_eps,
+        "variance": args.variance,
+        "prediction_type": args.prediction_type,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if args.threshold is None and args.clip is not None:
+        asked["threshold_ratio"] = None
+    ddim = jddim.load(args.ckpt, dtype=args.dtype).with_sampler(**asked)
+    table = ddim.table(args.steps)
     keep = suffix == ".gif" or args.trajectory
     every = max(1, table.num_steps // 40) if suffix == ".gif" else 1
     started = time.perf_counter()
     result = ddim.sample(
         jax.random.key(args.seed),
         num,
+        method=args.method,
         steps=args.steps,
         eta=args.eta,
-        spacing=args.spacing,
-        clip=args.clip,
+        labels=_labels(args.labels, num),
         x_T=x_T,
         noise=noise,
         batch_size=args.batch_size,
@@ -112,16 +129,17 @@ def _sample(args: argparse.Namespace) -> int:
     x_0 = np.asarray(x_0)
     seconds = time.perf_counter() - started
 
+    eta = None if args.method != "ddim" else ddim.sampler.eta if args.eta is None else args.eta
     settings = {
         "checkpoint_sha256": metadata.sha256,
         "jddim": __version__,
         "seed": args.seed,
         "num": num,
-        "steps": table.num_steps,
-        "spacing": args.spacing or ddim.sampler.spacing,
-        "eta": ddim.sampler.eta if args.eta is None else args.eta,
-        "clip": ddim.sampler.clip if args.clip is None else args.clip,
-        "rederive_eps": ddim.sampler.rederive_eps,
+        "method": args.method,
+        **dataclasses.asdict(ddim.sampler),
+        "num_steps": table.num_steps,
+        "eta": eta,
+        "labels": args.labels,
         "dtype": args.dtype,
         "x_T": None if args.x_T is None else args.x_T.name,
         "noise": None if args.noise is None else args.noise.name,
@@ -142,8 +160,9 @@ def _sample(args: argparse.Namespace) -> int:
                 np.savez(staging, allow_pickle=False, arr_0=images.to_uint8(x_0), **arrays)
             else:
                 np.save(staging, arrays["x_t"])
+    how = ddim.sampler.variance if eta is None else f"eta {eta:g}"
     print(
-        f"{num} images in {table.num_steps} steps ({settings['spacing']}, eta {settings['eta']:g}) -> {args.out}"
+        f"{num} images in {table.num_steps} {args.method} steps ({ddim.sampler.spacing}, {how}) -> {args.out}"
         f"  [{seconds:.1f} s with compiling, {num / seconds:.1f} images/s]"
     )
     return 0
@@ -176,7 +195,7 @@ def _schedule(args: argparse.Namespace) -> int:
     from jddim.config import SamplerConfig, ScheduleConfig
     from jddim.ddim import ddim_sigma, largest_eta, step_table
     from jddim.schedule import make_schedule
-    from jddim.timesteps import make_timesteps
+    from jddim.timesteps import counts_itself, make_timesteps, of_diffusers, previous_timesteps
 
     if args.ckpt is not None:
         metadata = load_metadata(args.ckpt)
@@ -186,8 +205,17 @@ def _schedule(args: argparse.Namespace) -> int:
     schedule = make_schedule(config)
     T = schedule.num_train_timesteps
     spacing = args.spacing or sampler.spacing
-    steps = min(sampler.num_steps, T) if args.steps is None else args.steps
-    table = step_table(schedule, make_timesteps(spacing, T, steps), np.float64)
+    steps = args.steps
+    if steps is None and not counts_itself(spacing):
+        steps = min(sampler.num_steps, T)
+    timesteps = make_timesteps(spacing, T, steps, sampler.steps_offset)
+    table = step_table(
+        schedule,
+        timesteps,
+        np.float64,
+        timesteps_prev=previous_timesteps(timesteps, spacing, T),
+        set_alpha_to_one=sampler.set_alpha_to_one or not of_diffusers(spacing),
+    )
     if not args.eta >= 0:
         raise ValueError(f"--eta must be a number >= 0, got {args.eta}")
     sigma = np.asarray(ddim_sigma(np.asarray(table.alpha_bar_t), np.asarray(table.alpha_bar_prev), args.eta))
@@ -261,6 +289,29 @@ def _initial(seed: int, num: int, shape: tuple[int, ...]) -> np.ndarray:
     from jddim.sampling import initial_noise, sample_keys
 
     return np.asarray(initial_noise(sample_keys(jax.random.key(seed), num), shape))
+
+
+def _labels(text: str | None, num: int) -> np.ndarray | None:
+    """One label an image, from "3,977" (one each, or one for all) or "0:10" (0 to 9, over and over)."""
+    if text is None:
+        return None
+    import numpy as np
+
+    try:
+        if ":" in text:
+            low, high = (int(part) for part in text.split(":"))
+            given = list(range(low, high))
+        else:
+            given = [int(part) for part in text.split(",")]
+    except ValueError:
+        given = []
+    if not given:
+        raise ValueError(f"--labels takes integers, 3,977 or a range, 0:10; got {text!r}")
+    if ":" not in text and len(given) not in (1, num):
+        raise ValueError(
+            f"--labels names {len(given)} labels for {num} images; give one for each, one for all, or a range"
+        )
+    return np.resize(np.array(given, np.int32), num)
 
 
 def _load_array(path: Path | None, option: str) -> np.ndarray | None:
@@ -387,7 +438,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--seed", type=int, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0")
     sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time (default 64)")
-    sub.add_argument("--spacing", metavar="NAME", help="linspace, uniform or quad; default: the checkpoint's")
+    sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
+    sub.add_argument(
+        "--method",
+        choices=("ddim", "ddpm"),
+        default="ddim",
+        help="ddpm: ancestral sampling, with the checkpoint's variance or --variance; default ddim",
+    )
+    sub.add_argument(
+        "--labels",
+        metavar="LABELS",
+        help="of a class-conditional model: 3,977 (one an image, or one for all) or 0:10 (0 to 9, over and over)",
+    )
     sub.add_argument(
         "--x-T", dest="x_T", type=Path, metavar="FILE.npy", help="start from this noise, (N, H, W, C) float32"
     )
@@ -397,7 +459,31 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--clip",
         action=argparse.BooleanOptionalAction,
-        help="clamp x0 to [-1, 1] at each step; default: the checkpoint's",
+        help="clamp x0 to the clip range at each step; default: the checkpoint's",
+    )
+    conventions = sub.add_argument_group("conventions", "each overrides the checkpoint's (`jddim info` shows them)")
+    conventions.add_argument("--clip-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="for --clip")
+    conventions.add_argument(
+        "--threshold",
+        type=float,
+        nargs=2,
+        metavar=("RATIO", "MAX"),
+        help="dynamic thresholding of x0 in place of --clip: diffusers' dynamic_thresholding_ratio, sample_max_value",
+    )
+    conventions.add_argument(
+        "--rederive-eps",
+        action=argparse.BooleanOptionalAction,
+        help="the direction's eps from the clipped x0 (OpenAI, lucidrains)",
+    )
+    conventions.add_argument("--steps-offset", type=int, metavar="N", help="added to each t of the spacing leading")
+    conventions.add_argument(
+        "--set-alpha-to-one",
+        action=argparse.BooleanOptionalAction,
+        help="of diffusers' spacings: whether the last step ends at alpha_bar 1, or at that of t = 0",
+    )
+    conventions.add_argument("--variance", choices=("fixed_small", "fixed_large", "learned_range"), help="for ddpm")
+    conventions.add_argument(
+        "--prediction-type", choices=("epsilon", "sample", "v_prediction"), help="what the network predicts"
     )
     sub.add_argument(
         "--trajectory",
@@ -422,7 +508,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--train-timesteps", type=int, default=1000, metavar="T", help="without a checkpoint (default 1000)"
     )
-    sub.add_argument("--spacing", metavar="NAME", help="linspace, uniform or quad")
+    sub.add_argument("--spacing", metavar="NAME", help=SPACING_NAMES)
     sub.add_argument("--steps", type=int, metavar="S")
     sub.add_argument("--eta", type=float, default=1.0, metavar="E", help="for sigma (default 1)")
     sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs jddim[plot])")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from jax import Array
 from jax.typing import ArrayLike
 
+from jddim.config import did_you_mean
 from jddim.schedule import NoiseSchedule
 from jddim.timesteps import check_timesteps
 
@@ -25,7 +26,8 @@ class StepTable(NamedTuple):
 
     step: int32, the step's number from 0: which noise it uses.
     t, t_prev: int32, the timestep left and the timestep reached; the last t_prev is -1.
-    alpha_bar_t, alpha_bar_prev: float in (0, 1], alpha_bar at the two; the last alpha_bar_prev is 1.
+    alpha_bar_t, alpha_bar_prev: float in [0, 1], alpha_bar at the two; the last alpha_bar_prev is 1, unless
+        set_alpha_to_one is False.
     Each `(S,)`; a slice of rows is again a table (`jax.tree.map(lambda c: c[i:j], table)`).
     """
 
@@ -41,20 +43,36 @@ class StepTable(NamedTuple):
         return self.t.shape[0]
 
 
-def step_table(schedule: NoiseSchedule, timesteps: npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> StepTable:
+def step_table(
+    schedule: NoiseSchedule,
+    timesteps: npt.ArrayLike,
+    dtype: npt.DTypeLike = np.float32,
+    *,
+    timesteps_prev: npt.ArrayLike | None = None,
+    set_alpha_to_one: bool = True,
+) -> StepTable:
     """The table of a schedule and a descending list of timesteps: float64 on the host, cast once to `dtype`.
 
-    Each t steps to the next of the list, and the last to the clean image. Raises ValueError if `timesteps` is
-    not strictly descending within 0..T-1.
+    timesteps: `(S,)`, descending within 0..T-1; an entry may repeat (ermongroup's quad), and then steps to itself.
+    timesteps_prev: `(S,)`, where each step ends, in -1..t (-1 is the clean image; see
+    `jddim.timesteps.previous_timesteps`); None: at the next entry, the last at -1.
+    set_alpha_to_one: alpha_bar at -1 is 1; False: it is alpha_bar_0 (diffusers' option of that name).
+
+    Raises ValueError if `timesteps` does not descend within 0..T-1, or `timesteps_prev` does not precede it.
     """
-    t = check_timesteps(timesteps, schedule.num_train_timesteps)
-    t_prev = np.append(t[1:], -1)
+    t = check_timesteps(timesteps, schedule.num_train_timesteps, repeats=True)
+    t_prev = np.append(t[1:], -1) if timesteps_prev is None else np.asarray(timesteps_prev)
+    if t_prev.shape != t.shape or (t_prev > t).any() or (t_prev < -1).any():
+        raise ValueError(f"timesteps_prev must hold one entry in -1..t for each t of {t}, got {t_prev}")
+    alpha_bar_prev = schedule.alpha_bar(t_prev)
+    if not set_alpha_to_one:
+        alpha_bar_prev = np.where(t_prev < 0, schedule.alpha_bar(0), alpha_bar_prev)
     return StepTable(
         step=np.arange(len(t), dtype=np.int32),
         t=t.astype(np.int32),
         t_prev=t_prev.astype(np.int32),
         alpha_bar_t=schedule.alpha_bar(t).astype(dtype),
-        alpha_bar_prev=schedule.alpha_bar(t_prev).astype(dtype),
+        alpha_bar_prev=alpha_bar_prev.astype(dtype),
     )
 
 
@@ -68,6 +86,40 @@ def predict_eps(x_t: Array, x0: Array, alpha_bar_t: ArrayLike) -> Array:
     """The noise that x_t and its clean image imply, Eq. 9 solved for eps; alpha_bar_t < 1."""
     a = per_sample(alpha_bar_t, x_t)
     return (x_t - jnp.sqrt(a) * x0) / jnp.sqrt(1 - a)
+
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+"""What a network may be trained to predict, by diffusers' names: the noise, the clean image, or v (`predict_both`)."""
+
+
+def predict_both(
+    output: Array, x_t: Array, alpha_bar_t: ArrayLike, prediction_type: str = "epsilon"
+) -> tuple[Array, Array]:
+    """(x0, eps) from a network's output, `(b, ...)` like x_t.
+
+    prediction_type: "epsilon"; "sample", x0; or "v_prediction", v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0
+    (Salimans and Ho, arXiv:2202.00512, appendix D), the one of the three that also serves at alpha_bar_t = 0 and 1.
+    """
+    match prediction_type:
+        case "epsilon":
+            return predict_x0(x_t, output, alpha_bar_t), output
+        case "sample":
+            return output, predict_eps(x_t, output, alpha_bar_t)
+        case "v_prediction":
+            a = per_sample(alpha_bar_t, x_t)
+            return jnp.sqrt(a) * x_t - jnp.sqrt(1 - a) * output, jnp.sqrt(a) * output + jnp.sqrt(1 - a) * x_t
+    raise ValueError(f"unknown prediction_type {prediction_type!r}{did_you_mean(prediction_type, PREDICTION_TYPES)}")
+
+
+def dynamic_threshold(x0: Array, ratio: ArrayLike = 0.995, largest: ArrayLike = 1.0) -> Array:
+    """Imagen's dynamic thresholding (arXiv:2205.11487, section 2.3) of x0 `(b, ...)`: clamp to [-s, s], divide by s.
+
+    s: each sample's `ratio` quantile of abs(x0), held between 1 and `largest` (diffusers' `sample_max_value`; its
+    default 1 makes this the clamp to [-1, 1]).
+    """
+    s = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), ratio, axis=1)
+    s = per_sample(jnp.clip(s, 1, largest), x0)
+    return jnp.clip(x0, -s, s) / s
 
 
 def ddim_sigma(alpha_bar_t: ArrayLike, alpha_bar_prev: ArrayLike, eta: ArrayLike) -> Array:
@@ -110,23 +162,30 @@ def ddpm_step(
     *,
     alpha_bar_t: ArrayLike,
     alpha_bar_prev: ArrayLike,
-    variance: str = "fixed_small",
+    variance: str | Array = "fixed_small",
 ) -> Array:
     """One DDPM ancestral update: the posterior mean, Eq. 7 of arXiv:2006.11239, plus noise.
 
     variance: "fixed_small", the posterior's beta (1 - alpha_bar_prev) / (1 - alpha_bar_t), which is `ddim_step` at
-    eta = 1; or "fixed_large", beta itself (the DDIM paper's sigma-hat). On a shortened table
-    beta = 1 - alpha_bar_t / alpha_bar_prev. No noise is added on the step to the clean image (alpha_bar_prev = 1).
+    eta = 1; "fixed_large", beta itself (the DDIM paper's sigma-hat); or the network's v `(b, ...)`, about [-1, 1],
+    which interpolates between the two in the logarithm (-1: small, 1: large; Eq. 15 of arXiv:2102.09672, OpenAI's
+    LEARNED_RANGE). On a shortened table beta = 1 - alpha_bar_t / alpha_bar_prev. No noise is added on the step to the
+    clean image (alpha_bar_prev = 1).
     """
     a_t, a_prev = per_sample(alpha_bar_t, x_t), per_sample(alpha_bar_prev, x_t)
     beta = 1 - a_t / a_prev
     mean = (jnp.sqrt(a_prev) * beta * x0 + jnp.sqrt(1 - beta) * (1 - a_prev) * x_t) / (1 - a_t)
-    if variance == "fixed_small":
-        sigma = ddim_sigma(a_t, a_prev, 1.0)
+    small, large = ddim_sigma(a_t, a_prev, 1.0), jnp.sqrt(beta)
+    inner = (a_prev < 1) & (a_prev > a_t)  # a step to the clean image, or from t to itself, adds none
+    if not isinstance(variance, str):
+        fraction = (variance + 1) / 2
+        sigma = jnp.where(inner, large**fraction * jnp.where(inner, small, 1) ** (1 - fraction), 0)
+    elif variance == "fixed_small":
+        sigma = small
     elif variance == "fixed_large":
-        sigma = jnp.where(a_prev < 1, jnp.sqrt(beta), 0)
+        sigma = jnp.where(inner, large, 0)
     else:
-        raise ValueError(f"unknown variance {variance!r} (allowed: fixed_small, fixed_large)")
+        raise ValueError(f"unknown variance {variance!r} (allowed: fixed_small, fixed_large, or the network's v)")
     return mean + sigma * noise
 
 
@@ -136,7 +195,7 @@ def largest_eta(table: StepTable) -> float:
     At least 1, since eta = 1 is the DDPM posterior; infinite for a single step. Host only.
     """
     a_t, a_prev = (np.asarray(c, np.float64) for c in (table.alpha_bar_t, table.alpha_bar_prev))
-    inner = a_prev < 1  # the last step has sigma = 0 whatever eta
+    inner = (a_prev < 1) & (a_prev > a_t)  # the last step, and a repeated t, have sigma = 0 whatever eta
     with np.errstate(divide="ignore"):
         return float(np.min(np.sqrt((1 - a_t) / (1 - a_t / a_prev)), where=inner, initial=np.inf))
 
@@ -150,7 +209,7 @@ def per_sample(value: ArrayLike, x: Array) -> Array:
 def _forgotten(a_t: ArrayLike, a_prev: ArrayLike) -> Array:
     """sigma^2 / (1 - alpha_bar_prev) at eta = 1: how much of the noise at alpha_bar_prev is drawn anew.
 
-    In (0, 1], in floating point too: alpha_bar_t / alpha_bar_prev never rounds below alpha_bar_t.
+    In [0, 1], in floating point too: alpha_bar_t / alpha_bar_prev never rounds below alpha_bar_t.
     """
     return (1 - jnp.asarray(a_t) / a_prev) / (1 - a_t)
 

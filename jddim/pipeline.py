@@ -15,14 +15,26 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jddim.checkpoint import Metadata, build_model, load_metadata, load_params
-from jddim.config import SamplerConfig, size_problems
-from jddim.ddim import StepTable, largest_eta, step_table
+from jddim.config import ModelConfig, SamplerConfig, did_you_mean, size_problems
+from jddim.ddim import PREDICTION_TYPES, StepTable, largest_eta, step_table
+from jddim.denoisers import with_labels, with_scaled_time, with_self_condition, without_variance
 from jddim.models import Network
 from jddim.models.layers import at_least_float32
 from jddim.progress import Progress
-from jddim.sampling import State, Trajectory, ddim_steps, init_state, initial_noise, sample_keys, segments
+from jddim.sampling import (
+    Denoiser,
+    State,
+    Trajectory,
+    ancestral_steps,
+    check_prediction,
+    ddim_steps,
+    init_state,
+    initial_noise,
+    sample_keys,
+    segments,
+)
 from jddim.schedule import NoiseSchedule, make_schedule
-from jddim.timesteps import make_timesteps
+from jddim.timesteps import counts_itself, make_timesteps, of_diffusers, previous_timesteps
 
 
 def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> DDIM:
@@ -49,6 +61,10 @@ class DDIM:
     sampler: SamplerConfig
     metadata: Metadata | None = None
 
+    def with_sampler(self, **conventions: Any) -> DDIM:
+        """The same model with other conventions: fields of `SamplerConfig`, e.g. `steps_offset=1`."""
+        return dataclasses.replace(self, sampler=dataclasses.replace(self.sampler, **conventions))
+
     def table(
         self,
         steps: int | None = None,
@@ -57,25 +73,35 @@ class DDIM:
     ) -> StepTable:
         """The step table of `steps` with a named spacing, or of an explicit descending list of timesteps.
 
-        Defaults come from the checkpoint. The table has the source's number of rows, which "uniform" and "quad" do
-        not always make equal to `steps` (see `jddim.timesteps`).
+        Defaults come from the checkpoint. The table has the source's number of rows, which "uniform" does not always
+        make equal to `steps` (see `jddim.timesteps`).
         """
         spacing = self.sampler.spacing if spacing is None else spacing
-        if steps is None and isinstance(spacing, str):
+        if steps is None and isinstance(spacing, str) and not counts_itself(spacing):
             steps = self.sampler.num_steps
-        return step_table(self.schedule, make_timesteps(spacing, self.schedule.num_train_timesteps, steps), dtype)
+        T = self.schedule.num_train_timesteps
+        timesteps = make_timesteps(spacing, T, steps, self.sampler.steps_offset)
+        return step_table(
+            self.schedule,
+            timesteps,
+            dtype,
+            timesteps_prev=previous_timesteps(timesteps, spacing, T),
+            set_alpha_to_one=self.sampler.set_alpha_to_one or not of_diffusers(spacing),
+        )
 
     def sample(
         self,
         key: Array | None = None,
         num: int | None = None,
         *,
+        method: str = "ddim",
         steps: int | None = None,
         eta: ArrayLike | None = None,
         spacing: str | Sequence[int] | np.ndarray | None = None,
         clip: bool | None = None,
         clip_range: tuple[float, float] | None = None,
         rederive_eps: bool | None = None,
+        labels: ArrayLike | None = None,
         x_T: Array | np.ndarray | None = None,
         noise: Array | np.ndarray | None = None,
         image_size: tuple[int, int] | None = None,
@@ -89,43 +115,54 @@ class DDIM:
         key: `jax.random.key(seed)`. Image i of the result is image `start + i` of the seed: it depends on nothing
             else, so `num=7` and then `num=9, start=7` make the images of `num=16`. Not needed if x_T is given, and
             eta is 0 or noise is given.
-        steps: S; spacing: a name in `jddim.timesteps.SPACINGS`, or a descending list of timesteps (then no steps).
-        eta: 0 deterministic ... 1 as noisy as DDPM; a scalar or one value per image, `(num,)`. May be traced.
-        clip: clamp x0 to clip_range at each step; rederive_eps: use the clipped x0's eps in the direction term.
+        method: "ddim", or "ddpm", ancestral sampling with the checkpoint's variance (`SamplerConfig.variance`).
+        steps: S; spacing: a name that `jddim.timesteps.make_timesteps` takes, or a descending list of timesteps (then
+            no steps).
+        eta: 0 deterministic ... 1 as noisy as DDPM; a scalar or one value per image, `(num,)`. May be traced. For
+            "ddim" alone.
+        clip: clamp x0 to clip_range at each step (then the checkpoint's thresholding, if it has one, is left out);
+            rederive_eps: use the clipped x0's eps in the direction term.
+        labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1 (or what its
+            `class_embedding` takes, one row an image).
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
         image_size: (height, width) other than the checkpoint's. batch_size: images per compiled call, default all.
         trajectory_every: k returns `(images, Trajectory)` with every k-th step. progress: a bar on stderr.
 
-        Everything that is None comes from the checkpoint. Works inside `jit`, `vmap` and `grad`, where values are
-        traced and only shapes are checked; outside, one compiled program serves every eta, seed and set of weights
-        of a shape and S.
+        Everything that is None comes from the checkpoint; `with_sampler` changes the rest of its conventions. Works
+        inside `jit`, `vmap` and `grad`, where values are traced and only shapes are checked; outside, one compiled
+        program serves every eta, seed, label and set of weights of a shape and S.
 
         Raises ValueError with everything wrong in one message; FloatingPointError if a NaN or infinity appears,
         naming the image and the step (outside tracing only).
         """
-        dtype = at_least_float32(self.model.dtype)
-        table = self.table(steps, spacing, dtype)
-        eta = self.sampler.eta if eta is None else eta
-        clip = self.sampler.clip if clip is None else clip
-        clip_range = self.sampler.clip_range if clip_range is None else clip_range
-        rederive_eps = self.sampler.rederive_eps if rederive_eps is None else rederive_eps
+        asked: dict[str, Any] = {"clip": clip, "clip_range": clip_range, "rederive_eps": rederive_eps}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        ddim = self.with_sampler(**asked, **({} if clip is None else {"threshold_ratio": None}))
+        dtype = at_least_float32(ddim.model.dtype)
+        table = ddim.table(steps, spacing, dtype)
+        problems = [] if method == "ddim" or eta is None else [f"eta is DDIM's; method {method!r} takes none"]
+        eta = ddim.sampler.eta if eta is None else eta
         if num is None and x_T is not None:
             num = x_T.shape[0] if x_T.ndim else None
         if image_size is None:
-            image_size = self.model.config.image_size
+            image_size = ddim.model.config.image_size
             if x_T is not None and x_T.ndim == 4:
                 image_size = (x_T.shape[1], x_T.shape[2])
-        shape = (*image_size, self.model.config.in_channels)
-        problems = self._problems(
-            key, num, table, eta, clip_range if clip else None, x_T, noise, shape, batch_size, dtype
-        )
+        shape = (*image_size, ddim.model.config.in_channels)
+        needs_noise = method == "ddpm" or not _is_zero(eta)
+        problems += ddim._problems(key, num, table, x_T, noise, shape, batch_size, dtype, needs_noise=needs_noise)
+        if num is not None and num >= 1:
+            problems += _eta_problems(eta, num, table) if method == "ddim" else []
+            problems += _label_problems(ddim.model.config, labels, num)
+        program = ddim._program(method, trajectory_every, noisy=needs_noise or key is not None or noise is not None)
         if problems:
             raise ValueError("sample: " + "; ".join(problems))
         assert num is not None
 
         batch_size = min(batch_size or num, num)
-        bounds = tuple(jnp.asarray(v, dtype) for v in clip_range) if clip else None
+        limits = ddim._limits(dtype)
         etas = jnp.broadcast_to(jnp.asarray(eta, dtype), (num,))
+        labels = None if labels is None else jnp.asarray(labels)
         images: list[Array] = []
         trajectories: list[Trajectory] = []
         with Progress(num, f"{table.num_steps} steps", enabled=progress) as bar:
@@ -135,22 +172,22 @@ class DDIM:
                 pad = partial(_pad, to=batch_size)  # the last batch has the others' shape, so their program
                 keys = None if key is None else _keys(key, start + low, batch_size)
                 x = _initial_noise(keys, shape, dtype) if x_T is None else pad(jnp.asarray(x_T)[rows])
-                state = init_state(x, table, trajectory_every)
+                state = init_state(x, table, trajectory_every, self_condition=ddim.sampler.self_condition)
                 for segment in segments(table) if bar.enabled else [table]:
                     noise_rows = None
                     if noise is not None:
                         first = int(segment.step[0])
                         noise_rows = pad(jnp.asarray(noise[first : first + segment.num_steps, rows]), axis=1)
                     state = _steps(
-                        self.model,
+                        ddim.model,
                         state,
                         segment,
                         pad(etas[rows]),
                         keys if noise is None else None,
                         noise_rows,
-                        bounds,
-                        rederive_eps=rederive_eps,
-                        trajectory_every=trajectory_every,
+                        limits,
+                        None if labels is None else pad(labels[rows]),
+                        program=program,
                     )
                     if bar.enabled:
                         _raise_if_bad(state, table, start + low, taken)
@@ -166,46 +203,67 @@ class DDIM:
         x_ts, x0_hats = (jnp.concatenate([part[i] for part in trajectories], axis=1) for i in (1, 2))
         return x_0, Trajectory(trajectories[0].t, x_ts, x0_hats)
 
+    def _program(self, method: str, trajectory_every: int | None, *, noisy: bool) -> _Program:
+        c = self.sampler
+        return _Program(
+            method=method,
+            noisy=noisy,
+            prediction_type=c.prediction_type,
+            timestep_scale=c.timestep_scale,
+            rederive_eps=c.rederive_eps,
+            variance=c.variance,
+            self_condition=c.self_condition,
+            trajectory_every=trajectory_every,
+        )
+
+    def _limits(self, dtype: DTypeLike) -> dict[str, tuple[Array, Array]]:
+        """What keeps x0 in range, as the loops' arguments."""
+        c = self.sampler
+        if c.threshold_ratio is not None:
+            return {"threshold": (jnp.asarray(c.threshold_ratio, dtype), jnp.asarray(c.threshold_max, dtype))}
+        return (
+            {"clip_range": (jnp.asarray(c.clip_range[0], dtype), jnp.asarray(c.clip_range[1], dtype))} if c.clip else {}
+        )
+
     def _problems(
         self,
         key: Array | None,
         num: int | None,
         table: StepTable,
-        eta: ArrayLike,
-        clip_range: tuple[float, float] | None,
         x_T: Array | np.ndarray | None,
         noise: Array | np.ndarray | None,
         shape: tuple[int, ...],
         batch_size: int | None,
         dtype: DTypeLike,
+        *,
+        needs_noise: bool,
     ) -> list[str]:
-        """Everything wrong with `sample`'s arguments, as sentences."""
+        """Everything wrong with the arguments that both methods take, as sentences."""
         config = self.model.config
         problems = size_problems(config, (shape[0], shape[1]))
-        if config.in_channels != config.out_channels:
+        outputs = 2 if self.sampler.variance == "learned_range" else 1
+        if outputs * config.in_channels != config.out_channels:
             problems.append(
-                f"this model maps {config.in_channels} channels to {config.out_channels}; sampling needs both equal"
+                f"this model maps {config.in_channels} channels to {config.out_channels}; sampling needs "
+                + ("twice as many out (its variance is learned)" if outputs == 2 else "both equal")
             )
         if num is None or num < 1:
             problems.append(f"num must be at least 1, got {num}")
             return problems
         if batch_size is not None and batch_size < 1:
             problems.append(f"batch_size must be at least 1, got {batch_size}")
-        if key is None and (x_T is None or (noise is None and not _is_zero(eta))):
-            problems.append("a key is needed for " + ("x_T" if x_T is None else "eta > 0") + ": jax.random.key(seed)")
-        if clip_range is not None and not clip_range[0] < clip_range[1]:
-            problems.append(f"clip_range must be (low, high) with low < high, got {clip_range}")
-        if np.shape(eta) not in ((), (num,)):
-            problems.append(f"eta must be a scalar or one value per image ({num},), got shape {np.shape(eta)}")
-        elif not isinstance(eta, jax.core.Tracer):
-            bad = ~(np.asarray(eta) >= 0) | ~np.isfinite(np.asarray(eta, float))
-            if bad.any():
-                problems.append(f"eta must be a finite number >= 0, got {np.asarray(eta)[bad].flat[0]}")
-            elif np.max(np.asarray(eta)) > (limit := largest_eta(table)):
-                problems.append(
-                    f"eta {np.max(np.asarray(eta)):g} is too large for this table: above {limit:g} a step's "
-                    "1 - alpha_bar_prev - sigma^2 is negative"
-                )
+        if key is None and (x_T is None or (noise is None and needs_noise)):
+            what = "x_T" if x_T is None else "the noise of each step (eta > 0)"
+            problems.append(f"a key is needed for {what}: jax.random.key(seed)")
+        low, high = self.sampler.clip_range
+        if self.sampler.clip and not low < high:
+            problems.append(f"clip_range must be (low, high) with low < high, got {self.sampler.clip_range}")
+        if self.sampler.threshold_ratio is not None and not 0 < self.sampler.threshold_ratio <= 1:
+            problems.append(f"threshold_ratio must lie in (0, 1], got {self.sampler.threshold_ratio}")
+        try:
+            check_prediction(table, self.sampler.prediction_type)
+        except ValueError as error:
+            problems.append(str(error))
         for name, array, expected in (
             ("x_T", x_T, (num, *shape)),
             ("noise", noise, (table.num_steps, num, *shape)),
@@ -223,7 +281,35 @@ class DDIM:
         return problems
 
 
-@partial(jax.jit, static_argnames=("rederive_eps", "trajectory_every"))
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What a compiled segment of sampling depends on beside shapes: static, hashable."""
+
+    method: str
+    noisy: bool
+    prediction_type: str
+    timestep_scale: float
+    rederive_eps: bool
+    variance: str
+    self_condition: bool
+    trajectory_every: int | None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a name that is not known."""
+        for name, value, known in (
+            ("method", self.method, METHODS),
+            ("prediction_type", self.prediction_type, PREDICTION_TYPES),
+            ("variance", self.variance, VARIANCES),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
+
+
+METHODS = ("ddim", "ddpm")
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+
+
+@partial(jax.jit, static_argnames="program")
 def _steps(
     model: Network,
     state: State,
@@ -231,23 +317,31 @@ def _steps(
     eta: Array,
     keys: Array | None,
     noise: Array | None,
-    clip_range: tuple[Array, Array] | None,
+    limits: dict[str, tuple[Array, Array]],
+    labels: Array | None,
     *,
-    rederive_eps: bool,
-    trajectory_every: int | None,
+    program: _Program,
 ) -> State:
     """One segment of the scan, the program that `sample` compiles. Everything that may change is an argument."""
-    return ddim_steps(
-        model,
-        state,
-        table,
-        eta=0.0 if keys is None and noise is None else eta,  # without noise eta is 0: `sample` has checked
-        key=keys,
-        noise=noise,
-        clip_range=clip_range,
-        rederive_eps=rederive_eps,
-        trajectory_every=trajectory_every,
-    )
+    denoise: Denoiser = model if labels is None else with_labels(model, labels)
+    if program.timestep_scale != 1:
+        denoise = with_scaled_time(denoise, program.timestep_scale)
+    if program.variance == "learned_range" and program.method == "ddim":
+        denoise = without_variance(denoise)
+    if program.self_condition:
+        denoise = with_self_condition(denoise)
+    common: dict[str, Any] = {
+        "key": keys,
+        "noise": noise,
+        "prediction_type": program.prediction_type,
+        "trajectory_every": program.trajectory_every,
+        "clip_range": None,
+        **limits,
+    }
+    if program.method == "ddpm":
+        return ancestral_steps(denoise, state, table, variance=program.variance, **common)
+    eta = eta if program.noisy else 0.0  # type: ignore[assignment]  # the number 0 needs no noise
+    return ddim_steps(denoise, state, table, eta=eta, rederive_eps=program.rederive_eps, **common)
 
 
 _keys = jax.jit(lambda key, start, num: sample_keys(key, num, start), static_argnums=2)
@@ -260,6 +354,45 @@ def _pad(x: Array, to: int, axis: int = 0) -> Array:
     return (
         x if not missing else jnp.concatenate([x, jnp.repeat(jnp.take(x, jnp.array([-1]), axis), missing, axis)], axis)
     )
+
+
+def _eta_problems(eta: ArrayLike, num: int, table: StepTable) -> list[str]:
+    if np.shape(eta) not in ((), (num,)):
+        return [f"eta must be a scalar or one value per image ({num},), got shape {np.shape(eta)}"]
+    if isinstance(eta, jax.core.Tracer):
+        return []
+    etas = np.asarray(eta, float)
+    bad = ~((etas >= 0) & np.isfinite(etas))
+    if bad.any():
+        return [f"eta must be a finite number >= 0, got {etas[bad].flat[0]}"]
+    if np.max(etas) > (limit := largest_eta(table)):
+        return [
+            f"eta {np.max(etas):g} is too large for this table: above {limit:g} a step's "
+            "1 - alpha_bar_prev - sigma^2 is negative"
+        ]
+    return []
+
+
+def _label_problems(config: ModelConfig, labels: ArrayLike | None, num: int) -> list[str]:
+    kind = config.class_embedding
+    if kind is None:
+        return [] if labels is None else ["this network has no classes: leave labels out"]
+    if labels is None:
+        what = f"integers in 0..{(config.num_classes or 1) - 1}" if kind == "learned" else f"for a {kind} embedding"
+        return [f"this network is class-conditional: give labels, one an image, {what}"]
+    shape, dtype = np.shape(labels), jnp.result_type(labels)
+    if kind == "identity":
+        return [] if len(shape) == 2 and shape[0] == num else [f"labels must have shape ({num}, width), got {shape}"]
+    if shape != (num,):
+        return [f"labels must have shape ({num},), one an image, got {shape}"]
+    if kind == "timestep" or isinstance(labels, jax.core.Tracer):
+        return []
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return [f"labels must be integers, got {dtype}"]
+    outside = [int(label) for label in np.asarray(labels) if not 0 <= label < (config.num_classes or 1)]
+    if outside:
+        return [f"labels must lie in 0..{(config.num_classes or 1) - 1}, got {outside[0]}"]
+    return []
 
 
 def _is_zero(eta: ArrayLike) -> bool:

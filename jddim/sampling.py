@@ -1,8 +1,9 @@
 """The sampling loops: one `lax.scan` over a step table, for any denoiser. The only user of random keys.
 
-A denoiser is a function `denoise(x_t, t) -> eps`: x_t `(b, ...)` float, t `(b,)` int32, eps like x_t, the predicted
-noise. The loops are traceable and hold no jit of their own: wrap them as you like, and pass a model to the
-jitted function as an argument (closing over it compiles every weight in as a constant).
+A denoiser is a function `denoise(x_t, t) -> output`: x_t `(b, ..., c)` float, t `(b,)` int32, the output like x_t: what
+the network predicts, the noise unless `prediction_type` says otherwise. Labels, guidance, rescaled t and the like are
+functions around it (`jddim.denoisers`). The loops are traceable and hold no jit of their own: wrap them as you like,
+and pass a model to the jitted function as an argument (closing over it compiles every weight in as a constant).
 
 Randomness is per sample: sample i of a seed draws from `fold_in(key, i)`, x_T from its fold 0 and the noise of
 step s from its fold s + 1. Its image depends on (seed, i) alone, whatever else is in the batch.
@@ -16,13 +17,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jddim import ddim
 from jddim.ddim import StepTable
 
-Denoiser = Callable[[Array, Array], Array]
+Denoiser = Callable[..., Array]
 
 
 class Trajectory(NamedTuple):
@@ -41,12 +43,14 @@ class State(NamedTuple):
     """What the scan carries from step to step.
 
     x_t: `(b, ...)`. first_bad: int32 `(b,)`, the index of the step after which a sample first held a NaN or an
-    infinity, or -1. trajectory: filled as the steps are taken, or None.
+    infinity, or -1. trajectory: filled as the steps are taken, or None. x0_hat: the last step's x0 (zeros at first),
+    for a self-conditioned network, or None.
     """
 
     x_t: Array
     first_bad: Array
     trajectory: Trajectory | None
+    x0_hat: Array | None = None
 
 
 def sample_keys(key: Array, num: int, start: int = 0) -> Array:
@@ -67,8 +71,11 @@ def sample_loop(
     eta: ArrayLike = 0.0,
     key: Array | None = None,
     noise: Array | None = None,
+    prediction_type: str = "epsilon",
     clip_range: tuple[ArrayLike, ArrayLike] | None = None,
+    threshold: tuple[ArrayLike, ArrayLike] | None = None,
     rederive_eps: bool = False,
+    self_condition: bool = False,
     trajectory_every: int | None = None,
 ) -> Any:
     """DDIM from x_T to x_0 (Eq. 12 of arXiv:2010.02502 at every row of `table`). Traceable.
@@ -77,14 +84,19 @@ def sample_loop(
     eta: >= 0, scalar or `(b,)`, may be traced; 0 is deterministic, 1 has the DDPM posterior's variance.
     key: one key, whose sample i then draws from `fold_in(key, i)`, or one key per sample `(b,)`; or
     noise: `(S, b, ...)`, row s used in the s-th step taken. One of the two is needed unless eta is the number 0.
-    clip_range: clamp x0 to (low, high) at each step, or None. rederive_eps: recompute eps from the clipped x0 for
-    the direction term (OpenAI, lucidrains); False keeps the network's (the walk-through, ermongroup, diffusers).
+    prediction_type: what the denoiser returns (`jddim.ddim.PREDICTION_TYPES`).
+    clip_range: clamp x0 to (low, high) at each step, or None. threshold: instead, (ratio, largest) of
+    `jddim.ddim.dynamic_threshold`. rederive_eps: recompute eps from the x0 so limited for the direction term (OpenAI,
+    lucidrains); False keeps the network's (the walk-through, ermongroup, diffusers).
+    self_condition: call `denoise(x_t, t, x0_hat)` with the x0 of the step before, zeros at first (lucidrains;
+    arXiv:2208.04202).
     trajectory_every: also return the `Trajectory` kept every so many steps.
 
-    Returns x_0 `(b, ...)`, in x_T's dtype, or (x_0, trajectory). Raises ValueError on shapes that do not agree.
+    Returns x_0 `(b, ...)`, in x_T's dtype, or (x_0, trajectory). Raises ValueError on shapes that do not agree, and
+    where the table starts at alpha_bar_t = 0 and the denoiser predicts eps, which tells nothing of x0 there.
     A NaN from the denoiser propagates to that sample alone.
     """
-    state = init_state(x_T, table, trajectory_every)
+    state = init_state(x_T, table, trajectory_every, self_condition=self_condition)
     state = ddim_steps(
         denoise,
         state,
@@ -92,7 +104,9 @@ def sample_loop(
         eta=eta,
         key=key,
         noise=noise,
+        prediction_type=prediction_type,
         clip_range=clip_range,
+        threshold=threshold,
         rederive_eps=rederive_eps,
         trajectory_every=trajectory_every,
     )
@@ -107,29 +121,38 @@ def ancestral_loop(
     key: Array | None = None,
     noise: Array | None = None,
     variance: str = "fixed_small",
+    prediction_type: str = "epsilon",
     clip_range: tuple[ArrayLike, ArrayLike] | None = (-1.0, 1.0),
+    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    self_condition: bool = False,
     trajectory_every: int | None = None,
 ) -> Any:
     """DDPM ancestral sampling from x_T to x_0 (Algorithm 2 of arXiv:2006.11239), on any table. Traceable.
 
-    variance: "fixed_small" or "fixed_large" (`jddim.ddim.ddpm_step`). Clips x0 to [-1, 1] by default, as Ho et al. do.
+    variance: "fixed_small" or "fixed_large" (`jddim.ddim.ddpm_step`; "fixed_large" on a shortened table is ermongroup's
+    `ddpm_noisy`), or "learned_range": the denoiser returns twice x_T's channels, of which the second half is the v that
+    interpolates between the two. Clips x0 to [-1, 1] by default, as Ho et al. do.
     The other arguments and the result are `sample_loop`'s.
     """
-
-    def update(x_t: Array, eps: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
-        x0 = _clip(ddim.predict_x0(x_t, eps, row.alpha_bar_t), clip_range)
-        x_prev = ddim.ddpm_step(
-            x_t, x0, noise, alpha_bar_t=row.alpha_bar_t, alpha_bar_prev=row.alpha_bar_prev, variance=variance
-        )
-        return x_prev, x0
-
-    noise_at = _noise_source(x_T, table, key, noise)
-    state = init_state(x_T, table, trajectory_every)
-    state = _scan(denoise, state, table, noise_at, update, trajectory_every)
+    state = init_state(x_T, table, trajectory_every, self_condition=self_condition)
+    state = ancestral_steps(
+        denoise,
+        state,
+        table,
+        key=key,
+        noise=noise,
+        variance=variance,
+        prediction_type=prediction_type,
+        clip_range=clip_range,
+        threshold=threshold,
+        trajectory_every=trajectory_every,
+    )
     return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
 
 
-def init_state(x_T: Array, table: StepTable, trajectory_every: int | None = None) -> State:
+def init_state(
+    x_T: Array, table: StepTable, trajectory_every: int | None = None, *, self_condition: bool = False
+) -> State:
     """The state before the first step of `table` (the whole one: it sizes the trajectory)."""
     trajectory = None
     if trajectory_every is not None:
@@ -138,7 +161,8 @@ def init_state(x_T: Array, table: StepTable, trajectory_every: int | None = None
         slots = -(-table.num_steps // trajectory_every)
         empty = jnp.zeros((slots, *x_T.shape), x_T.dtype)
         trajectory = Trajectory(jnp.zeros(slots, jnp.int32), empty, empty)
-    return State(x_T, jnp.full(x_T.shape[0], -1, jnp.int32), trajectory)
+    x0_hat = jnp.zeros_like(x_T) if self_condition else None
+    return State(x_T, jnp.full(x_T.shape[0], -1, jnp.int32), trajectory, x0_hat)
 
 
 def ddim_steps(
@@ -149,7 +173,9 @@ def ddim_steps(
     eta: ArrayLike = 0.0,
     key: Array | None = None,
     noise: Array | None = None,
+    prediction_type: str = "epsilon",
     clip_range: tuple[ArrayLike, ArrayLike] | None = None,
+    threshold: tuple[ArrayLike, ArrayLike] | None = None,
     rederive_eps: bool = False,
     trajectory_every: int | None = None,
 ) -> State:
@@ -158,11 +184,12 @@ def ddim_steps(
     `noise`, if given, has one row for each row of this table. Taking a table's segments one after the other gives,
     to the bit, what the whole gives; that is how progress is shown.
     """
+    limit = _limiter(clip_range, threshold)
 
-    def update(x_t: Array, eps: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
-        x0 = ddim.predict_x0(x_t, eps, row.alpha_bar_t)
-        if clip_range is not None:
-            x0 = _clip(x0, clip_range)
+    def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
+        x0, eps = ddim.predict_both(output, x_t, row.alpha_bar_t, prediction_type)
+        if limit is not None:
+            x0 = limit(x0)
             if rederive_eps:
                 eps = ddim.predict_eps(x_t, x0, row.alpha_bar_t)
         x_prev = ddim.ddim_step(
@@ -170,6 +197,7 @@ def ddim_steps(
         )
         return x_prev, x0
 
+    check_prediction(table, prediction_type)
     deterministic = isinstance(eta, (int, float)) and eta == 0
     eta = jnp.asarray(eta, state.x_t.dtype)
     if eta.shape not in ((), state.x_t.shape[:1]):
@@ -178,6 +206,53 @@ def ddim_steps(
     unneeded = deterministic and key is None and noise is None
     noise_at = no_noise if unneeded else _noise_source(state.x_t, table, key, noise)
     return _scan(denoise, state, table, noise_at, update, trajectory_every)
+
+
+def ancestral_steps(
+    denoise: Denoiser,
+    state: State,
+    table: StepTable,
+    *,
+    key: Array | None = None,
+    noise: Array | None = None,
+    variance: str = "fixed_small",
+    prediction_type: str = "epsilon",
+    clip_range: tuple[ArrayLike, ArrayLike] | None = (-1.0, 1.0),
+    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    trajectory_every: int | None = None,
+) -> State:
+    """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `ancestral_loop`."""
+    limit = _limiter(clip_range, threshold)
+
+    def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
+        v: Array | None = None
+        if variance == "learned_range":
+            output, v = jnp.split(output, 2, axis=-1)
+        x0, _ = ddim.predict_both(output, x_t, row.alpha_bar_t, prediction_type)
+        x0 = x0 if limit is None else limit(x0)
+        x_prev = ddim.ddpm_step(
+            x_t,
+            x0,
+            noise,
+            alpha_bar_t=row.alpha_bar_t,
+            alpha_bar_prev=row.alpha_bar_prev,
+            variance=variance if v is None else v,
+        )
+        return x_prev, x0
+
+    check_prediction(table, prediction_type)
+    noise_at = _noise_source(state.x_t, table, key, noise)
+    outputs = 2 if variance == "learned_range" else 1
+    return _scan(denoise, state, table, noise_at, update, trajectory_every, outputs)
+
+
+def check_prediction(table: StepTable, prediction_type: str) -> None:
+    """Raise ValueError if x0 would be divided by sqrt(alpha_bar_t) = 0. Only a table on the host is looked at."""
+    if prediction_type == "epsilon" and isinstance(table.alpha_bar_t, np.ndarray) and (table.alpha_bar_t == 0).any():
+        raise ValueError(
+            "a predicted eps tells nothing of x0 at alpha_bar_t = 0, where this table starts (zero terminal SNR); such "
+            "models predict v or x0: set prediction_type to what this one does, or leave out its last timestep"
+        )
 
 
 def segments(table: StepTable, at_least: int = 8) -> list[StepTable]:
@@ -215,8 +290,13 @@ def _normal(keys: Array, fold: ArrayLike, shape: tuple[int, ...], dtype: jax.typ
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, fold), shape, dtype))(keys)
 
 
-def _clip(x0: Array, clip_range: tuple[ArrayLike, ArrayLike] | None) -> Array:
-    return x0 if clip_range is None else jnp.clip(x0, *clip_range)
+def _limiter(
+    clip_range: tuple[ArrayLike, ArrayLike] | None, threshold: tuple[ArrayLike, ArrayLike] | None
+) -> Callable[[Array], Array] | None:
+    """What keeps x0 in range: dynamic thresholding if asked, else the clamp, else nothing."""
+    if threshold is not None:
+        return lambda x0: ddim.dynamic_threshold(x0, *threshold)
+    return None if clip_range is None else lambda x0: jnp.clip(x0, *clip_range)
 
 
 def _scan(
@@ -226,20 +306,24 @@ def _scan(
     noise_at: NoiseSource,
     update: Callable[[Array, Array, Array, StepTable], tuple[Array, Array]],
     trajectory_every: int | None,
+    outputs: int = 1,
 ) -> State:
-    """The one loop: each row asks the denoiser for eps and takes `update`'s step."""
+    """The one loop: each row asks the denoiser, for `outputs` times x_t's channels, and takes `update`'s step."""
     noise_rows, noise_of = noise_at
 
     def step(state: State, row_and_noise: tuple[StepTable, Array | None]) -> tuple[State, None]:
         row, noise_row = row_and_noise
         x_t = state.x_t
-        eps = denoise(x_t, jnp.broadcast_to(row.t, x_t.shape[:1]))
-        if eps.shape != x_t.shape:
-            raise ValueError(f"denoise must return eps like x_t {x_t.shape}, it returned {eps.shape}")
-        x_prev, x0 = update(x_t, eps.astype(x_t.dtype), noise_of(row.step, noise_row), row)
+        t = jnp.broadcast_to(row.t, x_t.shape[:1])
+        output = denoise(x_t, t) if state.x0_hat is None else denoise(x_t, t, state.x0_hat)
+        expected = (*x_t.shape[:-1], outputs * x_t.shape[-1])
+        if output.shape != expected:
+            raise ValueError(f"denoise must return {expected} for an x_t like {x_t.shape}, it returned {output.shape}")
+        x_prev, x0 = update(x_t, output.astype(x_t.dtype), noise_of(row.step, noise_row), row)
         bad = ~jnp.isfinite(x_prev).reshape(x_prev.shape[0], -1).all(axis=1)
         first_bad = jnp.where(bad & (state.first_bad < 0), row.step, state.first_bad)
-        return State(x_prev, first_bad, _record(state.trajectory, row, x_prev, x0, trajectory_every)), None
+        trajectory = _record(state.trajectory, row, x_prev, x0, trajectory_every)
+        return State(x_prev, first_bad, trajectory, None if state.x0_hat is None else x0), None
 
     rows = StepTable(*(jnp.asarray(column) for column in table))
     state, _ = lax.scan(step, state, (rows, noise_rows))

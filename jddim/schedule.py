@@ -19,7 +19,8 @@ from jddim.config import ScheduleConfig, did_you_mean
 class NoiseSchedule:
     """The forward process q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), Eq. 4 of 2006.11239.
 
-    betas, alphas_cumprod: float64 `(T,)`; alphas_cumprod falls strictly within (0, 1).
+    betas, alphas_cumprod: float64 `(T,)`; alphas_cumprod falls strictly within (0, 1), or ends at 0 exactly
+    (`zero_terminal_snr`), where only a network that predicts x0 or v can be sampled.
     """
 
     betas: NDArray[np.float64]
@@ -55,6 +56,21 @@ def from_betas(betas: ArrayLike) -> NoiseSchedule:
     alphas_cumprod: NDArray[np.float64] = np.cumprod(1.0 - betas, dtype=np.float64)
     if alphas_cumprod[-1] == 0:
         raise ValueError("alphas_cumprod underflows to 0 in float64: betas are too large for their number")
+    betas.setflags(write=False)
+    alphas_cumprod.setflags(write=False)
+    return NoiseSchedule(betas, alphas_cumprod)
+
+
+def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """The schedule rescaled so that alpha_bar ends at 0, Algorithm 1 of arXiv:2305.08891.
+
+    sqrt(alpha_bar) is shifted to end at 0 and scaled to keep its start. diffusers' `rescale_betas_zero_snr`.
+    """
+    if schedule.num_train_timesteps < 2:
+        raise ValueError("a schedule of one timestep cannot both keep its start and end at alpha_bar = 0")
+    root = np.sqrt(schedule.alphas_cumprod)
+    alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    betas = 1 - alphas_cumprod / np.concatenate([[1.0], alphas_cumprod[:-1]])
     betas.setflags(write=False)
     alphas_cumprod.setflags(write=False)
     return NoiseSchedule(betas, alphas_cumprod)
@@ -123,6 +139,11 @@ _WITHOUT_BETA_RANGE = ("cosine", "sigmoid_alpha_bar")
 
 def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
     """The schedule that `config` names. Raises ValueError on an unknown name or a field it does not take."""
+    schedule = _named(config)
+    return zero_terminal_snr(schedule) if config.zero_terminal_snr else schedule
+
+
+def _named(config: ScheduleConfig) -> NoiseSchedule:
     given: dict[str, float] = {
         name: value for name in ("beta_start", "beta_end") if (value := getattr(config, name)) is not None
     }

@@ -1,19 +1,24 @@
 """Timetables: which of the T training timesteps a sampler visits, as descending int64 arrays.
 
-The last visited t is followed by t = -1, the clean image (alpha_bar = 1), which is not in the table.
+The last visited t is followed by t = -1, the clean image, which is not in the table. Between two entries a step goes
+from each to the next, but for diffusers' spacings, which have a rule of their own (`previous_timesteps`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jddim.config import did_you_mean
 
+Timesteps = NDArray[np.int64]
 
-def linspace_timesteps(num_train_timesteps: int, num_steps: int) -> NDArray[np.int64]:
+
+def linspace_timesteps(num_train_timesteps: int, num_steps: int) -> Timesteps:
     """The walk-through's (and lucidrains') table: linspace(-1, T-1, S+1) in float32, truncated, reversed.
 
     num_steps: S in 1..T. Returns S timesteps, from T-1 down; the one before the first pair's end, -1, is dropped.
@@ -33,7 +38,7 @@ def linspace_timesteps(num_train_timesteps: int, num_steps: int) -> NDArray[np.i
     return check_timesteps(values.astype(np.int64)[:0:-1], T)
 
 
-def uniform_timesteps(num_train_timesteps: int, num_steps: int) -> NDArray[np.int64]:
+def uniform_timesteps(num_train_timesteps: int, num_steps: int) -> Timesteps:
     """Ermongroup's "uniform": range(0, T, T // S), reversed.
 
     num_steps: S in 1..T. The stride is an integer, so there are S entries only if it fits: T = 1000 gives 31 at
@@ -46,52 +51,194 @@ def uniform_timesteps(num_train_timesteps: int, num_steps: int) -> NDArray[np.in
     return check_timesteps(np.arange(0, T, T // S)[::-1], T)
 
 
-def quad_timesteps(num_train_timesteps: int, num_steps: int) -> NDArray[np.int64]:
-    """Ermongroup's "quad": int(linspace(0, sqrt(0.8 T), S) ** 2), reversed, each t once.
+def quad_timesteps(num_train_timesteps: int, num_steps: int) -> Timesteps:
+    """Ermongroup's "quad": int(linspace(0, sqrt(0.8 T), S) ** 2), reversed.
 
-    num_steps: S in 1..T. The source repeats small t at larger S (T = 1000: from S = 30 on, four zeros at S = 100).
-    A repeated t is a step from t to itself, which changes nothing (sigma is 0 and alpha_bar_prev is alpha_bar_t),
-    so repeats are dropped and fewer than S entries remain: 96 at S = 100.
+    num_steps: S in 1..T, and always S entries: as in the source, small t repeat at larger S (T = 1000: from S = 30 on,
+    four zeros at S = 100). A repeated t is a step from t to itself, which changes nothing but costs an evaluation.
 
     >>> quad_timesteps(1000, 4)
     array([800, 355,  88,   0])
     """
     T, S = _check(num_train_timesteps, num_steps)
-    table = (np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(np.int64)
-    return check_timesteps(np.unique(table)[::-1], T)
+    return check_timesteps((np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(np.int64)[::-1], T, repeats=True)
 
 
-SPACINGS: dict[str, Callable[[int, int], NDArray[np.int64]]] = {
+def leading_timesteps(num_train_timesteps: int, num_steps: int, steps_offset: int = 0) -> Timesteps:
+    """Diffusers' "leading": the first S multiples of T // S, plus `steps_offset`, reversed.
+
+    num_steps: S in 1..T. Raises where the offset takes the first t beyond T-1 (diffusers fails in its first step).
+
+    >>> leading_timesteps(1000, 3, steps_offset=1)
+    array([667, 334,   1])
+    """
+    T, S = _check(num_train_timesteps, num_steps)
+    return check_timesteps((np.arange(S) * (T // S))[::-1] + steps_offset, T)
+
+
+def trailing_timesteps(num_train_timesteps: int, num_steps: int) -> Timesteps:
+    """Diffusers' "trailing": round(arange(T, 0, -T / S)) - 1 in float64.
+
+    num_steps: S in 1..T. For some S (T = 1000: 61, 103, 121 and 59 more) float64 adds an entry, -1, for which diffusers
+    asks its network at t = -1 and its schedule at T-1; that is refused here, naming S.
+
+    >>> trailing_timesteps(1000, 3)
+    array([999, 666, 332])
+    """
+    T, S = _check(num_train_timesteps, num_steps)
+    table = np.round(np.arange(T, 0, -T / S)).astype(np.int64) - 1
+    if table[-1] < 0:
+        raise ValueError(
+            f"trailing spacing of T = {T} at num_steps = {S} rounds to {len(table)} entries that end in t = -1, where "
+            "diffusers' result is not defined; take another num_steps, or the spacing 'linspace'"
+        )
+    return check_timesteps(table, T)
+
+
+def linspace_diffusers_timesteps(num_train_timesteps: int, num_steps: int) -> Timesteps:
+    """Diffusers' "linspace": round(linspace(0, T-1, S)) in float64, reversed.
+
+    num_steps: S in 1..T; S = 1 is t = 0 alone, as there.
+
+    >>> linspace_diffusers_timesteps(1000, 4)
+    array([999, 666, 333,   0])
+    """
+    T, S = _check(num_train_timesteps, num_steps)
+    return check_timesteps(np.linspace(0, T - 1, S).round().astype(np.int64)[::-1], T)
+
+
+def ddim_timesteps(num_train_timesteps: int, num_steps: int) -> Timesteps:
+    """OpenAI's "ddimN": range(0, T, stride) with the smallest integer stride that gives exactly N entries, reversed.
+
+    Raises ValueError where no stride does, as the source does (T = 1000: 60, 75, 80, ...).
+
+    >>> ddim_timesteps(1000, 3)
+    array([668, 334,   0])
+    """
+    T, S = _check(num_train_timesteps, num_steps)
+    for stride in range(1, T + 1):
+        if len(range(0, T, stride)) == S:
+            return check_timesteps(np.arange(0, T, stride)[::-1], T)
+    fits = sorted({len(range(0, T, stride)) for stride in range(1, T + 1)}, key=lambda n: abs(n - S))
+    raise ValueError(f"no integer stride makes {S} timesteps of {T} (OpenAI's ddimN); the nearest that fit: {fits[:3]}")
+
+
+def section_timesteps(num_train_timesteps: int, counts: Sequence[int]) -> Timesteps:
+    """OpenAI's sections, "10,15,20": T in len(counts) equal parts, from t = 0 up, each visited evenly so many times.
+
+    counts: at least 1 each, and at most the length of its part; one count is OpenAI's plain `timestep_respacing`.
+    The entries are rounded from a running sum of float64 strides, half to even, as in the source.
+
+    >>> section_timesteps(300, [2, 3])
+    array([299, 224, 150, 149,   0])
+    """
+    T = num_train_timesteps
+    size, longer = divmod(T, max(len(counts), 1))
+    sizes = [size + (i < longer) for i in range(len(counts))]
+    if not counts or any(not 1 <= count <= size for count, size in zip(counts, sizes, strict=True)):
+        raise ValueError(
+            f"sections {','.join(map(str, counts)) or '(none)'} of T = {T}: each count must lie in 1..its section's "
+            f"length {sizes}"
+        )
+    table: list[int] = []
+    start = 0
+    for count, size in zip(counts, sizes, strict=True):
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        for _ in range(count):
+            table.append(start + round(position))
+            position += stride
+        start += size
+    return check_timesteps(table[::-1], T)
+
+
+def openai_timesteps(num_train_timesteps: int, num_steps: int) -> Timesteps:
+    """OpenAI's plain respacing to S steps: one section (`section_timesteps`). From T-1 to 0 for S > 1.
+
+    >>> openai_timesteps(1000, 4)
+    array([999, 666, 333,   0])
+    """
+    T, S = _check(num_train_timesteps, num_steps)
+    return section_timesteps(T, [S])
+
+
+SPACINGS: dict[str, Callable[[int, int], Timesteps]] = {
     "linspace": linspace_timesteps,
     "uniform": uniform_timesteps,
     "quad": quad_timesteps,
+    "leading": leading_timesteps,
+    "trailing": trailing_timesteps,
+    "linspace_diffusers": linspace_diffusers_timesteps,
+    "openai": openai_timesteps,
 }
 
 
 def make_timesteps(
-    spacing: str | Sequence[int] | NDArray[np.integer], num_train_timesteps: int, num_steps: int | None = None
-) -> NDArray[np.int64]:
-    """The table that a spacing's name and S make, or an explicit descending list, checked (then S is not needed)."""
+    spacing: str | Sequence[int] | NDArray[np.integer],
+    num_train_timesteps: int,
+    num_steps: int | None = None,
+    steps_offset: int = 0,
+) -> Timesteps:
+    """The table that a spacing's name and S make, or an explicit descending list, checked (then S is not needed).
+
+    spacing: a key of `SPACINGS`; OpenAI's "ddim25" or "10,15,20", which say their own S; or the timesteps themselves.
+    steps_offset: for "leading" alone.
+    """
+    T = num_train_timesteps
     if not isinstance(spacing, str):
-        table = check_timesteps(spacing, num_train_timesteps)
-        if num_steps is not None and num_steps != len(table):
-            raise ValueError(f"an explicit list of {len(table)} timesteps does not take num_steps={num_steps}")
-        return table
-    if spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}{did_you_mean(spacing, SPACINGS)}")
-    if num_steps is None:
+        table = check_timesteps(spacing, T)
+    elif counts_itself(spacing):
+        numbers = [int(number) for number in re.findall(r"\d+", spacing)]
+        table = ddim_timesteps(T, numbers[0]) if spacing.startswith("ddim") else section_timesteps(T, numbers)
+    elif spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}{did_you_mean(spacing, [*SPACINGS, 'ddimN', 'N,N,...'])}")
+    elif num_steps is None:
         raise ValueError(f"spacing {spacing!r} needs num_steps")
-    return SPACINGS[spacing](num_train_timesteps, num_steps)
+    else:
+        make = partial(leading_timesteps, steps_offset=steps_offset) if spacing == "leading" else SPACINGS[spacing]
+        return make(T, num_steps)
+    if num_steps is not None and num_steps != len(table):
+        what = f"spacing {spacing!r}" if isinstance(spacing, str) else "an explicit list"
+        raise ValueError(f"{what} of {len(table)} timesteps does not take num_steps={num_steps}")
+    return table
 
 
-def check_timesteps(timesteps: ArrayLike, num_train_timesteps: int) -> NDArray[np.int64]:
-    """`timesteps` as int64, or ValueError: integers, not empty, strictly descending, all within 0..T-1."""
+def counts_itself(spacing: str) -> bool:
+    """Whether a spacing's name says its own S: OpenAI's "ddim25" and "10,15,20"."""
+    return re.fullmatch(r"ddim\d+|\d+(,\d+)*", spacing) is not None
+
+
+def of_diffusers(spacing: object) -> bool:
+    """Whether steps go from t to t - T // S, whatever the next entry is (diffusers' DDIMScheduler.step)."""
+    return isinstance(spacing, str) and spacing in ("leading", "trailing", "linspace_diffusers")
+
+
+def previous_timesteps(timesteps: Timesteps, spacing: object, num_train_timesteps: int) -> Timesteps:
+    """Where the step from each t ends, `(S,)` int64 in -1..T-1; -1 is the clean image.
+
+    The next entry of the list, and -1 after the last. diffusers' spacings: t - T // S, or -1 below 0, which is the
+    next entry only where S divides T; "linspace" and "trailing" there step short of or past it, and the last step
+    may end at -1 from afar.
+
+    >>> previous_timesteps(trailing_timesteps(1000, 3), "trailing", 1000)
+    array([666, 333,  -1])
+    """
+    if of_diffusers(spacing):
+        return np.maximum(timesteps - num_train_timesteps // len(timesteps), -1)
+    return np.append(timesteps[1:], -1)
+
+
+def check_timesteps(timesteps: ArrayLike, num_train_timesteps: int, *, repeats: bool = False) -> Timesteps:
+    """`timesteps` as int64, or ValueError: integers, not empty, all within 0..T-1, descending.
+
+    Strictly, unless `repeats` (ermongroup's quad).
+    """
     table = np.asarray(timesteps)
     if table.ndim != 1 or table.size == 0:
         raise ValueError(f"timesteps must be a non-empty list, got an array of shape {table.shape}")
     if not np.issubdtype(table.dtype, np.integer):
         raise ValueError(f"timesteps must be integers, got {table.dtype}")
-    rises = np.flatnonzero(np.diff(table) >= 0)
+    rises = np.flatnonzero(np.diff(table) > (0 if repeats else -1))
     if rises.size:
         i = int(rises[0])
         raise ValueError(f"timesteps must strictly descend: entry {i} is {table[i]}, entry {i + 1} is {table[i + 1]}")

@@ -244,5 +244,5 @@ def test_arguments_that_do_not_agree_raise(arguments: dict, message: str) -> Non
 
 
 def test_a_denoiser_of_the_wrong_shape_raises() -> None:
-    with pytest.raises(ValueError, match=r"like x_t \(3, 5, 7, 3\), it returned \(3, 5, 7, 6\)"):
+    with pytest.raises(ValueError, match=r"must return \(3, 5, 7, 3\) .* it returned \(3, 5, 7, 6\)"):
         sample_loop(lambda x, t: jnp.concatenate([x, x], -1), start(3), TABLE)

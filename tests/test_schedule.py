@@ -128,3 +128,16 @@ def test_every_name_builds_from_its_config(name: str) -> None:
 def test_bad_configs_raise(config: ScheduleConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_schedule(config)
+
+
+@pytest.mark.parametrize("T", [2, 7, 1000])
+def test_zero_terminal_snr_is_algorithm_1(T: int) -> None:
+    for name in ("linear", "scaled_linear", "cosine"):
+        root = [math.sqrt(a) for a in make_schedule(ScheduleConfig(name, T)).alphas_cumprod]
+        expected = [((r - root[-1]) * root[0] / (root[0] - root[-1])) ** 2 for r in root]
+        built = make_schedule(ScheduleConfig(name, T, zero_terminal_snr=True))
+        np.testing.assert_allclose(built.alphas_cumprod, expected, rtol=1e-12, atol=0)
+        np.testing.assert_allclose(np.cumprod(1 - built.betas), expected, rtol=1e-9, atol=1e-15)
+        assert (built.alphas_cumprod[-1], built.betas[-1]) == (0, 1)
+    with pytest.raises(ValueError, match="one timestep"):
+        make_schedule(ScheduleConfig("linear", 1, zero_terminal_snr=True))

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from jddim.timesteps import (
+    SPACINGS,
     check_timesteps,
     linspace_timesteps,
     make_timesteps,
+    previous_timesteps,
     quad_timesteps,
     uniform_timesteps,
 )
@@ -48,30 +50,95 @@ def test_uniform_has_the_sources_uneven_lengths() -> None:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(("T", "S"), [(1000, 1), (1000, 10), (1000, 29), (300, 7)])
+@pytest.mark.parametrize(("T", "S"), [(1000, 1), (1000, 10), (1000, 100), (1000, 1000), (300, 7), (7, 7)])
 def test_quad_is_ermongroups_formula(T: int, S: int) -> None:
     assert quad_timesteps(T, S).tolist() == [int(s) for s in list(np.linspace(0, np.sqrt(T * 0.8), S) ** 2)][::-1]
 
 
 @pytest.mark.quick
-def test_quad_drops_the_sources_repeats() -> None:
-    source = [int(s) for s in list(np.linspace(0, np.sqrt(1000 * 0.8), 100) ** 2)]
-    assert source[:6] == [0, 0, 0, 0, 1, 2]
-    assert quad_timesteps(1000, 100).tolist() == sorted(set(source), reverse=True)
-    assert len(quad_timesteps(1000, 100)) == 96
+def test_quad_repeats_what_the_source_repeats() -> None:
+    assert quad_timesteps(1000, 100)[-6:].tolist() == [2, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("spacing", ["linspace", "uniform", "quad"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_table_descends_within_range(spacing: str) -> None:
     for T in (1, 3, 100, 1000):
         for S in range(1, T + 1, max(1, T // 37)):
+            if spacing == "trailing" and np.round(np.arange(T, 0, -T / S))[-1] == 0:
+                continue  # refused, see below
             table = make_timesteps(spacing, T, S)
             assert table.dtype == np.int64
-            assert (np.diff(table) < 0).all()
+            assert (np.diff(table) < (1 if spacing == "quad" else 0)).all()
             assert 0 <= table[-1] <= table[0] < T
-            if spacing == "linspace":
-                assert (len(table), table[0]) == (S, T - 1)
+            if spacing != "uniform":
+                assert len(table) == S
+            if spacing in ("linspace", "trailing"):
+                assert table[0] == T - 1
+            previous = previous_timesteps(table, spacing, T)
+            assert (previous[:-1] < T).all()
+            assert (previous <= table).all()
+            # diffusers' "trailing" may end short of the clean image: at T = 1000 and S = 28, at t = 0
+            assert previous[-1] == -1 or (spacing == "trailing" and T % S)
+
+
+@pytest.mark.quick
+def test_diffusers_spacings_and_where_their_steps_end() -> None:
+    T, S = 1000, 30  # does not divide: a step is 33
+    expected = {
+        ("leading", 0): [i * 33 for i in range(30)][::-1],
+        ("leading", 1): [i * 33 + 1 for i in range(30)][::-1],
+        ("trailing", 0): [round(1000 - i * 1000 / 30) - 1 for i in range(30)],
+        ("linspace_diffusers", 0): [round(i * 999 / 29) for i in range(30)][::-1],
+    }
+    for (spacing, offset), t in expected.items():
+        table = make_timesteps(spacing, T, S, offset)
+        assert table.tolist() == t
+        assert previous_timesteps(table, spacing, T).tolist() == [max(entry - 33, -1) for entry in t]
+    with pytest.raises(ValueError, match=r"0\.\.999, got 1\.\.1000"):
+        make_timesteps("leading", T, T, 1)  # diffusers' first step fails: it has no alphas_cumprod[1000]
+
+
+@pytest.mark.quick
+def test_trailing_is_refused_where_it_would_ask_for_t_below_zero() -> None:
+    refused = []
+    for S in range(1, 1001):
+        try:
+            make_timesteps("trailing", 1000, S)
+        except ValueError:
+            refused.append(S)
+    with pytest.raises(ValueError, match="num_steps = 61 rounds to 62 entries"):
+        make_timesteps("trailing", 1000, 61)
+    assert (len(refused), refused[:3]) == (62, [61, 103, 121])
+
+
+@pytest.mark.quick
+def test_openai_spacings() -> None:
+    feasible = [n for n in range(1, 501) if _ddim_fits(n)]
+    assert set(feasible) >= {10, 20, 25, 30, 40, 50, 100, 125, 200, 250, 334, 500}
+    assert not set(feasible) & {60, 75, 80, 150, 300, 400}
+    assert make_timesteps("ddim30", 1000).tolist() == list(range(0, 1000, 34))[::-1]
+    with pytest.raises(ValueError, match=r"ddimN.*nearest that fit: \[59, 63, 56\]"):
+        make_timesteps("ddim60", 1000)
+    # sections of 100 with 10, 15 and 20 entries; strides 11, 7.07 and 5.21, summed up in float64, rounded half to even
+    sections = make_timesteps("10,15,20", 300)[::-1]
+    assert sections[:10].tolist() == list(range(0, 100, 11))
+    assert sections[10:15].tolist() == [100, 107, 114, 121, 128]
+    assert (len(sections), sections[25], sections[-1]) == (45, 200, 299)
+    assert make_timesteps("20", 300).tolist() == make_timesteps("openai", 300, 20).tolist()
+    assert make_timesteps("openai", 1000, 1).tolist() == [0]
+    for spacing, message in (("200,1", "length"), ("0,5", "length"), ("ddim0", r"1\.\.300")):
+        with pytest.raises(ValueError, match=message):
+            make_timesteps(spacing, 300)
+    with pytest.raises(ValueError, match="'ddim25' of 25 timesteps does not take num_steps=20"):
+        make_timesteps("ddim25", 1000, 20)
+
+
+def _ddim_fits(n: int) -> bool:
+    try:
+        return len(make_timesteps(f"ddim{n}", 1000)) == n
+    except ValueError:
+        return False
 
 
 @pytest.mark.quick
@@ -101,7 +168,7 @@ def test_bad_lists_raise(table: list, message: str) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("S", [0, -3, 1001])
-@pytest.mark.parametrize("spacing", ["linspace", "uniform", "quad"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_bad_numbers_of_steps_raise(spacing: str, S: int) -> None:
     with pytest.raises(ValueError, match=rf"1\.\.1000.*got {S}"):
         make_timesteps(spacing, 1000, S)

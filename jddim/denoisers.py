@@ -1,0 +1,29 @@
+"""Functions around a network that make the sampler's denoiser, `denoise(x_t, t) -> output`. Each does one thing."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jddim.sampling import Denoiser
+
+
+def with_labels(model: Denoiser, labels: Array) -> Denoiser:
+    """A class-conditional network `model(x_t, t, labels)` at these labels, one per sample."""
+    return lambda x_t, t: model(x_t, t, labels)
+
+
+def with_scaled_time(denoise: Denoiser, scale: ArrayLike) -> Denoiser:
+    """A denoiser whose network was trained with t times `scale` (OpenAI's rescale_timesteps: 1000 / T)."""
+    return lambda x_t, t: denoise(x_t, t * jnp.asarray(scale, x_t.dtype))
+
+
+def without_variance(denoise: Denoiser) -> Denoiser:
+    """A denoiser of a network with learned variance: the first half of its channels (OpenAI, Nichol)."""
+    return lambda x_t, t: jnp.split(denoise(x_t, t), 2, axis=-1)[0]
+
+
+def with_self_condition(denoise: Denoiser) -> Denoiser:
+    """`denoise(x_t, t, x0_hat)` of a network that takes x0_hat and x_t side by side, in this order (lucidrains)."""
+    return lambda x_t, t, x0_hat: denoise(jnp.concatenate([x0_hat, x_t], axis=-1), t)
