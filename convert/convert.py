@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -48,7 +49,8 @@ def convert(
 
     src: the file (or a folder that holds `ckpt.pth`); a `config.yml` beside it is used unless `config` names another.
     settings: facts under the family's own names, over the config's. weights: "ema" or "raw"; by default the EMA's
-    where there are any. verify: compare with the PyTorch reference, refuse above `convert.verify.TOLERANCE`.
+    where there are any. verify: compare with the PyTorch reference, refuse above `convert.verify.TOLERANCE`; where
+    PyTorch is not installed, say and record that it was not done.
     say: told what is found, line by line. Returns the metadata written.
 
     Raises ConversionError or CheckpointError, each with all that is wrong; nothing is then written.
@@ -64,7 +66,10 @@ def convert(
     say(f"  {len(params)} parameters filled, {sum(p.size for p in params.values()):,} numbers")
 
     figure: dict[str, Any] = {"skipped": True}
-    if verify:
+    if verify and not verification.can_verify():
+        figure["reason"] = "PyTorch is not installed"
+        say(f"  NOT VERIFIED: PyTorch is not installed; where it is, run: jddim verify {dst} {src}")
+    elif verify:
         result = _verify(family, source, plan, params)
         if result.first_bad is not None:
             raise ConversionError(
@@ -234,13 +239,13 @@ def _weights(source: Source) -> str:
     return source.weights + step + (f" ({source.note})" if source.note else "")
 
 
-def _versions() -> dict[str, str]:
+def _versions() -> dict[str, str | None]:
     packages = ("jax", "flax", "orbax-checkpoint", "torch")
-    return {
-        "jddim": jddim.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
+    installed: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # torch may be absent
+            installed[name] = importlib.metadata.version(name)
+    return {"jddim": jddim.__version__, "python": platform.python_version(), **installed}
 
 
 __all__ = ["CheckpointError", "ConversionError", "convert", "describe", "verify"]

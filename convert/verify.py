@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.engine import ConversionError
 from convert.families import Family
 from jddim.config import ModelConfig, UNetConfig
 from jddim.models import Network
@@ -55,14 +56,25 @@ class Verification:
         }
 
 
+def can_verify() -> bool:
+    """Whether PyTorch is installed here."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def verify(
     model: Network, tensors: Mapping[str, np.ndarray], family: Family, config: ModelConfig, num_t: int, seed: int = 0
 ) -> Verification:
     """Run the Flax model and the family's PyTorch reference, loaded from the source's own tensors, on random inputs.
 
     num_t: T; the batch has three samples, at t = 0, T // 2 and T - 1. JAX multiplies in its highest precision (a GPU
-    would use TF32 by default).
+    would use TF32 by default). Raises ConversionError where PyTorch is not installed.
     """
+    if not can_verify():
+        raise ConversionError("comparing with PyTorch needs PyTorch: pip install 'jddim[convert]'")
     import torch
 
     rng = np.random.default_rng(seed)
