@@ -64,6 +64,11 @@ class MappedFile:
         """A copy of a part of the file."""
         return self.buffer[start : start + length]
 
+    def release(self) -> None:
+        """Give back the memory of what has been read; reading it again brings it back."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self.buffer.madvise(mmap.MADV_DONTNEED)
+
     def crc32(self, start: int, length: int) -> int:
         """The checksum of a part of the file, a chunk in memory at a time."""
         checksum = 0
@@ -109,6 +114,15 @@ class MappedFile:
             strides=tuple(step * dtype.itemsize for step in steps),
         )
         return view.astype(stored.newbyteorder("=")).view(dtype) if swap and foreign else view
+
+
+def release(array: np.ndarray) -> None:
+    """Give back the memory of the file that an array lies in, if it lies in one; the array stays usable."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        MappedFile(base).release()
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

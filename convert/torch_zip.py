@@ -116,6 +116,7 @@ def check(path: Path) -> None:
     for name, entry in entries.items():
         if entry.crc and file.crc32(entry.start, entry.length) != entry.crc:
             raise DamagedFileError(f"Bad CRC-32 of {printable(name)}")
+        file.release()
 
 
 def known_globals(array: Callable[..., Any]) -> dict[str, Any]:

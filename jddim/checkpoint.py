@@ -102,8 +102,17 @@ def build_model(config: ModelConfig, params: Params | Mapping[str, Array], dtype
     Raises ValueError naming every parameter that is missing, not the model's, or of another shape (flax's own
     `merge` accepts all three).
     """
-    graph, state = nnx.split(abstract_model(config, dtype))
-    expected = flat_params(nnx.merge(graph, state))
+    model = abstract_model(config, dtype)
+    _check_fit(flat_params(model), params)
+    graph, state = nnx.split(model)
+    leaves = {
+        path: leaf.replace(jax.numpy.asarray(params[".".join(map(str, path))]))
+        for path, leaf in nnx.to_flat_state(state)
+    }
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def _check_fit(expected: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     problems = [f"missing {name} {expected[name].shape}" for name in expected if name not in params]
     problems += [f"unexpected {name} {params[name].shape}" for name in params if name not in expected]
     problems += [
@@ -113,11 +122,6 @@ def build_model(config: ModelConfig, params: Params | Mapping[str, Array], dtype
     ]
     if problems:
         raise ValueError(f"{len(problems)} parameters do not fit the model: " + "; ".join(problems[:8]))
-    leaves = {
-        path: leaf.replace(jax.numpy.asarray(params[".".join(map(str, path))]))
-        for path, leaf in nnx.to_flat_state(state)
-    }
-    return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
 def save_checkpoint(
@@ -131,7 +135,7 @@ def save_checkpoint(
     target = Path(path).absolute()
     check_destination(target, overwrite=overwrite)
     metadata = dataclasses.replace(metadata, params_sha256=_digest(params))
-    build_model(metadata.model, params)  # raises if they would not load again
+    _check_fit(flat_params(abstract_model(metadata.model)), params)  # raises if they would not load again
     ocp = _orbax()
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     retired = staging.with_suffix(".old")
