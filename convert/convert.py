@@ -29,7 +29,7 @@ from jddim.checkpoint import (
     load_params,
     save_checkpoint,
 )
-from jddim.config import to_json
+from jddim.config import did_you_mean, to_json
 
 Say = Callable[[str], None]
 
@@ -40,6 +40,7 @@ def convert(
     *,
     config: str | os.PathLike[str] | None = None,
     settings: Mapping[str, str] | None = None,
+    preset: str | None = None,
     weights: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
@@ -48,7 +49,8 @@ def convert(
     """Convert a PyTorch checkpoint into a jddim checkpoint folder.
 
     src: the file (or a folder that holds `ckpt.pth`); a `config.yml` beside it is used unless `config` names another.
-    settings: facts under the family's own names, over the config's. weights: "ema" or "raw"; by default the EMA's
+    settings: facts under the family's own names, over the config's. preset: a name of the family's for a whole set of
+    settings, which `settings` override. weights: "ema" or "raw"; by default the EMA's
     where there are any. verify: compare with the PyTorch reference, refuse above `convert.verify.TOLERANCE`; where
     PyTorch is not installed, say and record that it was not done.
     say: told what is found, line by line. Returns the metadata written.
@@ -57,7 +59,7 @@ def convert(
     """
     check_destination(dst, overwrite=overwrite)
     src = _source_file(src)
-    family, source, plan, config_file = _open(src, config, settings or {}, weights, say)
+    family, source, plan, config_file, settings = _open(src, config, settings or {}, preset, weights, say)
     expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
     try:
         params = fill(source.tensors, expected, plan.rules, plan.ignored)
@@ -87,11 +89,14 @@ def convert(
         "family": family.name,
         "source": {"file": src.name, "sha256": sha256(src)},
         "config": None if config_file is None else {"file": config_file.name, "sha256": sha256(config_file)},
-        "set": dict(settings or {}),
+        "preset": preset,
+        "set": dict(settings),
         "weights": source.weights,
         "step": source.step,
         "assumed": list(plan.assumed),
         "ignored": dict(plan.ignored),
+        "notes": list(plan.notes),
+        "reference_options": dict(plan.reference_options),
         "verification": figure,
         "versions": _versions(),
     }
@@ -118,8 +123,8 @@ def verify(
             f"{ckpt} was not converted from {src}: its source has SHA-256 {recorded}, this file has {actual}"
         )
     weights = metadata.provenance["weights"]
-    family, source, plan, _ = _open(
-        src, config, metadata.provenance["set"], None if weights == "unstated" else weights, lambda line: None
+    family, source, plan, _, _ = _open(
+        src, config, metadata.provenance["set"], None, None if weights == "unstated" else weights, lambda line: None
     )
     if plan.model != metadata.model:
         raise ConversionError(f"{ckpt} and {src} disagree about the model: {metadata.model} and {plan.model}")
@@ -130,6 +135,7 @@ def describe(
     src: str | os.PathLike[str],
     config: str | os.PathLike[str] | None = None,
     settings: Mapping[str, str] | None = None,
+    preset: str | None = None,
 ) -> list[str]:
     """What a PyTorch file is, what its conversion would need, and the command for it. Runs nothing in the file."""
     src = _source_file(src)
@@ -143,27 +149,36 @@ def describe(
         f"  parameters  {sum(np.size(value) for value in source.tensors.values()):,} in {len(source.tensors)} tensors",
     ]
     options = [f"--config {config}"] if config else []
+    options += [f"--preset {preset}"] if preset else []
     options += [f"--set {key}={value}" for key, value in (settings or {}).items()]
     command = " ".join(["jddim convert", str(src), "DST", *options])
     try:
         config_file = _config_file(src, config)
-        plan = family.plan(source.tensors, _read_config(config_file), settings or {})
+        plan = family.plan(source.tensors, _read_config(config_file), _with_preset(family, preset, settings or {}))
         lines += [f"  config      {config_file}" if config_file else "  config      none beside it"]
         lines += [
             f"  {name:<11} {to_json(part)}"
             for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
         ]
         lines += [f"  assumed     {fact}" for fact in plan.assumed]
+        lines += [f"  note        {note}" for note in plan.notes]
     except ConversionError as error:
         lines.append(f"  needs       {error}")
-        if "image size" in str(error):
+        if fitting := _fitting_presets(family, source):
+            lines.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
+        elif "image size" in str(error):
             command += " --set image_size=SIDE"
     return [*lines, f"convert it:   {command}"]
 
 
 def _open(
-    src: Path, config: str | os.PathLike[str] | None, settings: Mapping[str, str], weights: str | None, say: Say
-) -> tuple[Family, Source, Plan, Path | None]:
+    src: Path,
+    config: str | os.PathLike[str] | None,
+    settings: Mapping[str, str],
+    preset: str | None,
+    weights: str | None,
+    say: Say,
+) -> tuple[Family, Source, Plan, Path | None, Mapping[str, str]]:
     config_file = _config_file(src, config)
     contents = _read_config(config_file)
     raw = read(src)
@@ -174,6 +189,7 @@ def _open(
     if config_file is not None:
         say(f"  config: {config_file}" + ("" if config else " (found beside the checkpoint)"))
     try:
+        settings = _with_preset(family, preset, settings)
         plan = family.plan(source.tensors, contents, settings)
     except ConversionError as error:
         raise ConversionError(f"{src}: {error}") from error
@@ -182,13 +198,41 @@ def _open(
         say(f"  assumed: {fact}")
     for name, reason in plan.ignored.items():
         say(f"  ignored: {name}: {reason}")
-    return family, source, plan, config_file
+    for note in plan.notes:
+        say(f"  note: {note}")
+    return family, source, plan, config_file, settings
+
+
+def _with_preset(family: Family, preset: str | None, settings: Mapping[str, str]) -> Mapping[str, str]:
+    """The preset's settings, with `settings` over them."""
+    if preset is None:
+        return settings
+    if not family.presets:
+        raise ConversionError(f"this family has no presets, so no --preset {preset}; use --set KEY=VALUE")
+    if preset not in family.presets:
+        raise ConversionError(f"unknown preset {preset!r}{did_you_mean(preset, family.presets)}")
+    return {**family.presets[preset], **settings}
+
+
+def _fitting_presets(family: Family, source: Source) -> list[str]:
+    """The presets that do not contradict the tensors."""
+    fitting = []
+    for name, settings in family.presets.items():
+        with contextlib.suppress(ConversionError):
+            family.plan(source.tensors, None, settings)
+            fitting.append(name)
+    return fitting
 
 
 def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> verification.Verification:
     tensors = {name: value for name, value in source.tensors.items() if name not in plan.ignored}
     return verification.verify(
-        build_model(plan.model, params), tensors, family, plan.model, plan.schedule.num_train_timesteps
+        build_model(plan.model, params),
+        tensors,
+        family,
+        plan.model,
+        plan.schedule.num_train_timesteps,
+        reference_options=plan.reference_options,
     )
 
 

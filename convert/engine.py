@@ -14,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.mapped import FLOATS, release
-from convert.rules import Rules, source_of, target_leaf, targets_of, to_layout, torch_shape
+from convert.rules import (
+    Fused,
+    Rules,
+    Target,
+    from_layout,
+    source_of,
+    target_leaves,
+    targets_of,
+    to_layout,
+    torch_shape,
+)
 
 
 class ConversionError(ValueError):
@@ -40,36 +50,38 @@ def fill(
     for name, array in source.items():
         if name in ignored:
             continue
-        module, _, kind = name.rpartition(".")
-        leaves = [leaf for target in targets_of(module, rules) if (leaf := target_leaf(target, kind, expected))]
-        if not leaves:
+        matches = _matches(name, rules, expected)
+        if not matches:
             problems["unexpected"].append(f"unexpected {name} {array.shape}")
             continue
-        if len(leaves) > 1:
-            problems["rules"].append(f"{name} matches {len(leaves)} rules")
+        if len(matches) > 1:
+            problems["rules"].append(f"{name} matches {len(matches)} rules")
             continue
-        leaf = leaves[0]
-        if leaf in origin:
-            problems["rules"].append(f"{name} and {origin[leaf]} both fill {leaf}")
+        target, leaves = matches[0]
+        if taken := [leaf for leaf in leaves if leaf in origin]:
+            problems["rules"].append(f"{name} and {origin[taken[0]]} both fill {taken[0]}")
             continue
-        origin[leaf] = name
-        value = to_layout(array, expected[leaf])
-        if value.shape != expected[leaf]:
-            problems["misshapen"].append(
-                f"{name} has shape {array.shape}, expected {torch_shape(expected[leaf], array)}"
-            )
+        origin |= dict.fromkeys(leaves, name)
+        pieces = target.split(array) if isinstance(target, Fused) else [array]
+        values = [to_layout(piece, expected[leaf], leaf) for leaf, piece in zip(leaves, pieces, strict=False)]
+        if [value.shape for value in values] != [expected[leaf] for leaf in leaves]:
+            wanted = torch_shape(expected[leaves[0]], array, leaves[0])
+            if isinstance(target, Fused):
+                wanted = (len(leaves) * wanted[0], *wanted[1:])
+            problems["misshapen"].append(f"{name} has shape {array.shape}, expected {wanted}")
             continue
         if not np.issubdtype(array.dtype, np.floating) and array.dtype.name not in FLOATS:
             problems["not usable"].append(f"{name} holds {array.dtype}, not floating point numbers")
             continue
         with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is reported as such
-            value = _float32(value)
+            values = [_float32(value) for value in values]
         release(array)  # what has been copied out of a mapped file need not stay in memory
-        if bad := np.count_nonzero(~np.isfinite(value)):
-            problems["not usable"].append(f"{name} holds NaN or infinity in {bad} of {value.size} float32 numbers")
+        if bad := sum(int(np.count_nonzero(~np.isfinite(value))) for value in values):
+            problems["not usable"].append(f"{name} holds NaN or infinity in {bad} of {array.size} float32 numbers")
             continue
-        filled[leaf] = value
-    problems["missing"] += [f"missing {source_of(leaf, rules)}" for leaf in expected if leaf not in origin]
+        filled |= dict(zip(leaves, values, strict=True))
+    missing = [source_of(leaf, rules) for leaf in expected if leaf not in origin]
+    problems["missing"] += [f"missing {name}" for name in dict.fromkeys(missing)]
     if count := sum(map(len, problems.values())):
         what = "1 tensor does not fit" if count == 1 else f"{count} tensors do not fit"
         raise ConversionError(f"{what} the model: " + "; ".join(shortened(kind) for kind in problems.values() if kind))
@@ -99,22 +111,23 @@ def shortened(items: list[str], shown: int = 6) -> str:
 def source_tensors(params: Mapping[str, np.ndarray], rules: Rules, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The parameters under the source's names and in torch's layout: the inverse of `fill`.
 
-    shapes: source name -> shape, of the reference's state dict; in its order. The values are not copied.
+    shapes: source name -> shape, of the reference's state dict; in its order. Values are copied only where the
+    source fuses them.
     """
-    tensors = {}
-    for leaf, value in params.items():
-        name = source_of(leaf, rules)
-        tensors[name] = _torch_layout(leaf, value).reshape(tuple(shapes[name]))
-    return {name: tensors[name] for name in shapes}
+    tensors, left = {}, set(params)
+    for name, shape in shapes.items():
+        ((target, leaves),) = _matches(name, rules, params)
+        pieces = [from_layout(params[leaf], leaf) for leaf in leaves]
+        tensors[name] = (target.join(pieces) if isinstance(target, Fused) else pieces[0]).reshape(tuple(shape))
+        left -= set(leaves)
+    assert not left, f"the reference's state dict has no tensor for {sorted(left)}"
+    return tensors
 
 
-def _torch_layout(leaf: str, value: np.ndarray) -> np.ndarray:
-    """HWIO -> OIHW; (in, out) -> (out, in); the inverse of `convert.rules.to_layout`."""
-    if value.ndim == 4:
-        return value.transpose(3, 2, 0, 1)
-    if value.ndim == 2 and leaf.endswith(".kernel"):
-        return value.T
-    return value
+def _matches(name: str, rules: Rules, leaves: Mapping[str, Any]) -> list[tuple[Target, list[str]]]:
+    """The targets of a source tensor that have leaves for it, and those leaves."""
+    module, _, kind = name.rpartition(".")
+    return [(target, found) for target in targets_of(module, rules) if (found := target_leaves(target, kind, leaves))]
 
 
 def cannot_hold(config: Any, varies: Collection[str], fixed: Mapping[str, Any] | None = None) -> list[str]:

@@ -1,29 +1,61 @@
 """Rename rules: source module names to the model's, as templates with {i} for numbers.
 
 A family is a table of them, `{"down.{i}.block.{j}.temb_proj": "down.{i}.blocks.{j}.time_proj", ...}`. What a rule
-names is a module; its `weight` and `bias` go to whichever leaves the target module has (`kernel` or `scale`, `bias`),
-and the layout follows from the target leaf: OIHW -> HWIO, (out, in) -> (in, out), 1x1 convolutions into linears.
+names is a module; its `weight` and `bias` go to whichever leaves the target module has (`kernel`, `scale` or
+`embedding`, `bias`), and the layout follows from the target leaf: OIHW -> HWIO, (out, in) -> (in, out), 1x1
+convolutions into linears. A source module that stacks several of the model's, such as a qkv projection, is `Fused`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-Rules = Mapping[str, str]
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """Several target modules whose outputs one source module stacks on its first axis.
+
+    parts: templates of the target modules, all of one width. groups: the axis is [group][part][the group's share of
+    the part's width], so 1 means the parts one after the other (OpenAI's new attention order, lucidrains), and the
+    number of heads means that each head's q, k and v stand together (OpenAI's legacy order).
+    """
+
+    parts: tuple[str, ...]
+    groups: int = 1
+
+    def split(self, array: NDArray) -> list[NDArray]:
+        """A source tensor `(parts * width, ...)` -> each part's, `(width, ...)`; [] if it does not divide."""
+        count = len(self.parts)
+        if array.ndim == 0 or array.shape[0] % (count * self.groups):
+            return []
+        width, rest = array.shape[0] // count, array.shape[1:]  # spelled out: -1 is no size where the array is empty
+        blocks = array.reshape(self.groups, count, width // self.groups, *rest)
+        return [blocks[:, i].reshape(width, *rest) for i in range(count)]
+
+    def join(self, arrays: Sequence[NDArray]) -> NDArray:
+        """The parts' tensors, `(width, ...)` each, as the source's: the inverse of `split`."""
+        rest = arrays[0].shape[1:]
+        return np.stack([a.reshape(self.groups, -1, *rest) for a in arrays], axis=1).reshape(-1, *rest)
+
+
+Target = str | Fused
+Rules = Mapping[str, Target]
 
 _LEAVES = {"weight": ("kernel", "scale", "embedding"), "bias": ("bias",)}
 
 
-def targets_of(name: str, rules: Rules) -> list[str]:
-    """The target modules that source module `name` maps to: one, unless the table has a gap or an overlap."""
-    found = []
+def targets_of(name: str, rules: Rules) -> list[Target]:
+    """What source module `name` maps to: one target, unless the table has a gap or an overlap."""
+    found: list[Target] = []
     for source, target in rules.items():
         if numbers := _match(source, name):
-            found.append(target.format_map(numbers))
+            found.append(_formatted(target, numbers))
     return found
 
 
@@ -32,9 +64,15 @@ def source_of(name: str, rules: Rules) -> str:
     module, _, leaf = name.rpartition(".")
     kind = next((kind for kind, leaves in _LEAVES.items() if leaf in leaves), leaf)
     for source, target in rules.items():
-        if numbers := _match(target, module):
-            return f"{source.format_map(numbers)}.{kind}"
+        for part in parts_of(target):
+            if numbers := _match(part, module):
+                return f"{source.format_map(numbers)}.{kind}"
     return f"? (for {name}: no rule)"
+
+
+def parts_of(target: Target) -> tuple[str, ...]:
+    """The target modules, of which there are several for `Fused` alone."""
+    return target.parts if isinstance(target, Fused) else (target,)
 
 
 def target_leaf(module: str, kind: str, leaves: Sequence[str] | Mapping[str, object]) -> str | None:
@@ -43,11 +81,21 @@ def target_leaf(module: str, kind: str, leaves: Sequence[str] | Mapping[str, obj
     return next((name for name in names if name in leaves), None)
 
 
-def to_layout(array: NDArray, shape: tuple[int, ...]) -> NDArray:
+def target_leaves(target: Target, kind: str, leaves: Sequence[str] | Mapping[str, object]) -> list[str]:
+    """The leaves, one for each of the target's parts, that take a source tensor; [] if a part has none."""
+    found = [target_leaf(part, kind, leaves) for part in parts_of(target)]
+    return [] if None in found else [leaf for leaf in found if leaf is not None]
+
+
+def to_layout(array: NDArray, shape: tuple[int, ...], leaf: str = "kernel") -> NDArray:
     """A torch tensor in the layout of a target leaf of this shape. Returned as it is where no layout rule applies.
 
-    4-d targets are convolutions, OIHW -> HWIO. 2-d targets are linears, from (out, in) or a 1x1 convolution.
+    Kernels alone change: 4-d ones are convolutions, OIHW -> HWIO; 2-d ones are linears, from (out, in) or a 1x1
+    convolution. Lists of c may come as (1, c, 1, 1), shaped to broadcast over an image (lucidrains' norms). leaf: the
+    target leaf's name, or the last part of it.
     """
+    if not _is_kernel(leaf):
+        return array.reshape(-1) if len(shape) == 1 and array.shape == (1, *shape, 1, 1) else array
     if len(shape) == 4 and array.ndim == 4:
         return array.transpose(2, 3, 1, 0)
     if len(shape) == 2 and array.ndim >= 2 and all(side == 1 for side in array.shape[2:]):
@@ -55,16 +103,41 @@ def to_layout(array: NDArray, shape: tuple[int, ...]) -> NDArray:
     return array
 
 
-def torch_shape(target: tuple[int, ...], array: NDArray) -> tuple[int, ...]:
+def from_layout(array: NDArray, leaf: str = "kernel") -> NDArray:
+    """A target leaf's array in torch's layout, linears as (out, in): the inverse of `to_layout`."""
+    if not _is_kernel(leaf):
+        return array
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+
+
+def torch_shape(target: tuple[int, ...], array: NDArray, leaf: str = "kernel") -> tuple[int, ...]:
     """The shape that `array` would need in torch's layout to fill a leaf of shape `target`; for error messages."""
-    if len(target) == 4:
+    if len(target) == 4 and _is_kernel(leaf):
         return (target[3], target[2], target[0], target[1])
-    if len(target) == 2:
+    if len(target) == 2 and _is_kernel(leaf):
         return (target[1], target[0]) + (1,) * max(np.ndim(array) - 2, 0)
+    if len(target) == 1 and np.ndim(array) == 4:
+        return (1, *target, 1, 1)
     return target
 
 
-def _match(template: str, name: str) -> dict[str, str] | None:
-    pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(template))
-    found = re.fullmatch(pattern, name)
-    return None if found is None else (found.groupdict() or {"": ""})  # truthy even without numbers
+def _is_kernel(leaf: str) -> bool:
+    return leaf.rpartition(".")[2] == "kernel"
+
+
+def _formatted(target: Target, numbers: Mapping[str, str]) -> Target:
+    if isinstance(target, Fused):
+        return dataclasses.replace(target, parts=tuple(part.format_map(numbers) for part in target.parts))
+    return target.format_map(numbers)
+
+
+def _match(template: str, name: str) -> Mapping[str, str] | None:
+    if "{" not in template:  # most rules of a family whose numbers run through the whole network
+        return {"": ""} if template == name else None  # truthy even without numbers
+    found = _pattern(template).fullmatch(name)
+    return None if found is None else found.groupdict()
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(template)))

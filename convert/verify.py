@@ -72,12 +72,18 @@ def can_verify() -> bool:
 
 
 def verify(
-    model: Network, tensors: Mapping[str, np.ndarray], family: Family, config: ModelConfig, num_t: int, seed: int = 0
+    model: Network,
+    tensors: Mapping[str, np.ndarray],
+    family: Family,
+    config: ModelConfig,
+    num_t: int,
+    seed: int = 0,
+    reference_options: Mapping[str, Any] | None = None,
 ) -> Verification:
     """Run the Flax model and the family's PyTorch reference, loaded from the source's own tensors, on random inputs.
 
-    num_t: T; the batch has three samples, at t = 0, T // 2 and T - 1 (a `LARGE` network's only the second). JAX multiplies in its highest precision (a GPU
-    would use TF32 by default). Raises ConversionError where PyTorch is not installed.
+    num_t: T; the batch has three samples, at t = 0, T // 2 and T - 1 (a `LARGE` network's only the second).
+    reference_options: the plan's. JAX multiplies in its highest precision (a GPU would use TF32 by default). Raises ConversionError where PyTorch is not installed.
     """
     if not can_verify():
         raise ConversionError("comparing with PyTorch needs PyTorch: pip install 'jddim[convert]'")
@@ -87,12 +93,12 @@ def verify(
     large = sum(np.size(value) for value in tensors.values()) > LARGE
     t = np.array([num_t // 2] if large else [0, num_t // 2, num_t - 1], np.int32)
     image_size = small_image_size(config)
-    x_t = rng.standard_normal((len(t), *image_size, config.in_channels), dtype=np.float32)
+    x_t = rng.standard_normal((len(t), *image_size, config.input_channels), dtype=np.float32)
     labels = random_labels(config, rng, len(t))
 
     # PyTorch first, then jax, so that only one of them holds memory beside the parameters.
     with torch.device("meta"):
-        reference = family.reference(config)
+        reference = family.reference(config, **(reference_options or {}))
     reference.load_state_dict({name: _to_torch(value) for name, value in tensors.items()}, assign=True)
     reference.eval()
     with torch.no_grad():

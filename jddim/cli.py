@@ -55,6 +55,7 @@ def _convert(args: argparse.Namespace) -> int:
         args.dst,
         config=args.config,
         settings=_settings(args.set),
+        preset=args.preset,
         weights=args.weights,
         verify=args.verify,
         overwrite=args.overwrite,
@@ -193,9 +194,8 @@ def _schedule(args: argparse.Namespace) -> int:
 
     from jddim.checkpoint import load_metadata
     from jddim.config import SamplerConfig, ScheduleConfig
-    from jddim.ddim import ddim_sigma, largest_eta, step_table
+    from jddim.ddim import ddim_sigma, largest_eta, sampler_table
     from jddim.schedule import make_schedule
-    from jddim.timesteps import counts_itself, make_timesteps, of_diffusers, previous_timesteps
 
     if args.ckpt is not None:
         metadata = load_metadata(args.ckpt)
@@ -203,24 +203,17 @@ def _schedule(args: argparse.Namespace) -> int:
     else:
         config, sampler = ScheduleConfig(args.schedule, args.train_timesteps), SamplerConfig()
     schedule = make_schedule(config)
-    T = schedule.num_train_timesteps
-    spacing = args.spacing or sampler.spacing
-    steps = args.steps
-    if steps is None and not counts_itself(spacing):
-        steps = min(sampler.num_steps, T)
-    timesteps = make_timesteps(spacing, T, steps, sampler.steps_offset)
-    table = step_table(
-        schedule,
-        timesteps,
-        np.float64,
-        timesteps_prev=previous_timesteps(timesteps, spacing, T),
-        set_alpha_to_one=sampler.set_alpha_to_one or not of_diffusers(spacing),
+    sampler = dataclasses.replace(
+        sampler,
+        spacing=args.spacing or sampler.spacing,
+        num_steps=min(sampler.num_steps, schedule.num_train_timesteps),
     )
+    table = sampler_table(schedule, sampler, args.steps, np.float64)
     if not args.eta >= 0:
         raise ValueError(f"--eta must be a number >= 0, got {args.eta}")
     sigma = np.asarray(ddim_sigma(np.asarray(table.alpha_bar_t), np.asarray(table.alpha_bar_prev), args.eta))
     print(
-        f"{config.name}, T = {T}; {spacing}, {table.num_steps} steps; "
+        f"{config.name}, T = {schedule.num_train_timesteps}; {sampler.spacing}, {table.num_steps} steps; "
         f"eta {args.eta:g} (at most {largest_eta(table):.4g})"
     )
     print(f"{'step':>5} {'t':>5} {'t_prev':>6} {'alpha_bar_t':>12} {'alpha_bar_prev':>14} {'sigma':>10}")
@@ -228,7 +221,7 @@ def _schedule(args: argparse.Namespace) -> int:
     for i, (t, t_prev, a_t, a_prev, s) in enumerate(columns, 1):
         print(f"{i:>5} {t:>5} {t_prev:>6} {a_t:>12.6g} {a_prev:>14.6g} {s:>10.5f}")
     if args.plot is not None:
-        _plot(args.plot, schedule.alphas_cumprod, table, sigma, f"{config.name}, {spacing}, eta {args.eta:g}")
+        _plot(args.plot, schedule.alphas_cumprod, table, sigma, f"{config.name}, {sampler.spacing}, eta {args.eta:g}")
         print(f"plot: {args.plot}")
     return 0
 
@@ -248,7 +241,7 @@ def _info(args: argparse.Namespace) -> int:
                 value = f"{value['output_error']:.1e} of the output's scale, against PyTorch {value['torch']}"
             print(f"{name:<15} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
         return 0
-    print("\n".join(_convert_module().describe(path, args.config, _settings(args.set))))
+    print("\n".join(_convert_module().describe(path, args.config, _settings(args.set), args.preset)))
     return 0
 
 
@@ -389,7 +382,10 @@ def _parser() -> argparse.ArgumentParser:
             action="append",
             default=[],
             metavar="KEY=VALUE",
-            help="a fact the tensors do not tell; over the config's",
+            help="a fact the tensors do not tell, under the source's own name; over the config's",
+        )
+        sub.add_argument(
+            "--preset", metavar="NAME", help="all that --set would say, for a published model (guided-256, ...)"
         )
 
     sub = command(

@@ -70,7 +70,11 @@ class ModelConfig(Protocol):
 
     @property
     def in_channels(self) -> int:
-        """Channels of the network's input."""
+        """Channels of the image x_t."""
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the network's input: the image's, and those of the self-conditioning where there is any."""
 
     @property
     def out_channels(self) -> int:
@@ -158,6 +162,11 @@ class UNetConfig:
     class_embedding: str | None = None
     num_classes: int | None = None
     center_input: bool = False
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the network's input."""
+        return self.in_channels
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -292,6 +301,117 @@ RESAMPLINGS = ("conv", "pool", "resnet")
 ACTIVATIONS = ("silu", "gelu", "mish", "relu")
 TIME_EMBEDDINGS = ("sinusoidal", "fourier", "learned")
 CLASS_EMBEDDINGS = ("learned", "timestep", "identity")
+
+
+@dataclasses.dataclass(frozen=True)
+class LucidrainsConfig:
+    """The UNet of lucidrains' denoising-diffusion-pytorch 2.x (`jddim.models.lucidrains`); its `Unet`'s arguments.
+
+    image_size: (height, width) in pixels that the checkpoint was trained at. in_channels: the image's;
+    self_condition: the network is given the last step's x0 before it, so takes twice as many. out_channels: twice
+    in_channels with a learned variance.
+    channels: width of the embedding of t ("dim"). channel_mults: each level's width as a multiple of it, the
+    lowest resolution last. stem_channels: width of the 7x7 stem and of the first level's blocks ("init_dim").
+    full_attention: for each level, whether its attention is full and not linear; num_heads and head_channels of each,
+    the last level's also in the middle, which is always full. memory: learned keys and values of every attention.
+    time_embedding: "sinusoidal", with frequencies theta^(-i / (channels / 2 - 1)), or "learned": t and time_features
+    sines and cosines of learned or random frequencies.
+    """
+
+    image_size: tuple[int, int]
+    full_attention: tuple[bool, ...]
+    num_heads: tuple[int, ...]
+    head_channels: tuple[int, ...]
+    in_channels: int = 3
+    out_channels: int = 3
+    self_condition: bool = False
+    channels: int = 64
+    channel_mults: tuple[int, ...] = (1, 2, 4, 8)
+    stem_channels: int | None = None
+    memory: int = 4
+    time_embedding: str = "sinusoidal"
+    time_features: int = 16
+    theta: float = 10000.0
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the network's input: the self-conditioning's, then the image's."""
+        return self.in_channels * (2 if self.self_condition else 1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels that each level hands to the next, full resolution first."""
+        return tuple(self.channels * mult for mult in self.channel_mults)
+
+    @property
+    def stem(self) -> int:
+        """Channels after the stem."""
+        return self.channels if self.stem_channels is None else self.stem_channels
+
+    @property
+    def time_width(self) -> int:
+        """Channels of the time MLP's output."""
+        return 4 * self.channels
+
+    @property
+    def size_factor(self) -> int:
+        """Height and width must be multiples of it: each level but the last halves them."""
+        return 2 ** (len(self.channel_mults) - 1)
+
+    @property
+    def class_embedding(self) -> str | None:
+        """None: there are no classes in this wiring."""
+        return None
+
+    @property
+    def num_classes(self) -> int | None:
+        """None: there are no classes in this wiring."""
+        return None
+
+    @property
+    def summary(self) -> str:
+        """The network in one line, for people."""
+        full = [str(level) for level, full in enumerate(self.full_attention) if full]
+        return (
+            f"{self.image_size[0]}x{self.image_size[1]}x{self.in_channels}, ch {self.channels}, "
+            f"mult {','.join(map(str, self.channel_mults))}, full attention at levels {','.join(full) or 'none'}"
+            + (", self-conditioned" if self.self_condition else "")
+        )
+
+    def __post_init__(self) -> None:
+        """Raise one ValueError that names everything wrong, and what would be right."""
+        problems = [
+            f"{name}={getattr(self, name)} must be at least 1"
+            for name in ("in_channels", "out_channels", "stem")
+            if getattr(self, name) < 1
+        ]
+        if self.channels < 4 or self.channels % 2:
+            problems.append(f"channels={self.channels} must be even and at least 4 (sines and cosines, two of each)")
+        levels = len(self.channel_mults)
+        if not levels or any(mult < 1 or mult != int(mult) for mult in self.channel_mults):
+            problems.append(f"channel_mults={self.channel_mults} must hold one positive integer per level")
+        for name in ("full_attention", "num_heads", "head_channels"):
+            given = getattr(self, name)
+            if len(given) != levels or any(value < (name != "full_attention") for value in given):
+                problems.append(f"{name}={given} must hold one value for each of {levels} levels, numbers at least 1")
+        if self.memory < 0:
+            problems.append(f"memory={self.memory} must not be negative")
+        if self.time_embedding not in LUCIDRAINS_TIME_EMBEDDINGS:
+            hint = did_you_mean(self.time_embedding, LUCIDRAINS_TIME_EMBEDDINGS)
+            problems.append(f"time_embedding {self.time_embedding!r} is unknown{hint}")
+        if self.time_features < 2 or self.time_features % 2:
+            problems.append(f"time_features={self.time_features} must be even and at least 2")
+        if not self.theta > 1:
+            problems.append(f"theta={self.theta} must be above 1")
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            problems.append(f"image_size={self.image_size} must be (height, width), both at least 1")
+        elif levels:
+            problems += size_problems(self, self.image_size)
+        if problems:
+            raise ValueError("LucidrainsConfig: " + "; ".join(problems))
+
+
+LUCIDRAINS_TIME_EMBEDDINGS = ("sinusoidal", "learned")
 
 
 def size_problems(config: ModelConfig, image_size: tuple[int, int]) -> list[str]:

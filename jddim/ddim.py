@@ -6,6 +6,7 @@ Equation numbers are the paper's; its alpha_t is the DDPM papers' alpha_bar_t, t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ import numpy.typing as npt
 from jax import Array
 from jax.typing import ArrayLike
 
-from jddim.config import did_you_mean
+from jddim.config import SamplerConfig, did_you_mean
 from jddim.schedule import NoiseSchedule
-from jddim.timesteps import check_timesteps
+from jddim.timesteps import check_timesteps, counts_itself, make_timesteps, of_diffusers, previous_timesteps
 
 Column = Array | np.ndarray
 
@@ -73,6 +74,31 @@ def step_table(
         t_prev=t_prev.astype(np.int32),
         alpha_bar_t=schedule.alpha_bar(t).astype(dtype),
         alpha_bar_prev=alpha_bar_prev.astype(dtype),
+    )
+
+
+def sampler_table(
+    schedule: NoiseSchedule,
+    sampler: SamplerConfig,
+    num_steps: int | None = None,
+    dtype: npt.DTypeLike = np.float32,
+    spacing: str | Sequence[int] | np.ndarray | None = None,
+) -> StepTable:
+    """The step table of a source's conventions: its spacing, its rule for where a step ends, its last alpha_bar.
+
+    num_steps, spacing: in place of the conventions' own; spacing may be an explicit list, which takes no num_steps.
+    """
+    spacing = sampler.spacing if spacing is None else spacing
+    if num_steps is None and isinstance(spacing, str) and not counts_itself(spacing):
+        num_steps = sampler.num_steps
+    T = schedule.num_train_timesteps
+    timesteps = make_timesteps(spacing, T, num_steps, sampler.steps_offset)
+    return step_table(
+        schedule,
+        timesteps,
+        dtype,
+        timesteps_prev=previous_timesteps(timesteps, spacing, T),
+        set_alpha_to_one=sampler.set_alpha_to_one or not of_diffusers(spacing),
     )
 
 

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jddim.checkpoint import Metadata, build_model, load_metadata, load_params
 from jddim.config import ModelConfig, SamplerConfig, did_you_mean, size_problems
-from jddim.ddim import PREDICTION_TYPES, StepTable, largest_eta, step_table
+from jddim.ddim import PREDICTION_TYPES, StepTable, largest_eta, sampler_table
 from jddim.denoisers import with_labels, with_scaled_time, with_self_condition, without_variance
 from jddim.models import Network
 from jddim.models.layers import at_least_float32
@@ -34,7 +34,6 @@ from jddim.sampling import (
     segments,
 )
 from jddim.schedule import NoiseSchedule, make_schedule
-from jddim.timesteps import counts_itself, make_timesteps, of_diffusers, previous_timesteps
 
 
 def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> DDIM:
@@ -76,18 +75,7 @@ class DDIM:
         Defaults come from the checkpoint. The table has the source's number of rows, which "uniform" does not always
         make equal to `steps` (see `jddim.timesteps`).
         """
-        spacing = self.sampler.spacing if spacing is None else spacing
-        if steps is None and isinstance(spacing, str) and not counts_itself(spacing):
-            steps = self.sampler.num_steps
-        T = self.schedule.num_train_timesteps
-        timesteps = make_timesteps(spacing, T, steps, self.sampler.steps_offset)
-        return step_table(
-            self.schedule,
-            timesteps,
-            dtype,
-            timesteps_prev=previous_timesteps(timesteps, spacing, T),
-            set_alpha_to_one=self.sampler.set_alpha_to_one or not of_diffusers(spacing),
-        )
+        return sampler_table(self.schedule, self.sampler, steps, dtype, spacing)
 
     def sample(
         self,

@@ -2,7 +2,7 @@
 
 Stopped early on purpose: the judge is to be as sure of real digits as the one that the reference figures come from
 (98.7% right on the test set, confidence >= 0.9 on 96.5% of it), since more epochs make any classifier surer of
-malformed digits too. Needs optax (`pip install 'jddim[dev]'`); about a minute on two cores.
+malformed digits too. Needs optax (`pip install 'jddim[dev]'`); about two minutes on two cores.
 
 Example:
   .venv/bin/python scripts/train_classifier.py DATA
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of MNIST's four IDX files")
     parser.add_argument("--out", type=Path, default=classifier.FILE, help="default: the file in tests/assets")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3, help="of Adam, to 0 on a cosine (0.001)")
     parser.add_argument("--seed", type=int, default=0)

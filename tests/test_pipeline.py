@@ -16,8 +16,9 @@ from flax import nnx
 import jddim
 from jddim import pipeline
 from jddim.config import SamplerConfig, UNetConfig
-from jddim.sampling import sample_loop
-from jddim.schedule import linear_schedule
+from jddim.sampling import ancestral_loop, sample_loop
+from jddim.schedule import linear_schedule, zero_terminal_snr
+from jddim.timesteps import make_timesteps
 
 pytestmark = pytest.mark.quick
 
@@ -175,7 +176,10 @@ def test_a_nan_names_the_image_and_the_step(ddim: jddim.DDIM) -> None:
         ({"num": 0}, ["num must be at least 1, got 0"]),
         ({"num": None}, ["num must be at least 1, got None"]),
         ({"num": 3, "key": None}, ["a key is needed for x_T"]),
-        ({"key": None, "x_T": np.zeros((3, *SIZE, 2), np.float32), "eta": 0.5}, ["a key is needed for eta > 0"]),
+        (
+            {"key": None, "x_T": np.zeros((3, *SIZE, 2), np.float32), "eta": 0.5},
+            ["a key is needed for the noise of each step (eta > 0)"],
+        ),
         ({"eta": -0.1}, ["eta must be a finite number >= 0, got -0.1"]),
         ({"eta": float("nan")}, ["got nan"]),
         ({"eta": float("inf")}, ["got inf"]),
@@ -197,6 +201,137 @@ def test_what_is_wrong_is_said_at_once(ddim: jddim.DDIM, arguments: dict, messag
         ddim.sample(**{"key": KEY, "num": 3, **arguments})
     for message in messages:
         assert message in str(raised.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A network in one line, static under jit, with whatever config a test gives it."""
+
+    config: UNetConfig
+    dtype: type = jnp.float32
+
+    def __call__(self, x_t, t, labels=None):
+        y = 0.8 * jnp.sin(x_t + t.astype(jnp.float32)[:, None, None, None] / 50) + 0.1 * x_t
+        if labels is not None:
+            y += labels.astype(jnp.float32)[:, None, None, None] / 10
+        return jnp.concatenate([y, jnp.cos(y)], axis=-1)[..., : self.config.out_channels]
+
+
+jax.tree_util.register_static(Toy)
+
+
+def toy(sampler: SamplerConfig, **fields) -> jddim.DDIM:
+    config = UNetConfig(**{"image_size": SIZE, "in_channels": 2, "out_channels": 2, **fields})
+    return jddim.DDIM(Toy(config), linear_schedule(300), sampler)
+
+
+SEVEN = SamplerConfig(spacing="linspace", num_steps=7)
+
+
+def test_labels_reach_the_network_one_an_image(ddim: jddim.DDIM) -> None:
+    conditional = toy(SEVEN, class_embedding="learned", num_classes=5, image_size=(8, 16))
+    labels = np.array([4, 0, 3], np.int32)
+    together = conditional.sample(KEY, 3, labels=labels, eta=0.3)
+    for i, label in enumerate(labels):
+        alone = conditional.sample(KEY, 1, labels=[int(label)], start=i, eta=0.3)
+        chex.assert_trees_all_close(alone[0], together[i], atol=1e-5)
+    padded = conditional.sample(KEY, 3, labels=labels, eta=0.3, batch_size=2)
+    chex.assert_trees_all_close(padded, together, atol=1e-5)
+    assert jnp.abs(conditional.sample(KEY, 3, labels=labels[::-1], eta=0.3) - together)[0].max() > 0.01
+    for wrong, message in (
+        (None, r"class-conditional: give labels, one an image, integers in 0\.\.4"),
+        ([1, 2], r"shape \(3,\), one an image, got \(2,\)"),
+        ([1, 2, 5], r"lie in 0\.\.4, got 5"),
+        ([-1, 2, 3], r"lie in 0\.\.4, got -1"),
+        ([0.5, 1.0, 2.0], "integers, got float"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            conditional.sample(KEY, 3, labels=wrong)
+    with pytest.raises(ValueError, match="this network has no classes"):
+        ddim.sample(KEY, 3, labels=labels)
+
+
+def test_every_convention_reaches_the_loop() -> None:
+    conventions = SamplerConfig(
+        spacing="leading",
+        num_steps=7,
+        steps_offset=1,
+        set_alpha_to_one=False,
+        threshold_ratio=0.6,
+        threshold_max=1.5,
+        rederive_eps=True,
+        prediction_type="v_prediction",
+        timestep_scale=2.5,
+        self_condition=True,
+    )
+    keys = jddim.sample_keys(KEY, 3)
+    x_T = jddim.initial_noise(keys, (*SIZE, 2))
+    model = toy(conventions, image_size=(8, 16))
+    t = make_timesteps("leading", 300, 7, 1)
+    table = jddim.step_table(model.schedule, t, timesteps_prev=np.maximum(t - 300 // 7, -1), set_alpha_to_one=False)
+    assert table.alpha_bar_prev[-1] == np.float32(model.schedule.alphas_cumprod[0])
+
+    def network(x_t, t, x0_hat):  # the toy keeps the first half of its channels, which are x0_hat's
+        return Toy(model.model.config)(jnp.concatenate([x0_hat, x_t], axis=-1), t * 2.5)
+
+    expected = sample_loop(
+        network,
+        x_T,
+        table,
+        eta=0.4,
+        key=keys,
+        prediction_type="v_prediction",
+        threshold=(0.6, 1.5),
+        rederive_eps=True,
+        self_condition=True,
+    )
+    sampled = model.sample(KEY, 3, eta=0.4, image_size=SIZE)
+    chex.assert_trees_all_close(sampled, expected, atol=1e-5)  # the same maths outside jit: rounding only
+    for change in (
+        {"steps_offset": 0},
+        {"set_alpha_to_one": True},
+        {"threshold_ratio": 0.9},
+        {"threshold_max": 1.1},
+        {"rederive_eps": False},
+        {"prediction_type": "sample"},
+        {"timestep_scale": 1.0},
+        {"spacing": "trailing"},
+        {"self_condition": False},
+    ):
+        other = model.with_sampler(**change).sample(KEY, 3, eta=0.4, image_size=SIZE)
+        assert jnp.abs(other - sampled).max() > 1e-4, change
+    clipped = model.sample(KEY, 3, eta=0.4, image_size=SIZE, clip=True)  # in place of the threshold
+    chex.assert_trees_all_close(
+        clipped, model.with_sampler(threshold_ratio=None, clip=True).sample(KEY, 3, eta=0.4, image_size=SIZE)
+    )
+    assert jnp.abs(clipped - sampled).max() > 1e-4
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_ddpm_is_the_ancestral_loop_with_the_checkpoints_variance(variance: str) -> None:
+    outputs = 4 if variance == "learned_range" else 2
+    model = toy(dataclasses.replace(SEVEN, variance=variance, clip=True), out_channels=outputs, image_size=(8, 16))
+    keys = jddim.sample_keys(KEY, 3)
+    x_T = jddim.initial_noise(keys, (8, 16, 2))
+    expected = ancestral_loop(model.model, x_T, model.table(), key=keys, variance=variance)
+    chex.assert_trees_all_close(model.sample(KEY, 3, method="ddpm"), expected, atol=1e-5)
+    ddim = sample_loop(lambda x, t: model.model(x, t)[..., :2], x_T, model.table(), clip_range=(-1.0, 1.0))
+    chex.assert_trees_all_close(model.sample(KEY, 3, eta=0), ddim, atol=1e-5)
+    with pytest.raises(ValueError, match="eta is DDIM's"):
+        model.sample(KEY, 3, method="ddpm", eta=1.0)
+    with pytest.raises(ValueError, match=r"unknown method 'ddmp'.*did you mean 'ddpm'"):
+        model.sample(KEY, 3, method="ddmp")
+    with pytest.raises(ValueError, match="a key is needed for the noise of each step"):
+        model.sample(x_T=np.asarray(x_T), method="ddpm")
+
+
+def test_zero_terminal_snr_needs_a_network_that_predicts_v_or_x0() -> None:
+    zero = dataclasses.replace(toy(SEVEN, image_size=(8, 16)), schedule=zero_terminal_snr(linear_schedule(300)))
+    with pytest.raises(ValueError, match="eps tells nothing of x0 at alpha_bar_t = 0"):
+        zero.sample(KEY, 3)
+    for prediction_type in ("v_prediction", "sample"):
+        images = zero.with_sampler(prediction_type=prediction_type).sample(KEY, 3, eta=0.5)
+        assert jnp.isfinite(images).all()
 
 
 def test_a_model_with_other_outputs_cannot_be_sampled(ddim: jddim.DDIM) -> None:

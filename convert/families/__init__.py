@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from convert.engine import ConversionError
-from convert.families import ho
+from convert.families import ho, lucidrains, openai
 from convert.families.base import Family, Plan, Source
 
-FAMILIES: dict[str, Family] = {"ho": ho.FAMILY}
+FAMILIES: dict[str, Family] = {family.name: family for family in (ho.FAMILY, openai.FAMILY, lucidrains.FAMILY)}
 
 __all__ = ["FAMILIES", "Family", "Plan", "Source", "recognise"]
 
@@ -26,8 +26,8 @@ def recognise(raw: Any, path: str) -> Family:
 _OTHERS = {
     "model.diffusion_model.": "is a latent-diffusion model (Stable Diffusion and its like); jddim's are in pixel space",
     "down_blocks.": "is a diffusers model; this family is not supported yet",
-    "input_blocks.": "is an OpenAI guided-diffusion or improved-diffusion model; this family is not supported yet",
-    "downs.0.": "is a lucidrains denoising-diffusion-pytorch model; this family is not supported yet",
+    "input_blocks.": "has names of OpenAI's UNets (guided- and improved-diffusion), but no middle_block or time_embed",
+    "downs.0.": "is like a lucidrains denoising-diffusion-pytorch model, but not one of 2.x's image Unets",
     "all_modules.": "is a score_sde model; this family is not supported",
     "model.enc.": "is an EDM model; this family is not supported",
     "first_stage_model.": "is a latent-diffusion autoencoder, not a diffusion model in pixel space",
@@ -42,7 +42,7 @@ def _what_it_is(raw: Any) -> str:
     if "param_groups" in raw and "state" in raw:
         return "is an optimizer's state, not a model; the model's weights are in another file of the same run"
     if "ema" in raw and "model" in raw and "opt" in raw:
-        return f"is a lucidrains Trainer's file (step {raw.get('step')}); this family is not supported yet"
+        return f"is a lucidrains Trainer's file (step {raw.get('step')}), but holds no image Unet of 2.x"
     if what := _other(raw):
         return what
     for key, inner in raw.items():

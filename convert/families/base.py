@@ -28,7 +28,9 @@ class Source:
 class Plan:
     """How a source becomes a model: everything inferred, told or assumed, and the rename table.
 
-    assumed: sentences, each a fact that neither the tensors nor the user gave.
+    assumed: sentences, each a fact that neither the tensors nor the user gave. notes: what else a user should know.
+    reference_options: what `Family.reference` needs beside the model's config to load these tensors; kept in the
+    checkpoint's provenance, for the way back.
     """
 
     model: ModelConfig
@@ -37,6 +39,8 @@ class Plan:
     rules: Rules
     ignored: Mapping[str, str]
     assumed: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    reference_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +48,11 @@ class Family:
     """A checkpoint family: functions, so that a new one is a file and not a subclass.
 
     recognise: file contents -> is it ours? open_source: contents, "ema" | "raw" | None (best there is), file name ->
-    Source. plan: tensors, config file's contents or None, --set values -> Plan. reference: config -> a torch module
-    with the source's parameter names. block_outputs: (module, x_t NCHW, t, labels or None) -> outputs by block, named
-    as in `UNet.activations`. settings: what --set takes -> what it means. formats: name -> a function that writes a
-    checkpoint as the source does (`convert.export`), the one to use by default first.
+    Source. plan: tensors, config file's contents or None, --set values -> Plan. reference: config, and the plan's
+    reference_options by keyword -> a torch module with the source's parameter names. block_outputs: (module, x_t NCHW,
+    t, labels or None) -> outputs by block, named as in `UNet.activations`. settings: what --set takes -> what it means.
+    presets: what --preset takes -> the settings that it stands for, which --set overrides. formats: name -> a function
+    that writes a checkpoint as the source does (`convert.export`), the one to use by default first.
     """
 
     name: str
@@ -55,9 +60,10 @@ class Family:
     recognise: Callable[[Any], bool]
     open_source: Callable[[Any, str | None, str], Source]
     plan: Callable[[Mapping[str, np.ndarray], Mapping[str, Any] | None, Mapping[str, str]], Plan]
-    reference: Callable[[Any], Any]
+    reference: Callable[..., Any]
     block_outputs: Callable[[Any, Any, Any, Any], Mapping[str, Any]]
     settings: Mapping[str, str]
+    presets: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     formats: Mapping[str, Callable[[Metadata, Mapping[str, np.ndarray], Path], None]] = dataclasses.field(
         default_factory=dict
     )

@@ -22,9 +22,8 @@ from convert.rules import Rules
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions
-from jddim.ddim import largest_eta, step_table
+from jddim.ddim import largest_eta, sampler_table
 from jddim.schedule import make_schedule, schedule_config_from_betas
-from jddim.timesteps import make_timesteps
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -386,10 +385,7 @@ def _schedule(name: str, T: int, beta_start: float, beta_end: float) -> Schedule
 def _check_sampler(sampler: SamplerConfig, schedule: ScheduleConfig) -> None:
     """Raise ConversionError if sampling with these defaults would fail."""
     try:
-        table = step_table(
-            make_schedule(schedule),
-            make_timesteps(sampler.spacing, schedule.num_train_timesteps, sampler.num_steps),
-        )
+        table = sampler_table(make_schedule(schedule), sampler)
     except ValueError as error:
         raise ConversionError(f"the sampler's defaults do not work: {error}") from error
     limit = largest_eta(table)

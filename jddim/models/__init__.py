@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from jddim.config import ModelConfig, UNetConfig
+from jddim.config import LucidrainsConfig, ModelConfig, UNetConfig
+from jddim.models.lucidrains import LucidrainsUNet
 from jddim.models.unet import UNet
 
 
@@ -20,18 +20,21 @@ class Network(Protocol):
     dtype: DTypeLike
 
     def __call__(self, x_t: Array, t: Array, labels: Array | None = None) -> Array:
-        """x_t `(b, h, w, in_channels)`, t `(b,)`, labels as the config says -> `(b, h, w, out_channels)`."""
+        """x_t `(b, h, w, input_channels)`, t `(b,)`, labels as the config says -> `(b, h, w, out_channels)`."""
 
     def activations(self, x_t: Array, t: Array, labels: Array | None = None) -> Iterator[tuple[str, Array]]:
         """The forward pass, one `(name, output)` per block in the order computed; the last is the output."""
 
 
 # By the name that a checkpoint's metadata has for the wiring: the config that describes it, the network it builds.
-MODELS: dict[str, tuple[type[Any], type[Any]]] = {"unet": (UNetConfig, UNet)}
+MODELS: dict[str, tuple[type[Any], type[Any]]] = {
+    "unet": (UNetConfig, UNet),
+    "lucidrains": (LucidrainsConfig, LucidrainsUNet),
+}
 
 
-def build(config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Any:
-    """The network that `config` describes, with fresh parameters."""
+def build(config: ModelConfig, *, dtype: DTypeLike, rngs: Any) -> Any:
+    """The network that `config` describes, with fresh parameters. rngs: `nnx.Rngs`, or what has its `params()`."""
     return MODELS[wiring_of(config)][1](config, dtype=dtype, rngs=rngs)
 
 

@@ -26,17 +26,18 @@ def timestep_embedding(
     cosine_first: bool = False,
     shift: float = 1.0,
     divide_last: bool = False,
+    theta: float = 10000,
 ) -> Array:
     """Sinusoidal embedding: t `(b,)` int or float -> `(b, dim)`, sines then cosines, or the other way round.
 
-    The frequencies are 10000^(-i / (dim // 2 - shift)): shift 1 in Ho et al., 0 in OpenAI's and diffusers' default.
+    The frequencies are theta^(-i / (dim // 2 - shift)): shift 1 in Ho et al., 0 in OpenAI's and diffusers' default.
     Their exponents are rounded to `dtype` before exp, as torch does, and in the source's order (`divide_last`): at
     t = 1000 one unit in their last place already moves the sine by 6e-5. An odd `dim` ends in a zero. dim >= 4.
     """
     half = dim // 2
     i = np.arange(half, dtype=dtype)
-    log, divisor = np.asarray(-math.log(10000), dtype), np.asarray(half - shift, dtype)
-    exponents = i * log / divisor if divide_last else i * np.asarray(-math.log(10000) / (half - shift), dtype)
+    log, divisor = np.asarray(-math.log(theta), dtype), np.asarray(half - shift, dtype)
+    exponents = i * log / divisor if divide_last else i * np.asarray(-math.log(theta) / (half - shift), dtype)
     frequencies = np.exp(exponents.astype(np.float64)).astype(dtype)
     angles = t.astype(dtype)[:, None] * frequencies
     waves = [jnp.sin(angles), jnp.cos(angles)]

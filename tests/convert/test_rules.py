@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from convert.rules import source_of, target_leaf, targets_of, to_layout, torch_shape
+from convert.engine import ConversionError, fill, source_tensors
+from convert.rules import Fused, from_layout, source_of, target_leaf, targets_of, to_layout, torch_shape
 
 pytestmark = pytest.mark.quick
 
@@ -116,3 +117,57 @@ def test_torch_shape_inverts_to_layout(shape: tuple[int, ...]) -> None:
     array = np.ones(shape)
     assert to_layout(array, target).shape == target
     assert torch_shape(target, array) == shape
+
+
+def test_tables_are_not_transposed_even_if_square() -> None:
+    table = np.arange(9.0).reshape(3, 3)
+    assert to_layout(table, (3, 3), "class_embed.embedding") is table
+    assert from_layout(table, "class_embed.embedding") is table
+    assert torch_shape((5, 3), table, "class_embed.embedding") == (5, 3)
+
+
+def test_the_two_orders_of_fused_outputs() -> None:
+    q, k, v = (letter + np.arange(6) for letter in (100, 200, 300))
+    stacked, by_head = Fused(("q", "k", "v")), Fused(("q", "k", "v"), groups=2)
+    assert stacked.join([q, k, v]).tolist() == [*q, *k, *v]
+    assert by_head.join([q, k, v]).tolist() == [*q[:3], *k[:3], *v[:3], *q[3:], *k[3:], *v[3:]]
+    for fused in (stacked, by_head):
+        for part, expected in zip(fused.split(fused.join([q, k, v])), (q, k, v), strict=True):
+            np.testing.assert_array_equal(part, expected)
+    assert by_head.split(np.ones(9)) == []
+    assert [part.shape for part in by_head.split(np.ones((6, 0)))] == [(2, 0)] * 3
+
+
+FUSED = {"a.{i}.qkv": Fused(("b.{i}.q", "b.{i}.k", "b.{i}.v"), groups=3), "table": "rows"}
+EXPECTED = {f"b.7.{part}.{leaf}": shape for part in "qkv" for leaf, shape in (("kernel", (5, 6)), ("bias", (6,)))}
+EXPECTED |= {"rows.embedding": (4, 4)}
+
+
+def fused_source() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {"a.7.qkv.weight": (18, 5, 1), "a.7.qkv.bias": (18,), "table.weight": (4, 4)}
+    return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+
+
+def test_a_fused_tensor_fills_its_parts_and_comes_back_to_the_bit() -> None:
+    source = fused_source()
+    params = fill(source, EXPECTED, FUSED)
+    # The third head's key, second channel: rows are [head][part][channel].
+    row = 2 * 6 + 1 * 2 + 1
+    np.testing.assert_array_equal(params["b.7.k.kernel"][:, 5], source["a.7.qkv.weight"][row, :, 0])
+    assert params["b.7.k.bias"][5] == source["a.7.qkv.bias"][row]
+    np.testing.assert_array_equal(params["rows.embedding"], source["table.weight"])
+    back = source_tensors(params, FUSED, {name: value.shape for name, value in source.items()})
+    assert list(back) == list(source)
+    assert all(np.array_equal(back[name], value) for name, value in source.items())
+
+
+def test_what_is_wrong_with_a_fused_tensor_is_said_once() -> None:
+    source = fused_source()
+    del source["a.7.qkv.bias"]
+    source["a.7.qkv.weight"] = source["a.7.qkv.weight"][:17]
+    with pytest.raises(ConversionError) as caught:
+        fill(source, EXPECTED, FUSED)
+    assert str(caught.value) == (
+        "2 tensors do not fit the model: missing a.7.qkv.bias; a.7.qkv.weight has shape (17, 5, 1), expected (18, 5, 1)"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import openai_cases
 import parity_cases as cases
 
 
@@ -13,6 +14,7 @@ def main() -> None:
     f64 = np.float64
     errors = {
         "unet": {name: cases.unet_error(name, f64) for name in cases.UNET_CASES},
+        "openai": {name: openai_cases.openai_error(name, f64) for name in openai_cases.OPENAI_CASES},
         "sampler": {name: cases.sampler_error(case, f64) for name, case in cases.SAMPLER_CASES.items()},
         "network": {name: cases.unet_sampler_error(case, f64) for name, case in cases.UNET_SAMPLER_CASES.items()},
         "ancestral": {name: cases.ancestral_error(case, f64) for name, case in cases.ANCESTRAL_CASES.items()},

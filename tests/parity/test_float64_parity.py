@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import openai_cases
 import parity_cases as cases
 import pytest
 
 HERE = Path(__file__).parent
 
 BOUNDS = {"unet": 1e-11, "sampler": 1e-9, "network": 1e-9, "ancestral": 1e-9}
-BOUNDS |= {"cosine": 1e-9, "eta 1 is ancestral": 1e-9}
+BOUNDS |= {"openai": 1e-11, "cosine": 1e-9, "eta 1 is ancestral": 1e-9}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def errors() -> dict[str, dict[str, float]]:
     ("kind", "name"),
     [
         *(("unet", name) for name in cases.UNET_CASES),
+        *(("openai", name) for name in openai_cases.OPENAI_CASES),
         *(("sampler", name) for name in cases.SAMPLER_CASES),
         *(("network", name) for name in cases.UNET_SAMPLER_CASES),
         *(("ancestral", name) for name in cases.ANCESTRAL_CASES),

@@ -1,0 +1,724 @@
+"""lucidrains' denoising-diffusion-pytorch 2.x: its Trainer's `model-N.pt`, and what is inside one.
+
+The Trainer saves {step, model, opt, ema, scaler, version}. `model` is a GaussianDiffusion's state dict: the noise
+schedule in float32 buffers, and the Unet's tensors under `model.`; `ema` is ema_pytorch's, with a GaussianDiffusion
+under `ema_model.` and the raw one again under `online_model.`. A GaussianDiffusion's or a Unet's own state dict is
+read too. Buffers tell T, the schedule and the objective; shapes tell all of the network but a sinusoid's theta.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.engine import ConversionError, shortened, source_tensors
+from convert.families.base import Family, Plan, Source
+from convert.rules import Rules
+from convert.writers import save_torch, state_shapes
+from jddim.checkpoint import Metadata
+from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleConfig, did_you_mean
+from jddim.ddim import largest_eta, step_table
+from jddim.schedule import make_schedule, schedule_config_from_betas
+from jddim.timesteps import make_timesteps
+
+Tensors = Mapping[str, np.ndarray]
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+_UNET_NAME = re.compile(
+    r"(.*\.)?((downs|ups)\.\d+\.[0-3]\.(block[12]\.proj|mlp\.1|to_qkv|mem_kv|fn\.)|mid_(block[12]|attn)\.|final_res_block\.)"
+)
+
+
+def recognise(raw: Any) -> bool:
+    """Any file of this repository's 2-d Unet: what of them cannot be converted, `open_source` says."""
+    return isinstance(raw, dict) and any(
+        isinstance(state, dict) and sum(bool(_UNET_NAME.match(str(name))) for name in state) >= 4
+        for state in _sets(raw).values()
+    )
+
+
+def _sets(raw: Mapping[Any, Any]) -> dict[str, Any]:
+    """The file's sets of weights, "ema", "raw" or "unstated" -> a state dict."""
+    trainer = isinstance(raw.get("model"), dict) and any(key in raw for key in ("ema", "opt", "step"))
+    if not trainer and not any(str(name).startswith("ema_model.") for name in raw):
+        return {"unstated": raw}
+    ema = raw.get("ema") if trainer else raw
+    sets = {
+        kind: {str(name)[len(prefix) :]: value for name, value in ema.items() if str(name).startswith(prefix)}
+        for kind, prefix in (("ema", "ema_model."), ("raw", "online_model."))
+        if isinstance(ema, dict)
+    }
+    if trainer:
+        sets["raw"] = raw["model"]
+    return {kind: state for kind, state in sets.items() if state}
+
+
+def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
+    """The asked set of weights; without a wish, the EMA's where the file has them."""
+    sets = _sets(raw)
+    if "unstated" in sets:
+        if weights == "ema":
+            raise ConversionError(
+                f"{file_name} is a bare state dict with one set of weights, no --weights ema; leave the option out"
+            )
+        return Source(_tensors(sets["unstated"], file_name), weights or "unstated")
+    kind = weights or ("ema" if "ema" in sets else "raw")
+    if kind not in sets:
+        raise ConversionError(f"{file_name} holds no {kind} weights; it has: {', '.join(sets)}")
+    step = raw.get("step") if isinstance(raw.get("step"), int) else None
+    notes = [f"version {raw['version']}"] if isinstance(raw.get("version"), str) else []
+    notes += ["the file has no EMA weights"] if "ema" not in sets else []
+    return Source(_tensors(sets[kind], file_name), kind, step, ", ".join(notes))
+
+
+def _tensors(state: Mapping[Any, Any], file_name: str) -> dict[str, np.ndarray]:
+    """The Unet's tensors under their names in it, and GaussianDiffusion's buffers."""
+    if reason := _not_ours(state):
+        raise ConversionError(f"{file_name} {reason}")
+    odd = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, np.ndarray)]
+    if odd:
+        raise ConversionError(f"{file_name} holds entries that are not tensors: {shortened(odd)}")
+    return {str(name).removeprefix("model."): value for name, value in state.items()}
+
+
+def _not_ours(state: Mapping[Any, Any]) -> str | None:
+    """What else of the same repository a state dict is, and why it is not converted."""
+    names = [str(name) for name in state]
+    if any(name.startswith("net.") for name in names):
+        return "is an ElucidatedDiffusion, whose sampler is Karras et al.'s and not DDIM; not supported"
+    if any(re.search(r"classes_(emb|mlp)\.|\.2\.fn\.", name) for name in names):
+        return (
+            "is a Unet of classifier_free_guidance.py, guided_diffusion.py or a version before 2.0 (its attention is "
+            "under `.2.fn.`, or it has classes_emb); only denoising_diffusion_pytorch.py of 2.x is supported"
+        )
+    if any(name.endswith(".block1.norm.weight") for name in names):
+        return "is of denoising-diffusion-pytorch 1.x, whose blocks have group norms; only 2.x is supported"
+    if any(name.endswith("init_conv.weight") and np.ndim(value) == 3 for name, value in state.items()):
+        return "is a Unet1D, a network of sequences and not of images; not supported"
+    if any(name.startswith("model.") for name in names) and not any(
+        name in ("betas", "alphas_cumprod") for name in names
+    ):
+        return (
+            "wraps a Unet in something that has no betas (ContinuousTimeGaussianDiffusion?); if the Unet was trained "
+            "with discrete timesteps, save its own state_dict() and say the rest by --set"
+        )
+    return None
+
+
+# -- what only the user can tell --------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "image_size": "side of the training images in pixels, or HEIGHTxWIDTH, or (height, width)",
+    "objective": "pred_noise, pred_x0 or pred_v (checked against the buffer loss_weight where there is one)",
+    "timesteps": "T (checked against the buffers)",
+    "beta_schedule": "linear, cosine or sigmoid (checked against the buffers)",
+    "sampling_timesteps": "default number of steps",
+    "ddim_sampling_eta": "default eta",
+    "auto_normalize": "true: the model works on images in [-1, 1]",
+    "sinusoidal_pos_emb_theta": "base of the sinusoidal embedding's frequencies",
+    "dim": "base width (checked against the tensors)",
+    "init_dim": "the stem's width (checked against the tensors)",
+    "out_dim": "channels of the output (checked against the tensors)",
+    "dim_mults": "list of width multipliers (checked against the tensors)",
+    "channels": "channels of the images (checked against the tensors)",
+    "self_condition": "whether the network takes the last step's x0 (checked against the tensors)",
+    "learned_variance": "whether half of the output is a variance (checked against the tensors)",
+    "learned_sinusoidal_cond": "whether t's frequencies are learned (the tensors tell: learned or random)",
+    "random_fourier_features": "whether t's frequencies are random (the tensors tell: learned or random)",
+    "learned_sinusoidal_dim": "learned or random features of t (checked against the tensors)",
+    "attn_dim_head": "a head's channels, one for all levels or one each (checked against the tensors)",
+    "attn_heads": "heads, one for all levels or one each (checked against the tensors)",
+    "full_attn": "full or linear attention, one for all levels or one each (checked against the tensors)",
+}
+
+OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+BETA_SCHEDULES = ("linear", "cosine", "sigmoid")
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("an integer")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+        raise ValueError("a number")
+    return float(value)
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("True or False")
+    return value
+
+
+def _each(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """One value, or a tuple of one for each level."""
+    return lambda value: tuple(map(parse, value)) if isinstance(value, (tuple, list)) else parse(value)
+
+
+def _image_size(value: Any) -> tuple[int, int]:
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)x(\d+)", value)):
+        value = [int(number) for number in found.groups()]
+    sides = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
+        raise ValueError("an integer, HEIGHTxWIDTH or (height, width)")
+    return sides[0], sides[1]
+
+
+def _one_of(*allowed: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in allowed:
+            raise ValueError(f"one of {', '.join(allowed)}")
+        return str(value)
+
+    return parse
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "image_size": _image_size,
+    "objective": _one_of(*OBJECTIVES),
+    "beta_schedule": _one_of(*BETA_SCHEDULES),
+    **dict.fromkeys(("timesteps", "sampling_timesteps", "dim", "init_dim", "out_dim", "channels"), _integer),
+    **dict.fromkeys(("learned_sinusoidal_dim",), _integer),
+    **dict.fromkeys(("ddim_sampling_eta", "sinusoidal_pos_emb_theta"), _number),
+    **dict.fromkeys(("auto_normalize", "self_condition", "learned_variance"), _boolean),
+    **dict.fromkeys(("learned_sinusoidal_cond", "random_fourier_features"), _boolean),
+    **dict.fromkeys(("dim_mults", "attn_dim_head", "attn_heads"), _each(_integer)),
+    "full_attn": _each(_boolean),
+}
+
+
+def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> dict[str, Any]:
+    """--set's values over those of a config file, which is a flat mapping of the same names (the source has none)."""
+    told = {**(config or {}), **{key: _literal(value) for key, value in given.items()}}
+    parsed, problems = {}, []
+    for key, value in told.items():
+        origin = "--set" if key in given else "config"
+        if key not in SETTINGS:
+            problems.append(f"{origin}: unknown key {key!r}{did_you_mean(str(key), SETTINGS)}")
+            continue
+        try:
+            parsed[key] = _PARSERS[key](value)
+        except ValueError as error:
+            problems.append(f"{origin}: {key} must be {error}, got {value!r}")
+    if problems:
+        raise ConversionError("; ".join(problems))
+    return parsed
+
+
+def _literal(text: str) -> Any:
+    """A Python literal as the source's callers write it: 64, 1,2,4, (64, 48), True; else the text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+# -- what the tensors tell --------------------------------------------------------------------------------------------
+
+
+def infer(tensors: Tensors) -> dict[str, Any]:
+    """The Unet's arguments, under the source's names, but theta; full_attn, attn_heads, attn_dim_head for each level.
+
+    Facts are taken from several tensors each, by majority, so that one missing, misshapen or stray tensor is reported
+    as such and not as a different network. Raises ConversionError where too few are there.
+    """
+
+    def votes(pattern: str, axis: int, divide: int = 1) -> int:
+        sizes = Counter(
+            value.shape[axis] // divide
+            for name, value in tensors.items()
+            if re.fullmatch(pattern, name) and value.ndim > max(axis, 0)
+        )
+        if not sizes:
+            raise ConversionError(f"too few tensors of the Unet are there to tell its shape (none named {pattern})")
+        return sizes.most_common(1)[0][0]
+
+    found = Counter(int(m.group(2)) for name in tensors if (m := re.match(r"(downs|ups)\.(\d+)\.", name)))
+    levels = sum(count >= 20 for count in found.values())  # a level has about 50 tensors, in `downs` and `ups` together
+    if not levels or any(found[level] < 20 for level in range(levels)):
+        raise ConversionError("too few tensors of the Unet are there to tell its shape; is the file whole?")
+    dim = votes(r"time_mlp\.[13]\.bias|.*\.mlp\.1\.weight", -1, 4)
+    if not dim:
+        raise ConversionError("the time MLP has no width; is the file whole?")
+    widths = [
+        votes(rf"(ups\.{levels - 1 - i}\.[01]\.|downs\.{i + 1}\.[01]\.)block[12]\.proj\.bias", 0) for i in range(levels)
+    ]
+    if odd := [width for width in widths if width % dim]:
+        raise ConversionError(f"the levels' widths {widths} are not multiples of the time MLP's dim = {dim}: {odd}")
+    attentions = [_attention(tensors, (f"downs.{i}.2", f"ups.{levels - 1 - i}.2")) for i in range(levels)]
+    features = votes(r"time_mlp\.1\.weight", 1) if "time_mlp.1.weight" in tensors else dim
+    learned = "time_mlp.0.weights" in tensors or features != dim
+    return {
+        "dim": dim,
+        "init_dim": votes(r"init_conv\.bias|(final_res_block|downs\.0\.[01])\.block[12]\.proj\.bias", 0),
+        "dim_mults": tuple(width // dim for width in widths),
+        "full_attn": tuple(full for full, _, _ in attentions),
+        "attn_heads": tuple(heads for _, heads, _ in attentions),
+        "attn_dim_head": tuple(width for _, _, width in attentions),
+        "num_mem_kv": _memory(tensors, levels, [full for full, _, _ in attentions]),
+        "learned_sinusoidal_dim": features - 1 if learned else None,
+        **_ends(tensors),
+    }
+
+
+def _attention(tensors: Tensors, places: Iterable[str]) -> tuple[bool, int, int]:
+    """(full, heads, channels of a head) of a level's two attentions, which are alike in the source."""
+    linear = full = 0
+    shapes: Counter[tuple[int, int]] = Counter()
+    for place in places:
+        linear += sum(name in tensors for name in (f"{place}.to_out.0.weight", f"{place}.to_out.0.bias"))
+        full += sum(name in tensors for name in (f"{place}.to_out.weight", f"{place}.to_out.bias"))
+    for place in places:
+        memory, qkv = tensors.get(f"{place}.mem_kv"), tensors.get(f"{place}.to_qkv.weight")
+        if memory is None or memory.ndim != 4:
+            continue
+        heads, width = memory.shape[1], memory.shape[3 if full > linear else 2]
+        shapes[heads, width] += 1 + (qkv is not None and qkv.ndim > 0 and qkv.shape[0] == 3 * heads * width)
+    if not shapes or full == linear:
+        raise ConversionError(f"too few tensors of the attentions {' and '.join(places)} are there to tell their kind")
+    (heads, width), _ = shapes.most_common(1)[0]
+    return full > linear, heads, width
+
+
+def _memory(tensors: Tensors, levels: int, full: list[bool]) -> int:
+    """How many learned keys and values every attention has: by majority."""
+    places = {f"downs.{i}.2": full[i] for i in range(levels)} | {
+        f"ups.{levels - 1 - i}.2": full[i] for i in range(levels)
+    }
+    counts = Counter(
+        memory.shape[2 if is_full else 3]
+        for place, is_full in {**places, "mid_attn": True}.items()
+        if (memory := tensors.get(f"{place}.mem_kv")) is not None and memory.ndim == 4
+    )
+    return counts.most_common(1)[0][0]
+
+
+def _ends(tensors: Tensors) -> dict[str, Any]:
+    """channels, out_dim, self_condition, learned_variance: from the channels at both ends.
+
+    Equal: a plain Unet. Twice as many in: self-conditioned. Twice as many out: a learned variance. The source refuses
+    to have both at once, which would look like the first.
+    """
+    stem, out = tensors.get("init_conv.weight"), tensors.get("final_conv.weight")
+    bias = tensors.get("final_conv.bias")
+    taken = [stem.shape[1]] if stem is not None and stem.ndim > 1 else []
+    given = [end.shape[0] for end in (out, bias) if end is not None and end.ndim]
+    ratios = {(1, 1): (False, False), (2, 1): (True, False), (1, 2): (False, True)}
+    for c_in in taken or given:
+        for c_out in given or [c_in]:
+            for (times_in, times_out), (self_condition, learned_variance) in ratios.items():
+                if c_in * times_out == c_out * times_in:
+                    channels = c_in // times_in
+                    ends = {"channels": channels, "out_dim": c_out, "self_condition": self_condition}
+                    return {**ends, "learned_variance": learned_variance}
+    raise ConversionError(
+        f"init_conv takes {taken or '(missing)'} channels and final_conv gives {given or '(missing)'}; a "
+        "GaussianDiffusion's Unet has as many of both, or twice as many of one (self_condition, learned_variance)"
+    )
+
+
+def _objective(tensors: Tensors) -> str | None:
+    """The objective that the buffer loss_weight belongs to, or None if it belongs to none, or to several.
+
+    The weight is the signal-to-noise ratio, clipped with min_snr_loss_weight, over what the loss is measured in: over
+    snr for pred_noise, 1 for pred_x0, snr + 1 for pred_v.
+    """
+    weight, alpha_bar = tensors.get("loss_weight"), tensors.get("alphas_cumprod")
+    if weight is None or alpha_bar is None or weight.ndim != 1 or weight.shape != alpha_bar.shape:
+        return None
+    weight, alpha_bar = weight.astype(np.float64), alpha_bar.astype(np.float64)
+    with np.errstate(all="ignore"):
+        snr = alpha_bar / (1 - alpha_bar)
+        found = []
+        for objective, unit in (("pred_noise", snr), ("pred_x0", np.ones_like(snr)), ("pred_v", snr + 1)):
+            clipped = weight * unit
+            # 1 - alpha_bar is known to 6e-8 only, where it is 1e-4 or less
+            if np.allclose(clipped, np.minimum(snr, clipped.max()), rtol=1e-2, atol=0):
+                found.append(objective)
+    return found[0] if len(found) == 1 else None
+
+
+def _schedule(tensors: Tensors) -> tuple[ScheduleConfig, str | None]:
+    """The schedule of the buffers, and its name in the source; None where they are not one of the source's."""
+    betas, alpha_bar = (np.asarray(tensors[name]) for name in ("betas", "alphas_cumprod"))
+    if betas.ndim != 1 or betas.shape != alpha_bar.shape or not betas.size:
+        raise ConversionError(
+            f"the buffers betas {betas.shape} and alphas_cumprod {alpha_bar.shape} are not two lists of T"
+        )
+    T = len(betas)
+    for name in BETA_SCHEDULES:
+        for config in _source_schedules(name, T):
+            if (ours := _built(config)) is None:
+                continue
+            # A schedule's float64 numbers, rounded as the buffers are; two roundings are for another machine's libm.
+            rtol = 2 * float(np.finfo(betas.dtype if betas.dtype.kind == "f" else np.float32).eps)
+            pairs = ((ours.betas, betas), (ours.alphas_cumprod, alpha_bar))
+            if all(np.allclose(mine.astype(theirs.dtype), theirs, rtol=rtol, atol=0) for mine, theirs in pairs):
+                return config, name
+    # alphas_cumprod is all that DDIM uses, and float32 betas do not give it back where 1 - beta is small.
+    previous = np.concatenate([[1.0], alpha_bar[:-1].astype(np.float64)])
+    config = schedule_config_from_betas(list(1 - alpha_bar.astype(np.float64) / previous))
+    try:
+        make_schedule(config)
+    except ValueError as error:
+        raise ConversionError(f"the buffer alphas_cumprod is no noise schedule: {error}") from error
+    return config, None
+
+
+def _source_schedules(name: str, T: int) -> list[ScheduleConfig]:
+    """What the source's schedule of this name is here: the first of the list that the buffers agree with."""
+    match name:
+        case "linear":
+            return [ScheduleConfig("linear", T, 1000 / T * 1e-4, 1000 / T * 0.02)]
+        case "cosine":
+            return [ScheduleConfig("cosine", T)]
+        case _:
+            return [ScheduleConfig("sigmoid_alpha_bar", T), schedule_config_from_betas(_sigmoid_betas(T))]
+
+
+def _sigmoid_betas(T: int) -> list[float]:
+    """The source's sigmoid schedule, whose ends' sigmoids are rounded to float32: 3e-5 of the last alpha_bar."""
+    low, high = (float(np.float32(1 / (1 + np.exp(-x)))) for x in (-3.0, 3.0))
+    t = np.arange(T + 1) / T
+    alpha_bar = (high - 1 / (1 + np.exp(-(t * 6 - 3)))) / (high - low)
+    alpha_bar /= alpha_bar[0]
+    return list(np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999))
+
+
+def _built(config: ScheduleConfig) -> Any:
+    try:
+        return make_schedule(config)
+    except ValueError:
+        return None
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:
+    """The model, schedule and sampler of these tensors, with what --set adds, and what is assumed."""
+    told = read_settings(config, given)
+    found = infer({name: value for name, value in tensors.items() if name not in _BUFFERS})
+    assumed: list[str] = []
+    problems = _contradictions(told, found)
+
+    def settle(key: str, default: Any, why: str) -> Any:
+        if key not in told:
+            assumed.append(f"{key} = {default} ({why})")
+        return told.get(key, default)
+
+    if "image_size" not in told:
+        problems.append("the tensors do not tell the image size; --set image_size=64")
+    if not told.get("auto_normalize", True):
+        problems.append(
+            "auto_normalize=False is a model of images in [0, 1]; jddim's images are [-1, 1], so its samples would be "
+            "wrong by a shift"
+        )
+    if told.get("self_condition") and told.get("learned_variance"):
+        problems.append("self_condition and learned_variance together: the source has no sampler for such a Unet")
+    if "betas" in tensors and "alphas_cumprod" in tensors:
+        schedule, name = _schedule(tensors)
+        T = schedule.num_train_timesteps
+        if told.get("timesteps", T) != T:
+            problems.append(f"timesteps is {told['timesteps']} by --set, but {T} in the buffers")
+        if told.get("beta_schedule", name) != name:
+            actual = name or "none of the source's"
+            problems.append(f"beta_schedule is {told['beta_schedule']} by --set, but {actual} in the buffers")
+        if name is None:
+            assumed.append("schedule: explicit betas, from the buffer alphas_cumprod (no schedule of the source's)")
+    else:
+        T = settle("timesteps", 1000, "GaussianDiffusion's default")
+        name = settle("beta_schedule", "sigmoid", "GaussianDiffusion's default")
+        schedule = _source_schedules(name, max(T, 1))[-1]
+        if T < 1 or _built(schedule) is None:
+            problems.append(f"timesteps={T} makes no {name} schedule")
+    objective = _settle_objective(_objective(tensors), found, told, assumed, problems)
+    settle("auto_normalize", True, "GaussianDiffusion's default")
+    theta = 10000.0
+    if found["learned_sinusoidal_dim"] is None:
+        theta = settle("sinusoidal_pos_emb_theta", 10000.0, "Unet's default")
+    steps = settle("sampling_timesteps", min(250, T), "the README's example")
+    eta = settle("ddim_sampling_eta", 0.0, "GaussianDiffusion's default")
+    if not 1 <= steps <= T:
+        problems.append(f"sampling_timesteps={steps} must lie in 1..{T}")
+    elif _built(schedule) is not None:
+        limit = largest_eta(step_table(make_schedule(schedule), make_timesteps("linspace", T, steps)))
+        if not 0 <= eta <= limit:
+            problems.append(f"ddim_sampling_eta={eta:g} must lie in 0..{limit:.4g} for this table of steps")
+    if problems:
+        raise ConversionError("; ".join(problems))
+
+    try:
+        model = _model(found, told["image_size"], theta)
+    except ValueError as error:
+        raise ConversionError(f"the tensors and settings make no valid Unet: {error}") from error
+    sampler = SamplerConfig(
+        spacing="linspace",
+        num_steps=steps,
+        eta=eta,
+        clip=True,
+        # LearnedGaussianDiffusion's model_predictions keeps the network's eps beside the clipped x0.
+        rederive_eps=not found["learned_variance"],
+        prediction_type=OBJECTIVES[objective],
+        self_condition=found["self_condition"],
+        variance="learned_range" if found["learned_variance"] else "fixed_small",
+    )
+    ignored = {name: reason for name, reason in _BUFFERS.items() if name in tensors}
+    return Plan(model, schedule, sampler, rules(model), ignored, tuple(assumed), _notes(found, steps, T))
+
+
+def _notes(found: Mapping[str, Any], steps: int, T: int) -> tuple[str, ...]:
+    """Where the source itself would not run DDIM."""
+    notes = []
+    if found["learned_variance"]:
+        notes.append("LearnedGaussianDiffusion's ddim_sample fails by a missing import; jddim does what it says")
+    if found["learned_sinusoidal_dim"] is not None:
+        notes.append("GaussianDiffusion refuses a Unet with learned or random features of t; t is given as 0..T-1")
+    if steps == T:
+        notes.append("with sampling_timesteps = timesteps the source samples ancestrally (sample --method ddpm)")
+    return tuple(notes)
+
+
+def _model(found: Mapping[str, Any], image_size: tuple[int, int], theta: float) -> LucidrainsConfig:
+    features = found["learned_sinusoidal_dim"]
+    return LucidrainsConfig(
+        image_size=image_size,
+        in_channels=found["channels"],
+        out_channels=found["out_dim"],
+        self_condition=found["self_condition"],
+        channels=found["dim"],
+        channel_mults=found["dim_mults"],
+        stem_channels=found["init_dim"],
+        full_attention=found["full_attn"],
+        num_heads=found["attn_heads"],
+        head_channels=found["attn_dim_head"],
+        memory=found["num_mem_kv"],
+        time_embedding="sinusoidal" if features is None else "learned",
+        theta=theta,
+        **({} if features is None else {"time_features": features}),
+    )
+
+
+def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Each --set value that the tensors contradict."""
+    problems = []
+    levels = len(found["dim_mults"])
+    for key in ("dim", "init_dim", "out_dim", "dim_mults", "channels", "self_condition", "learned_variance"):
+        if key in told and told[key] != found[key]:
+            problems.append(f"{key} is {told[key]} by --set, but {found[key]} in the tensors")
+    for key in ("attn_heads", "attn_dim_head", "full_attn"):
+        value = told.get(key)
+        if value is False:  # as in the source, where full_attn=False means its default
+            value = (*[False] * (levels - 1), True)
+        if value is not None and (value if isinstance(value, tuple) else (value,) * levels) != found[key]:
+            problems.append(f"{key} is {told[key]} by --set, but {found[key]} in the tensors")
+    features = found["learned_sinusoidal_dim"]
+    kinds = [told[key] for key in ("learned_sinusoidal_cond", "random_fourier_features") if key in told]
+    if any(kinds) and features is None:
+        problems.append("--set says that t's features are learned or random, but the tensors have a sinusoid's shapes")
+    if len(kinds) == 2 and not any(kinds) and features is not None:
+        problems.append("--set says that t's features are a sinusoid, but the tensors have learned or random ones")
+    if features is not None and told.get("learned_sinusoidal_dim", features) != features:
+        problems.append(
+            f"learned_sinusoidal_dim is {told['learned_sinusoidal_dim']} by --set, but {features} in the tensors"
+        )
+    return problems
+
+
+def _settle_objective(
+    read: str | None, found: Mapping[str, Any], told: Mapping[str, Any], assumed: list[str], problems: list[str]
+) -> str:
+    """The objective that DDIM goes by."""
+    asked = told.get("objective")
+    if found["learned_variance"]:
+        # LearnedGaussianDiffusion trains to predict noise whatever its objective, and knows no pred_v in DDIM.
+        if asked is None and read == "pred_v":
+            assumed.append("objective = pred_noise (what a learned variance is trained with; loss_weight says pred_v)")
+            return "pred_noise"
+        return asked or read or "pred_noise"
+    if read is not None and asked not in (None, read):
+        problems.append(f"objective is {asked} by --set, but loss_weight is {read}'s")
+    if asked is None and read is None:
+        assumed.append("objective = pred_v (GaussianDiffusion's default)")
+    return asked or read or "pred_v"
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+_DERIVED = "computed from betas, as jddim does itself"
+_BUFFERS = {
+    "betas": "read: the schedule",
+    "alphas_cumprod": "read: the schedule",
+    "loss_weight": "read: the objective",
+    "alphas_cumprod_prev": _DERIVED,
+    "sqrt_alphas_cumprod": _DERIVED,
+    "sqrt_one_minus_alphas_cumprod": _DERIVED,
+    "log_one_minus_alphas_cumprod": _DERIVED,
+    "sqrt_recip_alphas_cumprod": _DERIVED,
+    "sqrt_recipm1_alphas_cumprod": _DERIVED,
+    "posterior_variance": _DERIVED,
+    "posterior_log_variance_clipped": _DERIVED,
+    "posterior_mean_coef1": _DERIVED,
+    "posterior_mean_coef2": _DERIVED,
+}
+
+_BLOCK = {
+    "mlp.1": "time_proj",
+    "block1.proj": "conv1",
+    "block1.norm": "norm1",
+    "block2.proj": "conv2",
+    "block2.norm": "norm2",
+    "res_conv": "shortcut",
+}
+# `mem_kv` is the attention's own. `to_out` is full attention's output; `to_out.{0,1}` linear attention's, with a norm.
+_ATTENTION = {"norm": "norm", "to_qkv": "qkv", "to_out": "out", "to_out.0": "out_proj", "to_out.1": "out_norm"}
+_BLOCKS = {"mid_block1": "mid.block_1", "mid_block2": "mid.block_2", "final_res_block": "block_out"} | {
+    f"{theirs}.{{i}}.{j}": f"{ours}.{{i}}.block_{j + 1}"
+    for theirs, ours in (("downs", "down"), ("ups", "up"))
+    for j in (0, 1)
+}
+_ATTENTIONS = {"downs.{i}.2": "down.{i}.attention", "ups.{i}.2": "up.{i}.attention", "mid_attn": "mid.attention"}
+
+
+def rules(config: LucidrainsConfig) -> Rules:
+    """The rename table, the same for every config."""
+    return {
+        "init_conv": "conv_in",
+        "time_mlp.0": "time_features",
+        "time_mlp.1": "time_embed.linear_1",
+        "time_mlp.3": "time_embed.linear_2",
+        "downs.{i}.3.1": "down.{i}.resample.proj",
+        "downs.{i}.3": "down.{i}.resample",
+        "ups.{i}.3.1": "up.{i}.resample.conv",
+        "ups.{i}.3": "up.{i}.resample",
+        "final_conv": "conv_out",
+        **_ATTENTIONS,
+        **{f"{a}.{x}": f"{b}.{y}" for a, b in _BLOCKS.items() for x, y in _BLOCK.items()},
+        **{f"{a}.{x}": f"{b}.{y}" for a, b in _ATTENTIONS.items() for x, y in _ATTENTION.items()},
+    }
+
+
+def reference(config: LucidrainsConfig) -> Any:
+    """The PyTorch reference of this config, whose parameters have the source's names."""
+    from convert.reference.lucidrains_unet import LucidrainsUNet
+
+    return LucidrainsUNet(
+        dim=config.channels,
+        init_dim=config.stem,
+        out_dim=config.out_channels,
+        dim_mults=config.channel_mults,
+        channels=config.in_channels,
+        self_condition=config.self_condition,
+        full_attn=config.full_attention,
+        attn_heads=config.num_heads,
+        attn_dim_head=config.head_channels,
+        num_mem_kv=config.memory,
+        learned_sinusoidal_dim=config.time_features if config.time_embedding == "learned" else None,
+        sinusoidal_pos_emb_theta=config.theta,
+    )
+
+
+def block_outputs(module: Any, x_t: Any, t: Any, labels: Any) -> Mapping[str, Any]:
+    """The reference's outputs by module; labels: None, this family has no classes."""
+    from convert.reference.lucidrains_unet import block_outputs as outputs
+
+    return outputs(module, x_t, t)
+
+
+# -- back -------------------------------------------------------------------------------------------------------------
+
+
+def write_trainer(metadata: Metadata, params: Tensors, path: Path) -> None:
+    """One file as the Trainer saves and loads it. Raw and EMA weights are equal; the optimizer is untrained."""
+    problems = _wiring_problems(metadata.model)
+    if not problems and metadata.model.time_embedding == "learned":  # type: ignore[attr-defined]
+        problems.append("GaussianDiffusion refuses a Unet with learned or random features of t; use lucidrains-unet")
+    if metadata.schedule.zero_terminal_snr:
+        problems.append("the schedule ends at alpha_bar = 0, which GaussianDiffusion divides by")
+    if problems:
+        raise ConversionError("; ".join(problems))
+    objective = next(name for name, kind in OBJECTIVES.items() if kind == metadata.sampler.prediction_type)
+    unet = _unet_tensors(metadata, params)
+    diffusion = buffers(metadata.schedule, objective) | {f"model.{name}": value for name, value in unet.items()}
+    step = metadata.provenance.get("step") or 0
+    ema = {"initted": np.array(True), "step": np.array(step)}
+    ema |= {f"{kind}.{name}": value for kind in ("online_model", "ema_model") for name, value in diffusion.items()}
+    contents = {"step": step, "model": diffusion, "opt": _fresh_adam(len(unet)), "ema": ema, "scaler": None}
+    save_torch({**contents, "version": "2.3.1"}, path)
+
+
+def write_unet(metadata: Metadata, params: Tensors, path: Path) -> None:
+    """One file, the Unet's own state dict."""
+    if problems := _wiring_problems(metadata.model):
+        raise ConversionError("; ".join(problems))
+    save_torch(_unet_tensors(metadata, params), path)
+
+
+def _wiring_problems(config: ModelConfig) -> list[str]:
+    if not isinstance(config, LucidrainsConfig):
+        return [f"another wiring than this family's ({type(config).__name__})"]
+    return []
+
+
+def _unet_tensors(metadata: Metadata, params: Tensors) -> dict[str, np.ndarray]:
+    config = metadata.model
+    assert isinstance(config, LucidrainsConfig)
+    return source_tensors(params, rules(config), state_shapes(lambda: reference(config)))
+
+
+def buffers(schedule: ScheduleConfig, objective: str) -> dict[str, np.ndarray]:
+    """GaussianDiffusion's buffers `(T,)`, computed in float64 and rounded to float32 as there; no min-SNR clipping."""
+    built = make_schedule(schedule)
+    betas, alpha_bar = built.betas, built.alphas_cumprod
+    previous = np.concatenate([[1.0], alpha_bar[:-1]])
+    variance = betas * (1 - previous) / (1 - alpha_bar)
+    snr = alpha_bar / (1 - alpha_bar)
+    values = {
+        "betas": betas,
+        "alphas_cumprod": alpha_bar,
+        "alphas_cumprod_prev": previous,
+        "sqrt_alphas_cumprod": np.sqrt(alpha_bar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alpha_bar),
+        "log_one_minus_alphas_cumprod": np.log(1 - alpha_bar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / alpha_bar),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alpha_bar - 1),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - alpha_bar),
+        "posterior_mean_coef2": (1 - previous) * np.sqrt(1 - betas) / (1 - alpha_bar),
+        "loss_weight": {"pred_noise": np.ones_like(snr), "pred_x0": snr, "pred_v": snr / (snr + 1)}[objective],
+    }
+    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def _fresh_adam(count: int) -> dict[str, Any]:
+    """The state dict of the Trainer's Adam before its first step, for `count` parameters."""
+    group = {"lr": 1e-4, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "maximize": False}
+    group |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
+    return {"state": {}, "param_groups": [{**group, "params": list(range(count))}]}
+
+
+FAMILY = Family(
+    name="lucidrains",
+    title="lucidrains (denoising-diffusion-pytorch 2.x)",
+    recognise=recognise,
+    open_source=open_source,
+    plan=plan,
+    reference=reference,
+    block_outputs=block_outputs,
+    settings=SETTINGS,
+    formats={"lucidrains": write_trainer, "lucidrains-unet": write_unet},
+)

@@ -1,0 +1,438 @@
+"""convert.families.openai: what the tensors tell, what the flags must, what is refused; there and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import small_config
+
+torch = pytest.importorskip("torch", reason="the OpenAI networks are built in torch: pip install 'jddim[convert]'")
+
+from convert.convert import convert, describe, verify  # noqa: E402
+from convert.engine import ConversionError  # noqa: E402
+from convert.export import export  # noqa: E402
+from convert.families import Source, openai, recognise  # noqa: E402
+from convert.families.openai import PRESETS, SETTINGS, infer, open_source, plan, read_settings, write_openai  # noqa: E402
+from convert.reference.openai_unet import OpenAIUNet  # noqa: E402
+from convert.reference.unet import redraw_  # noqa: E402
+from jddim.checkpoint import Metadata, abstract_model, flat_params, load_metadata  # noqa: E402
+from jddim.cli import main  # noqa: E402
+from jddim.config import SamplerConfig, ScheduleConfig  # noqa: E402
+from jddim.schedule import make_schedule  # noqa: E402
+
+# 32 channels: the sources' group norms have 32 groups. Two heads, so that the order of q, k and v matters.
+SMALL: dict[str, Any] = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "model_channels": 32,
+    "widths": (32, 64),
+    "num_res_blocks": 1,
+    "attention_levels": (1,),
+    "heads": (2, 2),
+    "heads_up": (2, 2),
+}
+ONE_LEVEL = {"widths": (32,), "attention_levels": (0,), "heads": (2,), "heads_up": (2,)}
+FLAGS = {"image_size": "6x10", "num_heads": "2"}
+
+
+def state_dict(seed: int = 1, **changes: Any) -> dict[str, Any]:
+    model = OpenAIUNet(**(SMALL | changes))
+    redraw_(model, seed)
+    return dict(model.state_dict())
+
+
+def shapes(**network: Any) -> dict[str, np.ndarray]:
+    """A state dict of this network's names and shapes, which takes no memory."""
+    with torch.device("meta"):
+        state = OpenAIUNet(**network).state_dict()
+    return {name: np.broadcast_to(np.float32(0), tuple(value.shape)) for name, value in state.items()}
+
+
+def small_shapes(**changes: Any) -> dict[str, np.ndarray]:
+    return shapes(**(SMALL | changes))
+
+
+# -- the published models ---------------------------------------------------------------------------------------------
+
+WIDTHS = {  # what the sources' create_model makes of the image size
+    32: (1, 2, 2, 2),
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+}
+# guided-diffusion's model card and improved-diffusion's file names, in millions.
+MILLIONS = {
+    "guided-64": 295.9,
+    "guided-128": 421.5,
+    "guided-256": 553.8,
+    "guided-256-uncond": 552.8,
+    "guided-512": 559.0,
+    "guided-lsun": 552.8,
+    "improved-cifar10": 52.5,
+    "improved-cifar10-vlb": 52.5,
+    "improved-imagenet64-uncond": 121.1,
+    "improved-imagenet64-uncond-vlb": 121.1,
+    "improved-imagenet64-cond": 273.0,
+    "improved-lsun-bedroom": 113.7,
+}
+
+
+def published(flags: Mapping[str, str]) -> dict[str, Any]:
+    """The network that the sources' scripts build from flags."""
+    side, channels = int(flags["image_size"]), int(flags["num_channels"])
+    widths = [int(mult * channels) for mult in WIDTHS[side]]
+    head_channels = int(flags.get("num_head_channels", -1))
+    heads = [int(flags["num_heads"]) if head_channels == -1 else width // head_channels for width in widths]
+    factors = [side // int(resolution) for resolution in flags["attention_resolutions"].split(",")]
+    return {
+        "in_channels": 3,
+        "out_channels": 6 if flags["learn_sigma"] == "True" else 3,
+        "model_channels": channels,
+        "widths": widths,
+        "num_res_blocks": int(flags["num_res_blocks"]),
+        "attention_levels": [level for level in range(len(widths)) if 2**level in factors],
+        "heads": heads,
+        "heads_up": heads,
+        "resample": "resnet" if flags.get("resblock_updown") == "True" else "conv",
+        "scale_shift": flags["use_scale_shift_norm"] == "True",
+        "num_classes": 1000 if flags["class_cond"] == "True" else None,
+    }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_published_network_and_leaves_nothing_to_assume(name: str) -> None:
+    tensors = shapes(**published(PRESETS[name]))
+    assert round(sum(value.size for value in tensors.values()) / 1e6, 1) == MILLIONS[name]
+    made = plan(tensors, None, PRESETS[name])
+    assert made.assumed == ("norm_groups = 32 (fixed in both sources)",)
+    assert made.model.channel_mults == WIDTHS[int(PRESETS[name]["image_size"])]
+    assert made.sampler.variance == "learned_range"
+    rescaled = PRESETS[name]["rescale_timesteps"] == "True"
+    assert made.sampler.timestep_scale == (0.25 if rescaled else 1)
+    assert made.reference_options == {"use_new_attention_order": name == "guided-64"}
+
+
+def test_presets_that_contradict_the_tensors_are_not_offered() -> None:
+    from convert.convert import _fitting_presets
+
+    source = Source(shapes(**published(PRESETS["guided-256-uncond"])), "unstated")
+    assert _fitting_presets(openai.FAMILY, source) == ["guided-256-uncond", "guided-lsun"]
+
+
+def test_the_flags_that_the_sources_have() -> None:
+    theirs = (
+        "image_size num_channels num_res_blocks num_heads num_heads_upsample num_head_channels attention_resolutions "
+        "channel_mult dropout class_cond use_checkpoint use_scale_shift_norm resblock_updown use_fp16 "
+        "use_new_attention_order learn_sigma diffusion_steps noise_schedule timestep_respacing use_kl predict_xstart "
+        "rescale_timesteps rescale_learned_sigmas sigma_small"
+    )
+    assert set(theirs.split()) <= set(SETTINGS)
+
+
+# -- the file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "step"),
+    [
+        ("ema_0.9999_200000.pt", "ema", 200000),
+        ("model000300.pt", "raw", 300),
+        ("256x256_diffusion.pt", "unstated", None),
+        ("cifar10_uncond_50M_500K.pt", "unstated", None),
+    ],
+)
+def test_the_name_says_which_weights(name: str, weights: str, step: int | None) -> None:
+    source = open_source(small_shapes(), None, name)
+    assert (source.weights, source.step) == (weights, step)
+    other = "raw" if weights == "ema" else "ema"
+    with pytest.raises(ConversionError, match="one set of weights"):
+        open_source(small_shapes(), other, name)
+
+
+def test_networks_of_other_kinds_are_refused_with_the_reason() -> None:
+    small = small_shapes()
+    classifier = {name: value for name, value in small.items() if not name.startswith("output_blocks.")}
+    cross = {**small, "input_blocks.1.1.transformer_blocks.0.norm1.weight": np.ones(3, np.float32)}
+    upsampler = small_shapes(in_channels=6, out_channels=6)
+    for tensors, reason in (
+        (classifier, "is a classifier"),
+        (cross, "latent-diffusion"),
+        (upsampler, r"is an upsampler \(SuperResModel: 6 channels in, 6 out\)"),
+        ({**small, "step": 3}, r"not tensors: step \(int\)"),
+    ):
+        assert recognise(tensors, "x.pt") is openai.FAMILY
+        with pytest.raises(ConversionError, match=f"x.pt .*{reason}"):
+            open_source(tensors, None, "x.pt")
+
+
+def test_a_file_without_its_end_does_not_pass_for_a_smaller_network() -> None:
+    for gone in ("output_blocks.3.", "input_blocks.3.", "time_embed."):
+        tensors = {name: value for name, value in small_shapes().items() if not name.startswith(gone)}
+        with pytest.raises(ConversionError, match="is the file whole"):
+            infer(tensors)
+
+
+def test_a_block_with_a_huge_number_costs_nothing() -> None:
+    far = {f"{side}_blocks.999998.0.in_layers.0.bias": np.ones(32, np.float32) for side in ("input", "output")}
+    with pytest.raises(ConversionError, match="is the file whole"):
+        infer(small_shapes() | far)
+    endless = {f"input_blocks.{'9' * 5000}.0.in_layers.0.bias": np.ones(32, np.float32)}
+    assert infer(small_shapes() | endless) == infer(small_shapes())  # `fill` then reports it as unexpected
+
+
+def test_one_missing_or_misshapen_tensor_is_not_another_network() -> None:
+    small = small_shapes(num_classes=3)
+    whole = infer(small)
+    read_once = ("input_blocks.0.0.weight", "out.2.bias", "label_emb.weight")
+    for name in small:
+        if name not in read_once:
+            assert infer({other: value for other, value in small.items() if other != name}) == whole, name
+            assert infer({**small, name: np.ones((5, 7), np.float32)}) == whole, name
+
+
+# -- the flags --------------------------------------------------------------------------------------------------------
+
+
+def test_what_no_tensor_tells_is_asked_for_in_one_message() -> None:
+    with pytest.raises(ConversionError) as caught:
+        plan(small_shapes(), None, {"diffusion_steps": "4000"})
+    for flag in ("--set image_size=", "--set num_heads=4", "--set num_head_channels=64", "--set rescale_timesteps="):
+        assert flag in str(caught.value)
+    with pytest.raises(ConversionError, match="--set image_size=64"):  # widths 1, 2, 3, 4 are that size's
+        plan(small_shapes(widths=(32, 64, 96, 128), heads=(1,) * 4, heads_up=(1,) * 4), None, {})
+
+
+def test_defaults_of_the_sources_are_listed_as_assumed() -> None:
+    made = plan(small_shapes(), None, FLAGS)
+    facts = [fact.partition(" (")[0] for fact in made.assumed]
+    assert facts == [
+        "diffusion_steps = 1000",
+        "norm_groups = 32",
+        "use_new_attention_order = False",
+        "noise_schedule = linear",
+        "predict_xstart = False",
+        "sigma_small = False",
+    ]
+    assert (made.sampler.spacing, made.sampler.rederive_eps, made.sampler.clip) == ("openai", True, True)
+    one_head = plan(small_shapes(heads=(1, 1), heads_up=(1, 1)), None, FLAGS | {"num_heads": "1"})
+    assert not any("attention_order" in fact for fact in one_head.assumed)  # it makes no difference
+
+
+def test_flags_that_contradict_the_tensors_are_all_named() -> None:
+    told = {
+        "num_channels": "64",
+        "channel_mult": "1,2,2",
+        "num_res_blocks": "3",
+        "class_cond": "True",
+        "learn_sigma": "yes",
+        "use_scale_shift_norm": "False",
+        "resblock_updown": "t",
+        "attention_resolutions": "6",
+    }
+    with pytest.raises(ConversionError) as caught:
+        plan(small_shapes(), None, FLAGS | told)
+    message = str(caught.value)
+    for part in (
+        "num_channels is 64 by the flags, but 32 by the tensors",
+        "channel_mult is 1,2,2 by the flags, but 1,2 by the tensors",
+        "num_res_blocks is 3",
+        "class_cond is True",
+        "learn_sigma is True",
+        "use_scale_shift_norm is False",
+        "resblock_updown is True",
+        "attention_resolutions is 6 at image size 6, but the tensors have attention at 3",
+    ):
+        assert part in message
+    assert plan(small_shapes(), None, FLAGS | {"attention_resolutions": "3,1"}).model.attention_levels == (1,)
+
+
+def test_flags_without_effect_on_sampling_are_taken_and_said() -> None:
+    told = {"dropout": "0.3", "use_kl": "True", "use_fp16": "True", "use_checkpoint": "False"}
+    made = plan(small_shapes(), None, FLAGS | told)
+    assert len(made.notes) == 2
+    assert "dropout, use_checkpoint, use_kl: of training only" in made.notes[0]
+    assert "float16" in made.notes[1]
+
+
+@pytest.mark.parametrize(
+    ("respacing", "expected"), [("", ("openai", 50)), ("250", ("openai", 250)), ("ddim25", ("ddim25", 25))]
+)
+def test_respacing_becomes_the_default_timetable(respacing: str, expected: tuple[str, int]) -> None:
+    sampler = plan(small_shapes(), None, FLAGS | {"timestep_respacing": respacing}).sampler
+    assert (sampler.spacing, sampler.num_steps) == expected
+
+
+def test_sections_say_their_own_number_of_steps() -> None:
+    sampler = plan(small_shapes(), None, FLAGS | {"timestep_respacing": "10,15,20"}).sampler
+    assert (sampler.spacing, sampler.num_steps) == ("10,15,20", 45)
+
+
+@pytest.mark.parametrize("respacing", ["ddim60", "1001", "10,501", "0"])
+def test_a_respacing_that_the_source_refuses_is_refused_at_once(respacing: str) -> None:
+    with pytest.raises(ConversionError, match="timestep_respacing: "):
+        plan(small_shapes(), None, FLAGS | {"timestep_respacing": respacing})
+
+
+@pytest.mark.parametrize("T", [1000, 4000, 300])
+def test_the_schedules_are_the_sources(T: int) -> None:
+    told = FLAGS | {"diffusion_steps": str(T), "rescale_timesteps": "True"}
+    made = plan(small_shapes(), None, told)
+    scale = 1000 / T
+    np.testing.assert_array_equal(make_schedule(made.schedule).betas, np.linspace(scale * 1e-4, scale * 0.02, T))
+    assert made.sampler.timestep_scale == 1000 / T
+    cosine = make_schedule(plan(small_shapes(), None, told | {"noise_schedule": "cosine"}).schedule).betas
+
+    def alpha_bar(t: float) -> float:
+        return np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2
+
+    expected = [min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), 0.999) for i in range(T)]
+    np.testing.assert_allclose(cosine, expected, rtol=1e-9)  # two roundings of a difference of near-equal numbers
+
+
+def test_what_cannot_be_read_is_named_with_what_can() -> None:
+    told = {
+        "num_head": "4",
+        "class_cond": "maybe",
+        "num_channels": "12.5",
+        "diffusion_steps": "0",
+        "noise_schedule": "sqrt",
+        "channel_mult": "1,inf",
+        "timestep_respacing": "ddim",
+        "image_size": "6x",
+        "num_head_channels": "-2",
+        "dropout": "much",
+    }
+    with pytest.raises(ConversionError) as caught:
+        read_settings(None, told)
+    message = str(caught.value)
+    assert "unknown --set key 'num_head' (did you mean 'num_heads'?)" in message
+    assert "class_cond must be True or False, got 'maybe'" in message
+    assert "noise_schedule must be linear or cosine, got 'sqrt'" in message
+    assert all(f"{key} must be" in message for key in told if key not in ("num_head", "image_size"))
+
+
+def test_a_config_file_of_flags_is_read_too() -> None:
+    told = read_settings({"attention_resolutions": [16, 8], "class_cond": True, "lr": 1e-4}, {"class_cond": "False"})
+    assert told == {"attention_resolutions": (16, 8), "class_cond": False}
+
+
+# -- from end to end --------------------------------------------------------------------------------------------------
+
+
+def test_convert_verify_and_info(tmp_path: Path) -> None:
+    file = tmp_path / "ema_0.9999_000300.pt"
+    changes = {"num_classes": 5, "out_channels": 2, "new_order": True, **ONE_LEVEL}
+    torch.save({name: value.half() for name, value in state_dict(**changes).items()}, file)
+    flags = FLAGS | {"use_new_attention_order": "True", "diffusion_steps": "4000", "rescale_timesteps": "True"}
+
+    lines = "\n".join(describe(file))
+    assert "--set image_size=" in lines
+    assert "--set rescale_timesteps" not in lines
+    lines = "\n".join(describe(file, None, flags | {"dropout": "0.1"}))
+    assert "note        dropout: of training only" in lines
+    assert "weights     ema, step 300" in lines
+
+    options = [part for key, value in flags.items() for part in ("--set", f"{key}={value}")]
+    assert main(["convert", str(file), str(tmp_path / "out"), "--no-verify", *options]) == 0
+    metadata = load_metadata(tmp_path / "out")
+    assert metadata.provenance["reference_options"] == {"use_new_attention_order": True}
+    assert metadata.provenance["set"] == flags
+    assert metadata.model.num_classes == 5
+    assert verify(tmp_path / "out", file).output_error < 2e-5  # of q, k and v mixed up: 1e-1
+
+
+def test_the_wrong_attention_order_does_not_verify_as_another_networks(tmp_path: Path) -> None:
+    # Both sides follow the flag, so only the flag can tell: it must reach the reference as well as the rules.
+    tensors = {name: value.numpy() for name, value in state_dict(new_order=True).items()}
+    new = plan(tensors, None, FLAGS | {"use_new_attention_order": "True"})
+    legacy = plan(tensors, None, FLAGS)
+    assert new.rules["middle_block.1.qkv"] != legacy.rules["middle_block.1.qkv"]
+    x, t = torch.randn(2, 1, 6, 10), torch.tensor([3, 500])
+    outputs = []
+    for made in (new, legacy):
+        module = openai.reference(made.model, **made.reference_options)
+        module.load_state_dict(state_dict(new_order=True))
+        outputs.append(module(x, t).detach())
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_there_and_back_is_bit_identical(tmp_path: Path, new_order: bool) -> None:
+    changes = {"resample": "resnet", "num_classes": 3} if new_order else ONE_LEVEL
+    source = state_dict(new_order=new_order, **changes)
+    torch.save(source, tmp_path / "model000007.pt")
+    flags = FLAGS | {"use_new_attention_order": str(new_order)}
+    first = convert(tmp_path / "model000007.pt", tmp_path / "first", settings=flags, verify=False)
+    assert export(tmp_path / "first", tmp_path / "out.pt") == "openai"
+
+    state = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert list(state) == list(source)
+    assert all(torch.equal(state[name], value) for name, value in source.items())
+    again = convert(tmp_path / "out.pt", tmp_path / "again", settings=flags, verify=False)
+    assert again.params_sha256 == first.params_sha256
+    assert (again.model, again.schedule, again.sampler) == (first.model, first.schedule, first.sampler)
+
+
+def checkpoint(**fields: Any) -> Metadata:
+    """The metadata of a checkpoint of the Ho et al. family; fields: of its config."""
+    return Metadata(small_config(**fields), ScheduleConfig(), SamplerConfig(), {"family": "ho"})
+
+
+def test_a_fitting_network_of_another_family_is_written_in_the_new_order(tmp_path: Path) -> None:
+    fields = {"symmetric_padding": True, "norm_epsilon": 1e-5, "cosine_first": True, "frequency_shift": 0.0}
+    metadata = checkpoint(**fields, norm_groups=32, channels=32, num_heads=2)
+    rng = np.random.default_rng(0)
+    params = {
+        name: rng.standard_normal(leaf.shape, dtype=np.float32)
+        for name, leaf in flat_params(abstract_model(metadata.model)).items()
+    }
+    write_openai(metadata, params, tmp_path / "out.pt")
+    state = torch.load(tmp_path / "out.pt", weights_only=True)
+    OpenAIUNet(**SMALL, new_order=True, scale_shift=False).load_state_dict(state, strict=True)
+    query = params["mid.attention.q.kernel"]
+    np.testing.assert_array_equal(state["middle_block.1.qkv.weight"].numpy()[:64, :, 0], query.T)
+
+
+def test_what_the_sources_cannot_hold_is_refused_with_every_reason(tmp_path: Path) -> None:
+    metadata = checkpoint(stem_channels=16, downsample=("resnet",), up_attention_levels=(0,), out_channels=3)
+    metadata = dataclasses.replace(
+        metadata,
+        schedule=ScheduleConfig("scaled_linear"),
+        sampler=SamplerConfig(prediction_type="v_prediction", timestep_scale=2.0, self_condition=True),
+    )
+    with pytest.raises(ConversionError) as caught:
+        write_openai(metadata, {}, tmp_path / "out.pt")
+    for reason in (
+        "symmetric_padding is False, there always True",  # Ho et al.'s padding
+        "norm_epsilon is 1e-06, there always 1e-05",
+        "cosine_first is False, there always True",
+        "frequency_shift is 1.0, there always 0.0",
+        "norm_groups is 4, there always 32",
+        "stem_channels is 16",
+        "resampling is ('resnet',) and ('conv',)",
+        "attention is at levels (1,) down and (0,) up",
+        "out_channels is 3",
+        "the schedule is scaled_linear (T = 1000), there linear from 0.0001 or cosine",
+        "prediction_type is v_prediction",
+        "self_condition is True",
+        "timestep_scale is 2.0",
+    ):
+        assert reason in str(caught.value)
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_presets_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(state_dict(), tmp_path / "small.pt")
+    for preset, message in (
+        ("guided-265", "unknown preset 'guided-265' (did you mean 'guided-256"),
+        ("guided-256", "num_channels is 256 by the flags, but 32 by the tensors"),
+    ):
+        assert main(["convert", str(tmp_path / "small.pt"), str(tmp_path / "out"), "--preset", preset]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,73 @@
+"""What tests/test_digits.py holds jddim to: the judge's words on 512 digits of each sampler, with no noise in common.
+
+    python tests/measure_digits.py CKPT      (CKPT: the shipped checkpoint, converted)
+
+The PyTorch side is the reference network with the walk-through's loop, its noise drawn by torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import classifier
+import jax
+import numpy as np
+import torch
+
+import jddim
+from convert.families.ho import reference
+from convert.reference import ddim as torch_ddim
+from jddim.schedule import linear_schedule
+
+STEPS, NUM = 30, 512
+CKPT = Path(__file__).parent.parent / "scripts" / "assets" / "mnist-ddpm" / "ckpt.pth"
+
+
+def torch_digits(eta: float, seed: int = 0) -> np.ndarray:
+    """`(NUM, 28, 28, 1)` from the PyTorch reference: linspace timetable, x0 clipped."""
+    config = jddim.load(sys.argv[1]).model.config
+    model = reference(config)
+    state = torch.load(CKPT, weights_only=True)[4]  # the EMA's
+    model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for _ in range(NUM // 64):
+        shape = (64, 1, 28, 28)
+        x_T = torch.randn(shape, generator=generator)
+        noise = torch.randn((STEPS, *shape), generator=generator)
+        xs, _ = torch_ddim.ddim_sample(
+            model,
+            x_T,
+            linear_schedule(1000).alphas_cumprod,
+            torch_ddim.linspace_timesteps(1000, STEPS),
+            eta=eta,
+            noise=noise,
+        )
+        parts.append(xs[-1].numpy().transpose(0, 2, 3, 1))
+    return np.concatenate(parts)
+
+
+def jax_digits(path: str, eta: float, num: int = NUM, seed: int = 0) -> np.ndarray:
+    """The same of jddim."""
+    ddim = jddim.load(path)
+    images = ddim.sample(
+        jax.random.key(seed), num, steps=STEPS, spacing="linspace", clip=True, eta=eta, batch_size=min(64, num)
+    )
+    return np.asarray(images)
+
+
+def main() -> None:
+    judge = classifier.load()
+    print(classifier.figures())
+    for eta in (0.0, 1.0):
+        for name, images in (("torch", torch_digits(eta)), ("jddim", jax_digits(sys.argv[1], eta))):
+            probabilities = np.asarray(classifier.predict(judge, images))
+            shares = np.bincount(probabilities.argmax(1), minlength=10) / NUM
+            print(f"eta {eta:g} {name}: named {classifier.confident(probabilities):.4f}, classes {shares.round(3)}")
+            np.save(f"/tmp/digits_{name}_{eta:g}.npy", images)
+
+
+if __name__ == "__main__":
+    main()
