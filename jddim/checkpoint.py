@@ -78,7 +78,7 @@ def flat_params(model: nnx.Module) -> dict[str, Any]:
 
 def abstract_model(config: ModelConfig, dtype: DTypeLike = np.float32) -> Any:
     """The model with shapes in place of parameters; nothing is allocated."""
-    graph, leaves = _abstract(config, dtype)
+    graph, leaves = _abstract(config, np.dtype(dtype))
     return _merged(graph, {path: leaf.get_value() for path, leaf in leaves.items()}, leaves)
 
 
@@ -88,6 +88,7 @@ def build_model(config: ModelConfig, params: Params | Mapping[str, Array], dtype
     Raises ValueError naming every parameter that is missing, not the model's, or of another shape (flax's own
     `merge` accepts all three).
     """
+<<<<<<< HEAD
     graph, leaves = _abstract(config, dtype)
     _check_fit(config, params)
     return _merged(graph, {path: jax.numpy.asarray(params[".".join(map(str, path))]) for path in leaves}, leaves)
@@ -95,6 +96,9 @@ def build_model(config: ModelConfig, params: Params | Mapping[str, Array], dtype
 
 def _check_fit(config: ModelConfig, params: Mapping[str, Any]) -> None:
     _, leaves = _abstract(config, np.float32)
+=======
+    graph, leaves = _abstract(config, np.dtype(dtype))
+>>>>>>> main
     expected = {".".join(map(str, path)): leaf.get_value().shape for path, leaf in leaves.items()}
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in params]
     problems += [f"unexpected {name} {params[name].shape}" for name in params if name not in expected]
@@ -122,7 +126,7 @@ class _OneKey:
 
 
 @functools.lru_cache(maxsize=16)
-def _abstract(config: ModelConfig, dtype: DTypeLike) -> tuple[Any, Mapping[Any, Any]]:
+def _abstract(config: ModelConfig, dtype: np.dtype) -> tuple[Any, Mapping[Any, Any]]:
     """A model's graph and its variables by path, shapes in place of values. Shared: never changed, only replaced."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=_OneKey())))
     return graph, dict(nnx.to_flat_state(state))

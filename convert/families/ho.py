@@ -72,6 +72,11 @@ def _tensors(state: Mapping[Any, Any], file_name: str) -> dict[str, np.ndarray]:
     return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
+def locate(folder: Path, weights: str | None, variant: str | None) -> Path | None:
+    """A run's `ckpt.pth`, which holds raw and EMA weights both; there are no variants."""
+    return file if variant is None and (file := folder / "ckpt.pth").is_file() else None
+
+
 # -- what the tensors tell --------------------------------------------------------------------------------------------
 
 
@@ -577,4 +582,5 @@ FAMILY = Family(
     block_outputs=block_outputs,
     settings=SETTINGS,
     formats={"ermongroup": write_ermongroup, "pesser": write_pesser},
+    locate=locate,
 )
