@@ -58,9 +58,16 @@ def convert(
     src: the file, a folder that a family knows (a run's with `ckpt.pth`, a diffusers pipeline's), or a hub id.
     config: the source's config file or files; those that lie where the family has them are used for the rest.
     settings: facts under the family's own names, over the config's. preset: a name of the family's for a whole set of
+<<<<<<< HEAD
+    settings, which `settings` override. weights: "ema" or "raw"; by default the EMA's
+    where there are any. verify: compare with the PyTorch reference, refuse above `convert.verify.TOLERANCE`; where
+    PyTorch is not installed, say and record that it was not done.
+    say: told what is found, line by line. Returns the metadata written.
+=======
     settings, which `settings` override. weights: "ema" or "raw"; by default the EMA's where there are any. variant:
     such as "fp16", of a folder's files. revision: of a hub id. verify: compare with the PyTorch reference, refuse
     above `convert.verify.TOLERANCE`. say: told what is found, line by line. Returns the metadata written.
+>>>>>>> main
 
     Raises ConversionError or CheckpointError, each with all that is wrong; nothing is then written.
     """
@@ -76,7 +83,10 @@ def convert(
     say(f"  {len(params)} parameters filled, {sum(p.size for p in params.values()):,} numbers")
 
     figure: dict[str, Any] = {"skipped": True}
-    if verify:
+    if verify and not verification.can_verify():
+        figure["reason"] = "PyTorch is not installed"
+        say(f"  NOT VERIFIED: PyTorch is not installed; where it is, run: jddim verify {dst} {src}")
+    elif verify:
         result = _verify(family, source, plan, params)
         if result.first_bad is not None:
             raise ConversionError(
@@ -321,13 +331,13 @@ def _weights(source: Source) -> str:
     return source.weights + step + (f" ({source.note})" if source.note else "")
 
 
-def _versions() -> dict[str, str]:
+def _versions() -> dict[str, str | None]:
     packages = ("jax", "flax", "orbax-checkpoint", "torch")
-    return {
-        "jddim": jddim.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
+    installed: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # torch may be absent
+            installed[name] = importlib.metadata.version(name)
+    return {"jddim": jddim.__version__, "python": platform.python_version(), **installed}
 
 
 __all__ = ["CheckpointError", "ConversionError", "convert", "describe", "verify"]

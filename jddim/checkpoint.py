@@ -88,7 +88,17 @@ def build_model(config: ModelConfig, params: Params | Mapping[str, Array], dtype
     Raises ValueError naming every parameter that is missing, not the model's, or of another shape (flax's own
     `merge` accepts all three).
     """
+<<<<<<< HEAD
+    graph, leaves = _abstract(config, dtype)
+    _check_fit(config, params)
+    return _merged(graph, {path: jax.numpy.asarray(params[".".join(map(str, path))]) for path in leaves}, leaves)
+
+
+def _check_fit(config: ModelConfig, params: Mapping[str, Any]) -> None:
+    _, leaves = _abstract(config, np.float32)
+=======
     graph, leaves = _abstract(config, np.dtype(dtype))
+>>>>>>> main
     expected = {".".join(map(str, path)): leaf.get_value().shape for path, leaf in leaves.items()}
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in params]
     problems += [f"unexpected {name} {params[name].shape}" for name in params if name not in expected]
@@ -99,7 +109,6 @@ def build_model(config: ModelConfig, params: Params | Mapping[str, Array], dtype
     ]
     if problems:
         raise ValueError(f"{len(problems)} parameters do not fit the model: " + "; ".join(problems[:8]))
-    return _merged(graph, {path: jax.numpy.asarray(params[".".join(map(str, path))]) for path in leaves}, leaves)
 
 
 class _OneKey:
@@ -138,7 +147,7 @@ def save_checkpoint(
     target = Path(path).absolute()
     check_destination(target, overwrite=overwrite)
     metadata = dataclasses.replace(metadata, params_sha256=_digest(params))
-    build_model(metadata.model, params)  # raises if they would not load again
+    _check_fit(metadata.model, params)  # raises if they would not load again
     ocp = _orbax()
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     retired = staging.with_suffix(".old")

@@ -324,12 +324,11 @@ def _load_array(path: Path | None, option: str) -> np.ndarray | None:
 
 def _convert_module() -> Any:
     try:
-        import torch  # noqa: F401 - what `pip install jddim` alone lacks
-
         from convert import convert
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"this command reads PyTorch checkpoints and needs {error.name}: pip install 'jddim[convert]'"
+            f"this command reads PyTorch checkpoints and needs {error.name}: pip install 'jddim[convert]', or "
+            "'jddim[convert-core]' to go without PyTorch and its verification"
         ) from error
     return convert
 
