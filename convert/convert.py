@@ -19,6 +19,7 @@ import jddim
 from convert import verify as verification
 from convert.engine import ConversionError, fill
 from convert.families import Family, Plan, Source, recognise
+from convert.pickles import plain
 from convert.readers import sha256
 from convert.shards import read_weights
 from convert.sources import Origin, find
@@ -58,16 +59,10 @@ def convert(
     src: the file, a folder that a family knows (a run's with `ckpt.pth`, a diffusers pipeline's), or a hub id.
     config: the source's config file or files; those that lie where the family has them are used for the rest.
     settings: facts under the family's own names, over the config's. preset: a name of the family's for a whole set of
-<<<<<<< HEAD
-    settings, which `settings` override. weights: "ema" or "raw"; by default the EMA's
-    where there are any. verify: compare with the PyTorch reference, refuse above `convert.verify.TOLERANCE`; where
-    PyTorch is not installed, say and record that it was not done.
-    say: told what is found, line by line. Returns the metadata written.
-=======
     settings, which `settings` override. weights: "ema" or "raw"; by default the EMA's where there are any. variant:
     such as "fp16", of a folder's files. revision: of a hub id. verify: compare with the PyTorch reference, refuse
-    above `convert.verify.TOLERANCE`. say: told what is found, line by line. Returns the metadata written.
->>>>>>> main
+    above `convert.verify.TOLERANCE`; where PyTorch is not installed, say and record that it was not done. say: told
+    what is found, line by line. Returns the metadata written.
 
     Raises ConversionError or CheckpointError, each with all that is wrong; nothing is then written.
     """
@@ -300,26 +295,46 @@ def _configs(family: Family, weights: Path, config: Paths) -> tuple[dict[str, An
 class _ConfigLoader(yaml.SafeLoader):
     """Safe YAML, and argparse.Namespace read as a mapping: ermongroup's runner dumps its config as one."""
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse merge keys, which no source writes: merged into each other, they double with every line."""
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a merge key (<<)", node.start_mark)
+
 
 def _namespace(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)  # type: ignore[arg-type]  # raises for another kind of node
 
 
+def _integer(text: str) -> int:
+    if len(text) > 20:  # what does not fit 64 bits is no setting, and slow to print
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _yaml_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > 20:
+        raise ValueError(f"a number of {len(node.value)} digits")
+    return loader.construct_yaml_int(node)
+
+
+_ConfigLoader.add_constructor("tag:yaml.org,2002:int", _yaml_integer)
 _ConfigLoader.add_constructor("tag:yaml.org,2002:python/object:argparse.Namespace", _namespace)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         text = path.read_text()
         # YAML 1.1 is no superset of JSON: it takes 1e-06 for text
-        contents = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_ConfigLoader)
+        contents = json.loads(text, parse_int=_integer) if kind == "JSON" else yaml.load(text, Loader=_ConfigLoader)
+        contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
     except yaml.constructor.ConstructorError as error:
         raise ConversionError(
             f"{path} holds more than plain values, and jddim never runs code from a config: "
             f"{error.problem} ({str(error.problem_mark).strip()})"
         ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        kind = "JSON" if path.suffix == ".json" else "YAML"
+    # PyYAML raises KeyError for `!!bool x`, AttributeError for `!!timestamp x`, IndexError and TypeError for others.
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
         raise ConversionError(f"{path} is not {kind}: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(contents, dict):
         raise ConversionError(f"{path} holds no config: expected sections or keys, each with a value")

@@ -82,30 +82,21 @@ def verify(
 ) -> Verification:
     """Run the Flax model and the family's PyTorch reference, loaded from the source's own tensors, on random inputs.
 
-<<<<<<< HEAD
-    num_t: T; the batch has three samples, at t = 0, T // 2 and T - 1 (a `LARGE` network's only the second).
-    reference_options: the plan's. JAX multiplies in its highest precision (a GPU would use TF32 by default). Raises ConversionError where PyTorch is not installed.
-=======
-    num_t: T; the batch has three samples, at t = 0, T // 2 and T - 1 (1 for 0 where the network takes log t).
-    reference_options: the plan's. JAX multiplies in its highest precision (a GPU would use TF32 by default).
->>>>>>> main
+    num_t: T; the batch has three samples, at t = 0 (1 where the network takes log t), T // 2 and T - 1; a `LARGE`
+    network's only the second. reference_options: the plan's. JAX multiplies in its highest precision (a GPU would use
+    TF32 by default). Raises ConversionError where PyTorch is not installed.
     """
     if not can_verify():
         raise ConversionError("comparing with PyTorch needs PyTorch: pip install 'jddim[convert]'")
     import torch
 
     rng = np.random.default_rng(seed)
-<<<<<<< HEAD
     large = sum(np.size(value) for value in tensors.values()) > LARGE
     t = np.array([num_t // 2] if large else [0, num_t // 2, num_t - 1], np.int32)
-    image_size = small_image_size(config)
-    x_t = rng.standard_normal((len(t), *image_size, config.input_channels), dtype=np.float32)
-=======
-    t = np.array([0, num_t // 2, num_t - 1], np.int32)
     if getattr(config, "time_embedding", None) == "fourier":
         t = np.maximum(t, 1)
-    x_t = rng.standard_normal((len(t), *config.image_size, config.input_channels), dtype=np.float32)
->>>>>>> main
+    image_size = small_image_size(config)
+    x_t = rng.standard_normal((len(t), *image_size, config.input_channels), dtype=np.float32)
     labels = random_labels(config, rng, len(t))
 
     # PyTorch first, then jax, so that only one of them holds memory beside the parameters.

@@ -88,17 +88,13 @@ def build_model(config: ModelConfig, params: Params | Mapping[str, Array], dtype
     Raises ValueError naming every parameter that is missing, not the model's, or of another shape (flax's own
     `merge` accepts all three).
     """
-<<<<<<< HEAD
-    graph, leaves = _abstract(config, dtype)
+    graph, leaves = _abstract(config, np.dtype(dtype))
     _check_fit(config, params)
     return _merged(graph, {path: jax.numpy.asarray(params[".".join(map(str, path))]) for path in leaves}, leaves)
 
 
 def _check_fit(config: ModelConfig, params: Mapping[str, Any]) -> None:
-    _, leaves = _abstract(config, np.float32)
-=======
-    graph, leaves = _abstract(config, np.dtype(dtype))
->>>>>>> main
+    _, leaves = _abstract(config, np.dtype(np.float32))
     expected = {".".join(map(str, path)): leaf.get_value().shape for path, leaf in leaves.items()}
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in params]
     problems += [f"unexpected {name} {params[name].shape}" for name in params if name not in expected]
