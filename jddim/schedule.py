@@ -172,7 +172,11 @@ def schedule_config_from_betas(betas: Sequence[float]) -> ScheduleConfig:
     return ScheduleConfig(name="betas", num_train_timesteps=len(betas), betas=tuple(float(b) for b in betas))
 
 
+LARGEST_T = 1_000_000
+"""Of a schedule that is computed: a thousand times what networks are trained with; more is a damaged number."""
+
+
 def _check_T(num_train_timesteps: int) -> int:
-    if num_train_timesteps < 1:
-        raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+    if not 1 <= num_train_timesteps <= LARGEST_T:
+        raise ValueError(f"num_train_timesteps must lie in 1..{LARGEST_T}, got {num_train_timesteps}")
     return num_train_timesteps
