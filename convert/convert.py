@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ import jddim
 from convert import verify as verification
 from convert.engine import ConversionError, fill
 from convert.families import Family, Plan, Source, recognise
-from convert.readers import read, sha256
+from convert.pickles import plain
+from convert.readers import sha256
+from convert.shards import read_weights
+from convert.sources import Origin, find
 from jddim.checkpoint import (
     CheckpointError,
     Metadata,
@@ -32,33 +37,39 @@ from jddim.checkpoint import (
 from jddim.config import did_you_mean, to_json
 
 Say = Callable[[str], None]
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
-    config: str | os.PathLike[str] | None = None,
+    config: Paths = None,
     settings: Mapping[str, str] | None = None,
     preset: str | None = None,
     weights: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
     say: Say = lambda line: None,
 ) -> Metadata:
     """Convert a PyTorch checkpoint into a jddim checkpoint folder.
 
-    src: the file (or a folder that holds `ckpt.pth`); a `config.yml` beside it is used unless `config` names another.
+    src: the file, a folder that a family knows (a run's with `ckpt.pth`, a diffusers pipeline's), or a hub id.
+    config: the source's config file or files; those that lie where the family has them are used for the rest.
     settings: facts under the family's own names, over the config's. preset: a name of the family's for a whole set of
-    settings, which `settings` override. weights: "ema" or "raw"; by default the EMA's
-    where there are any. verify: compare with the PyTorch reference, refuse above `convert.verify.TOLERANCE`.
-    say: told what is found, line by line. Returns the metadata written.
+    settings, which `settings` override. weights: "ema" or "raw"; by default the EMA's where there are any. variant:
+    such as "fp16", of a folder's files. revision: of a hub id. verify: compare with the PyTorch reference, refuse
+    above `convert.verify.TOLERANCE`; where PyTorch is not installed, say and record that it was not done. say: told
+    what is found, line by line. Returns the metadata written.
 
     Raises ConversionError or CheckpointError, each with all that is wrong; nothing is then written.
     """
     check_destination(dst, overwrite=overwrite)
-    src = _source_file(src)
-    family, source, plan, config_file, settings = _open(src, config, settings or {}, preset, weights, say)
+    origin = find(src, weights, variant, revision)
+    opened = _open(origin, config, settings or {}, preset, weights, say)
+    family, source, plan = opened.family, opened.source, opened.plan
     expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
     try:
         params = fill(source.tensors, expected, plan.rules, plan.ignored)
@@ -67,7 +78,10 @@ def convert(
     say(f"  {len(params)} parameters filled, {sum(p.size for p in params.values()):,} numbers")
 
     figure: dict[str, Any] = {"skipped": True}
-    if verify:
+    if verify and not verification.can_verify():
+        figure["reason"] = "PyTorch is not installed"
+        say(f"  NOT VERIFIED: PyTorch is not installed; where it is, run: jddim verify {dst} {src}")
+    elif verify:
         result = _verify(family, source, plan, params)
         if result.first_bad is not None:
             raise ConversionError(
@@ -83,10 +97,10 @@ def convert(
 
     provenance = {
         "family": family.name,
-        "source": {"file": src.name, "sha256": sha256(src)},
-        "config": None if config_file is None else {"file": config_file.name, "sha256": sha256(config_file)},
+        "source": origin.to_json(),
+        "config": [{"file": file.name, "sha256": sha256(file)} for file in opened.configs],
         "preset": preset,
-        "set": dict(settings),
+        "set": dict(opened.settings),
         "weights": source.weights,
         "step": source.step,
         "assumed": list(plan.assumed),
@@ -104,7 +118,7 @@ def convert(
 
 
 def verify(
-    ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: str | os.PathLike[str] | None = None
+    ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Paths = None
 ) -> verification.Verification:
     """Compare a converted checkpoint with the PyTorch file it came from, block by block.
 
@@ -112,16 +126,16 @@ def verify(
     """
     metadata = load_metadata(ckpt)
     params = load_params(ckpt, metadata)
-    src = _source_file(src)
-    recorded = metadata.provenance.get("source", {}).get("sha256")
-    if (actual := sha256(src)) != recorded:
+    facts = metadata.provenance.get("source", {})
+    weights = None if metadata.provenance["weights"] == "unstated" else metadata.provenance["weights"]
+    origin = find(src, weights, facts.get("variant"), facts.get("commit") if str(src) == facts.get("hub_id") else None)
+    recorded = facts.get("sha256")
+    if (actual := origin.sha256()) != recorded:
         raise ConversionError(
             f"{ckpt} was not converted from {src}: its source has SHA-256 {recorded}, this file has {actual}"
         )
-    weights = metadata.provenance["weights"]
-    family, source, plan, _, _ = _open(
-        src, config, metadata.provenance["set"], None, None if weights == "unstated" else weights, lambda line: None
-    )
+    opened = _open(origin, config, metadata.provenance["set"], None, weights, lambda line: None)
+    family, source, plan = opened.family, opened.source, opened.plan
     if plan.model != metadata.model:
         raise ConversionError(f"{ckpt} and {src} disagree about the model: {metadata.model} and {plan.model}")
     return _verify(family, source, plan, params)
@@ -129,61 +143,77 @@ def verify(
 
 def describe(
     src: str | os.PathLike[str],
-    config: str | os.PathLike[str] | None = None,
+    config: Paths = None,
     settings: Mapping[str, str] | None = None,
     preset: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
 ) -> list[str]:
-    """What a PyTorch file is, what its conversion would need, and the command for it. Runs nothing in the file."""
-    src = _source_file(src)
-    raw = read(src)
+    """What a PyTorch source is, what its conversion would need, and the command for it. Runs nothing in the file."""
+    settings = settings or {}
+    origin = find(src, None, variant, revision)
+    raw = read_weights(origin.file)
     family = recognise(raw, str(src))
-    source = family.open_source(raw, None, src.name)
-    lines = [
-        f"{src}: {family.title}",
-        f"  sha256      {sha256(src)}",
-        f"  weights     {_weights(source)}",
-        f"  parameters  {sum(np.size(value) for value in source.tensors.values()):,} in {len(source.tensors)} tensors",
+    source = family.open_source(raw, None, origin.file.name)
+    options = [f"--config {file}" for file in _given(config)] + [
+        f"--set {key}={value}" for key, value in settings.items()
     ]
-    options = [f"--config {config}"] if config else []
-    options += [f"--preset {preset}"] if preset else []
-    options += [f"--set {key}={value}" for key, value in (settings or {}).items()]
+    told = (("preset", preset), ("variant", variant), ("revision", revision))
+    options += [f"--{name} {value}" for name, value in told if value]
     command = " ".join(["jddim convert", str(src), "DST", *options])
+    facts = []
     try:
-        config_file = _config_file(src, config)
-        plan = family.plan(source.tensors, _read_config(config_file), _with_preset(family, preset, settings or {}))
-        lines += [f"  config      {config_file}" if config_file else "  config      none beside it"]
-        lines += [
+        contents, files = _configs(family, origin.file, config)
+        source = family.placed(source, origin.file, contents)
+        plan = family.plan(source.tensors, contents, _with_preset(family, preset, settings))
+        facts += [f"  config      {file}" for file in files] or ["  config      none beside it"]
+        facts += [
             f"  {name:<11} {to_json(part)}"
             for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
         ]
-        lines += [f"  assumed     {fact}" for fact in plan.assumed]
-        lines += [f"  note        {note}" for note in plan.notes]
+        facts += [f"  assumed     {fact}" for fact in plan.assumed]
+        facts += [f"  note        {note}" for note in plan.notes]
     except ConversionError as error:
-        lines.append(f"  needs       {error}")
+        facts.append(f"  needs       {error}")
         if fitting := _fitting_presets(family, source):
-            lines.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
+            facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
         elif "image size" in str(error):
             command += " --set image_size=SIDE"
-    return [*lines, f"convert it:   {command}"]
+    return [
+        f"{src}: {family.title}",
+        *([] if origin.file == Path(src) else [f"  file        {origin.file}"]),
+        f"  sha256      {origin.sha256()}",
+        f"  weights     {_weights(source)}",
+        f"  parameters  {sum(np.size(value) for value in source.tensors.values()):,} in {len(source.tensors)} tensors",
+        *facts,
+        f"convert it:   {command}",
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A source read and understood. configs: the files that it took. settings: --set's over the preset's."""
+
+    family: Family
+    source: Source
+    plan: Plan
+    configs: tuple[Path, ...]
+    settings: Mapping[str, str]
 
 
 def _open(
-    src: Path,
-    config: str | os.PathLike[str] | None,
-    settings: Mapping[str, str],
-    preset: str | None,
-    weights: str | None,
-    say: Say,
-) -> tuple[Family, Source, Plan, Path | None, Mapping[str, str]]:
-    config_file = _config_file(src, config)
-    contents = _read_config(config_file)
-    raw = read(src)
+    origin: Origin, config: Paths, settings: Mapping[str, str], preset: str | None, weights: str | None, say: Say
+) -> _Opened:
+    src = origin.file
+    given = _given(config)
+    raw = read_weights(src)
     family = recognise(raw, str(src))
-    source = family.open_source(raw, weights, src.name)
+    contents, files = _configs(family, src, config)
+    source = family.placed(family.open_source(raw, weights, src.name), src, contents)
     say(f"{src}: {family.title}")
     say(f"  weights: {_weights(source)}")
-    if config_file is not None:
-        say(f"  config: {config_file}" + ("" if config else " (found beside the checkpoint)"))
+    for file in files:
+        say(f"  config: {file}" + ("" if file in given else " (found beside the checkpoint)"))
     try:
         settings = _with_preset(family, preset, settings)
         plan = family.plan(source.tensors, contents, settings)
@@ -196,7 +226,7 @@ def _open(
         say(f"  ignored: {name}: {reason}")
     for note in plan.notes:
         say(f"  note: {note}")
-    return family, source, plan, config_file, settings
+    return _Opened(family, source, plan, files, settings)
 
 
 def _with_preset(family: Family, preset: str | None, settings: Mapping[str, str]) -> Mapping[str, str]:
@@ -232,45 +262,82 @@ def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.
     )
 
 
-def _source_file(src: str | os.PathLike[str]) -> Path:
-    path = Path(src)
-    return path / "ckpt.pth" if path.is_dir() and (path / "ckpt.pth").is_file() else path
-
-
-def _config_file(src: Path, config: str | os.PathLike[str] | None) -> Path | None:
+def _given(config: Paths) -> list[Path]:
     if config is None:
-        beside = src.parent / "config.yml"
-        return beside if beside.is_file() else None
-    if not Path(config).is_file():
-        raise ConversionError(f"no such config file: {config}")
-    return Path(config)
+        return []
+    files = [Path(config)] if isinstance(config, (str, os.PathLike)) else [Path(file) for file in config]
+    if absent := [str(file) for file in files if not file.is_file()]:
+        raise ConversionError(f"no such config file: {', '.join(absent)}")
+    return files
+
+
+def _configs(family: Family, weights: Path, config: Paths) -> tuple[dict[str, Any] | None, tuple[Path, ...]]:
+    """What `Family.plan` gets, and the files it is from: those given, then those found, one for each section."""
+    section = family.config_section or (lambda contents: "")
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for file in _given(config):
+        contents = _read_config(file)
+        if (key := section(contents)) in found:
+            raise ConversionError(
+                f"--config {found[key][0]} and {file} are both {key} configs; give one".replace("  ", " ")
+            )
+        found[key] = file, contents
+    for file in family.config_files(weights):
+        if file.is_file() and (family.config_section or not found):
+            contents = _read_config(file)
+            found.setdefault(section(contents), (file, contents))
+    files = tuple(file for file, _ in found.values())
+    if family.config_section is None:
+        return next((contents for _, contents in found.values()), None), files
+    return {key: contents for key, (_, contents) in found.items()}, files
 
 
 class _ConfigLoader(yaml.SafeLoader):
     """Safe YAML, and argparse.Namespace read as a mapping: ermongroup's runner dumps its config as one."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse merge keys, which no source writes: merged into each other, they double with every line."""
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a merge key (<<)", node.start_mark)
 
 
 def _namespace(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)  # type: ignore[arg-type]  # raises for another kind of node
 
 
+def _integer(text: str) -> int:
+    if len(text) > 20:  # what does not fit 64 bits is no setting, and slow to print
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _yaml_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > 20:
+        raise ValueError(f"a number of {len(node.value)} digits")
+    return loader.construct_yaml_int(node)
+
+
+_ConfigLoader.add_constructor("tag:yaml.org,2002:int", _yaml_integer)
 _ConfigLoader.add_constructor("tag:yaml.org,2002:python/object:argparse.Namespace", _namespace)
 
 
-def _read_config(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
+def _read_config(path: Path) -> dict[str, Any]:
+    kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        contents = yaml.load(path.read_text(), Loader=_ConfigLoader)
+        text = path.read_text()
+        # YAML 1.1 is no superset of JSON: it takes 1e-06 for text
+        contents = json.loads(text, parse_int=_integer) if kind == "JSON" else yaml.load(text, Loader=_ConfigLoader)
+        contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
     except yaml.constructor.ConstructorError as error:
         raise ConversionError(
             f"{path} holds more than plain values, and jddim never runs code from a config: "
             f"{error.problem} ({str(error.problem_mark).strip()})"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+    # PyYAML raises KeyError for `!!bool x`, AttributeError for `!!timestamp x`, IndexError and TypeError for others.
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+        raise ConversionError(f"{path} is not {kind}: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(contents, dict):
-        raise ConversionError(f"{path} holds no config: expected sections data, model, diffusion")
+        raise ConversionError(f"{path} holds no config: expected sections or keys, each with a value")
     return contents
 
 
@@ -279,13 +346,13 @@ def _weights(source: Source) -> str:
     return source.weights + step + (f" ({source.note})" if source.note else "")
 
 
-def _versions() -> dict[str, str]:
+def _versions() -> dict[str, str | None]:
     packages = ("jax", "flax", "orbax-checkpoint", "torch")
-    return {
-        "jddim": jddim.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
+    installed: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # torch may be absent
+            installed[name] = importlib.metadata.version(name)
+    return {"jddim": jddim.__version__, "python": platform.python_version(), **installed}
 
 
 __all__ = ["CheckpointError", "ConversionError", "convert", "describe", "verify"]

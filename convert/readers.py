@@ -1,37 +1,42 @@
 """Files -> nested Python containers of NumPy arrays. Nothing in a file is ever executed.
 
-PyTorch files are read by `torch.load(weights_only=True)`, which builds tensors and plain containers only; this is
-the conversion path's one import of torch. `.safetensors` files need no torch.
+Zip-format PyTorch files and `.safetensors` are read by our own readers, straight to arrays that lie in the mapped file.
+PyTorch's older format goes through `torch.load(weights_only=True)`, once `convert.torch_legacy` has looked it over;
+that is the conversion path's one need of torch (verification aside).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import pickletools
-import re
 import warnings
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from convert import safetensors_file, torch_legacy, torch_zip
 from convert.engine import ConversionError
+from convert.mapped import FLOATS, UnreadableError
+from convert.pickles import PickleError, RefusedGlobalError, plain, printable
 
 
 def read(path: str | os.PathLike[str]) -> Any:
-    """The contents of a `.safetensors` or PyTorch file, tensors as NumPy arrays (bfloat16, float8 as float32).
+    """The contents of a `.safetensors` or PyTorch file, tensors as NumPy arrays of their own dtype.
 
+    Arrays may be read-only views of the file, mapped into memory: it must not change while they are in use. bfloat16
+    and float8 are dtypes of `ml_dtypes` (NumPy's `issubdtype` does not call them floating; `convert.mapped.FLOATS`).
     Raises ConversionError, saying what the file is, if it is not a whole checkpoint or its pickle would run code.
     """
     path = Path(path)
-    kind = _kind(path)
-    if kind == "safetensors":
-        return _read_safetensors(path)
-    return _read_torch(path)
+    match _kind(path):
+        case "safetensors":
+            return _read_safetensors(path)
+        case "zip":
+            return _read_zip(path)
+        case _:
+            return _read_legacy(path)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -41,7 +46,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def _kind(path: Path) -> str:
-    """By the file's name, first bytes and structure: "safetensors" or "torch"; ConversionError if neither."""
+    """By the file's name, first bytes and structure: "safetensors", "zip" or "legacy"; ConversionError if none."""
     if not path.exists():
         raise ConversionError(f"no such file: {path}")
     if path.is_dir():
@@ -57,9 +62,9 @@ def _kind(path: Path) -> str:
         if not zipfile.is_zipfile(path):
             raise ConversionError(f"{path} is truncated: it begins like a PyTorch file but has no end ({size} bytes)")
         _check_zip(path)
-        return "torch"
+        return "zip"
     if head.startswith(b"\x80"):
-        return "torch"  # a bare pickle: PyTorch's format before 1.6
+        return "legacy"  # a bare pickle: PyTorch's format before 1.6
     if head.startswith(b"version https://"):
         raise ConversionError(
             f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from"
@@ -85,83 +90,75 @@ def _check_zip(path: Path) -> None:
                 raise ConversionError(
                     f"{path} is a zip archive, but not a PyTorch checkpoint (holds {', '.join(names[:3]) or 'nothing'})"
                 )
-            # torch.load does not compare the checksums, and a damaged weight is still a number. A checksum of 0 is
-            # that of a file written under torch.serialization.set_crc32_options(False): none.
-            for entry in archive.infolist():
-                if entry.CRC:
-                    with archive.open(entry) as stream:
-                        while stream.read(1 << 20):
-                            pass
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
-        raise ConversionError(f"{path} is damaged: {error}; copy or download it again") from error
+        torch_zip.check(path)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(f"{path} is damaged: {printable(str(error))}; copy or download it again") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
+        return safetensors_file.read(path)
+    except UnreadableError as error:
         raise ConversionError(f"{path} is not a whole .safetensors file: {error}") from error
-    except TypeError:  # NumPy has no bfloat16; torch widens it
-        _torch()
-        from safetensors.torch import load_file
-
-        return _to_numpy(load_file(path))
-    # Once jax is imported, NumPy does have bfloat16 and float8, as dtypes of kind V.
-    return {name: value.astype(np.float32) if value.dtype.kind == "V" else value for name, value in tensors.items()}
 
 
-def _read_torch(path: Path) -> Any:
-    torch = _torch()
+def _read_zip(path: Path) -> Any:
     try:
-        with warnings.catch_warnings():  # of pickle protocols: what cannot be read is an error below
+        return torch_zip.read(path)
+    except UnreadableError as error:
+        raise _refusal(path, error) from error
+
+
+def _read_legacy(path: Path) -> Any:
+    try:
+        torch_legacy.check(path)
+    except UnreadableError as error:
+        raise _refusal(path, error) from error
+    return read_by_torch(path)
+
+
+def read_by_torch(path: Path) -> Any:
+    """What `read` gives, of a PyTorch file of either format, by way of `torch.load(weights_only=True)`."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError(
+            f"{path} is in PyTorch's format before 1.6, which needs PyTorch to be read: pip install 'jddim[convert]', "
+            "or save it again where PyTorch is"
+        ) from error
+    try:
+        with warnings.catch_warnings():  # what cannot be read is an error below
             warnings.simplefilter("ignore")
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError ... for broken files
-        if name := _refused_global(path, str(error)):
-            raise ConversionError(
-                f"{path} refused: its pickle calls {name} when loaded, and jddim never runs code from a checkpoint; "
-                "if you trust it, load it where it was made and save only tensors: torch.save(model.state_dict(), FILE)"
-            ) from error
-        if "Unsupported operand" in str(error) and _pickle_protocol(path) > 2:
-            raise ConversionError(
-                f"{path} is a pickle, but not one that torch.save wrote (its default protocol is 2); load it where it "
-                "was made and save it with torch.save(model.state_dict(), FILE)"
-            ) from error
-        raise ConversionError(
-            f"{path} is damaged or truncated: PyTorch cannot read it ({_reason(error)}); copy or download it again"
-        ) from error
+        raise _refusal(path, torch_zip.DamagedFileError(f"PyTorch cannot read it ({_reason(error)})")) from error
+    size = path.stat().st_size
     try:
-        return _to_numpy(contents)
-    except (TypeError, RuntimeError) as error:
-        raise ConversionError(
-            f"{path} holds a tensor that is not a plain array of numbers: {_reason(error)}"
-        ) from error
+        return plain(contents, _to_numpy(size), 4 * size + 1000)
+    except UnreadableError as error:
+        raise _refusal(path, error) from error
 
 
-def _refused_global(path: Path, message: str) -> str | None:
-    """The function or class that `weights_only` refused to call, by PyTorch's message or the pickle itself."""
-    if found := re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class)[:\s]+(?:GLOBAL )?([\w.]+)", message):
-        return found.group(1) or found.group(2)
-    if "Unsupported operand" not in message:
-        return None
-    # Protocol 4 and up, where PyTorch stops before it comes to the call. genops reads opcodes and executes none.
-    strings: list[str] = []
-    with open(path, "rb") as file, contextlib.suppress(ValueError, MemoryError, OverflowError):  # of a broken pickle
-        for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "STACK_GLOBAL" and not (name := ".".join(strings[-2:])).startswith("collections."):
-                return name
-            if isinstance(argument, str):
-                strings.append(argument)
-    return None
-
-
-def _pickle_protocol(path: Path) -> int:
-    with open(path, "rb") as file:
-        head = file.read(2)
-    return head[1] if len(head) == 2 and head[0] == 0x80 else 0
+def _refusal(path: Path, error: Exception) -> ConversionError:
+    """What is wrong with a PyTorch file, in the same words for both formats."""
+    match error:
+        case RefusedGlobalError():
+            return ConversionError(
+                f"{path} refused: its pickle calls {error.name} when loaded, and jddim never runs code from a "
+                "checkpoint; if you trust it, load it where it was made and save only tensors: "
+                "torch.save(model.state_dict(), FILE)"
+            )
+        case torch_legacy.NotTorchError():
+            return ConversionError(
+                f"{path} is a pickle, but not one that torch.save wrote; load it where it was made and save it with "
+                "torch.save(model.state_dict(), FILE)"
+            )
+        case torch_zip.NotNumbersError():
+            return ConversionError(f"{path} holds a tensor that is not a plain array of numbers: {error}")
+        case _:
+            return ConversionError(f"{path} is damaged or truncated: {error}; copy or download it again")
 
 
 def _reason(error: Exception) -> str:
@@ -170,25 +167,29 @@ def _reason(error: Exception) -> str:
     if "WeightsUnpickler error:" in message:
         message = message.partition("WeightsUnpickler error:")[2]
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[0].partition(" (Could this error")[0][:160] if lines else type(error).__name__
+    return printable(lines[0].partition(" (Could this error")[0], 160) if lines else type(error).__name__
 
 
-def _to_numpy(value: Any) -> Any:
-    torch = _torch()
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-        known = (torch.float16, torch.float32, torch.float64)
-        return (value.float() if value.is_floating_point() and value.dtype not in known else value).numpy()
-    if isinstance(value, dict):
-        return {key: _to_numpy(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_numpy(item) for item in value]
-    return value
+def _to_numpy(file_size: int) -> Any:
+    """For `plain`: a tensor as an array, a dtype or device as its name."""
+    import torch
 
+    bounded = torch_zip.bounded_leaf(file_size)
 
-def _torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise ConversionError("reading PyTorch checkpoints needs PyTorch: pip install 'jddim[convert]'") from error
-    return torch
+    def leaf(value: Any) -> Any:
+        if isinstance(value, (torch.dtype, torch.device)):
+            return str(value)
+        if isinstance(value, set):
+            return list(value)
+        if not isinstance(value, torch.Tensor):
+            raise PickleError(f"it holds a {type(value).__name__}")
+        value, name = value.detach(), str(value.dtype).removeprefix("torch.")
+        try:
+            if name in FLOATS:
+                bits = torch.uint8 if value.element_size() == 1 else torch.uint16
+                return bounded(value.view(bits).numpy().view(FLOATS[name]))
+            return bounded(value.numpy())
+        except (TypeError, RuntimeError) as error:
+            raise torch_zip.NotNumbersError(_reason(error)) from error
+
+    return leaf

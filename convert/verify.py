@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.engine import ConversionError
 from convert.families import Family
+from convert.mapped import release
 from jddim.config import ModelConfig, UNetConfig
 from jddim.models import Network
 
 TOLERANCE = 1e-4
 """Largest error over largest output. float32 rounding through 60 convolutions leaves 1e-6 to 1e-5; a wrong epsilon,
 padding or transpose 1e-3 and up."""
+
+
+LARGE = 100_000_000
+"""Parameters from which on one sample is run, not three."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +62,15 @@ class Verification:
         }
 
 
+def can_verify() -> bool:
+    """Whether PyTorch is installed here."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def verify(
     model: Network,
     tensors: Mapping[str, np.ndarray],
@@ -66,18 +82,27 @@ def verify(
 ) -> Verification:
     """Run the Flax model and the family's PyTorch reference, loaded from the source's own tensors, on random inputs.
 
-    num_t: T; the batch has three samples, at t = 0, T // 2 and T - 1. reference_options: the plan's. JAX multiplies in
-    its highest precision (a GPU would use TF32 by default).
+    num_t: T; the batch has three samples, at t = 0 (1 where the network takes log t), T // 2 and T - 1; a `LARGE`
+    network's only the second. reference_options: the plan's. JAX multiplies in its highest precision (a GPU would use
+    TF32 by default). Raises ConversionError where PyTorch is not installed.
     """
+    if not can_verify():
+        raise ConversionError("comparing with PyTorch needs PyTorch: pip install 'jddim[convert]'")
     import torch
 
     rng = np.random.default_rng(seed)
-    t = np.array([0, num_t // 2, num_t - 1], np.int32)
-    x_t = rng.standard_normal((len(t), *config.image_size, config.input_channels), dtype=np.float32)
+    large = sum(np.size(value) for value in tensors.values()) > LARGE
+    t = np.array([num_t // 2] if large else [0, num_t // 2, num_t - 1], np.int32)
+    if getattr(config, "time_embedding", None) == "fourier":
+        t = np.maximum(t, 1)
+    image_size = small_image_size(config)
+    x_t = rng.standard_normal((len(t), *image_size, config.input_channels), dtype=np.float32)
     labels = random_labels(config, rng, len(t))
 
-    reference = family.reference(config, **(reference_options or {}))
-    reference.load_state_dict({name: torch.from_numpy(np.array(value, np.float32)) for name, value in tensors.items()})
+    # PyTorch first, then jax, so that only one of them holds memory beside the parameters.
+    with torch.device("meta"):
+        reference = family.reference(config, **(reference_options or {}))
+    reference.load_state_dict({name: _to_torch(value) for name, value in tensors.items()}, assign=True)
     reference.eval()
     with torch.no_grad():
         outputs = family.block_outputs(
@@ -87,6 +112,9 @@ def verify(
             None if labels is None else torch.from_numpy(labels),
         )
     expected = {name: _nhwc(output.numpy()) for name, output in outputs.items()}
+    del reference
+    for value in tensors.values():
+        release(value)
 
     with jax.default_matmul_precision("highest"):
         actual = jax.jit(lambda model, *inputs: dict(model.activations(*inputs)))(
@@ -97,11 +125,20 @@ def verify(
     return Verification(
         blocks={name: scaled_error(np.asarray(actual[name], np.float32), expected[name]) for name in expected},
         t=tuple(int(i) for i in t),
-        image_size=config.image_size,
+        image_size=image_size,
         seed=seed,
         torch=torch.__version__,
         jax=jax.__version__,
     )
+
+
+def small_image_size(config: ModelConfig) -> tuple[int, int]:
+    """2x3 at the coarsest level, where every tap of a 3x3 kernel still meets a pixel, or the trained size if smaller.
+
+    The weights do not depend on the size, and a layout that is wrong at one is wrong at all.
+    """
+    height, width = config.image_size
+    return min(height, 2 * config.size_factor), min(width, 3 * config.size_factor)
 
 
 def random_labels(config: ModelConfig, rng: np.random.Generator, num: int) -> np.ndarray | None:
@@ -112,7 +149,9 @@ def random_labels(config: ModelConfig, rng: np.random.Generator, num: int) -> np
         case "learned":
             return rng.integers(0, config.num_classes or 1, num)
         case "timestep":
-            return rng.uniform(0, 1000, num).astype(np.float32)
+            if isinstance(config, UNetConfig) and config.num_timesteps is not None:  # a row of the table of t
+                return rng.integers(0, config.num_timesteps, num)
+            return rng.uniform(1, 1000, num).astype(np.float32)
         case _:
             assert isinstance(config, UNetConfig)
             return rng.standard_normal((num, config.time_width), dtype=np.float32)
@@ -132,6 +171,15 @@ def table(verification: Verification) -> str:
         mark = "" if error <= verification.tolerance else "  out of tolerance"
         lines.append(f"{name:<{width}}  {error:.2e}{mark}{' (first)' if name == verification.first_bad else ''}")
     return "\n".join(lines)
+
+
+def _to_torch(value: np.ndarray) -> Any:
+    """A float32 tensor, of the array's own memory where it is float32 (a mapped file's, which nothing writes to)."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.asarray(value, np.float32))
 
 
 def _nhwc(array: np.ndarray) -> np.ndarray:

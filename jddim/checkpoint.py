@@ -80,7 +80,7 @@ def flat_params(model: nnx.Module) -> dict[str, Any]:
 
 def abstract_model(config: ModelConfig, dtype: DTypeLike = np.float32) -> Any:
     """The model with shapes in place of parameters; nothing is allocated."""
-    graph, leaves = _abstract(config, dtype)
+    graph, leaves = _abstract(config, np.dtype(dtype))
     return _merged(graph, {path: leaf.get_value() for path, leaf in leaves.items()}, leaves)
 
 
@@ -90,7 +90,13 @@ def build_model(config: ModelConfig, params: Params | Mapping[str, Array], dtype
     Raises ValueError naming every parameter that is missing, not the model's, or of another shape (flax's own
     `merge` accepts all three).
     """
-    graph, leaves = _abstract(config, dtype)
+    graph, leaves = _abstract(config, np.dtype(dtype))
+    _check_fit(config, params)
+    return _merged(graph, {path: jax.numpy.asarray(params[".".join(map(str, path))]) for path in leaves}, leaves)
+
+
+def _check_fit(config: ModelConfig, params: Mapping[str, Any]) -> None:
+    _, leaves = _abstract(config, np.dtype(np.float32))
     expected = {".".join(map(str, path)): leaf.get_value().shape for path, leaf in leaves.items()}
     problems = [f"missing {name} {expected[name]}" for name in expected if name not in params]
     problems += [f"unexpected {name} {params[name].shape}" for name in params if name not in expected]
@@ -101,7 +107,6 @@ def build_model(config: ModelConfig, params: Params | Mapping[str, Array], dtype
     ]
     if problems:
         raise ValueError(f"{len(problems)} parameters do not fit the model: " + "; ".join(problems[:8]))
-    return _merged(graph, {path: jax.numpy.asarray(params[".".join(map(str, path))]) for path in leaves}, leaves)
 
 
 class _OneKey:
@@ -119,7 +124,7 @@ class _OneKey:
 
 
 @functools.lru_cache(maxsize=16)
-def _abstract(config: ModelConfig, dtype: DTypeLike) -> tuple[Any, Mapping[Any, Any]]:
+def _abstract(config: ModelConfig, dtype: np.dtype) -> tuple[Any, Mapping[Any, Any]]:
     """A model's graph and its variables by path, shapes in place of values. Shared: never changed, only replaced."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=_OneKey())))
     return graph, dict(nnx.to_flat_state(state))
@@ -140,7 +145,7 @@ def save_checkpoint(
     target = Path(path).absolute()
     check_destination(target, overwrite=overwrite)
     metadata = dataclasses.replace(metadata, params_sha256=_digest(params))
-    build_model(metadata.model, params)  # raises if they would not load again
+    _check_fit(metadata.model, params)  # raises if they would not load again
     ocp = _orbax()
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     retired = staging.with_suffix(".old")

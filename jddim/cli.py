@@ -58,6 +58,8 @@ def _convert(args: argparse.Namespace) -> int:
         settings=_settings(args.set),
         preset=args.preset,
         weights=args.weights,
+        variant=args.variant,
+        revision=args.revision,
         verify=args.verify,
         overwrite=args.overwrite,
         say=lambda line: print(line, flush=True),
@@ -229,7 +231,7 @@ def _schedule(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     path = Path(args.path)
-    if (path / "metadata").is_dir() or (path.is_dir() and not (path / "ckpt.pth").is_file()) or not path.exists():
+    if (path / "metadata").is_dir():
         from jddim.checkpoint import abstract_model, flat_params, load_metadata
 
         metadata = load_metadata(path)
@@ -242,7 +244,9 @@ def _info(args: argparse.Namespace) -> int:
                 value = f"{value['output_error']:.1e} of the output's scale, against PyTorch {value['torch']}"
             print(f"{name:<15} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
         return 0
-    print("\n".join(_convert_module().describe(path, args.config, _settings(args.set), args.preset)))
+    settings = _settings(args.set)
+    lines = _convert_module().describe(args.path, args.config, settings, args.preset, args.variant, args.revision)
+    print("\n".join(lines))
     return 0
 
 
@@ -321,12 +325,11 @@ def _load_array(path: Path | None, option: str) -> np.ndarray | None:
 
 def _convert_module() -> Any:
     try:
-        import torch  # noqa: F401 - what `pip install jddim` alone lacks
-
         from convert import convert
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"this command reads PyTorch checkpoints and needs {error.name}: pip install 'jddim[convert]'"
+            f"this command reads PyTorch checkpoints and needs {error.name}: pip install 'jddim[convert]', or "
+            "'jddim[convert-core]' to go without PyTorch and its verification"
         ) from error
     return convert
 
@@ -377,7 +380,11 @@ def _parser() -> argparse.ArgumentParser:
 
     def source_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
-            "--config", type=Path, metavar="FILE", help="the source's config.yml (default: the one beside it)"
+            "--config",
+            type=Path,
+            action="append",
+            metavar="FILE",
+            help="the source's config file; diffusers has two (default: those beside the weights)",
         )
         sub.add_argument(
             "--set",
@@ -389,14 +396,20 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--preset", metavar="NAME", help="all that --set would say, for a published model (guided-256, ...)"
         )
+        sub.add_argument("--variant", metavar="NAME", help="such as fp16: which of a folder's weights")
+        sub.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
 
     sub = command(
         "convert",
         _convert,
         "convert a PyTorch checkpoint into a jddim checkpoint folder, verified",
-        "ckpt.pth mnist\nckpt.pth mnist-raw --weights raw\nema_diffusion.ckpt cifar10 --set image_size=32",
+        "ckpt.pth mnist\nckpt.pth mnist-raw --weights raw\nema_diffusion.ckpt cifar10 --set image_size=32\n"
+        "google/ddpm-cifar10-32 cifar10\nunet/model.safetensors x --config config.json --config scheduler_config.json",
     )
-    sub.add_argument("src", type=Path, help="ermongroup ckpt.pth, or a state dict of pesser/pytorch_diffusion")
+    sub.add_argument(
+        "src",
+        help="a checkpoint file, a folder (a run's, a diffusers pipeline's), or a hub id: google/ddpm-cifar10-32",
+    )
     sub.add_argument("dst", type=Path, help="folder to write")
     source_options(sub)
     sub.add_argument("--weights", choices=("ema", "raw"), help="default: ema where there are any")
@@ -491,8 +504,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth")
     sub.add_argument("ckpt", type=Path)
-    sub.add_argument("src", type=Path, help="the file that it was converted from")
-    sub.add_argument("--config", type=Path, metavar="FILE", help="as given to convert")
+    sub.add_argument("src", help="the file, folder or hub id that it was converted from")
+    sub.add_argument("--config", type=Path, action="append", metavar="FILE", help="as given to convert")
 
     sub = command(
         "schedule",
@@ -525,7 +538,7 @@ def _parser() -> argparse.ArgumentParser:
         "what a checkpoint is: a jddim folder, or a PyTorch file (nothing in it is run)",
         "mnist\nckpt.pth",
     )
-    sub.add_argument("path", type=Path)
+    sub.add_argument("path")
     source_options(sub)
     return parser
 

@@ -64,6 +64,9 @@ class SamplerConfig:
 class ModelConfig(Protocol):
     """What sampling needs to know of a network, whatever its wiring. One frozen dataclass for each (`jddim.models`)."""
 
+    def __hash__(self) -> int:
+        """Frozen dataclasses have one."""
+
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the checkpoint was trained at."""

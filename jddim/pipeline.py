@@ -130,6 +130,7 @@ class DDIM:
         table = ddim.table(steps, spacing, dtype)
         problems = [] if method == "ddim" or eta is None else [f"eta is DDIM's; method {method!r} takes none"]
         eta = ddim.sampler.eta if eta is None else eta
+        labels = None if labels is None else jnp.asarray(labels)
         if num is None and x_T is not None:
             num = x_T.shape[0] if x_T.ndim else None
         if image_size is None:
@@ -150,7 +151,6 @@ class DDIM:
         batch_size = min(batch_size or num, num)
         limits = ddim._limits(dtype)
         etas = jnp.broadcast_to(jnp.asarray(eta, dtype), (num,))
-        labels = None if labels is None else jnp.asarray(labels)
         images: list[Array] = []
         trajectories: list[Trajectory] = []
         with Progress(num, f"{table.num_steps} steps", enabled=progress) as bar:
@@ -361,22 +361,22 @@ def _eta_problems(eta: ArrayLike, num: int, table: StepTable) -> list[str]:
     return []
 
 
-def _label_problems(config: ModelConfig, labels: ArrayLike | None, num: int) -> list[str]:
+def _label_problems(config: ModelConfig, labels: Array | None, num: int) -> list[str]:
     kind = config.class_embedding
     if kind is None:
         return [] if labels is None else ["this network has no classes: leave labels out"]
     if labels is None:
         what = f"integers in 0..{(config.num_classes or 1) - 1}" if kind == "learned" else f"for a {kind} embedding"
         return [f"this network is class-conditional: give labels, one an image, {what}"]
-    shape, dtype = np.shape(labels), jnp.result_type(labels)
+    shape = labels.shape
     if kind == "identity":
         return [] if len(shape) == 2 and shape[0] == num else [f"labels must have shape ({num}, width), got {shape}"]
     if shape != (num,):
         return [f"labels must have shape ({num},), one an image, got {shape}"]
     if kind == "timestep" or isinstance(labels, jax.core.Tracer):
         return []
-    if not jnp.issubdtype(dtype, jnp.integer):
-        return [f"labels must be integers, got {dtype}"]
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        return [f"labels must be integers, got {labels.dtype}"]
     outside = [int(label) for label in np.asarray(labels) if not 0 <= label < (config.num_classes or 1)]
     if outside:
         return [f"labels must lie in 0..{(config.num_classes or 1) - 1}, got {outside[0]}"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
 
 # Two levels: one down- and one upsampling, a change of width, attention below. 44,969 parameters.
 SMALL: dict[str, Any] = {
@@ -94,6 +94,20 @@ def write_checkpoint(
     sampler = SamplerConfig(spacing="uniform", num_steps=5, clip=False)
     save_checkpoint(path, params, Metadata(config, ScheduleConfig(), sampler, {"family": "ho", "source": {}}))
     return path
+
+
+def random_model(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Any:
+    """The network that `config` describes with every parameter random: flax starts biases at 0 and norm scales at 1,
+    which would hide mistakes. (Its own initialisers would compile a program for every shape, too.)
+    """
+    from jddim.checkpoint import abstract_model, build_model, flat_params
+
+    rng = np.random.default_rng(seed)
+    params = {
+        name: (name.endswith("scale") + 0.2 * rng.standard_normal(leaf.shape)).astype(np.float32)
+        for name, leaf in flat_params(abstract_model(config)).items()
+    }
+    return build_model(config, params, dtype)
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from convert.engine import ConversionError
-from convert.families import ho, lucidrains, openai
+from convert.families import diffusers, ho, lucidrains, openai
 from convert.families.base import Family, Plan, Source
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (ho.FAMILY, openai.FAMILY, lucidrains.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (ho.FAMILY, diffusers.FAMILY, openai.FAMILY, lucidrains.FAMILY)
+}
 
 __all__ = ["FAMILIES", "Family", "Plan", "Source", "recognise"]
 
@@ -25,7 +27,9 @@ def recognise(raw: Any, path: str) -> Family:
 # the file then is.
 _OTHERS = {
     "model.diffusion_model.": "is a latent-diffusion model (Stable Diffusion and its like); jddim's are in pixel space",
-    "down_blocks.": "is a diffusers model; this family is not supported yet",
+    "transformer_blocks.": "is a diffusers model with cross-attention to text; jddim's take class labels or nothing",
+    "encoder.down_blocks.": "is a diffusers autoencoder, not a diffusion model in pixel space",
+    "down_blocks.": "is a diffusers model, but not the whole weights of a UNet2DModel, the class that jddim reads",
     "input_blocks.": "has names of OpenAI's UNets (guided- and improved-diffusion), but no middle_block or time_embed",
     "downs.0.": "is like a lucidrains denoising-diffusion-pytorch model, but not one of 2.x's image Unets",
     "all_modules.": "is a score_sde model; this family is not supported",

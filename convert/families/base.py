@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ class Family:
     t, labels or None) -> outputs by block, named as in `UNet.activations`. settings: what --set takes -> what it means.
     presets: what --preset takes -> the settings that it stands for, which --set overrides. formats: name -> a function
     that writes a checkpoint as the source does (`convert.export`), the one to use by default first.
+
+    For sources of several files: locate: (folder, "ema" | "raw" | None, variant or None) -> the weights file or index
+    of shards in it, None if the folder is not this family's. config_files: weights file -> where its configs lie, the
+    preferred first. config_section: a config's contents -> which of the family's several configs it is; `plan` then
+    gets them by section. placed: (source, weights file, config) -> the source with what its place tells. hub_files:
+    variant or None -> the file patterns of a hub repository, those to try first first.
     """
 
     name: str
@@ -67,3 +73,8 @@ class Family:
     formats: Mapping[str, Callable[[Metadata, Mapping[str, np.ndarray], Path], None]] = dataclasses.field(
         default_factory=dict
     )
+    locate: Callable[[Path, str | None, str | None], Path | None] | None = None
+    config_files: Callable[[Path], Iterable[Path]] = lambda weights: [weights.parent / "config.yml"]
+    config_section: Callable[[Mapping[str, Any]], str] | None = None
+    placed: Callable[[Source, Path, Mapping[str, Any] | None], Source] = lambda source, weights, config: source
+    hub_files: Callable[[str | None], Sequence[Sequence[str]]] | None = None

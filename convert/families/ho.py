@@ -72,6 +72,11 @@ def _tensors(state: Mapping[Any, Any], file_name: str) -> dict[str, np.ndarray]:
     return {str(name).removeprefix("module."): value for name, value in state.items()}
 
 
+def locate(folder: Path, weights: str | None, variant: str | None) -> Path | None:
+    """A run's `ckpt.pth`, which holds raw and EMA weights both; there are no variants."""
+    return file if variant is None and (file := folder / "ckpt.pth").is_file() else None
+
+
 # -- what the tensors tell --------------------------------------------------------------------------------------------
 
 
@@ -260,6 +265,17 @@ def _literal(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+
+
+_LINEAR = {"beta_schedule": "linear", "beta_start": "0.0001", "beta_end": "0.02", "num_diffusion_timesteps": "1000"}
+_CIFAR10 = {"image_size": "32", "ch": "128", "ch_mult": "1,2,2,2", "num_res_blocks": "2", "attn_resolutions": "16"}
+_256 = {"image_size": "256", "ch": "128", "ch_mult": "1,1,2,2,4,4", "num_res_blocks": "2", "attn_resolutions": "16"}
+# The published checkpoints by pesser's names, and Ho et al.'s CelebA-HQ, whose variance their script does not say.
+PRESETS: dict[str, dict[str, str]] = {
+    "cifar10": {**_CIFAR10, **_LINEAR, "var_type": "fixedlarge"},
+    **{name: {**_256, **_LINEAR, "var_type": "fixedsmall"} for name in ("lsun_bedroom", "lsun_cat", "lsun_church")},
+    "celebahq": {**_256, **_LINEAR},
+}
 
 
 def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:
@@ -576,5 +592,7 @@ FAMILY = Family(
     reference=reference,
     block_outputs=block_outputs,
     settings=SETTINGS,
+    presets=PRESETS,
     formats={"ermongroup": write_ermongroup, "pesser": write_pesser},
+    locate=locate,
 )

@@ -450,7 +450,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     theta = 10000.0
     if found["learned_sinusoidal_dim"] is None:
         theta = settle("sinusoidal_pos_emb_theta", 10000.0, "Unet's default")
-    steps = settle("sampling_timesteps", min(250, T), "the README's example")
+    steps = settle("sampling_timesteps", min(250, T), "the README's example" if T > 250 else "T")
     eta = settle("ddim_sampling_eta", 0.0, "GaussianDiffusion's default")
     if not 1 <= steps <= T:
         problems.append(f"sampling_timesteps={steps} must lie in 1..{T}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -43,11 +44,11 @@ def test_every_parameter_is_filled_in_its_layout() -> None:
     assert all(value.dtype == np.float32 and value.flags.c_contiguous for value in filled.values())
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
 def test_other_floats_become_float32(dtype: type) -> None:
     tensors = {name: value.astype(dtype) for name, value in source().items()}
     filled = fill(tensors, EXPECTED, RULES)
-    np.testing.assert_array_equal(filled["l.bias"], tensors["lin.bias"].astype(np.float32))
+    np.testing.assert_array_equal(filled["l.bias"], tensors["lin.bias"].astype(np.float32))  # widening is exact
     assert filled["l.bias"].dtype == np.float32
 
 

@@ -59,12 +59,12 @@ def test_dtypes(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     value = torch.randn(3, 5, dtype=torch.float64).to(dtype)
     FORMATS[name]({"a": value}, tmp_path / name)
     actual = read(tmp_path / name)["a"]
-    assert actual.dtype == (np.float32 if dtype == torch.bfloat16 else value.numpy().dtype)
+    assert actual.dtype.name == str(dtype).removeprefix("torch.")  # bfloat16 is ml_dtypes', and widened when used
     np.testing.assert_array_equal(actual.astype(np.float64), value.double().numpy())  # widening is exact
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_float8_is_widened(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_float8(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.save({"a": torch.tensor([1.5, -0.25]).to(dtype)}, tmp_path / "a.pth")
     np.testing.assert_array_equal(read(tmp_path / "a.pth")["a"], np.array([1.5, -0.25], np.float32))
 

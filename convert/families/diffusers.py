@@ -1,0 +1,272 @@
+"""diffusers' UNet2DModel: pipeline folders, `unet/` and `unet_ema/` folders, bare weights beside a `config.json`.
+
+The network is told by `config.json` alone, the sampling by `scheduler_config.json` (`convert.families.diffusers_config`
+reads both); the tensors are checked against it. Older files name attention's tensors otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.engine import ConversionError, shortened, source_tensors
+from convert.families import diffusers_config as configs
+from convert.families.base import Family, Plan, Source
+from convert.rules import Rules
+from convert.shards import INDEX
+from convert.writers import save_safetensors, state_shapes
+from jddim.checkpoint import Metadata
+from jddim.config import UNetConfig, did_you_mean
+
+Tensors = Mapping[str, np.ndarray]
+
+
+# -- the files --------------------------------------------------------------------------------------------------------
+
+_WEIGHTS = "diffusion_pytorch_model"
+_SUFFIXES = (".safetensors", ".bin")  # in diffusers' order of preference
+_FILE = re.compile(rf"{_WEIGHTS}(?:\.(?P<variant>[\w.-]+?))?(?:\.safetensors|\.bin)")
+_INDEX_FILE = re.compile(rf"{_WEIGHTS}(?:\.safetensors|\.bin)\.index(?:\.(?P<variant>[\w.-]+?))?\.json")
+
+
+def locate(folder: Path, weights: str | None, variant: str | None) -> Path | None:
+    """The weights file, or index of shards, in a pipeline's or network's folder; None if there is none.
+
+    The EMA's `unet_ema` before `unet`, unless `weights` says otherwise; safetensors before bin; a variant (fp16, ...)
+    only if asked for, or if it is all there is. Raises ConversionError where the wish has no file, or several fit.
+    """
+    ema, raw = folder / "unet_ema", folder / "unet"
+    places = [*{"ema": [ema], "raw": [raw]}.get(weights or "", [ema, raw]), folder]
+    here = next((place for place in places if _weights_in(place)), None)
+    if weights == "ema" and here != ema and folder.name != ema.name and (here or _weights_in(raw)):
+        raise ConversionError(f"{folder} holds no unet_ema folder, so no --weights ema; leave the option out")
+    if here is None:
+        return None
+    found = _weights_in(here)
+    if variant is None and None not in found and len(found) > 1:
+        raise ConversionError(f"{here} holds the variants {', '.join(map(str, found))} alone; --variant names one")
+    chosen = variant if variant is not None or None in found else next(iter(found))
+    if chosen not in found:
+        names = [str(name) for name in found if name is not None] or ["none"]
+        raise ConversionError(f"{here} holds no variant {variant!r}{did_you_mean(str(variant), names)}")
+    return found[chosen]
+
+
+_NETWORKS = ("unet_ema", "unet")
+
+
+def _weights_in(folder: Path) -> dict[str | None, Path]:
+    """Variant (None: the plain weights) -> its file or index, the preferred one where it is there in several forms."""
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        name = path.name
+        if (match := _INDEX_FILE.fullmatch(name) or _FILE.fullmatch(name)) and "-of-" not in name:
+            found.setdefault(match["variant"], []).append(path)
+    return {
+        variant: min(paths, key=lambda path: (_SUFFIXES[0] not in path.name, INDEX.search(path.name) is not None))
+        for variant, paths in found.items()
+    }
+
+
+def config_files(weights: Path) -> Iterator[Path]:
+    """Where the two configs of a weights file lie: beside it, and in the pipeline's scheduler folder."""
+    yield weights.parent / "config.json"
+    yield weights.parent / "scheduler_config.json"
+    if weights.parent.name in _NETWORKS:
+        yield weights.parent.parent / "scheduler" / "scheduler_config.json"
+        yield weights.parent.parent / "scheduler_config.json"
+
+
+def hub_files(variant: str | None) -> Sequence[Sequence[str]]:
+    """What to download of a hub repository: file patterns, tried in turn until `locate` finds weights."""
+    places = ("", "unet/")
+    small = ["model_index.json", *(f"{place}*config.json" for place in (*places, "scheduler/"))]
+    infix = "" if variant is None else f".{variant}"
+    plain = [
+        [f"{place}{_WEIGHTS}{pattern}" for place in places for pattern in _patterns(suffix, infix)]
+        for suffix in _SUFFIXES
+    ]
+    return [small, *plain, [f"{place}{_WEIGHTS}*" for place in places]]
+
+
+def _patterns(suffix: str, infix: str) -> list[str]:
+    shard = "-?????-of-?????"
+    return [f"{infix}{suffix}", f"{infix}{shard}{suffix}", f"{shard}{infix}{suffix}", f"{suffix}.index{infix}.json"]
+
+
+# -- the tensors ------------------------------------------------------------------------------------------------------
+
+_TELLING = r"(down_blocks|up_blocks)\.\d+\.resnets\.\d+\.|time_embedding\.linear_[12]\.|conv_norm_out\."
+# Names of diffusers' other networks: a text-conditioned UNet, an autoencoder, a ControlNet, a motion module.
+_NOT_OURS = r"transformer_blocks\.|(encoder|decoder|quant_conv)\.|controlnet_|temporal|temp_|add_embedding\."
+_LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def recognise(raw: Any) -> bool:
+    """A state dict with UNet2DModel's names."""
+    if not isinstance(raw, dict):
+        return False
+    names = [str(name) for name in raw]
+    return sum(bool(re.match(_TELLING, name)) for name in names) >= 4 and not any(
+        re.search(_NOT_OURS, name) for name in names
+    )
+
+
+def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
+    """The file's one set of weights, attention's tensors under diffusers' present names."""
+    odd = [f"{name} ({type(value).__name__})" for name, value in raw.items() if not isinstance(value, np.ndarray)]
+    if odd:
+        raise ConversionError(f"{file_name} holds entries that are not tensors: {shortened(odd)}")
+    names = {name: _present_name(str(name)) for name in raw}
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise ConversionError(f"{file_name} holds, under an old and the present name, {shortened(twice)}")
+    legacy = sum(old != new for old, new in names.items())
+    note = f"{legacy} tensors under the names of diffusers before 0.15" if legacy else ""
+    return Source({names[name]: value for name, value in raw.items()}, weights or "unstated", note=note)
+
+
+def _present_name(name: str) -> str:
+    found = re.fullmatch(r"(.*\.attentions\.\d+\.)(query|key|value|proj_attn)(\.\w+)", name)
+    return f"{found[1]}{_LEGACY[found[2]]}{found[3]}" if found else name
+
+
+def placed(source: Source, file: Path, config: Mapping[str, Any] | None) -> Source:
+    """What a file's place says of its weights: `unet_ema` holds the EMA's, whose step its config has."""
+    weights = {"unet_ema": "ema", "unet": "raw"}.get(file.parent.name)
+    if weights == "ema" and source.weights == "raw":
+        raise ConversionError(f"{file} holds the EMA's weights, not --weights raw")
+    if weights == "raw" and not (file.parent.parent / "unet_ema").is_dir():
+        weights = None  # a finished pipeline's `unet`, which holds whichever were saved
+    if source.weights == "ema" and weights != "ema":
+        raise ConversionError(f"{file} does not lie in a folder unet_ema, so no --weights ema; leave the option out")
+    step = ((config or {}).get("unet") or {}).get("optimization_step")
+    return Source(
+        source.tensors, weights or source.weights, step if isinstance(step, int) else source.step, source.note
+    )
+
+
+def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:
+    """The model, schedule and sampler of the two config files with --set over them."""
+    told = configs.read_configs(config, given)
+    model = configs.unet_config(told.unet)
+    schedule = configs.schedule_config(told.scheduler)
+    sampler = configs.sampler_config(told, model, schedule)
+    return Plan(model, schedule, sampler, rules(model), {}, told.defaulted)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+_RESNET = {
+    **{name: name for name in ("norm1", "conv1", "norm2", "conv2")},
+    **{"time_emb_proj": "time_proj", "conv_shortcut": "shortcut"},
+}
+_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out"}
+
+
+def rules(config: UNetConfig) -> Rules:
+    """The rename table. The decoder's blocks are counted from the lowest resolution up, ours are levels."""
+    table = {
+        "time_proj": "time_proj",
+        "time_embedding.linear_1": "time_embed.linear_1",
+        "time_embedding.linear_2": "time_embed.linear_2",
+        "class_embedding": "class_embed",
+        "class_embedding.linear_1": "class_embed.linear_1",
+        "class_embedding.linear_2": "class_embed.linear_2",
+        "conv_in": "conv_in",
+        "conv_norm_out": "norm_out",
+        "conv_out": "conv_out",
+    }
+    places = [
+        (_RESNET, "mid_block.resnets.0", "mid.block_1"),
+        (_RESNET, "mid_block.resnets.1", "mid.block_2"),
+        (_ATTENTION, "mid_block.attentions.0", "mid.attention"),
+    ]
+    last = len(config.channel_mults) - 1
+    for level in range(last + 1):
+        for theirs, ours, sampler, resample in (
+            (f"down_blocks.{level}", f"down.{level}", "downsamplers", "downsample"),
+            (f"up_blocks.{last - level}", f"up.{level}", "upsamplers", "upsample"),
+        ):
+            places += [
+                (_RESNET, f"{theirs}.resnets.{{j}}", f"{ours}.blocks.{{j}}"),
+                (_ATTENTION, f"{theirs}.attentions.{{j}}", f"{ours}.attentions.{{j}}"),
+                (_RESNET | {"conv": "conv"}, f"{theirs}.{sampler}.0", f"{ours}.{resample}"),
+            ]
+    return table | {f"{a}.{x}": f"{b}.{y}" for names, a, b in places for x, y in names.items()}
+
+
+def reference(config: UNetConfig) -> Any:
+    """The PyTorch reference of this config, whose parameters have diffusers' names."""
+    from convert.reference.diffusers_unet import ReferenceUNet2D
+
+    skipped = ("_class_name", "sample_size", "dropout")
+    return ReferenceUNet2D(**{key: value for key, value in configs.unet_json(config).items() if key not in skipped})
+
+
+def block_outputs(module: Any, x_t: Any, t: Any, labels: Any) -> Mapping[str, Any]:
+    """The reference's outputs by block."""
+    return dict(module.activations(x_t, t, labels))
+
+
+# -- back -------------------------------------------------------------------------------------------------------------
+
+
+def write_pipeline(metadata: Metadata, params: Tensors, path: Path) -> None:
+    """A folder that `DDIMPipeline.from_pretrained` loads: model_index.json, unet/, scheduler/.
+
+    Or DDPMPipeline's, where DDIMScheduler has not what the checkpoint has (`scheduler_json`).
+    """
+    problems, parts = [], {}
+    for name, make in (
+        ("unet", lambda: configs.unet_json(metadata.model)),
+        ("scheduler", lambda: configs.scheduler_json(metadata)),
+    ):
+        try:
+            parts[name] = make()
+        except ConversionError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConversionError("; ".join(problems))
+    config = metadata.model
+    assert isinstance(config, UNetConfig)
+    tensors = source_tensors(params, rules(config), state_shapes(lambda: reference(config)))
+    scheduler = parts["scheduler"]["_class_name"]
+    index = {
+        "_class_name": scheduler.replace("Scheduler", "Pipeline"),
+        "scheduler": ["diffusers", scheduler],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    for folder in (path, path / "unet", path / "scheduler"):
+        folder.mkdir()
+    _write_json(index, path / "model_index.json")
+    _write_json(parts["unet"], path / "unet" / "config.json")
+    _write_json(parts["scheduler"], path / "scheduler" / "scheduler_config.json")
+    save_safetensors(tensors, path / "unet" / f"{_WEIGHTS}.safetensors")
+
+
+def _write_json(contents: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(contents, indent=2) + "\n")
+
+
+FAMILY = Family(
+    name="diffusers",
+    title="diffusers UNet2DModel",
+    recognise=recognise,
+    open_source=open_source,
+    plan=plan,
+    reference=reference,
+    block_outputs=block_outputs,
+    settings=configs.SETTINGS,
+    formats={"diffusers": write_pipeline},
+    locate=locate,
+    config_files=config_files,
+    config_section=configs.section,
+    placed=placed,
+    hub_files=hub_files,
+)

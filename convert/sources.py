@@ -1,0 +1,74 @@
+"""Where a source's files are: a weights file, a folder that a family knows, an index of shards, a hub id."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from convert import hub
+from convert.engine import ConversionError
+from convert.families import FAMILIES
+from convert.shards import digest, files_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """A source found. file: the weights, or their index. variant, hub_id, commit: None unless asked for."""
+
+    file: Path
+    variant: str | None = None
+    hub_id: str | None = None
+    commit: str | None = None
+
+    def sha256(self) -> str:
+        """The digest of the weights (`convert.shards.digest`)."""
+        return digest(self.file)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint's provenance."""
+        facts: dict[str, Any] = {"file": self.file.name, "sha256": self.sha256()}
+        if len(files := files_of(self.file)) > 1:
+            facts["shards"] = [file.name for file in files[1:]]
+        told = {"variant": self.variant, "hub_id": self.hub_id, "commit": self.commit}
+        return facts | {name: value for name, value in told.items() if value is not None}
+
+
+def find(
+    src: str | os.PathLike[str], weights: str | None = None, variant: str | None = None, revision: str | None = None
+) -> Origin:
+    """The weights that `src` names: a file, a folder in which a family finds them, or a hub id.
+
+    weights: "ema", "raw" or None, variant: such as "fp16": which of a folder's files. revision: of a hub id.
+    Raises ConversionError if there are none, or an option does not go with what `src` is.
+    """
+    path, hub_id, commit = Path(src), None, None
+    if not path.exists() and hub.is_id(os.fspath(src)):
+        hub_id = os.fspath(src)
+        patterns = [wanted for family in FAMILIES.values() if family.hub_files for wanted in family.hub_files(variant)]
+
+        def whole(folder: Path) -> bool:
+            with contextlib.suppress(ConversionError):  # the variant asked for is not there yet
+                return _in(folder, weights, variant) is not None
+            return False
+
+        path, commit = hub.snapshot(hub_id, revision, patterns, whole)
+    elif revision is not None:
+        raise ConversionError(f"--revision {revision} goes with a hub id, OWNER/NAME; {src} is none")
+    if not path.exists():
+        raise ConversionError(f"no such file: {src}")
+    if path.is_dir():
+        if (file := _in(path, weights, variant)) is None:
+            raise ConversionError(f"{src} is a folder; name the checkpoint file in it (no family knows the folder)")
+        return Origin(file, variant, hub_id, commit)
+    if variant is not None:
+        raise ConversionError(f"--variant {variant} chooses a file in a folder; {src} is a file")
+    return Origin(path)
+
+
+def _in(folder: Path, weights: str | None, variant: str | None) -> Path | None:
+    """The weights that the first family to know the folder finds there."""
+    found = (family.locate(folder, weights, variant) for family in FAMILIES.values() if family.locate is not None)
+    return next((file for file in found if file is not None), None)
