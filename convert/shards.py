@@ -66,7 +66,7 @@ def _shards(index: Path) -> dict[str, set[str]]:
     shards: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
         shards.setdefault(name if isinstance(name, str) else repr(name), set()).add(tensor)
-    if odd := [repr(name) for name in shards if not re.fullmatch(r"[\w-][\w.-]*", name)]:
+    if odd := [repr(name) for name in shards if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}", name)]:
         raise ConversionError(
             f"{index} refused: it names files that do not lie beside it, or are no file names: {shortened(odd)}"
         )

@@ -10,10 +10,13 @@ see what Python does whoever asks for it), if it needs more than 1.5 GB or 20 se
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
+import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -24,7 +27,7 @@ import traceback
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 import torch
+from safetensors.numpy import load, save
 
 from convert.convert import _open
 from convert.engine import ConversionError, fill
+from convert.export import export
 from convert.families.ho import rules
 from convert.rules import source_of
+from convert.sources import find
 from jddim.checkpoint import (
     CheckpointError,
     Metadata,
@@ -93,40 +99,79 @@ class Runs:
         return os.system, ("touch it-ran",)
 
 
-def corpus(folder: Path) -> dict[str, bytes]:
-    """File name -> contents, of each format; the checkpoint folder's metadata is one of them."""
-    from safetensors.numpy import save_file
+@dataclasses.dataclass(frozen=True)
+class Specimen:
+    """Files that are read together, of which one is damaged. source: what is converted; None: a jddim checkpoint."""
 
+    files: Mapping[str, bytes]
+    damaged: str
+    source: str | None
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refused: bool = False
+
+
+def corpus(folder: Path) -> dict[str, Specimen]:
+    """Name -> specimen, of each container and family."""
     tensors = arrays()
     state = {name: torch.from_numpy(value) for name, value in tensors.items()}
     runner = [{f"module.{name}": value for name, value in state.items()}, {"state": {}, "lr": 1e-4}, 3, 7, state]
+    told = {"norm_groups": "4", "image_size": "6"}
 
     def saved(value: Any, **options: Any) -> bytes:
         stream = io.BytesIO()
         torch.save(value, stream, **options)
         return stream.getvalue()
 
-    save_file(tensors, folder / "a.safetensors")
+    def file(name: str, content: bytes, refused: bool = False) -> Specimen:
+        return Specimen({name: content}, name, name, told, refused)
+
     sampler = SamplerConfig(spacing="uniform", num_steps=5, clip=False)
     params = {name: np.zeros(leaf.shape, np.float32) for name, leaf in flat_params(abstract_model(MODEL)).items()}
     save_checkpoint(folder / "ckpt", params, Metadata(MODEL, ScheduleConfig(), sampler, {"family": "ho", "source": {}}))
-    return {
-        "zip.pt": saved(state),
-        "runner.pth": saved(runner),
-        "protocol4.pt": saved(state, pickle_protocol=4),
-        "hostile.pt": saved({**state, "temb.dense.0.weight": Runs()}),
-        "legacy.pt": saved(state, _use_new_zipfile_serialization=False),
-        "legacy-hostile.pt": saved({"a": Runs()}, _use_new_zipfile_serialization=False),
-        "bare.pkl": pickle.dumps({"a": Runs()}, 4),
-        "a.safetensors": (folder / "a.safetensors").read_bytes(),
-        "config.yml": CONFIG,
-        "metadata": metadata_file(folder / "ckpt").read_bytes(),
+    hostile = {**state, "temb.dense.0.weight": Runs()}
+    specimens = {
+        "zip": file("a.pt", saved(state)),
+        "runner": file("a.pth", saved(runner)),
+        "zip of protocol 4": file("a.pt", saved(state, pickle_protocol=4)),
+        "hostile zip": file("a.pt", saved(hostile), refused=True),
+        "old format": file("a.pt", saved(state, _use_new_zipfile_serialization=False)),
+        "hostile old format": file("a.pt", saved(hostile, _use_new_zipfile_serialization=False), refused=True),
+        "hostile pickle": file("a.pkl", pickle.dumps({"a": Runs()}, 4), refused=True),
+        "safetensors": file("a.safetensors", save(tensors)),
+        "config.yml": Specimen(
+            {"config.yml": CONFIG, "a.pt": saved(state)}, "config.yml", "a.pt", {"norm_groups": "4"}
+        ),
+        "metadata": Specimen(contents_of(folder / "ckpt"), str(metadata_file(folder / "ckpt")), None),
     }
+    export(folder / "ckpt", folder / "pipeline", "diffusers")
+    pipeline = contents_of(folder / "pipeline")
+    for name in pipeline:
+        if name.endswith(".json") and name != "model_index.json":
+            specimens[f"diffusers {Path(name).name}"] = Specimen(pipeline, name, ".")
+    weights = load(pipeline["unet/diffusion_pytorch_model.safetensors"])
+    configs = {name: content for name, content in pipeline.items() if name.endswith(".json")}
+    halves = [dict(list(weights.items())[start::2]) for start in (0, 1)]
+    names = [f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = {
+        "metadata": {},
+        "weight_map": {key: name for name, half in zip(names, halves, strict=True) for key in half},
+    }
+    shards = {f"unet/{name}": save(half) for name, half in zip(names, halves, strict=True)}
+    index_name = "unet/diffusion_pytorch_model.safetensors.index.json"
+    files = configs | shards | {index_name: json.dumps(index).encode()}
+    specimens["index of shards"] = Specimen(files, index_name, ".")
+    specimens["shard"] = Specimen(files, f"unet/{names[1]}", ".")
+    return specimens
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def metadata_file(ckpt: Path) -> Path:
-    """The JSON file of a checkpoint folder."""
-    return next(path for path in (ckpt / "metadata").iterdir() if "success" not in path.name)
+    """The JSON file of a checkpoint folder, by its path in it."""
+    return next(path for path in (ckpt / "metadata").iterdir() if "success" not in path.name).relative_to(ckpt)
 
 
 # -- how --------------------------------------------------------------------------------------------------------------
@@ -175,8 +220,6 @@ def damage(rng: random.Random, content: bytes) -> bytes:
 
 def damage_numbers(rng: random.Random, content: bytes) -> bytes:
     """A text whose numbers are others: what stays JSON or YAML, and says something else."""
-    import re
-
     spans = [found.span() for found in re.finditer(rb"\d[\d.]*", content)]
     start, end = rng.choice(spans)
     return content[:start] + rng.choice([str(rng.choice(NUMBERS)).encode(), rng.choice(WORDS)]) + content[end:]
@@ -210,7 +253,7 @@ def damaged(rng: random.Random, name: str, content: bytes) -> bytes:
         ways += [damage_zip] * 4
     if name.endswith(".safetensors"):
         ways += [damage_safetensors] * 3
-    if name in ("config.yml", "metadata"):
+    if name.endswith((".yml", ".json", "metadata")):
         ways += [damage_numbers]
     return rng.choice(ways)(rng, content)
 
@@ -234,32 +277,26 @@ def audit(event: str, arguments: tuple[Any, ...]) -> None:
             raise Forbidden(f"{event} {arguments}")
 
 
-def convert_in_memory(source: Path, settings: dict[str, str]) -> None:
-    """All that a conversion does up to verifying and writing."""
-    _, opened, plan, _ = _open(source, None, settings, None, lambda line: None)
-    expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
-    fill(opened.tensors, expected, plan.rules, plan.ignored)
-
-
-def attempt(name: str, content: bytes, folder: Path, whole: dict[str, bytes]) -> str:
-    """Read a damaged file in an empty folder; the documented error's type, or "read"."""
-    settings = {"norm_groups": "4"}
-    if name == "metadata":
-        ckpt = folder / "ckpt"
-        metadata_file(ckpt).write_bytes(content)
-        read: Callable[[], Any] = lambda: load_metadata(ckpt)  # noqa: E731
-    elif name == "config.yml":
-        (folder / "config.yml").write_bytes(content)
-        (folder / "zip.pt").write_bytes(whole["zip.pt"])
-        read = lambda: convert_in_memory(folder / "zip.pt", settings)  # noqa: E731
-    else:
-        (folder / name).write_bytes(content)
-        read = lambda: convert_in_memory(folder / name, settings | {"image_size": "6"})  # noqa: E731
+def read(folder: Path, specimen: Specimen) -> str:
+    """Do all that a conversion does up to verifying and writing; the documented error's type, or "read"."""
     try:
-        read()
+        if specimen.source is None:
+            load_metadata(folder)
+            return "read"
+        opened = _open(find(folder / specimen.source), (), specimen.settings, None, None, lambda line: None)
+        expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(opened.plan.model)).items()}
+        fill(opened.source.tensors, expected, opened.plan.rules, opened.plan.ignored)
     except (ConversionError, CheckpointError) as error:
         return type(error).__name__
     return "read"
+
+
+def write(folder: Path, specimen: Specimen, content: bytes) -> None:
+    """The specimen's files, with `content` in place of the damaged one, and nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, whole in {**specimen.files, specimen.damaged: content}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(whole)
 
 
 def run(seconds: float, seed: int, first: int, keep: Path) -> int:
@@ -273,24 +310,23 @@ def run(seconds: float, seed: int, first: int, keep: Path) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         whole = corpus(Path(scratch))
         folder = Path(scratch) / "case"
-        for name, content in whole.items():  # whole files are read or refused, and warm what later cases use
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(Path(scratch) / "ckpt", folder / "ckpt")
-            outcome = attempt(name, content, folder, whole)
-            assert (outcome == "read") != ("hostile" in name or name == "bare.pkl"), (name, outcome)
+        for name, specimen in whole.items():  # whole files are read or refused, and warm what later cases use
+            write(folder, specimen, specimen.files[specimen.damaged])
+            outcome = read(folder, specimen)
+            if (outcome == "read") is specimen.refused:
+                raise AssertionError(f"undamaged, {name}: {outcome}")
         limit = _address_space() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
         while time.monotonic() - started < seconds:
             rng = random.Random(f"{seed} {number}")
             name = rng.choice(list(whole))
-            content = damaged(rng, name, whole[name])
-            for left in folder.iterdir():
-                if left.name != "ckpt":
-                    left.unlink()
+            specimen = whole[name]
+            content = damaged(rng, specimen.damaged, specimen.files[specimen.damaged])
+            write(folder, specimen, content)
             signal.alarm(SECONDS_A_CASE)
             armed = folder
             try:
-                outcome = attempt(name, content, folder, whole)
+                outcome = read(folder, specimen)
             except BaseException as error:
                 armed = None
                 signal.alarm(0)
@@ -298,7 +334,7 @@ def run(seconds: float, seed: int, first: int, keep: Path) -> int:
                     raise
                 outcome, failures = f"FAILED {type(error).__name__}", failures + 1
                 keep.mkdir(parents=True, exist_ok=True)
-                (keep / f"{seed}-{number}-{name}").write_bytes(content)
+                (keep / f"{seed}-{number}-{Path(specimen.damaged).name}").write_bytes(content)
                 print(f"case {number} of seed {seed} ({name}): {type(error).__name__}: {error}"[:300])
                 traceback.print_exc(limit=-4)
             armed = None
