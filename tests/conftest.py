@@ -37,4 +37,4 @@ def mnist_images() -> Path:
 
 if find_spec("torch") is None:
     print("tests of the PyTorch side are left out: torch is not installed (pip install 'jddim[convert]')")
-    collect_ignore_glob = ["convert/reference/*", "scripts/test_train_mnist.py"]
+    collect_ignore_glob = ["convert/reference/*", "measure_digits.py", "scripts/test_train_mnist.py"]
