@@ -306,15 +306,13 @@ def _namespace(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 20:  # what does not fit 64 bits is no setting, and slow to print
+    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**63:  # no setting; and slow to print
         raise ValueError(f"a number of {len(text)} digits")
-    return int(text)
+    return number
 
 
 def _yaml_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    if len(node.value) > 20:
-        raise ValueError(f"a number of {len(node.value)} digits")
-    return loader.construct_yaml_int(node)
+    return _integer(str(loader.construct_yaml_int(node))) if len(node.value) <= 20 else _integer(node.value)
 
 
 _ConfigLoader.add_constructor("tag:yaml.org,2002:int", _yaml_integer)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.engine import ConversionError, shortened
+from convert.pickles import printable
 from convert.readers import read, sha256
 
 INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
@@ -66,7 +67,8 @@ def _shards(index: Path) -> dict[str, set[str]]:
     shards: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
         shards.setdefault(name if isinstance(name, str) else repr(name), set()).add(tensor)
-    if odd := [repr(name) for name in shards if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}", name)]:
+    plain_name = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}")
+    if odd := [printable(repr(name)) for name in shards if not plain_name.fullmatch(name)]:
         raise ConversionError(
             f"{index} refused: it names files that do not lie beside it, or are no file names: {shortened(odd)}"
         )

@@ -1,0 +1,58 @@
+"""Configs that are damaged or hostile: refused with a reason, before any number in them is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from convert.convert import _read_config
+from convert.engine import ConversionError
+from convert.shards import read_weights
+from jddim.schedule import linear_schedule
+
+pytestmark = pytest.mark.quick
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.yml", "T: " + "9" * 5000, "a number of 5000 digits"),
+        ("c.yml", "T: 9223372036854775808", "a number of 19 digits"),
+        ("c.yml", "T: 1" + ":59" * 50, "a number of 151 digits"),  # YAML 1.1 has numbers to base 60
+        ("c.yml", "[" * 3000, "is not YAML"),
+        ("c.yml", "a: !!bool maybe", "is not YAML"),
+        ("c.yml", "a: !!timestamp never", "is not YAML"),
+        ("c.yml", "a: !!python/object/apply:os.system [touch it-ran]", "never runs code from a config"),
+        ("c.yml", "a: &a [*a]", "is not YAML"),
+        ("c.yml", BOMB, "hold more than the file"),
+        ("c.yml", MERGES, "a merge key"),
+        ("c.json", '{"T": 18446744073709551615}', "a number of 20 digits"),
+        ("c.json", "[" * 100_000, "is not JSON"),
+        ("c.json", '{"T": ' + "9" * 5000 + "}", "is not JSON"),
+    ],
+)
+def test_a_config_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConversionError) as caught:
+        _read_config(tmp_path / name)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../a.bin", "/a.bin", "a/b.bin", "a" * 300, ".hidden", "", ["a"] * 1000])
+def test_an_index_that_names_files_elsewhere(tmp_path: Path, name: object) -> None:
+    index = tmp_path / "model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ConversionError, match="names files that do not lie beside it") as caught:
+        read_weights(index)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_a_schedule_longer_than_memory() -> None:
+    with pytest.raises(ValueError, match=r"must lie in 1\.\.1000000, got 2147483647"):
+        linear_schedule(2**31 - 1)
