@@ -105,13 +105,12 @@ def verify(
     reference.load_state_dict({name: _to_torch(value) for name, value in tensors.items()}, assign=True)
     reference.eval()
     with torch.no_grad():
-        outputs = family.block_outputs(
-            reference,
+        outputs = reference.activations(
             torch.from_numpy(x_t.transpose(0, 3, 1, 2).copy()),
             torch.from_numpy(t.astype(np.int64)),
             None if labels is None else torch.from_numpy(labels),
         )
-    expected = {name: _nhwc(output.numpy()) for name, output in outputs.items()}
+        expected = {name: _nhwc(output.numpy()) for name, output in outputs}
     del reference
     for value in tensors.values():
         release(value)

@@ -49,10 +49,10 @@ class Family:
 
     recognise: file contents -> is it ours? open_source: contents, "ema" | "raw" | None (best there is), file name ->
     Source. plan: tensors, config file's contents or None, --set values -> Plan. reference: config, and the plan's
-    reference_options by keyword -> a torch module with the source's parameter names. block_outputs: (module, x_t NCHW,
-    t, labels or None) -> outputs by block, named as in `UNet.activations`. settings: what --set takes -> what it means.
-    presets: what --preset takes -> the settings that it stands for, which --set overrides. formats: name -> a function
-    that writes a checkpoint as the source does (`convert.export`), the one to use by default first.
+    reference_options by keyword -> a torch module with the source's parameter names, whose `activations(x_t NCHW, t,
+    labels or None)` are (name, output) of each block, named as by the Flax network's. settings: what --set takes ->
+    what it means. presets: what --preset takes -> the settings that it stands for, which --set overrides. formats:
+    name -> a function that writes a checkpoint as the source does (`convert.export`), the one to use by default first.
 
     For sources of several files: locate: (folder, "ema" | "raw" | None, variant or None) -> the weights file or index
     of shards in it, None if the folder is not this family's. config_files: weights file -> where its configs lie, the
@@ -67,7 +67,6 @@ class Family:
     open_source: Callable[[Any, str | None, str], Source]
     plan: Callable[[Mapping[str, np.ndarray], Mapping[str, Any] | None, Mapping[str, str]], Plan]
     reference: Callable[..., Any]
-    block_outputs: Callable[[Any, Any, Any, Any], Mapping[str, Any]]
     settings: Mapping[str, str]
     presets: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     formats: Mapping[str, Callable[[Metadata, Mapping[str, np.ndarray], Path], None]] = dataclasses.field(

@@ -209,11 +209,6 @@ def reference(config: UNetConfig) -> Any:
     return ReferenceUNet2D(**{key: value for key, value in configs.unet_json(config).items() if key not in skipped})
 
 
-def block_outputs(module: Any, x_t: Any, t: Any, labels: Any) -> Mapping[str, Any]:
-    """The reference's outputs by block."""
-    return dict(module.activations(x_t, t, labels))
-
-
 # -- back -------------------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +256,6 @@ FAMILY = Family(
     open_source=open_source,
     plan=plan,
     reference=reference,
-    block_outputs=block_outputs,
     settings=configs.SETTINGS,
     formats={"diffusers": write_pipeline},
     locate=locate,

@@ -458,13 +458,6 @@ def reference(config: UNetConfig) -> Any:
     )
 
 
-def block_outputs(module: Any, x_t: Any, t: Any, labels: Any) -> Mapping[str, Any]:
-    """The reference's outputs by block; labels: None, this family has no classes."""
-    from convert.reference.unet import block_outputs as outputs
-
-    return outputs(module, x_t, t)
-
-
 # -- back -------------------------------------------------------------------------------------------------------------
 
 
@@ -590,7 +583,6 @@ FAMILY = Family(
     open_source=open_source,
     plan=plan,
     reference=reference,
-    block_outputs=block_outputs,
     settings=SETTINGS,
     presets=PRESETS,
     formats={"ermongroup": write_ermongroup, "pesser": write_pesser},

@@ -360,14 +360,14 @@ def _schedule(tensors: Tensors) -> tuple[ScheduleConfig, str | None]:
         )
     T = len(betas)
     for name in BETA_SCHEDULES:
-        for config in _source_schedules(name, T):
-            if (ours := _built(config)) is None:
-                continue
-            # A schedule's float64 numbers, rounded as the buffers are; two roundings are for another machine's libm.
-            rtol = 2 * float(np.finfo(betas.dtype if betas.dtype.kind == "f" else np.float32).eps)
-            pairs = ((ours.betas, betas), (ours.alphas_cumprod, alpha_bar))
-            if all(np.allclose(mine.astype(theirs.dtype), theirs, rtol=rtol, atol=0) for mine, theirs in pairs):
-                return config, name
+        config = _source_schedule(name, T)
+        if (ours := _built(config)) is None:
+            continue
+        # A schedule's float64 numbers, rounded as the buffers are; two roundings are for another machine's libm.
+        rtol = 2 * float(np.finfo(betas.dtype if betas.dtype.kind == "f" else np.float32).eps)
+        pairs = ((ours.betas, betas), (ours.alphas_cumprod, alpha_bar))
+        if all(np.allclose(mine.astype(theirs.dtype), theirs, rtol=rtol, atol=0) for mine, theirs in pairs):
+            return config, name
     # alphas_cumprod is all that DDIM uses, and float32 betas do not give it back where 1 - beta is small.
     previous = np.concatenate([[1.0], alpha_bar[:-1].astype(np.float64)])
     config = schedule_config_from_betas(list(1 - alpha_bar.astype(np.float64) / previous))
@@ -378,24 +378,15 @@ def _schedule(tensors: Tensors) -> tuple[ScheduleConfig, str | None]:
     return config, None
 
 
-def _source_schedules(name: str, T: int) -> list[ScheduleConfig]:
-    """What the source's schedule of this name is here: the first of the list that the buffers agree with."""
+def _source_schedule(name: str, T: int) -> ScheduleConfig:
+    """The source's schedule of this name."""
     match name:
         case "linear":
-            return [ScheduleConfig("linear", T, 1000 / T * 1e-4, 1000 / T * 0.02)]
+            return ScheduleConfig("linear", T, 1000 / T * 1e-4, 1000 / T * 0.02)
         case "cosine":
-            return [ScheduleConfig("cosine", T)]
+            return ScheduleConfig("cosine", T)
         case _:
-            return [ScheduleConfig("sigmoid_alpha_bar", T), schedule_config_from_betas(_sigmoid_betas(T))]
-
-
-def _sigmoid_betas(T: int) -> list[float]:
-    """The source's sigmoid schedule, whose ends' sigmoids are rounded to float32: 3e-5 of the last alpha_bar."""
-    low, high = (float(np.float32(1 / (1 + np.exp(-x)))) for x in (-3.0, 3.0))
-    t = np.arange(T + 1) / T
-    alpha_bar = (high - 1 / (1 + np.exp(-(t * 6 - 3)))) / (high - low)
-    alpha_bar /= alpha_bar[0]
-    return list(np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999))
+            return ScheduleConfig("sigmoid_alpha_bar", T)
 
 
 def _built(config: ScheduleConfig) -> Any:
@@ -442,7 +433,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     else:
         T = settle("timesteps", 1000, "GaussianDiffusion's default")
         name = settle("beta_schedule", "sigmoid", "GaussianDiffusion's default")
-        schedule = _source_schedules(name, max(T, 1))[-1]
+        schedule = _source_schedule(name, max(T, 1))
         if T < 1 or _built(schedule) is None:
             problems.append(f"timesteps={T} makes no {name} schedule")
     objective = _settle_objective(_objective(tensors), found, told, assumed, problems)
@@ -631,13 +622,6 @@ def reference(config: LucidrainsConfig) -> Any:
     )
 
 
-def block_outputs(module: Any, x_t: Any, t: Any, labels: Any) -> Mapping[str, Any]:
-    """The reference's outputs by module; labels: None, this family has no classes."""
-    from convert.reference.lucidrains_unet import block_outputs as outputs
-
-    return outputs(module, x_t, t)
-
-
 # -- back -------------------------------------------------------------------------------------------------------------
 
 
@@ -718,7 +702,6 @@ FAMILY = Family(
     open_source=open_source,
     plan=plan,
     reference=reference,
-    block_outputs=block_outputs,
     settings=SETTINGS,
     formats={"lucidrains": write_trainer, "lucidrains-unet": write_unet},
 )

@@ -556,11 +556,6 @@ def reference(config: UNetConfig, *, use_new_attention_order: bool) -> Any:
     )
 
 
-def block_outputs(module: Any, x_t: Any, t: Any, labels: Any) -> Mapping[str, Any]:
-    """The reference's outputs by block."""
-    return dict(module.activations(x_t, t, labels))
-
-
 # -- back -------------------------------------------------------------------------------------------------------------
 
 
@@ -706,7 +701,6 @@ FAMILY = Family(
     open_source=open_source,
     plan=plan,
     reference=reference,
-    block_outputs=block_outputs,
     settings=SETTINGS,
     presets=PRESETS,
     formats={"openai": write_openai},

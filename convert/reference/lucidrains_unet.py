@@ -7,12 +7,14 @@ which change nothing at inference.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from convert.reference.recorded import recorded
 
 
 class RMSNorm(nn.Module):
@@ -254,30 +256,14 @@ class LucidrainsUNet(nn.Module):
             x = grow(x)
         return self.final_conv(self.final_res_block(torch.cat([x, stem], dim=1), time))
 
+    def activations(self, x: Tensor, t: Tensor, labels: None = None) -> Iterable[tuple[str, Tensor]]:
+        """Every module's output by its name in the source, in the order computed, the model's last. No gradients.
 
-def block_outputs(model: LucidrainsUNet, x: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Every module's output, by its name in the source, in the order computed; the last is the model's. No gradients.
-
-    `init_conv`, `time_mlp`, `downs.{i}.{0..3}` (block, block, attention without its residual, resampling),
-    `mid_block1`, `mid_attn`, `mid_block2`, `ups.{i}.{0..3}`, `final_res_block`, `final_conv`.
-    """
-    outputs: dict[str, Tensor] = {}
-
-    def record(name: str):
-        def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            outputs[name] = output.detach().clone()
-
-        return hook
-
-    named = {name: module for name, module in model.named_children() if name not in ("downs", "ups")}
-    for side in ("downs", "ups"):
-        for i, level in enumerate(getattr(model, side)):
-            named |= {f"{side}.{i}.{j}": module for j, module in enumerate(level)}
-    handles = [module.register_forward_hook(record(name)) for name, module in named.items()]
-    try:
-        with torch.no_grad():
-            model(x, t)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
+        `init_conv`, `time_mlp`, `downs.{i}.{0..3}` (block, block, attention without its residual, resampling),
+        `mid_block1`, `mid_attn`, `mid_block2`, `ups.{i}.{0..3}`, `final_res_block`, `final_conv`. It takes no labels.
+        """
+        parts = {name: module for name, module in self.named_children() if name not in ("downs", "ups")}
+        for side in ("downs", "ups"):
+            for i, level in enumerate(getattr(self, side)):
+                parts |= {f"{side}.{i}.{j}": module for j, module in enumerate(level)}
+        return recorded(self, parts, x, t).items()

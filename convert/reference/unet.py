@@ -5,11 +5,13 @@ state dicts load with `strict=True` and no renaming. Inference only: there is no
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from convert.reference.recorded import recorded
 
 
 def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -314,34 +316,16 @@ class ReferenceUNet(nn.Module):
 
         return self.conv_out(swish(self.norm_out(h)))
 
+    def activations(self, x: Tensor, t: Tensor, labels: None = None) -> Iterable[tuple[str, Tensor]]:
+        """Every block's output in the order computed, named as in `jddim.models.unet.UNet.activations`; no gradients.
 
-def block_outputs(model: ReferenceUNet, x: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Runs the model without gradients and returns every block's output, in the order computed.
-
-    x: `(b, in_channels, h, w)`, t: `(b,)`, as for `ReferenceUNet.forward`. Keys: `time_embed` (`(b, 4 *
-    ch)`), `conv_in`, `down.{L}.block.{i}`, `down.{L}.attn.{i}`, `down.{L}.downsample`, `mid.block_1`,
-    `mid.attn_1`, `mid.block_2`, `up.{L}.block.{i}`, `up.{L}.attn.{i}`, `up.{L}.upsample` (L from the deepest
-    to 0), `conv_out` (the model's output). All but the first are `(b, c, h, w)`.
-    """
-    outputs: dict[str, Tensor] = {}
-
-    def record(name: str):
-        def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            outputs[name] = output.detach().clone()
-
-        return hook
-
-    kinds = (ResnetBlock, AttnBlock, Downsample, Upsample)
-    named: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
-    named |= {"time_embed": model.temb, "conv_in": model.conv_in, "conv_out": model.conv_out}
-    handles = [module.register_forward_hook(record(name)) for name, module in named.items()]
-    try:
-        with torch.no_grad():
-            model(x, t)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
+        x, t: as for `forward`; this network takes no labels. `time_embed` is `(b, 4 * ch)`, all others `(b, c, h, w)`;
+        `conv_out`, the last, is the model's output.
+        """
+        kinds = (ResnetBlock, AttnBlock, Downsample, Upsample)
+        parts: dict[str, nn.Module] = {n: m for n, m in self.named_modules() if isinstance(m, kinds)}
+        parts |= {"time_embed": self.temb, "conv_in": self.conv_in, "conv_out": self.conv_out}
+        return recorded(self, parts, x, t).items()
 
 
 def redraw_(model: nn.Module, seed: int) -> None:

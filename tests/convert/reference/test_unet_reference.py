@@ -16,7 +16,6 @@ from convert.reference.unet import (
     ReferenceUNet,
     ResnetBlock,
     Upsample,
-    block_outputs,
     redraw_,
     timestep_embedding,
 )
@@ -168,10 +167,10 @@ def test_the_shipped_checkpoint_loads_strictly_and_predicts_noise(weights: str):
     assert error < 5e-4
 
 
-def test_block_outputs_come_in_forward_order_and_end_in_the_output():
+def test_activations_come_in_forward_order_and_end_in_the_output():
     model = make(ch_mult=(1, 1, 2), num_res_blocks=2, attn_levels=(0, 2), ch=10)
     x, t = draw(2, 3, 4, 8), torch.tensor([3, 997])
-    outputs = block_outputs(model, x, t)
+    outputs = dict(model.activations(x, t))
     assert list(outputs) == [
         *["time_embed", "conv_in"],
         *["down.0.block.0", "down.0.attn.0", "down.0.block.1", "down.0.attn.1", "down.0.downsample"],
@@ -200,7 +199,7 @@ def test_skips_are_taken_in_reverse():
     """Each decoder block must read the newest unread skip: a swap of two skips of equal shape shows here."""
     model = make(ch_mult=(1, 1), num_res_blocks=2, attn_levels=())
     x, t = draw(2, 3, 4, 6), torch.tensor([3, 997])
-    out = block_outputs(model, x, t)
+    out = dict(model.activations(x, t))
     temb = out["time_embed"]
     skips = ["down.0.downsample", "down.1.block.0", "down.1.block.1"]
     h = out["mid.block_2"]
@@ -231,7 +230,7 @@ def test_float64_is_float64_throughout(changes: dict):
     single, double = make(**changes), make(**changes).double()
     redraw_(double, seed=11)
     x, t = draw(2, 3, 4, 12, dtype=F64), torch.tensor([0, 737])
-    outputs = block_outputs(double, x, t)
+    outputs = dict(double.activations(x, t))
     assert {value.dtype for value in outputs.values()} == {F64}
     with torch.no_grad():
         got = single(x.float(), t)
