@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from convert.engine import ConversionError
 from convert.rules import Rules
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig
+from jddim.ddim import StepTable, largest_eta, sampler_table
+from jddim.sampling import check_prediction
+from jddim.schedule import make_schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +81,16 @@ class Family:
     config_section: Callable[[Mapping[str, Any]], str] | None = None
     placed: Callable[[Source, Path, Mapping[str, Any] | None], Source] = lambda source, weights, config: source
     hub_files: Callable[[str | None], Sequence[Sequence[str]]] | None = None
+
+
+def check_sampler(sampler: SamplerConfig, schedule: ScheduleConfig) -> StepTable:
+    """The table of the sampler's defaults, or ConversionError if sampling with them would fail."""
+    try:
+        table = sampler_table(make_schedule(schedule), sampler)
+        check_prediction(table, sampler.prediction_type)
+    except ValueError as error:
+        raise ConversionError(f"the sampler's defaults do not work: {error}") from error
+    limit = largest_eta(table)
+    if not 0 <= sampler.eta <= limit:
+        raise ConversionError(f"eta must lie in 0..{limit:.4g} for this table of steps, got {sampler.eta:g}")
+    return table

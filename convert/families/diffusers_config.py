@@ -8,27 +8,19 @@ an option. What neither holds is an argument of `DDIMPipeline`'s call; ours go i
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from convert.engine import ConversionError, cannot_hold
+from convert.families.base import check_sampler
+from convert.families.values import boolean, integer, literal, number, one_of, positive
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
-from jddim.ddim import largest_eta, step_table
-from jddim.sampling import check_prediction
 from jddim.schedule import make_schedule
-from jddim.timesteps import make_timesteps, previous_timesteps
 
 # -- values: JSON's, or --set's text, to ours; a ValueError says what was wanted ---------------------------------------
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("an integer")
-    return value
 
 
 def _count(value: Any) -> int:
@@ -46,28 +38,6 @@ def _up_to(limit: int) -> Callable[[Any], int]:
         return value
 
     return read
-
-
-def _number(value: Any) -> float:
-    try:  # YAML 1.1, which --set is read as, takes 1e-6 for text
-        number = float("nan" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError("a number")
-    return number
-
-
-def _positive(value: Any) -> float:
-    if (number := _number(value)) <= 0:
-        raise ValueError("a number above 0")
-    return number
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
 
 
 def _list(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
@@ -93,15 +63,6 @@ def _size(value: Any) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _choice(*names: str) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if value not in names:
-            raise ValueError(f"one of {', '.join(names)}")
-        return value
-
-    return read
-
-
 def _or_none(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
         if value is None or value == "None":
@@ -116,7 +77,7 @@ def _or_none(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _activation(value: Any) -> str:
     name = str(value).lower()
-    return _choice("silu", "mish", "gelu", "relu")("silu" if name == "swish" else name)
+    return one_of("silu", "mish", "gelu", "relu")("silu" if name == "swish" else name)
 
 
 _REFUSED_BLOCKS = {
@@ -161,18 +122,18 @@ UNET: Mapping[str, Option] = {
     "sample_size": Option(None, _or_none(_size), "side of the training images in pixels, or HEIGHTxWIDTH"),
     "in_channels": Option(3, _count, "channels of x_t"),
     "out_channels": Option(3, _count, "channels of the output"),
-    "center_input_sample": Option(False, _boolean, "the network first maps x to 2 x - 1"),
+    "center_input_sample": Option(False, boolean, "the network first maps x to 2 x - 1"),
     "time_embedding_type": Option(
-        "positional", _choice("positional", "fourier", "learned"), "positional, fourier or learned"
+        "positional", one_of("positional", "fourier", "learned"), "positional, fourier or learned"
     ),
-    "time_embedding_dim": Option(None, _or_none(_integer), "width of the time MLP; null: 4 block_out_channels[0]"),
-    "freq_shift": Option(0, _number, "shift in the sinusoid's frequencies"),
-    "flip_sin_to_cos": Option(True, _boolean, "cosines before sines"),
+    "time_embedding_dim": Option(None, _or_none(integer), "width of the time MLP; null: 4 block_out_channels[0]"),
+    "freq_shift": Option(0, number, "shift in the sinusoid's frequencies"),
+    "flip_sin_to_cos": Option(True, boolean, "cosines before sines"),
     "down_block_types": Option(
         ("DownBlock2D", *_ATTN_BLOCKS), _list(_block("Down")), "the encoder's blocks, full resolution first"
     ),
     "mid_block_type": Option(
-        "UNetMidBlock2D", _or_none(_choice("UNetMidBlock2D")), "UNetMidBlock2D, or null for no middle"
+        "UNetMidBlock2D", _or_none(one_of("UNetMidBlock2D")), "UNetMidBlock2D, or null for no middle"
     ),
     "up_block_types": Option(
         (*(name.replace("Down", "Up") for name in _ATTN_BLOCKS), "UpBlock2D"),
@@ -181,19 +142,19 @@ UNET: Mapping[str, Option] = {
     ),
     "block_out_channels": Option((224, 448, 672, 896), _list(_count), "each level's width"),
     "layers_per_block": Option(2, _up_to(100), "residual blocks per level"),
-    "mid_block_scale_factor": Option(1, _positive, "what the middle's blocks divide their sums by"),
-    "downsample_padding": Option(1, _integer, "1: the strided convolution pads every side; 0: right and bottom"),
-    "downsample_type": Option("conv", _or_none(_choice("conv", "resnet")), "of AttnDownBlock2D: conv or resnet"),
-    "upsample_type": Option("conv", _or_none(_choice("conv", "resnet")), "of AttnUpBlock2D: conv or resnet"),
-    "dropout": Option(0.0, _number, "of training only"),
+    "mid_block_scale_factor": Option(1, positive, "what the middle's blocks divide their sums by"),
+    "downsample_padding": Option(1, integer, "1: the strided convolution pads every side; 0: right and bottom"),
+    "downsample_type": Option("conv", _or_none(one_of("conv", "resnet")), "of AttnDownBlock2D: conv or resnet"),
+    "upsample_type": Option("conv", _or_none(one_of("conv", "resnet")), "of AttnUpBlock2D: conv or resnet"),
+    "dropout": Option(0.0, number, "of training only"),
     "act_fn": Option("silu", _activation, "silu, mish, gelu or relu"),
     "attention_head_dim": Option(8, _or_none(_count), "channels of a head; null: one head"),
     "norm_num_groups": Option(32, _count, "groups of the group norms"),
     "attn_norm_num_groups": Option(None, _or_none(_count), "groups of the middle attention's norm"),
-    "norm_eps": Option(1e-5, _positive, "epsilon of the group norms"),
-    "resnet_time_scale_shift": Option("default", _choice("default", "scale_shift"), "how time enters a block"),
-    "add_attention": Option(True, _boolean, "attention in the middle"),
-    "class_embed_type": Option(None, _or_none(_choice("timestep", "identity")), "timestep, identity or null"),
+    "norm_eps": Option(1e-5, positive, "epsilon of the group norms"),
+    "resnet_time_scale_shift": Option("default", one_of("default", "scale_shift"), "how time enters a block"),
+    "add_attention": Option(True, boolean, "attention in the middle"),
+    "class_embed_type": Option(None, _or_none(one_of("timestep", "identity")), "timestep, identity or null"),
     "num_class_embeds": Option(None, _or_none(_count), "number of classes, with class_embed_type null"),
     "num_train_timesteps": Option(None, _or_none(_count), "of a learned time embedding"),
 }
@@ -201,37 +162,37 @@ UNET: Mapping[str, Option] = {
 # Both classes' keys: either class skips the other's, and keeps them when it saves.
 SCHEDULER: Mapping[str, Option] = {
     "num_train_timesteps": Option(1000, _up_to(1_000_000), "T"),
-    "beta_start": Option(1e-4, _number, "first beta"),
-    "beta_end": Option(0.02, _number, "last beta"),
+    "beta_start": Option(1e-4, number, "first beta"),
+    "beta_end": Option(0.02, number, "last beta"),
     "beta_schedule": Option(
         "linear",
-        _choice("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+        one_of("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
         "linear, scaled_linear, squaredcos_cap_v2 or sigmoid",
     ),
-    "trained_betas": Option(None, _or_none(_list(_number)), "the betas themselves"),
-    "rescale_betas_zero_snr": Option(False, _boolean, "betas rescaled so that alpha_bar ends at 0"),
+    "trained_betas": Option(None, _or_none(_list(number)), "the betas themselves"),
+    "rescale_betas_zero_snr": Option(False, boolean, "betas rescaled so that alpha_bar ends at 0"),
     "prediction_type": Option(
-        "epsilon", _choice("epsilon", "sample", "v_prediction"), "epsilon, sample or v_prediction"
+        "epsilon", one_of("epsilon", "sample", "v_prediction"), "epsilon, sample or v_prediction"
     ),
-    "clip_sample": Option(True, _boolean, "clamp x0 at each step"),
-    "clip_sample_range": Option(1.0, _positive, "to -R..R"),
-    "thresholding": Option(False, _boolean, "dynamic thresholding instead"),
-    "dynamic_thresholding_ratio": Option(0.995, _positive, "its quantile"),
-    "sample_max_value": Option(1.0, _positive, "its largest threshold"),
-    "timestep_spacing": Option("leading", _choice("leading", "trailing", "linspace"), "leading, trailing or linspace"),
-    "steps_offset": Option(0, _integer, "added to every t of leading spacing"),
-    "set_alpha_to_one": Option(True, _boolean, "false: the last step ends at alpha_bar_0 (DDIMScheduler)"),
+    "clip_sample": Option(True, boolean, "clamp x0 at each step"),
+    "clip_sample_range": Option(1.0, positive, "to -R..R"),
+    "thresholding": Option(False, boolean, "dynamic thresholding instead"),
+    "dynamic_thresholding_ratio": Option(0.995, positive, "its quantile"),
+    "sample_max_value": Option(1.0, positive, "its largest threshold"),
+    "timestep_spacing": Option("leading", one_of("leading", "trailing", "linspace"), "leading, trailing or linspace"),
+    "steps_offset": Option(0, integer, "added to every t of leading spacing"),
+    "set_alpha_to_one": Option(True, boolean, "false: the last step ends at alpha_bar_0 (DDIMScheduler)"),
     "variance_type": Option(
         "fixed_small",
-        _choice("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"),
+        one_of("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"),
         "the ancestral sampler's variance (DDPMScheduler)",
     ),
 }
 
 CALL: Mapping[str, Option] = {
     "num_inference_steps": Option(50, _count, "default number of steps"),
-    "eta": Option(0.0, _number, "default eta"),
-    "use_clipped_model_output": Option(False, _boolean, "default for re-deriving eps from the clipped x0"),
+    "eta": Option(0.0, number, "default eta"),
+    "use_clipped_model_output": Option(False, boolean, "default for re-deriving eps from the clipped x0"),
 }
 
 SETTINGS: Mapping[str, str] = {key: option.meaning for part in (UNET, CALL, SCHEDULER) for key, option in part.items()}
@@ -285,7 +246,7 @@ def read_configs(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> 
         mine = {key for key in options if key in given and not (name == "unet" and key in SCHEDULER)}
         told = {key: value for key, value in contents.items() if not key.startswith("_") and key not in mine}
         parts[name] = {key: option.default for key, option in options.items()}
-        for origin, values in ((file, told), ("--set", {key: _literal(given[key]) for key in sorted(mine)})):
+        for origin, values in ((file, told), ("--set", {key: literal(given[key]) for key in sorted(mine)})):
             for key, value in values.items():
                 if key not in options:
                     problems.append(f"{origin}: unknown key {key!r} (diffusers ignores it; remove it to agree)")
@@ -339,13 +300,6 @@ def _defaulted(named: Mapping[str, set[str]]) -> list[str]:
 
 def _shown(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _literal(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 # -- the network ------------------------------------------------------------------------------------------------------
@@ -567,29 +521,14 @@ def sampler_config(told: Told, model: UNetConfig, schedule: ScheduleConfig) -> S
         prediction_type=c["prediction_type"],
         variance=variance,
     )
-    _check_sampler(sampler, schedule, model)
-    return sampler
-
-
-def _check_sampler(sampler: SamplerConfig, schedule: ScheduleConfig, model: UNetConfig) -> None:
-    """Raise ConversionError if sampling with these defaults would fail."""
-    T = schedule.num_train_timesteps
-    try:
-        timesteps = make_timesteps(sampler.spacing, T, sampler.num_steps, sampler.steps_offset)
-        table = step_table(
-            make_schedule(schedule), timesteps, timesteps_prev=previous_timesteps(timesteps, sampler.spacing, T)
+    table = check_sampler(sampler, schedule)
+    if model.time_embedding == "fourier" and 0 in table.t:
+        raise ConversionError(
+            "the sampler's defaults do not work: time_embedding_type fourier takes log t, and this spacing visits "
+            "t = 0, where diffusers' samples are NaN too; --set timestep_spacing=trailing or --set steps_offset=1 "
+            "avoids it"
         )
-        check_prediction(table, sampler.prediction_type)
-        if model.time_embedding == "fourier" and 0 in timesteps:
-            raise ValueError(
-                "time_embedding_type fourier takes log t, and this spacing visits t = 0, where diffusers' samples are "
-                "NaN too; --set timestep_spacing=trailing or --set steps_offset=1 avoids it"
-            )
-    except ValueError as error:
-        raise ConversionError(f"the sampler's defaults do not work: {error}") from error
-    limit = largest_eta(table)
-    if not 0 <= sampler.eta <= limit:
-        raise ConversionError(f"eta must lie in 0..{limit:.4g} for this table of steps, got {sampler.eta:g}")
+    return sampler
 
 
 def scheduler_json(metadata: Metadata) -> dict[str, Any]:

@@ -17,12 +17,12 @@ import numpy as np
 import yaml
 
 from convert.engine import ConversionError, cannot_hold, shortened, source_tensors
-from convert.families.base import Family, Plan, Source
+from convert.families.base import Family, Plan, Source, check_sampler
+from convert.families.values import boolean, integer, literal, number, positive
 from convert.rules import Rules
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions
-from jddim.ddim import largest_eta, sampler_table
 from jddim.schedule import make_schedule, schedule_config_from_betas
 
 Tensors = Mapping[str, np.ndarray]
@@ -182,35 +182,6 @@ def _image_size(value: Any) -> tuple[int, int]:
     return value, value
 
 
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("an integer")
-    return value
-
-
-def _number(value: Any) -> float:
-    # YAML 1.1 reads 1e-4 as text; ermongroup's files write 0.0001
-    try:
-        number = float("nan" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not np.isfinite(number):
-        raise ValueError("a number")
-    return number
-
-
-def _positive(value: Any) -> float:
-    if (number := _number(value)) <= 0:
-        raise ValueError("a number above 0")
-    return number
-
-
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
 def _integers(value: Any) -> tuple[int, ...]:
     if isinstance(value, str):  # --set ch_mult=1,2,2
         value = [yaml.safe_load(part) for part in value.split(",")]
@@ -226,11 +197,11 @@ def _text(value: Any) -> str:
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "image_size": _image_size,
-    **dict.fromkeys(("ch", "num_res_blocks", "in_channels", "out_ch", "norm_groups"), _integer),
-    **dict.fromkeys(("num_diffusion_timesteps", "num_steps"), _integer),
-    **dict.fromkeys(("beta_start", "beta_end", "eta"), _number),
-    "norm_eps": _positive,
-    **dict.fromkeys(("resamp_with_conv", "rescaled", "clip"), _boolean),
+    **dict.fromkeys(("ch", "num_res_blocks", "in_channels", "out_ch", "norm_groups"), integer),
+    **dict.fromkeys(("num_diffusion_timesteps", "num_steps"), integer),
+    **dict.fromkeys(("beta_start", "beta_end", "eta"), number),
+    "norm_eps": positive,
+    **dict.fromkeys(("resamp_with_conv", "rescaled", "clip"), boolean),
     **dict.fromkeys(("attn_resolutions", "ch_mult"), _integers),
     **dict.fromkeys(("beta_schedule", "var_type", "spacing"), _text),
 }
@@ -249,7 +220,7 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
         told |= {key: value for key, value in entries.items() if key in SETTINGS}
     problems = [f"unknown --set key {key!r}{did_you_mean(key, SETTINGS)}" for key in given if key not in SETTINGS]
     parsed: dict[str, Any] = {}
-    for origin, values in (("config", told), ("--set", {k: _literal(v) for k, v in given.items() if k in SETTINGS})):
+    for origin, values in (("config", told), ("--set", {k: literal(v) for k, v in given.items() if k in SETTINGS})):
         for key, value in values.items():
             try:
                 parsed[key] = _PARSERS[key](value)
@@ -258,13 +229,6 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
     if problems:
         raise ConversionError("; ".join(problems))
     return parsed
-
-
-def _literal(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 _LINEAR = {"beta_schedule": "linear", "beta_start": "0.0001", "beta_end": "0.02", "num_diffusion_timesteps": "1000"}
@@ -363,7 +327,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     if var_type not in ("fixedsmall", "fixedlarge"):
         raise ConversionError(f"var_type must be fixedsmall or fixedlarge, got {var_type!r}")
     sampler = _sampler(told, T, "fixed_small" if var_type == "fixedsmall" else "fixed_large")
-    _check_sampler(sampler, schedule)
+    check_sampler(sampler, schedule)
     ignored = {"logvar": "the 'bayesian' model type's learned per-timestep variance; DDIM does not use it"}
     return Plan(
         model, schedule, sampler, rules(model), {k: v for k, v in ignored.items() if k in tensors}, tuple(assumed)
@@ -396,17 +360,6 @@ def _schedule(name: str, T: int, beta_start: float, beta_end: float) -> Schedule
     except ValueError as error:
         raise ConversionError(f"the noise schedule cannot be built: {error}") from error
     return config
-
-
-def _check_sampler(sampler: SamplerConfig, schedule: ScheduleConfig) -> None:
-    """Raise ConversionError if sampling with these defaults would fail."""
-    try:
-        table = sampler_table(make_schedule(schedule), sampler)
-    except ValueError as error:
-        raise ConversionError(f"the sampler's defaults do not work: {error}") from error
-    limit = largest_eta(table)
-    if not 0 <= sampler.eta <= limit:
-        raise ConversionError(f"eta must lie in 0..{limit:.4g} for this table of steps, got {sampler.eta:g}")
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

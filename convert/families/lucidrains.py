@@ -19,6 +19,7 @@ import numpy as np
 
 from convert.engine import ConversionError, shortened, source_tensors
 from convert.families.base import Family, Plan, Source
+from convert.families.values import integer, one_of
 from convert.rules import Rules
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata
@@ -143,12 +144,6 @@ OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_predict
 BETA_SCHEDULES = ("linear", "cosine", "sigmoid")
 
 
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError("an integer")
-    return value
-
-
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
         raise ValueError("a number")
@@ -175,25 +170,16 @@ def _image_size(value: Any) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _one_of(*allowed: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        if value not in allowed:
-            raise ValueError(f"one of {', '.join(allowed)}")
-        return str(value)
-
-    return parse
-
-
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "image_size": _image_size,
-    "objective": _one_of(*OBJECTIVES),
-    "beta_schedule": _one_of(*BETA_SCHEDULES),
-    **dict.fromkeys(("timesteps", "sampling_timesteps", "dim", "init_dim", "out_dim", "channels"), _integer),
-    **dict.fromkeys(("learned_sinusoidal_dim",), _integer),
+    "objective": one_of(*OBJECTIVES),
+    "beta_schedule": one_of(*BETA_SCHEDULES),
+    **dict.fromkeys(("timesteps", "sampling_timesteps", "dim", "init_dim", "out_dim", "channels"), integer),
+    **dict.fromkeys(("learned_sinusoidal_dim",), integer),
     **dict.fromkeys(("ddim_sampling_eta", "sinusoidal_pos_emb_theta"), _number),
     **dict.fromkeys(("auto_normalize", "self_condition", "learned_variance"), _boolean),
     **dict.fromkeys(("learned_sinusoidal_cond", "random_fourier_features"), _boolean),
-    **dict.fromkeys(("dim_mults", "attn_dim_head", "attn_heads"), _each(_integer)),
+    **dict.fromkeys(("dim_mults", "attn_dim_head", "attn_heads"), _each(integer)),
     "full_attn": _each(_boolean),
 }
 
