@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jddim import __version__, interrupt
+from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,8 +110,6 @@ def _sample(args: argparse.Namespace) -> int:
         "prediction_type": args.prediction_type,
     }
     asked = {name: value for name, value in asked.items() if value is not None}
-    if args.threshold is None and args.clip is not None:
-        asked["threshold_ratio"] = None
     ddim = jddim.load(args.ckpt, dtype=args.dtype).with_sampler(**asked)
     table = ddim.table(args.steps)
     keep = suffix == ".gif" or args.trajectory
@@ -451,7 +450,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
     sub.add_argument(
         "--method",
-        choices=("ddim", "ddpm"),
+        choices=METHODS,
         default="ddim",
         help="ddpm: ancestral sampling, with the checkpoint's variance or --variance; default ddim",
     )
@@ -491,10 +490,8 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="of diffusers' spacings: whether the last step ends at alpha_bar 1, or at that of t = 0",
     )
-    conventions.add_argument("--variance", choices=("fixed_small", "fixed_large", "learned_range"), help="for ddpm")
-    conventions.add_argument(
-        "--prediction-type", choices=("epsilon", "sample", "v_prediction"), help="what the network predicts"
-    )
+    conventions.add_argument("--variance", choices=VARIANCES, help="for ddpm")
+    conventions.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts")
     sub.add_argument(
         "--trajectory",
         action="store_true",

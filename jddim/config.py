@@ -61,6 +61,11 @@ class SamplerConfig:
     variance: str = "fixed_small"
 
 
+METHODS = ("ddim", "ddpm")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+
+
 class ModelConfig(Protocol):
     """What sampling needs to know of a network, whatever its wiring. One frozen dataclass for each (`jddim.models`)."""
 

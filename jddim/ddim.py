@@ -15,7 +15,7 @@ import numpy.typing as npt
 from jax import Array
 from jax.typing import ArrayLike
 
-from jddim.config import SamplerConfig, did_you_mean
+from jddim.config import PREDICTION_TYPES, SamplerConfig, did_you_mean
 from jddim.schedule import NoiseSchedule
 from jddim.timesteps import check_timesteps, counts_itself, make_timesteps, of_diffusers, previous_timesteps
 
@@ -112,10 +112,6 @@ def predict_eps(x_t: Array, x0: Array, alpha_bar_t: ArrayLike) -> Array:
     """The noise that x_t and its clean image imply, Eq. 9 solved for eps; alpha_bar_t < 1."""
     a = per_sample(alpha_bar_t, x_t)
     return (x_t - jnp.sqrt(a) * x0) / jnp.sqrt(1 - a)
-
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-"""What a network may be trained to predict, by diffusers' names: the noise, the clean image, or v (`predict_both`)."""
 
 
 def predict_both(

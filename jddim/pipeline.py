@@ -15,8 +15,16 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jddim.checkpoint import Metadata, build_model, load_metadata, load_params
-from jddim.config import ModelConfig, SamplerConfig, did_you_mean, size_problems
-from jddim.ddim import PREDICTION_TYPES, StepTable, largest_eta, sampler_table
+from jddim.config import (
+    METHODS,
+    PREDICTION_TYPES,
+    VARIANCES,
+    ModelConfig,
+    SamplerConfig,
+    did_you_mean,
+    size_problems,
+)
+from jddim.ddim import StepTable, largest_eta, sampler_table
 from jddim.denoisers import with_labels, with_scaled_time, with_self_condition, without_variance
 from jddim.models import Network
 from jddim.models.layers import at_least_float32
@@ -61,7 +69,12 @@ class DDIM:
     metadata: Metadata | None = None
 
     def with_sampler(self, **conventions: Any) -> DDIM:
-        """The same model with other conventions: fields of `SamplerConfig`, e.g. `steps_offset=1`."""
+        """The same model with other conventions: fields of `SamplerConfig`, e.g. `steps_offset=1`.
+
+        To say `clip`, on or off, leaves the checkpoint's thresholding out, unless threshold_ratio is said as well.
+        """
+        if "clip" in conventions:
+            conventions = {"threshold_ratio": None, **conventions}
         return dataclasses.replace(self, sampler=dataclasses.replace(self.sampler, **conventions))
 
     def table(
@@ -124,8 +137,7 @@ class DDIM:
         naming the image and the step (outside tracing only).
         """
         asked: dict[str, Any] = {"clip": clip, "clip_range": clip_range, "rederive_eps": rederive_eps}
-        asked = {name: value for name, value in asked.items() if value is not None}
-        ddim = self.with_sampler(**asked, **({} if clip is None else {"threshold_ratio": None}))
+        ddim = self.with_sampler(**{name: value for name, value in asked.items() if value is not None})
         dtype = at_least_float32(ddim.model.dtype)
         table = ddim.table(steps, spacing, dtype)
         problems = [] if method == "ddim" or eta is None else [f"eta is DDIM's; method {method!r} takes none"]
@@ -143,7 +155,7 @@ class DDIM:
         if num is not None and num >= 1:
             problems += _eta_problems(eta, num, table) if method == "ddim" else []
             problems += _label_problems(ddim.model.config, labels, num)
-        program = ddim._program(method, trajectory_every, noisy=needs_noise or key is not None or noise is not None)
+        program = ddim._program(method, trajectory_every)
         if problems:
             raise ValueError("sample: " + "; ".join(problems))
         assert num is not None
@@ -191,11 +203,10 @@ class DDIM:
         x_ts, x0_hats = (jnp.concatenate([part[i] for part in trajectories], axis=1) for i in (1, 2))
         return x_0, Trajectory(trajectories[0].t, x_ts, x0_hats)
 
-    def _program(self, method: str, trajectory_every: int | None, *, noisy: bool) -> _Program:
+    def _program(self, method: str, trajectory_every: int | None) -> _Program:
         c = self.sampler
         return _Program(
             method=method,
-            noisy=noisy,
             prediction_type=c.prediction_type,
             timestep_scale=c.timestep_scale,
             rederive_eps=c.rederive_eps,
@@ -209,9 +220,9 @@ class DDIM:
         c = self.sampler
         if c.threshold_ratio is not None:
             return {"threshold": (jnp.asarray(c.threshold_ratio, dtype), jnp.asarray(c.threshold_max, dtype))}
-        return (
-            {"clip_range": (jnp.asarray(c.clip_range[0], dtype), jnp.asarray(c.clip_range[1], dtype))} if c.clip else {}
-        )
+        if not c.clip:
+            return {}
+        return {"clip_range": (jnp.asarray(c.clip_range[0], dtype), jnp.asarray(c.clip_range[1], dtype))}
 
     def _problems(
         self,
@@ -274,7 +285,6 @@ class _Program:
     """What a compiled segment of sampling depends on beside shapes: static, hashable."""
 
     method: str
-    noisy: bool
     prediction_type: str
     timestep_scale: float
     rederive_eps: bool
@@ -291,10 +301,6 @@ class _Program:
         ):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
-
-
-METHODS = ("ddim", "ddpm")
-VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
 
 @partial(jax.jit, static_argnames="program")
@@ -328,8 +334,14 @@ def _steps(
     }
     if program.method == "ddpm":
         return ancestral_steps(denoise, state, table, variance=program.variance, **common)
-    eta = eta if program.noisy else 0.0  # type: ignore[assignment]  # the number 0 needs no noise
-    return ddim_steps(denoise, state, table, eta=eta, rederive_eps=program.rederive_eps, **common)
+    return ddim_steps(
+        denoise,
+        state,
+        table,
+        eta=0.0 if keys is None and noise is None else eta,  # without noise eta is 0: `sample` has checked
+        rederive_eps=program.rederive_eps,
+        **common,
+    )
 
 
 _keys = jax.jit(lambda key, start, num: sample_keys(key, num, start), static_argnums=2)

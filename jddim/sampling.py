@@ -84,7 +84,7 @@ def sample_loop(
     eta: >= 0, scalar or `(b,)`, may be traced; 0 is deterministic, 1 has the DDPM posterior's variance.
     key: one key, whose sample i then draws from `fold_in(key, i)`, or one key per sample `(b,)`; or
     noise: `(S, b, ...)`, row s used in the s-th step taken. One of the two is needed unless eta is the number 0.
-    prediction_type: what the denoiser returns (`jddim.ddim.PREDICTION_TYPES`).
+    prediction_type: what the denoiser returns (`jddim.ddim.predict_both`).
     clip_range: clamp x0 to (low, high) at each step, or None. threshold: instead, (ratio, largest) of
     `jddim.ddim.dynamic_threshold`. rederive_eps: recompute eps from the x0 so limited for the direction term (OpenAI,
     lucidrains); False keeps the network's (the walk-through, ermongroup, diffusers).
