@@ -1,0 +1,36 @@
+"""The README's Python runs as it stands, and what it points at is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from tiny import write_checkpoint
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_each_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "cifar10", image_size=(32, 32), in_channels=3, out_channels=3, attention_levels=())
+    monkeypatch.chdir(tmp_path)
+    assert len(BLOCKS) == 2
+    names: list[dict] = [{}, {}]
+    for block, found in zip(BLOCKS, names, strict=True):
+        exec(block, found)
+    assert names[0]["x_0"].shape == (64, 32, 32, 3)  # as its comment says
+    assert names[0]["sweep"].shape == (5, 8, 32, 32, 3)
+    assert names[1]["x_0"].shape == (4, 32, 32, 3)
+    assert names[1]["trajectory"].x_t.shape == (4, 4, 32, 32, 3)  # 20 steps, every 5th
+    assert all(bool(jax.numpy.isfinite(found["x_0"]).all()) for found in names)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/families.md", "docs/new-family.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
+    broken = [link for link in links if not link.startswith("http") and not (path.parent / link).exists()]
+    assert not broken
