@@ -72,19 +72,19 @@ def test_while_writing_samples(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("event", "word"),
+    ("event", "word", "options"),
     [
-        ("import", "torch._C"),
-        ("os.mkdir", ".dst."),
-        ("open", "_CHECKPOINT_METADATA"),
-        ("open", "ocdbt"),
-        ("os.rename", ".dst."),
+        ("import", "torch._C", []),  # which is imported to verify with
+        ("os.mkdir", ".dst.", ["--no-verify"]),
+        ("open", "_CHECKPOINT_METADATA", ["--no-verify"]),
+        ("open", "ocdbt", ["--no-verify"]),
+        ("os.rename", ".dst.", ["--no-verify"]),
     ],
 )
-def test_while_converting(tmp_path: Path, event: str, word: str) -> None:
+def test_while_converting(tmp_path: Path, event: str, word: str, options: list[str]) -> None:
     torch = pytest.importorskip("torch", reason="converting needs torch")
     torch.save(state_dict(), tmp_path / "model.ckpt")
-    press(tmp_path, event, word, "convert", tmp_path / "model.ckpt", tmp_path / "dst", *SETTING_OPTIONS, "--no-verify")
+    press(tmp_path, event, word, "convert", tmp_path / "model.ckpt", tmp_path / "dst", *SETTING_OPTIONS, *options)
 
 
 def test_from_outside_while_computing(tmp_path: Path) -> None:
