@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import diffusers_cases as cases
 import numpy as np
 import pytest
-
-HERE = Path(__file__).parent
+from in_float64 import errors_in_float64
 
 
 @pytest.mark.parametrize("name", cases.IN_FLOAT32)
@@ -23,14 +16,7 @@ def test_float32(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def float64_errors() -> dict[str, dict[str, float]]:
-    path = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
-    environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # it compiles in half the time
-    run = subprocess.run(
-        [sys.executable, str(HERE / "diffusers_cases.py")], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return errors_in_float64("diffusers_cases.py")
 
 
 @pytest.mark.parametrize("name", cases.CASES)

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import openai_cases
 import parity_cases as cases
 import pytest
-
-HERE = Path(__file__).parent
+from in_float64 import errors_in_float64
 
 BOUNDS = {"unet": 1e-11, "sampler": 1e-9, "network": 1e-9, "ancestral": 1e-9}
 BOUNDS |= {"openai": 1e-11, "cosine": 1e-9, "eta 1 is ancestral": 1e-9}
@@ -20,13 +13,7 @@ BOUNDS |= {"openai": 1e-11, "cosine": 1e-9, "eta 1 is ancestral": 1e-9}
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, dict[str, float]]:
-    path = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
-    environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    run = subprocess.run(
-        [sys.executable, str(HERE / "float64_checks.py")], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return errors_in_float64("float64_checks.py")
 
 
 @pytest.mark.parametrize(

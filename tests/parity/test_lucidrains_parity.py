@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +12,7 @@ import lucidrains_cases as cases
 import numpy as np
 import pytest
 import torch
+from in_float64 import errors_in_float64
 from lucidrains_files import draw, small_config, trainer, write
 from parity_cases import to_numpy, to_torch
 
@@ -26,8 +23,6 @@ from convert.reference import lucidrains_unet
 from jddim.config import LucidrainsConfig, ScheduleConfig
 from jddim.models.lucidrains import RMSNorm
 
-HERE = Path(__file__).parent
-
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_output_equals_the_references(name: str) -> None:
@@ -37,18 +32,7 @@ def test_output_equals_the_references(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def errors64() -> dict[str, float]:
-    path = os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parent.parent)))
-    environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiling is most of the time: 11 s, not 28
-    run = subprocess.run(
-        [sys.executable, str(HERE / "lucidrains_float64.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return errors_in_float64("lucidrains_float64.py")
 
 
 @pytest.mark.parametrize("name", cases.CASES)
