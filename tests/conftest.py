@@ -10,6 +10,10 @@ import pytest
 
 # No test may depend on a GPU being there, nor compete for its memory.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes with two torch threads each wait for one another more than they compute: 204 s against 121 for the
+    # parity tests, on two cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 MNIST_SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm"
