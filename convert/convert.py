@@ -253,7 +253,7 @@ def _fitting_presets(family: Family, source: Source) -> list[str]:
 def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> verification.Verification:
     tensors = {name: value for name, value in source.tensors.items() if name not in plan.ignored}
     return verification.verify(
-        build_model(plan.model, params),
+        build_model(plan.model, verification.in_place(params)),
         tensors,
         family,
         plan.model,

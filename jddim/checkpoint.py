@@ -153,11 +153,16 @@ def save_checkpoint(
     try:
         interrupt.unwind()
         target.parent.mkdir(parents=True, exist_ok=True)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        # Trained weights hardly compress; trying takes longer than writing them, and twice their memory.
+        handler = ocp.CompositeCheckpointHandler(
+            params=ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False),
+            metadata=ocp.JsonCheckpointHandler(),
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(
                 staging,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(_nested(params)),
+                    params=ocp.args.PyTreeSave(_nested(params)),
                     metadata=ocp.args.JsonSave({**metadata.to_json(), "sha256": metadata.sha256}),
                 ),
             )
