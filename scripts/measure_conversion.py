@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/measure_conversion.py [FOLDER] [--channels 256] [--no-verify]
 
-Writes a file of this family with random weights (550M parameters by default) into FOLDER, which needs three times its
-2.2 GB, and runs both in processes of their own. Memory is the peak of the resident set, mapped pages included, above
+Writes a file of this family with random weights (608M parameters by default) into FOLDER, which needs three times its
+2.4 GB, and runs both in processes of their own. Memory is the peak of the resident set, mapped pages included, above
 what the process had before it began (jax and torch imported).
 """
 
@@ -104,7 +104,7 @@ def run(code: str, *arguments: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", help="default: a temporary one, removed at the end")
-    parser.add_argument("--channels", type=int, default=256)
+    parser.add_argument("--channels", type=int, default=288)
     parser.add_argument("--no-verify", dest="verify", action="store_false")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
