@@ -23,7 +23,7 @@ padding or transpose 1e-3 and up."""
 
 
 LARGE = 100_000_000
-"""Parameters from which on one sample is run, not three, and XLA's code is not optimised: compiling would take longer."""
+"""Parameters from which on one sample is run, not three, and XLA does not optimise: compiling would take longer."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -185,7 +185,7 @@ def save_checkpoint(
 def _remove_all(staging: Path) -> None:
     """Remove what Orbax has written: under a longer name at first, and its threads may go on for a moment."""
     quiet = 0
-    while quiet < 3:
+    while quiet < 30:
         leftovers = list(staging.parent.glob(f"{staging.name}*"))
         for leftover in leftovers:
             shutil.rmtree(leftover, ignore_errors=True)

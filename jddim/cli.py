@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, ddimN or N,N,..."
+PLOTS = (".png", ".svg", ".pdf")
 EXAMPLES = """\
 examples:
   jddim convert ckpt.pth mnist                      ermongroup's ckpt.pth; config.yml is found beside it
@@ -80,7 +82,7 @@ def _export_torch(args: argparse.Namespace) -> int:
 def _sample(args: argparse.Namespace) -> int:
     x_T = _load_array(args.x_T, "--x-T")
     noise = _load_array(args.noise, "--noise")
-    num = args.num if args.num is not None else 64 if x_T is None else len(x_T) if x_T.ndim else 0
+    num = args.num if args.num is not None else 64 if x_T is None else len(x_T)
     suffix = args.out.suffix.lower()
     if args.trajectory and suffix not in (".png", ".gif", ".npz", ".npy"):
         raise ValueError("--trajectory goes with OUT ending in .png, .gif, .npz or .npy")
@@ -111,6 +113,10 @@ def _sample(args: argparse.Namespace) -> int:
     }
     asked = {name: value for name, value in asked.items() if value is not None}
     ddim = jddim.load(args.ckpt, dtype=args.dtype).with_sampler(**asked)
+    if args.clip_range is not None and not ddim.sampler.clip:
+        raise ValueError(
+            "--clip-range without --clip: this checkpoint's x0 is not clipped; add --clip, or leave it out"
+        )
     table = ddim.table(args.steps)
     keep = suffix == ".gif" or args.trajectory
     every = max(1, table.num_steps // 40) if suffix == ".gif" else 1
@@ -144,8 +150,9 @@ def _sample(args: argparse.Namespace) -> int:
         "eta": eta,
         "labels": args.labels,
         "dtype": args.dtype,
-        "x_T": None if args.x_T is None else args.x_T.name,
-        "noise": None if args.noise is None else args.noise.name,
+        "x_T": _given_array(args.x_T),
+        "noise": _given_array(args.noise),
+        "trajectory": args.trajectory,
     }
     if trajectory is None:
         save_images(args.out, x_0, settings)
@@ -213,6 +220,11 @@ def _schedule(args: argparse.Namespace) -> int:
     table = sampler_table(schedule, sampler, args.steps, np.float64)
     if not args.eta >= 0:
         raise ValueError(f"--eta must be a number >= 0, got {args.eta}")
+    if args.eta > (limit := largest_eta(table)):
+        raise ValueError(f"--eta {args.eta:g} is too large for this table: at most {limit:.4g}")
+    if args.plot is not None:
+        if args.plot.suffix.lower() not in PLOTS:
+            raise ValueError(f"--plot {args.plot}: end it in {', '.join(PLOTS)}")
     sigma = np.asarray(ddim_sigma(np.asarray(table.alpha_bar_t), np.asarray(table.alpha_bar_prev), args.eta))
     print(
         f"{config.name}, T = {schedule.num_train_timesteps}; {sampler.spacing}, {table.num_steps} steps; "
@@ -317,9 +329,31 @@ def _load_array(path: Path | None, option: str) -> np.ndarray | None:
     import numpy as np
 
     try:
-        return np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{option} {path} is not an .npy file of numbers ({error})") from error
+        told = " (it is cut short)" if path.stat().st_size and "pickle" not in str(error) else ""
+        raise ValueError(f"{option} {path} is not an .npy file of numbers{told}; numpy.save writes one") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(
+            f"{option} {path} is an .npz archive of {', '.join(array.files) or 'nothing'}; save one array as .npy"
+        )
+    if array.ndim != {"--x-T": 4, "--noise": 5}[option]:
+        wanted = {"--x-T": "(N, H, W, C)", "--noise": "(S, N, H, W, C)"}[option]
+        raise ValueError(f"{option} {path} must have shape {wanted}, got {array.shape}")
+    return array
+
+
+def _seed(text: str) -> int:
+    """`--seed`: what jax.random.key tells apart."""
+    seed = int(text)
+    if not 0 <= seed < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..{2**32 - 1}, which seeds are kept apart in")
+    return seed
+
+
+def _given_array(path: Path | None) -> dict[str, str] | None:
+    """A file of noise, as the settings record it."""
+    return None if path is None else {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def _convert_module() -> Any:
@@ -445,7 +479,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--eta", type=float, metavar="E", help="0 deterministic, 1 as noisy as DDPM; default: the checkpoint's"
     )
-    sub.add_argument("--seed", type=int, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0")
+    sub.add_argument("--seed", type=_seed, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0")
     sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time (default 64)")
     sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
     sub.add_argument(

@@ -432,7 +432,7 @@ def size_problems(config: ModelConfig, image_size: tuple[int, int]) -> list[str]
     return [
         f"image size {image_size[0]}x{image_size[1]} does not divide: the network halves it {factor.bit_length() - 1} "
         f"times, so height and width must be multiples of {factor} "
-        f"(nearest: {lower[0]}x{lower[1]} or {upper[0]}x{upper[1]})"
+        f"(nearest: {' or '.join(dict.fromkeys(f'{side[0]}x{side[1]}' for side in (lower, upper)))})"
     ]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from jddim.checkpoint import load_metadata, load_params
 from jddim.images import read_metadata
@@ -32,7 +33,8 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Differenc
     """The rows in which A and B differ; none if they are equal. Both must be of one kind.
 
     Checkpoints: metadata entry by entry, then the largest difference of each block's parameters over the largest
-    magnitude in A. Samples: shape and dtype, how many are equal, the largest and mean difference. Settings: entries.
+    magnitude in A. Samples: shape and dtype, how many are equal, the largest and mean difference. Settings: entries;
+    of two PNGs, the pixels as well.
     Raises ValueError if the kinds differ or a file is of none; `CheckpointError` for a damaged checkpoint.
     """
     paths = Path(a), Path(b)
@@ -43,7 +45,10 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Differenc
         return _diff_checkpoints(*paths)
     if kinds[0] == SAMPLES:
         return _diff_samples(*(_arrays(path) for path in paths))
-    return diff_mappings(*(_settings(path) for path in paths))
+    rows = diff_mappings(*(_settings(path) for path in paths))
+    if all(path.suffix.lower() == ".png" for path in paths):
+        rows += _diff_samples(*({"pixels": _pixels(path)} for path in paths))
+    return rows
 
 
 CHECKPOINT, SAMPLES, SETTINGS = "a checkpoint", "a set of samples", "a file of settings"
@@ -118,9 +123,14 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} holds no arrays of numbers ({error})") from error
 
 
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)[None]
+
+
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        settings = read_metadata(path) if path.suffix == ".png" else json.loads(path.read_text())
+        settings = read_metadata(path) if path.suffix.lower() == ".png" else json.loads(path.read_text())
     except (KeyError, OSError, ValueError) as error:
         raise ValueError(f"{path} holds no settings ({type(error).__name__}: {error})") from error
     if not isinstance(settings, dict):

@@ -7,6 +7,7 @@ short the clearing up after the first. This module imports little, to be ready b
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ def listen() -> None:
     signal.signal(signal.SIGINT, _on_interrupt)
     sys.unraisablehook = _on_unraisable
     sys.excepthook = _on_exception
+    threading.excepthook = _on_thread_exception
 
 
 def heard() -> bool:
@@ -52,6 +54,7 @@ def _on_interrupt(signum: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _heard is None or now - _heard > SAME:
         _heard = now
+        logging.disable(logging.CRITICAL)  # what threads log of the work that is given up
         if not _unwinding and _importing(frame):
             os.write(2, f"{MESSAGE}\n".encode())
             os._exit(130)
@@ -67,9 +70,19 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _on_exception(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
-    """Extension modules print what their initialisation runs into (numpy's does), and fail then."""
-    if not heard():
+    """Extension modules print what their initialisation runs into (numpy's does), and fail then.
+
+    Other threads come here only from extension modules (tensorstore's, handing the rest of a failed restore to an
+    event loop that has ended); the main thread reports what failed.
+    """
+    if not heard() and threading.current_thread() is threading.main_thread():
         sys.__excepthook__(kind, value, traceback)
+
+
+def _on_thread_exception(args: threading.ExceptHookArgs) -> None:
+    """After Ctrl-C, threads fail because what they worked on is being removed."""
+    if not heard():
+        threading.__excepthook__(args)
 
 
 def _on_unraisable(unraisable: Any) -> None:

@@ -127,7 +127,8 @@ class DDIM:
             `class_embedding` takes, one row an image).
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
         image_size: (height, width) other than the checkpoint's. batch_size: images per compiled call, default all.
-        trajectory_every: k returns `(images, Trajectory)` with every k-th step. progress: a bar on stderr.
+        trajectory_every: k returns `(images, Trajectory)` with every k-th step. progress: run in segments, with a bar on stderr
+            if that is a terminal; the same images to the bit.
 
         Everything that is None comes from the checkpoint; `with_sampler` changes the rest of its conventions. Works
         inside `jit`, `vmap` and `grad`, where values are traced and only shapes are checked; outside, one compiled
@@ -173,7 +174,7 @@ class DDIM:
                 keys = None if key is None else _keys(key, start + low, batch_size)
                 x = _initial_noise(keys, shape, dtype) if x_T is None else pad(jnp.asarray(x_T)[rows])
                 state = init_state(x, table, trajectory_every, self_condition=ddim.sampler.self_condition)
-                for segment in segments(table) if bar.enabled else [table]:
+                for segment in segments(table) if progress else [table]:
                     noise_rows = None
                     if noise is not None:
                         first = int(segment.step[0])
@@ -189,7 +190,7 @@ class DDIM:
                         None if labels is None else pad(labels[rows]),
                         program=program,
                     )
-                    if bar.enabled:
+                    if progress:  # between segments Ctrl-C is heard, and a NaN seen, with a terminal or without
                         _raise_if_bad(state, table, start + low, taken)
                         bar.add(taken * segment.num_steps / table.num_steps)
                 _raise_if_bad(state, table, start + low, taken)
@@ -271,6 +272,8 @@ class DDIM:
                 continue
             if np.shape(array) != expected:
                 of_steps = f", one row for each of {table.num_steps} steps" if name == "noise" else ""
+                if np.shape(array) == (*expected[:-3], expected[-1], *expected[-3:-1]):
+                    of_steps += " (channels last)"
                 problems.append(f"{name} must have shape {expected}{of_steps}, got {np.shape(array)}")
             elif array.dtype != dtype:
                 problems.append(f"{name} must be {jnp.dtype(dtype)}, got {array.dtype}")

@@ -249,5 +249,7 @@ def check_timesteps(timesteps: ArrayLike, num_train_timesteps: int, *, repeats: 
 
 def _check(num_train_timesteps: int, num_steps: int) -> tuple[int, int]:
     if not 1 <= num_steps <= num_train_timesteps:
-        raise ValueError(f"num_steps must lie in 1..{num_train_timesteps} (the training timesteps), got {num_steps}")
+        raise ValueError(
+            f"num_steps (--steps) must lie in 1..{num_train_timesteps} (the training timesteps), got {num_steps}"
+        )
     return num_train_timesteps, num_steps

@@ -60,7 +60,7 @@ def load_or_convert() -> jddim.DDIM:
             ddim = jddim.load(checkpoint)
             assert ddim.metadata
             provenance = ddim.metadata.provenance
-            if [(provenance.get(part) or {}).get("sha256") for part in ("source", "config")] == expected:
+            if [part.get("sha256") for part in (provenance["source"], *provenance["config"])] == expected:
                 print(f"1. {shown(checkpoint)} is already the conversion of {shown(source)}: kept")
                 return ddim
             print(f"   {shown(checkpoint)} was converted from another file: converting again")

@@ -56,14 +56,17 @@ def key(root: Path) -> str:
 
 
 def missing(requirements: list[str]) -> bool:
-    """Whether a requirement's distribution is not there. Conditional requirements are not looked at."""
+    """Whether a requirement's distribution is not there, or a package of it. Conditional requirements are not looked at."""
     for requirement in requirements:
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
         if name and ";" not in requirement:
             try:
-                importlib.metadata.distribution(name[0])
+                distribution = importlib.metadata.distribution(name[0])
             except importlib.metadata.PackageNotFoundError:
                 return True
+            packages = re.findall(r"^([\w.-]+/__init__\.py),", distribution.read_text("RECORD") or "", re.MULTILINE)
+            if not all(Path(str(distribution.locate_file(package))).is_file() for package in packages):
+                return True  # its metadata is there, its code is not
     return False
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -154,12 +156,54 @@ def test_destinations(tmp_path: Path, fails: Callable[..., str], mnist_checkpoin
         (["--eta", "nan"], "got nan"),
         (["--num", "0"], "num must be at least 1"),
         (["--spacing", "cubic"], "unknown spacing"),
+        (["--clip-range", "-1", "1"], "--clip-range without --clip"),
     ],
 )
 def test_sampling_options(
     tmp_path: Path, fails: Callable[..., str], mnist_checkpoint: Path, options: list[str], message: str
 ) -> None:
     assert message in fails("sample", mnist_checkpoint, tmp_path / "a.npy", *options)
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "x"])
+def test_seeds_that_would_be_another_seed(
+    tmp_path: Path, fails: Callable[..., str], mnist_checkpoint: Path, seed: str
+) -> None:
+    assert "--seed" in fails("sample", mnist_checkpoint, tmp_path / "a.npy", "--seed", seed, status=2)
+
+
+@pytest.mark.parametrize("option", ["--x-T", "--noise"])
+def test_noise_files_that_hold_no_array(
+    tmp_path: Path, fails: Callable[..., str], mnist_checkpoint: Path, option: str
+) -> None:
+    np.savez(tmp_path / "x.npz", first=np.zeros(3), second=np.zeros(3))
+    np.save(tmp_path / "number.npy", np.float32(3))
+    (tmp_path / "text.npy").write_text("noise")
+    for name, message in (
+        ("x.npz", "archive of first, second; save one array as .npy"),
+        ("number.npy", "must have shape ("),
+        ("text.npy", "is not an .npy file of numbers; numpy.save writes one"),
+    ):
+        assert message in fails("sample", mnist_checkpoint, tmp_path / "a.npy", option, tmp_path / name)
+
+
+def test_tables_that_cannot_be(tmp_path: Path, fails: Callable[..., str], mnist_checkpoint: Path) -> None:
+    assert "--eta 99 is too large" in fails("schedule", mnist_checkpoint, "--eta", "99")
+    assert ".png, .svg, .pdf" in fails("schedule", mnist_checkpoint, "--plot", tmp_path / "x.txt")
+
+
+def test_damaged_parameters_are_one_line_whatever_threads_say(mnist_checkpoint: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(mnist_checkpoint, damaged)
+    largest = max((damaged / "params").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    with open(largest, "r+b") as file:
+        file.truncate(1000)
+    command = [sys.executable, "-m", "jddim", "sample", str(damaged), str(tmp_path / "a.npy")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert "incomplete or damaged" in ended.stderr
+    assert not (tmp_path / "a.npy").exists()
 
 
 def test_noise_files(tmp_path: Path, fails: Callable[..., str], mnist_checkpoint: Path) -> None:

@@ -67,6 +67,17 @@ def test_settings_in_pictures_and_json(tmp_path: Path) -> None:
     assert diff(tmp_path / "a.json", tmp_path / "b.json") == [("sampler.eta", "0.0", "0.25"), ("only", "a", "b")]
 
 
+def test_pictures_by_their_pixels(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).uniform(-1, 1, (4, 3, 7, 1)).astype(np.float32)
+    for name, images in (("a", x), ("b", x), ("c", -x), ("d", x[:1])):
+        save_images(tmp_path / f"{name}.png", images, {"seed": 3})
+    assert diff(tmp_path / "a.png", tmp_path / "b.png") == []
+    (row,) = diff(tmp_path / "a.png", tmp_path / "c.png")
+    assert (row.name, row.a) == ("pixels", "0 of 1 equal")
+    (row,) = diff(tmp_path / "a.png", tmp_path / "d.png")
+    assert row.a != row.b
+
+
 def test_entries_of_one_side() -> None:
     assert diff_mappings({"x": 1}, {"y": None}) == [("x", "1", "(absent)"), ("y", "(absent)", "null")]
 
