@@ -222,9 +222,8 @@ def _schedule(args: argparse.Namespace) -> int:
         raise ValueError(f"--eta must be a number >= 0, got {args.eta}")
     if args.eta > (limit := largest_eta(table)):
         raise ValueError(f"--eta {args.eta:g} is too large for this table: at most {limit:.4g}")
-    if args.plot is not None:
-        if args.plot.suffix.lower() not in PLOTS:
-            raise ValueError(f"--plot {args.plot}: end it in {', '.join(PLOTS)}")
+    if args.plot is not None and args.plot.suffix.lower() not in PLOTS:
+        raise ValueError(f"--plot {args.plot}: end it in {', '.join(PLOTS)}")
     sigma = np.asarray(ddim_sigma(np.asarray(table.alpha_bar_t), np.asarray(table.alpha_bar_prev), args.eta))
     print(
         f"{config.name}, T = {schedule.num_train_timesteps}; {sampler.spacing}, {table.num_steps} steps; "

@@ -127,8 +127,8 @@ class DDIM:
             `class_embedding` takes, one row an image).
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
         image_size: (height, width) other than the checkpoint's. batch_size: images per compiled call, default all.
-        trajectory_every: k returns `(images, Trajectory)` with every k-th step. progress: run in segments, with a bar on stderr
-            if that is a terminal; the same images to the bit.
+        trajectory_every: k returns `(images, Trajectory)` with every k-th step. progress: run in segments,
+            with a bar on stderr if that is a terminal; the same images to the bit.
 
         Everything that is None comes from the checkpoint; `with_sampler` changes the rest of its conventions. Works
         inside `jit`, `vmap` and `grad`, where values are traced and only shapes are checked; outside, one compiled
