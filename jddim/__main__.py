@@ -20,9 +20,10 @@ def run() -> NoReturn:
         print(interrupt.MESSAGE, file=sys.stderr)
         status = 130
     interrupt.ignore()
-    if interrupt.heard() and status != 0:
+    if status != 0:  # not waiting for threads whose work failed or was given up
         sys.stdout.flush()
-        os._exit(130)  # not waiting for threads whose work was given up, nor for what they say about it
+        sys.stderr.flush()
+        os._exit(130 if interrupt.heard() else status)
     raise SystemExit(status)
 
 

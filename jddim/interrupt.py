@@ -70,12 +70,8 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _on_exception(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
-    """Extension modules print what their initialisation runs into (numpy's does), and fail then.
-
-    Other threads come here only from extension modules (tensorstore's, handing the rest of a failed restore to an
-    event loop that has ended); the main thread reports what failed.
-    """
-    if not heard() and threading.current_thread() is threading.main_thread():
+    """After Ctrl-C, extension modules print what their initialisation runs into (numpy's does), and fail then."""
+    if not heard() and not _beside():
         sys.__excepthook__(kind, value, traceback)
 
 
@@ -85,10 +81,16 @@ def _on_thread_exception(args: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(args)
 
 
+def _beside() -> bool:
+    """Whether this is a thread of an extension module's own (tensorstore's, handing the rest of a failed restore to
+    an event loop that has ended). What fails there, the main thread reports."""
+    return threading.current_thread() is not threading.main_thread()
+
+
 def _on_unraisable(unraisable: Any) -> None:
     """Where KeyboardInterrupt cannot leave the finaliser or callback that it struck, raise it again a little later."""
     global _heard
-    if not heard():
+    if not heard() and not _beside():
         sys.__unraisablehook__(unraisable)
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         return  # after Ctrl-C, what finalisers say of half-made objects is of no interest

@@ -56,7 +56,7 @@ def key(root: Path) -> str:
 
 
 def missing(requirements: list[str]) -> bool:
-    """Whether a requirement's distribution or a package of it is not there. Conditional requirements are not looked at."""
+    """Whether a requirement's distribution, or a package of it, is not there. Conditional ones are not looked at."""
     for requirement in requirements:
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
         if name and ";" not in requirement:
