@@ -118,7 +118,8 @@ def verify(
     inputs = (jnp.asarray(x_t), jnp.asarray(t), None if labels is None else jnp.asarray(labels))
     with jax.default_matmul_precision("highest"):
         program = jax.jit(lambda model, *inputs: dict(model.activations(*inputs))).lower(model, *inputs)
-        actual = program.compile({"xla_backend_optimization_level": 0} if large else None)(model, *inputs)
+        options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"} if large else {}
+        actual = program.compile(options)(model, *inputs)
     if list(expected) != (names := [name for name, _ in _ordered(actual, expected)]):
         raise AssertionError(f"the reference's blocks {list(expected)} are not the model's {names}")
     return Verification(

@@ -83,7 +83,8 @@ def _on_thread_exception(args: threading.ExceptHookArgs) -> None:
 
 def _beside() -> bool:
     """Whether this is a thread of an extension module's own (tensorstore's, handing the rest of a failed restore to
-    an event loop that has ended). What fails there, the main thread reports."""
+    an event loop that has ended). What fails there, the main thread reports.
+    """
     return threading.current_thread() is not threading.main_thread()
 
 

@@ -312,7 +312,8 @@ def _scan(
     noise_rows, noise_of = noise_at
 
     def step(state: State, row_and_noise: tuple[StepTable, Array | None]) -> tuple[State, None]:
-        row, noise_row = row_and_noise
+        # Behind the barrier a step is the same program in every segment, also where XLA removes the loop of one step.
+        state, (row, noise_row) = lax.optimization_barrier((state, row_and_noise))
         x_t = state.x_t
         t = jnp.broadcast_to(row.t, x_t.shape[:1])
         output = denoise(x_t, t) if state.x0_hat is None else denoise(x_t, t, state.x0_hat)
