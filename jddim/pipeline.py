@@ -27,7 +27,7 @@ from jddim.config import (
 from jddim.ddim import StepTable, largest_eta, sampler_table
 from jddim.denoisers import with_labels, with_scaled_time, with_self_condition, without_variance
 from jddim.models import Network
-from jddim.models.layers import at_least_float32
+from jddim.models.layers import at_least_float32, cast_kernels
 from jddim.progress import Progress
 from jddim.sampling import (
     Denoiser,
@@ -277,7 +277,7 @@ class DDIM:
                 problems.append(f"{name} must have shape {expected}{of_steps}, got {np.shape(array)}")
             elif array.dtype != dtype:
                 problems.append(f"{name} must be {jnp.dtype(dtype)}, got {array.dtype}")
-            elif not isinstance(array, jax.core.Tracer) and not np.isfinite(array).all():
+            elif not isinstance(array, jax.core.Tracer) and not _all_finite(array):
                 where = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
                 problems.append(f"{name} holds a NaN or infinity, first at {where}")
         return problems
@@ -320,6 +320,7 @@ def _steps(
     program: _Program,
 ) -> State:
     """One segment of the scan, the program that `sample` compiles. Everything that may change is an argument."""
+    model = cast_kernels(model)
     denoise: Denoiser = model if labels is None else with_labels(model, labels)
     if program.timestep_scale != 1:
         denoise = with_scaled_time(denoise, program.timestep_scale)
@@ -396,6 +397,11 @@ def _label_problems(config: ModelConfig, labels: Array | None, num: int) -> list
     if outside:
         return [f"labels must lie in 0..{(config.num_classes or 1) - 1}, got {outside[0]}"]
     return []
+
+
+def _all_finite(array: Array | np.ndarray) -> bool:
+    """Asked where the array is: what lies on a GPU is not fetched for it."""
+    return bool((jnp if isinstance(array, Array) else np).isfinite(array).all())
 
 
 def _is_zero(eta: ArrayLike) -> bool:

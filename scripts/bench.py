@@ -2,11 +2,14 @@
 
 Prints a Markdown table and writes it, and every sample taken, to out/bench/. What makes the comparison fair:
 
-- Every contestant has the same weights, x_T and timesteps, float32 (no TF32), eta 0, x0 clipped; before anything is
-  timed their x_0 must agree with jddim's to 1e-3 of its largest magnitude, and the table says how closely they do.
+- Every contestant has the same weights, x_T and timesteps, eta 0, x0 clipped, and the same precision: float32, with
+  products in TF32 where asked (GPUs), or the network in bfloat16 within a float32 sampler. Before anything is timed
+  their x_0 must agree with jddim's (float32: to 1e-3 of its largest magnitude); the table says how closely they do.
 - What is timed is sampling as a user calls it, from x_T to a finished x_0 on the device. jddim includes its checks of
   the arguments and the result. torch runs under inference_mode, in both memory layouts; torch.compile keeps the
-  weights constant, which lets it lay them out beforehand.
+  weights constant on CPU, which lets it lay them out beforehand, and uses channels_last and CUDA graphs on GPU.
+- Arithmetic is what the network's convolutions and matrix products need, whoever runs it (torch counts it); the peak
+  that it is compared with is that of a 8192^3 matrix product in the same precision, timed here.
 - One process, one call of each contestant in turn, in rounds that each start with another one, so that whatever else
   the machine does meets all of them. Before each call the process sleeps, so that no other framework's threads still
   spin, as threads do for a while after their work.
@@ -28,8 +31,8 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -51,362 +54,31 @@ if str(ROOT) not in sys.path:  # so that it also runs where jddim is not install
     sys.path.insert(0, str(ROOT))
 
 import jddim  # noqa: E402
-from convert.rules import source_of  # noqa: E402
-from jddim.config import ScheduleConfig, UNetConfig, from_json, to_json  # noqa: E402
-from jddim.schedule import make_schedule  # noqa: E402
+from jddim.config import to_json  # noqa: E402
+from scripts.contestants import (  # noqa: E402
+    CONTESTANTS,
+    PRECISIONS,
+    QUICK,
+    SIZES,
+    BenchError,
+    Case,
+    Sampler,
+    UnavailableError,
+    make_case,
+    to_numpy,
+    torch_reference,
+)
 
-MNIST_SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm"
 OUT = ROOT / "out" / "bench"
-TOLERANCE = 1e-3
+# What x_0 may differ by: the largest difference over jddim's largest magnitude in float32; root mean squares otherwise,
+# since a network with random weights amplifies 8 bits of mantissa to 0.3 in ten steps. A wrong weight or step makes 1.
+TOLERANCE = {"float32": 1e-3, "tf32": 0.2, "bfloat16": 0.5}
 # Above glibc's 32 MiB limit for growing its threshold by itself; larger than any buffer here.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 OPENMP = {"OMP_WAIT_POLICY": "PASSIVE"}
 SETTLE_S = 0.05
-CIFAR10 = UNetConfig(image_size=(32, 32))  # ch 128, mult 1,2,2,2, 2 blocks, attention at 16x16: Ho et al.'s
-
-
-class BenchError(Exception):
-    """What stops the bench, in one line."""
-
-
-class UnavailableError(Exception):
-    """Why a contestant cannot take part, in one line."""
-
-
-# -- cases ------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """A network to time, with the settings that suit it. batch_sizes, steps: the defaults."""
-
-    title: str
-    batch_sizes: tuple[int, ...]
-    steps: int
-
-
-SIZES = {
-    "mnist": Size("MNIST size, the shipped checkpoint", (16, 64), 10),
-    "cifar10": Size("CIFAR-10 size, random weights", (8,), 4),
-}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Case:
-    """What all contestants sample. params: the weights under jddim's names and in its layout.
-
-    timesteps: int64 `(S,)`, descending. x_T: float32 `(b, h, w, c)`.
-    """
-
-    size: str
-    config: UNetConfig
-    params: Mapping[str, NDArray[np.float32]]
-    schedule: ScheduleConfig
-    timesteps: NDArray[np.int64]
-    x_T: NDArray[np.float32]
-
-    def save(self, path: Path) -> None:
-        """Write to an `.npz` for a process of its own."""
-        facts = {"size": self.size, "config": to_json(self.config), "schedule": to_json(self.schedule)}
-        arrays: dict[str, Any] = {f"params/{name}": value for name, value in self.params.items()}
-        np.savez(path, facts=np.array(json.dumps(facts)), timesteps=self.timesteps, x_T=self.x_T, **arrays)
-
-    @classmethod
-    def load(cls, path: Path) -> Case:
-        """The inverse of `save`."""
-        with np.load(path) as file:
-            facts = json.loads(str(file["facts"]))
-            params = {name[7:]: file[name] for name in file.files if name.startswith("params/")}
-            config, schedule = from_json(UNetConfig, facts["config"]), from_json(ScheduleConfig, facts["schedule"])
-            return cls(facts["size"], config, params, schedule, file["timesteps"], file["x_T"])
-
-
-def make_case(size: str, batch: int, steps: int) -> Case:
-    """The case of a size: the shipped weights for "mnist", random ones (seeded) for "cifar10".
-
-    The timesteps are multiples of T // S, the one spacing that all contestants have.
-    """
-    if size == "mnist":
-        from convert.engine import fill
-        from convert.families import FAMILIES
-        from convert.readers import read
-        from jddim.checkpoint import abstract_model, flat_params
-
-        family = FAMILIES["ho"]
-        source = family.open_source(read(MNIST_SOURCE / "ckpt.pth"), None, "ckpt.pth")
-        plan = family.plan(source.tensors, None, {"image_size": "28"})
-        shapes = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
-        config, schedule = plan.model, plan.schedule
-        params = fill(source.tensors, shapes, plan.rules, plan.ignored)
-    else:
-        config, schedule = CIFAR10, ScheduleConfig("linear", 1000, 1e-4, 0.02)
-        params = random_params(config)
-    shape = (batch, *config.image_size, config.in_channels)
-    x_T = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
-    timesteps = (np.arange(steps, dtype=np.int64) * (schedule.num_train_timesteps // steps))[::-1].copy()
-    return Case(size, config, params, schedule, timesteps, x_T)
-
-
-def random_params(config: UNetConfig, seed: int = 0) -> dict[str, NDArray[np.float32]]:
-    """Parameters of which none is zero: kernels N(0, 1 / fan_in), norm scales N(1, 0.2^2), biases N(0, 0.2^2)."""
-    from jddim.checkpoint import abstract_model, flat_params
-
-    rng = np.random.default_rng(seed)
-    params = {}
-    for name, leaf in sorted(flat_params(abstract_model(config)).items()):
-        draw = rng.standard_normal(leaf.shape, dtype=np.float32)
-        if name.endswith(".kernel"):
-            draw /= np.float32(math.sqrt(math.prod(leaf.shape[:-1])))
-        else:
-            draw = np.float32(0.2) * draw + np.float32(name.endswith(".scale"))
-        params[name] = draw
-    return params
-
-
-# -- contestants ------------------------------------------------------------------------------------------------------
-
-# Samples once, waits until the result is there, and returns it as `to_numpy` takes it.
-Sampler = Callable[[], Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Contestant:
-    """build: (case, device "cpu" or "gpu") -> a sampler; raises UnavailableError if it cannot be had here."""
-
-    label: str
-    build: Callable[[Case, str], Sampler]
-
-
-def build_jddim(case: Case, device: str) -> Sampler:
-    """`DDIM.sample`, the public entry."""
-    import jax
-
-    from jddim.checkpoint import build_model
-    from jddim.config import SamplerConfig
-    from jddim.pipeline import DDIM
-
-    on = jax.devices(device)[0]
-    with jax.default_device(on):
-        model = build_model(case.config, case.params)
-        x_T = jax.device_put(case.x_T, on)
-    ddim = DDIM(model, make_schedule(case.schedule), SamplerConfig())
-
-    def sample() -> Any:
-        with jax.default_device(on):
-            return ddim.sample(x_T=x_T, spacing=case.timesteps, eta=0.0, clip=True).block_until_ready()
-
-    return sample
-
-
-def torch_reference(case: Case, device: str) -> Any:
-    """The PyTorch reference with the case's weights, on the device."""
-    import torch
-
-    from convert.families.ho import reference, rules
-
-    model = reference(case.config)
-    shapes, table = {name: value.shape for name, value in model.state_dict().items()}, rules(case.config)
-    state = {}
-    for name, value in case.params.items():
-        source = source_of(name, table)
-        turned = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T  # to torch's layout, one axis or two
-        state[source] = torch.from_numpy(turned.reshape(shapes[source]).copy())
-    model.load_state_dict(state, strict=True)
-    return model.eval().requires_grad_(False).to(torch_device(device))
-
-
-def torch_sampler(case: Case, denoise: Any, device: str, *, channels_last: bool) -> Sampler:
-    """The walk-through's loop in PyTorch over this denoiser."""
-    import torch
-
-    from convert.reference.ddim import ddim_sample
-
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x_T = torch.from_numpy(nchw(case.x_T)).to(torch_device(device), memory_format=layout)
-    alphas_cumprod = torch.tensor(make_schedule(case.schedule).alphas_cumprod)
-    timesteps = case.timesteps.tolist()
-
-    def sample() -> Any:
-        with torch.inference_mode():
-            xs, _ = ddim_sample(denoise, x_T, alphas_cumprod, timesteps, eta=0.0, clip=(-1.0, 1.0))
-        finish(device)
-        return xs[-1]
-
-    return sample
-
-
-def build_torch(case: Case, device: str, *, channels_last: bool) -> Sampler:
-    """The PyTorch reference as it stands."""
-    import torch
-
-    model = torch_reference(case, device)
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    return torch_sampler(case, model, device, channels_last=channels_last)
-
-
-def build_torch_compile(case: Case, device: str) -> Sampler:
-    """The PyTorch reference's UNet compiled by torch.compile, for this batch size, its weights constant."""
-    import torch
-    import torch._dynamo
-    import torch._inductor.config
-
-    torch._dynamo.reset()  # another batch size in the same process would make it compile for any, which is slower
-    torch._inductor.config.freezing = True
-    denoise = torch.compile(torch_reference(case, device), dynamic=False)
-    sample = torch_sampler(case, denoise, device, channels_last=False)
-
-    def or_unavailable() -> Any:
-        try:
-            return sample()
-        except Exception as error:  # no C++ compiler, no Python headers, a graph it cannot take: each its own class
-            raise UnavailableError(f"torch.compile failed: {one_line(error)}") from error
-
-    return or_unavailable
-
-
-def build_diffusers(case: Case, device: str, *, channels_last: bool) -> Sampler:
-    """The UNet2DModel of diffusers with the case's weights, stepped by its DDIMScheduler as its pipeline does."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise UnavailableError("diffusers is not installed (pip install diffusers)") from error
-    import torch
-
-    diffusers.utils.logging.set_verbosity_error()
-    c = case.config
-    if c.conv_shortcut or c.downsample != ("conv",):
-        raise UnavailableError("diffusers has no such UNet (3x3 shortcuts, or resampling without convolutions)")
-    attention = [level in c.attention_levels for level in range(len(c.channel_mults))]
-    unet: Any = diffusers.UNet2DModel(
-        sample_size=c.image_size,
-        in_channels=c.in_channels,
-        out_channels=c.out_channels,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        block_out_channels=tuple(c.channels * mult for mult in c.channel_mults),
-        down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attention),
-        up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)),
-        layers_per_block=c.num_res_blocks,
-        downsample_padding=0,
-        attention_head_dim=None,
-        norm_num_groups=c.norm_groups,
-        norm_eps=c.norm_epsilon,
-    )
-    shapes = {name: value.shape for name, value in unet.state_dict().items()}
-    state = {}
-    for name, value in torch_reference(case, "cpu").state_dict().items():
-        renamed = diffusers_name(name, len(c.channel_mults))
-        state[renamed] = value.reshape(shapes[renamed])  # attention's 1x1 convolutions are linears there
-    unet.load_state_dict(state, strict=True)
-    unet.eval().requires_grad_(False).to(torch_device(device))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    unet.to(memory_format=layout)
-
-    scheduler: Any = diffusers.DDIMScheduler(
-        num_train_timesteps=case.schedule.num_train_timesteps,
-        trained_betas=make_schedule(case.schedule).betas,
-        clip_sample=True,
-        set_alpha_to_one=True,
-        timestep_spacing="leading",
-    )
-    scheduler.set_timesteps(len(case.timesteps), device=torch_device(device))
-    if scheduler.timesteps.tolist() != case.timesteps.tolist():
-        raise BenchError(f"diffusers' timesteps are {scheduler.timesteps.tolist()}, not {case.timesteps.tolist()}")
-    x_T = torch.from_numpy(nchw(case.x_T)).to(torch_device(device), memory_format=layout)
-
-    def sample() -> Any:
-        x = x_T
-        with torch.inference_mode():
-            for t in scheduler.timesteps:
-                x = scheduler.step(unet(x, t).sample, t, x, eta=0.0).prev_sample
-        finish(device)
-        return x
-
-    return sample
-
-
-_DIFFUSERS = {
-    r"temb\.dense\.(\d)": lambda m, _: f"time_embedding.linear_{int(m[1]) + 1}",
-    r"(down|up)\.(\d+)\.block\.(\d+)": lambda m, n: f"{_blocks(m[1], m[2], n)}.resnets.{m[3]}",
-    r"(down|up)\.(\d+)\.attn\.(\d+)": lambda m, n: f"{_blocks(m[1], m[2], n)}.attentions.{m[3]}",
-    r"(down|up)\.(\d+)\.(down|up)sample": lambda m, n: f"{_blocks(m[1], m[2], n)}.{m[3]}samplers.0",
-    r"mid\.block_(\d)": lambda m, _: f"mid_block.resnets.{int(m[1]) - 1}",
-    r"mid\.attn_1": lambda m, _: "mid_block.attentions.0",
-    r"norm_out": lambda m, _: "conv_norm_out",
-}
-_DIFFUSERS_PARTS = {
-    "temb_proj": "time_emb_proj",
-    "nin_shortcut": "conv_shortcut",
-    "norm": "group_norm",
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "proj_out": "to_out.0",
-}
-
-
-def diffusers_name(name: str, levels: int) -> str:
-    """The Ho et al. reference's parameter `name` as diffusers' UNet2DModel of so many levels names it."""
-    for pattern, rename in _DIFFUSERS.items():
-        if found := re.match(pattern, name):
-            rest = [_DIFFUSERS_PARTS.get(part, part) for part in name[found.end() :].split(".")]
-            return rename(found, levels) + ".".join(rest)
-    return name
-
-
-def _blocks(side: str, level: str, levels: int) -> str:
-    # diffusers numbers the decoder's levels in the order computed, the deepest first
-    return f"{side}_blocks.{level if side == 'down' else levels - 1 - int(level)}"
-
-
-CONTESTANTS = {
-    "jddim": Contestant("jddim", build_jddim),
-    "torch": Contestant("PyTorch eager", lambda case, device: build_torch(case, device, channels_last=False)),
-    "torch-nhwc": Contestant(
-        "PyTorch eager, channels_last", lambda case, device: build_torch(case, device, channels_last=True)
-    ),
-    "torch-compile": Contestant("torch.compile", build_torch_compile),
-    "diffusers": Contestant("diffusers", lambda case, device: build_diffusers(case, device, channels_last=False)),
-    "diffusers-nhwc": Contestant(
-        "diffusers, channels_last", lambda case, device: build_diffusers(case, device, channels_last=True)
-    ),
-}
-QUICK = ("jddim", "torch")
-
-
-def nchw(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """NHWC to NCHW, contiguous."""
-    return np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-
-
-def to_numpy(x: Any) -> NDArray[np.float32]:
-    """A sampler's result as NHWC."""
-    if type(x).__module__.startswith("torch"):
-        return x.cpu().numpy().transpose(0, 2, 3, 1)
-    return np.asarray(x)
-
-
-def torch_device(device: str) -> str:
-    """A device kind under torch's name."""
-    return "cuda" if device == "gpu" else "cpu"
-
-
-def finish(device: str) -> None:
-    """Wait for what torch has queued on a GPU; on CPU it queues nothing."""
-    if device == "gpu":
-        import torch
-
-        torch.cuda.synchronize()
-
 
 # -- measuring --------------------------------------------------------------------------------------------------------
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's class and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
 
 def say(line: str) -> None:
@@ -420,23 +92,27 @@ def timed(sample: Sampler) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def agreement(results: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
-    """The largest difference of each x_0 from jddim's, over jddim's largest magnitude.
+def agreement(results: Mapping[str, NDArray[np.float32]], precision: str) -> dict[str, float]:
+    """The difference of each x_0 from jddim's, over jddim's: in float32 the largest, otherwise root mean squares.
 
-    Raises BenchError if any is above TOLERANCE, or not a number.
+    Raises BenchError if any is above the precision's TOLERANCE, or not a number.
     """
+
+    def size(x: NDArray[np.float32]) -> float:
+        return float(np.abs(x).max() if precision == "float32" else np.sqrt(np.mean(np.square(x))))
+
     ours = results["jddim"]
-    scale = float(np.abs(ours).max())
+    scale = size(ours)
     errors = {}
     for name, theirs in results.items():
         if theirs.shape != ours.shape:
             raise BenchError(f"{name} made x_0 of shape {theirs.shape}, jddim of {ours.shape}; nothing was timed")
-        errors[name] = float(np.abs(theirs - ours).max()) / scale
-    bad = [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
+        errors[name] = size(theirs - ours) / scale
+    bad = [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE[precision]]
     if bad:
         raise BenchError(
             f"the contestants do not make the same x_0 from the same x_T: {', '.join(bad)} of its scale (allowed: "
-            f"{TOLERANCE:g}); nothing was timed"
+            f"{TOLERANCE[precision]:g}); nothing was timed"
         )
     return errors
 
@@ -464,7 +140,7 @@ def measure(case: Case, names: Sequence[str], device: str, repeats: int, asked: 
             continue
         samplers[name], results[name] = sample, to_numpy(x_0)
         say(f"  {name}: first call {first[name]:.2f} s")
-    errors = agreement(results)
+    errors = agreement(results, case.precision)
     say("  same x_0: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items() if name != "jddim"))
     for sample in samplers.values():
         timed(sample)
@@ -486,13 +162,16 @@ def measure(case: Case, names: Sequence[str], device: str, repeats: int, asked: 
                 "images_per_s": batch / median,
                 "time_over_jddim": statistics.median(ratios),
             }
+            say(f"  {name}: {1e3 * median / steps:.2f} ms/step")  # also if a later case is cut off
     return {
         "size": case.size,
         "title": SIZES[case.size].title,
+        "precision": case.precision,
         "model": to_json(case.config),
         "parameters": sum(value.size for value in case.params.values()),
         "batch_size": batch,
         "steps": steps,
+        "flops_per_image": arithmetic(case),
         "x_0_scale": float(np.abs(results["jddim"]).max()),
         "rows": rows,
     }
@@ -578,13 +257,10 @@ def use_threads(name: str | None, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
     if name in (None, "jddim"):
         import jax
 
-        jax.config.update("jax_default_matmul_precision", "highest")  # no TF32 either; CPU has but one precision
         jax.config.update("jax_enable_compilation_cache", False)
 
 
@@ -603,6 +279,40 @@ def choose_device() -> tuple[str, str]:
     if ours or theirs:
         return "cpu", f"only {'jax' if ours else 'torch'} has a GPU here, so all ran on the CPU"
     return "cpu", ""
+
+
+def arithmetic(case: Case) -> int:
+    """Floating-point operations of the network's convolutions and products for one image and step."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    plain = dataclasses.replace(case, precision="float32")
+    model = torch_reference(plain, "cpu")
+    height, width, channels = case.x_T.shape[1:]
+    counter = FlopCounterMode(display=False)
+    with counter, torch.inference_mode():
+        model(torch.zeros(1, channels, height, width), torch.zeros(1, dtype=torch.int64))
+    return int(counter.get_total_flops())
+
+
+def matmul_peak(precision: str) -> float:
+    """Operations a second of a large matrix product on torch's GPU."""
+    import torch
+
+    size, calls = 8192, 10
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a = torch.randn(size, size, dtype=dtype, device="cuda")
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    seconds = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            a @ a
+        torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / calls)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return 2 * size**3 / min(seconds)
 
 
 def cpu_model() -> str:
@@ -636,9 +346,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         + (f", {machine['gpu']}" if machine["gpu"] else "")
         + f"; {', '.join(f'{name} {version}' for name, version in report['versions'].items())}.",
         "",
-        f"`{report['command']}`: float32, eta 0, medians of {settings['repeats']} interleaved calls. Time/jddim above "
+        f"`{report['command']}`: eta 0, medians of {settings['repeats']} interleaved calls. Time/jddim above "
         "1 means that jddim is faster (median of the rounds' ratios). First call: with compilation. Difference: the "
-        "largest of x_0 from jddim's, over jddim's largest magnitude.",
+        "largest of x_0 from jddim's, over jddim's largest magnitude; but for float32, root mean squares of both.",
     ]
     if machine["load"] > 0.25 * machine["cores"]:
         lines += [
@@ -652,10 +362,12 @@ def markdown(report: Mapping[str, Any]) -> str:
         gpu = any((row.get("memory") or {}).get("device_peak_mib") for row in case["rows"])
         columns = ["", "ms/step", "images/s", "time/jddim", "first call, s", "peak memory, MiB", "difference"]
         columns += ["GPU peak, MiB"] if gpu else []
+        peak = report["machine"]["matmul_peak"].get(case["precision"])
+        columns += ["TFLOP/s", "of the peak"] if peak else []
         lines += [
             "",
             f"**{case['title']}** ({case['parameters'] / 1e6:.1f}M parameters, {'x'.join(map(str, shape_of(case)))}), "
-            f"batch {case['batch_size']}, {case['steps']} steps",
+            f"{case['precision']}, batch {case['batch_size']}, {case['steps']} steps",
             "",
             f"| {' | '.join(columns)} |",
             "|---" + "|---:" * (len(columns) - 1) + "|",
@@ -675,6 +387,9 @@ def markdown(report: Mapping[str, Any]) -> str:
             ]
             if gpu:
                 cells.append(f"{memory['device_peak_mib']:.0f}" if memory.get("device_peak_mib") else "not measured")
+            if peak:
+                rate = row["images_per_s"] * case["steps"] * case["flops_per_image"]
+                cells += [f"{rate / 1e12:.0f}", f"{rate / peak:.0%}"]
             lines.append(f"| {' | '.join(cells)} |")
         lines += [f"\n{row['label']}: left out; {row['skipped']}." for row in case["rows"] if "skipped" in row]
     return "\n".join(lines) + "\n"
@@ -751,13 +466,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    defaults = "; ".join(f"{name} {','.join(map(str, size.batch_sizes))}" for name, size in SIZES.items())
-    steps = "; ".join(f"{name} {size.steps}" for name, size in SIZES.items())
+    defaults = "; ".join(f"{name} {','.join(map(str, size.batch_sizes['cpu']))}" for name, size in SIZES.items())
+    steps = "; ".join(f"{name} {size.steps['cpu']}" for name, size in SIZES.items())
     parser.add_argument(
         "--sizes", type=names(SIZES), metavar="LIST", help=f"networks, of {','.join(SIZES)} (default: all)"
     )
-    parser.add_argument("--batch-sizes", type=numbers, metavar="LIST", help=f"for every size (default: {defaults})")
-    parser.add_argument("--steps", type=number(1, 1000), metavar="S", help=f"steps of one call (default: {steps})")
+    parser.add_argument(
+        "--batch-sizes", type=numbers, metavar="LIST", help=f"for every size (default on CPU: {defaults})"
+    )
+    parser.add_argument(
+        "--steps", type=number(1, 1000), metavar="S", help=f"steps of one call (default on CPU: {steps})"
+    )
+    parser.add_argument(
+        "--precisions",
+        type=names(dict.fromkeys(PRECISIONS)),
+        metavar="LIST",
+        help=f"of {','.join(PRECISIONS)} (default: float32 on CPU, all on a GPU; tf32 is for GPUs)",
+    )
     parser.add_argument("--repeats", type=number(1), metavar="N", help="timed rounds (default: 7)")
     parser.add_argument(
         "--threads", type=number(1, cores()), metavar="N", help=f"cores and threads for all (default: {cores()})"
@@ -800,22 +525,27 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     contestants = args.contestants or (QUICK if args.quick else tuple(CONTESTANTS))
     contestants = ("jddim", *(name for name in contestants if name != "jddim"))
     repeats = args.repeats or (1 if args.quick else 7)
+    precisions = args.precisions or (PRECISIONS if device == "gpu" and not args.quick else ("float32",))
+    if device == "cpu" and "tf32" in precisions:
+        raise BenchError(f"CPUs have no TF32, only float32 and bfloat16{f' ({note})' if note else ''}")
+    peaks = {precision: matmul_peak(precision) for precision in precisions} if device == "gpu" else {}
 
     cases = []
     with tempfile.TemporaryDirectory(prefix="jddim-bench-") as folder:
         # A fresh one, so that first calls compile; the memory measurements then find the program here.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")
         for size in sizes:
-            steps = args.steps or (2 if args.quick else SIZES[size].steps)
-            for batch in args.batch_sizes or ((4,) if args.quick else SIZES[size].batch_sizes):
-                say(f"{SIZES[size].title}, batch {batch}, {steps} steps")
-                case = make_case(size, batch, steps)
+            steps = args.steps or (2 if args.quick else SIZES[size].steps[device])
+            batches = args.batch_sizes or ((4,) if args.quick else SIZES[size].batch_sizes[device])
+            for batch, precision in itertools.product(batches, precisions):
+                say(f"{SIZES[size].title}, {precision}, batch {batch}, {steps} steps")
+                case = make_case(size, batch, steps, precision)
                 result = measure(case, contestants, device, repeats, asked=args.contestants is not None)
                 if not args.no_memory:
                     add_memory(result, case, device, threads, Path(folder))
                 cases.append(result)
     return {
-        "format": 1,
+        "format": 2,
         "date": datetime.date.today().isoformat(),
         "command": command_line(argv),
         "machine": {
@@ -826,6 +556,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
             "gpu": note if device == "gpu" else "",
             "note": note if device == "cpu" else "",
             "load": load,
+            "matmul_peak": peaks,
         },
         "versions": versions(),
         "settings": {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,23 @@ def at_least_float32(dtype: DTypeLike) -> DTypeLike:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def cast_kernels(model: Any) -> Any:
+    """`model` with its convolutions and products holding their parameters in their compute dtype, to the same result.
+
+    Each casts them at every call; a sampling loop calls it once, before the scan. The model given is not changed. One
+    that is no `nnx.Module`, a user's own, comes back as it is.
+    """
+    if not isinstance(model, nnx.Module):
+        return model
+    model = nnx.clone(model)
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, nnx.Conv | nnx.Linear):
+            for parameter in (layer.kernel, layer.bias):
+                if parameter is not None:
+                    parameter.set_value(parameter[...].astype(layer.dtype))
+    return model
+
+
 def conv(channels_in: int, channels_out: int, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Conv:
     """A stride-1 convolution with torch's `padding=size // 2` on every side; kernel (size, size, in, out)."""
     return nnx.Conv(
@@ -57,12 +75,16 @@ def conv(channels_in: int, channels_out: int, size: int, *, dtype: DTypeLike, rn
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """Group norm with torch's two-pass variance (flax defaults to E[x^2] - E[x]^2) and an explicit epsilon."""
+    """Group norm with an explicit epsilon, and torch's two-pass variance unless `dtype` is a half-precision one.
+
+    flax's default E[x^2] - E[x]^2 reads x once, not twice. In float32 it is worse than torch's; of values that come
+    in 8 or 11 bits of mantissa it loses less than they have lost.
+    """
     return nnx.GroupNorm(
         channels,
         num_groups=groups,
         epsilon=epsilon,
-        use_fast_variance=False,
+        use_fast_variance=jnp.finfo(dtype).bits < 32,
         dtype=at_least_float32(dtype),
         rngs=rngs,
     )

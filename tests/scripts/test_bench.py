@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import numpy as np
 import pytest
 
+from jddim.checkpoint import build_model
 from jddim.config import ScheduleConfig, UNetConfig
+from scripts import contestants
 
 torch = pytest.importorskip("torch", reason="the bench compares with torch: pip install 'jddim[convert]'")
 
@@ -53,10 +56,10 @@ def case(bench: ModuleType):
         attention_levels=(0,),
         norm_groups=3,
     )
-    return bench.Case(
+    return contestants.Case(
         size="mnist",  # the name under which the report looks a title up
         config=config,
-        params=bench.random_params(config, seed=7),
+        params=contestants.random_params(config, seed=7),
         schedule=ScheduleConfig("linear", 300, 1e-4, 0.02),
         timesteps=np.array([200, 100, 0]),  # what diffusers makes of 3 steps of 300
         x_T=np.random.default_rng(5).standard_normal((2, 12, 8, 3), dtype=np.float32),
@@ -122,7 +125,7 @@ def test_contestants_make_the_same_images(bench: ModuleType, case, name: str):
     results = {n: bench.to_numpy(bench.CONTESTANTS[n].build(case, "cpu")()) for n in ("jddim", name)}
     assert np.abs(results["jddim"]).max() > 0.1
     # float32 rounding (1e-7 an operation, some hundred in sequence) times 1 / sqrt(alpha_bar) <= 3 in x0
-    assert bench.agreement(results)[name] < 1e-4
+    assert bench.agreement(results, "float32")[name] < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -136,20 +139,32 @@ def test_other_weights_are_noticed(bench: ModuleType, case, name: str):
         "torch": bench.to_numpy(bench.CONTESTANTS["torch"].build(case, "cpu")()),
     }
     with pytest.raises(bench.BenchError, match=r"same x_0 from the same x_T: torch by .*nothing was timed"):
-        bench.agreement(results)
+        bench.agreement(results, "float32")
 
 
-def test_nan_is_no_agreement(bench: ModuleType):
+@pytest.mark.parametrize("name", ["torch", "diffusers"])
+def test_in_bfloat16_they_make_about_the_same_images(bench: ModuleType, case, name: str):
+    pytest.importorskip("diffusers", reason="the comparison with diffusers needs it: pip install diffusers")
+    half = dataclasses.replace(case, precision="bfloat16")
+    made = {n: bench.to_numpy(bench.CONTESTANTS[n].build(half, "cpu")()) for n in ("jddim", name)}
+    exact = bench.to_numpy(bench.CONTESTANTS["jddim"].build(case, "cpu")())
+    assert bench.agreement(made, "bfloat16")[name] < 0.1  # 8 bits of mantissa, amplified by three steps
+    for x_0 in made.values():  # and each differs from float32's, so it was in bfloat16
+        assert 1e-4 < np.abs(x_0 - exact).mean() < 0.1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_nan_is_no_agreement(bench: ModuleType, precision: str):
     x = np.ones((1, 4, 4, 1), np.float32)
     with pytest.raises(bench.BenchError, match="torch by nan"):
-        bench.agreement({"jddim": x, "torch": x * np.nan})
+        bench.agreement({"jddim": x, "torch": x * np.nan}, precision)
 
 
 def test_a_contestant_that_cannot_take_part(bench: ModuleType, case, monkeypatch: pytest.MonkeyPatch):
     def build(case, device):
         raise bench.UnavailableError("no such thing here")
 
-    monkeypatch.setitem(bench.CONTESTANTS, "torch", bench.Contestant("PyTorch eager", build))
+    monkeypatch.setitem(bench.CONTESTANTS, "torch", contestants.Contestant("PyTorch eager", build))
     result = bench.measure(case, ["jddim", "torch"], "cpu", 1, asked=False)
     row = result["rows"][1]
     assert row == {"name": "torch", "label": "PyTorch eager", "skipped": "no such thing here"}
@@ -158,18 +173,37 @@ def test_a_contestant_that_cannot_take_part(bench: ModuleType, case, monkeypatch
     report = {
         "date": "2020-01-01",
         "command": "scripts/bench",
-        "machine": {"cpu": "a CPU", "cores": 2, "gpu": "", "note": "", "load": 0.0},
+        "machine": {"cpu": "a CPU", "cores": 2, "gpu": "", "note": "", "load": 0.0, "matmul_peak": {"float32": 8e12}},
         "versions": {},
         "settings": {"threads": 2, "repeats": 1},
         "cases": [result],
     }
-    assert "PyTorch eager: left out; no such thing here." in bench.markdown(report)
+    table = bench.markdown(report)
+    assert "PyTorch eager: left out; no such thing here." in table
+    rate = result["rows"][0]["images_per_s"] * 3 * result["flops_per_image"]
+    assert f"| {rate / 1e12:.0f} | {rate / 8e12:.0%} |" in table
+
+
+def test_arithmetic_is_counted(bench: ModuleType):
+    case = contestants.make_case("cifar10", 1, 1, "bfloat16")
+    program = jax.jit(lambda model, x_t, t: model(x_t, t))
+    model = build_model(case.config, case.params, np.float32)
+    by_xla = program.lower(model, case.x_T, np.zeros(1, np.int32)).cost_analysis()["flops"]
+    # XLA counts jddim's network, torch the reference's; and XLA the elementwise work too, a few percent.
+    assert 0.95 * by_xla < bench.arithmetic(case) < by_xla
+
+
+def test_cpus_have_no_tf32():
+    done = command("--quick", "--precisions", "tf32", "--contestants", "torch")
+    assert done.returncode == 1
+    assert done.stderr.startswith("scripts/bench: CPUs have no TF32, only float32 and bfloat16")
 
 
 def test_case_survives_its_file(bench: ModuleType, case, tmp_path: Path):
     case.save(tmp_path / "case.npz")
-    again = bench.Case.load(tmp_path / "case.npz")
+    again = contestants.Case.load(tmp_path / "case.npz")
     assert (again.size, again.config, again.schedule) == (case.size, case.config, case.schedule)
+    assert again.precision == case.precision
     assert again.params.keys() == case.params.keys()
     for name, value in case.params.items():
         np.testing.assert_array_equal(again.params[name], value)
@@ -179,7 +213,7 @@ def test_case_survives_its_file(bench: ModuleType, case, tmp_path: Path):
 
 def test_cifar10_is_the_published_size(bench: ModuleType):
     # 35.7M parameters: appendix B of arXiv:2006.11239
-    assert sum(value.size for value in bench.random_params(bench.CIFAR10).values()) == 35_746_307
+    assert sum(value.size for value in contestants.random_params(contestants.CIFAR10).values()) == 35_746_307
 
 
 @pytest.mark.parametrize(
@@ -187,6 +221,7 @@ def test_cifar10_is_the_published_size(bench: ModuleType):
     [
         (["--sizes", "mnist,lsun"], "argument --sizes: knows mnist, cifar10; got 'lsun'"),
         (["--sizes", ","], "argument --sizes: needs at least one of mnist, cifar10"),
+        (["--precisions", "fp8"], "argument --precisions: knows float32, tf32, bfloat16; got 'fp8'"),
         (["--contestants", "keras"], "argument --contestants: knows jddim, torch,"),
         (["--batch-sizes", "4,0"], "argument --batch-sizes: must be a whole number of at least 1, got '0'"),
         (["--batch-sizes", ""], "argument --batch-sizes: must be a whole number of at least 1, got ''"),
