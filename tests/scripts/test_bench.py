@@ -189,8 +189,8 @@ def test_arithmetic_is_counted(bench: ModuleType):
     program = jax.jit(lambda model, x_t, t: model(x_t, t))
     model = build_model(case.config, case.params, np.float32)
     by_xla = program.lower(model, case.x_T, np.zeros(1, np.int32)).cost_analysis()["flops"]
-    # XLA counts jddim's network, torch the reference's; and XLA the elementwise work too, a few percent.
-    assert 0.95 * by_xla < bench.arithmetic(case) < by_xla
+    # XLA leaves out the products with the padding's zeros, 7 % of them at this size, and counts elementwise work.
+    assert by_xla < bench.arithmetic(case) < 1.1 * by_xla
 
 
 def test_cpus_have_no_tf32():
