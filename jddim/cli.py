@@ -128,6 +128,8 @@ def _sample(args: argparse.Namespace) -> int:
         steps=args.steps,
         eta=args.eta,
         labels=_labels(args.labels, num),
+        guidance_scale=args.guidance_scale,
+        null_label=args.null_label,
         x_T=x_T,
         noise=noise,
         batch_size=args.batch_size,
@@ -149,6 +151,8 @@ def _sample(args: argparse.Namespace) -> int:
         "num_steps": table.num_steps,
         "eta": eta,
         "labels": args.labels,
+        "guidance_scale": args.guidance_scale,
+        "null_label": args.null_label,
         "dtype": args.dtype,
         "x_T": _given_array(args.x_T),
         "noise": _given_array(args.noise),
@@ -464,7 +468,9 @@ def _parser() -> argparse.ArgumentParser:
         _sample,
         "sample images from a converted checkpoint",
         "mnist digits.png\nmnist path.gif --num 16 --steps 50 --spacing linspace --clip\n"
-        "mnist samples.npz --num 50000 --batch-size 256\nmnist exact.npy --x-T x_T.npy --noise noise.npy --eta 1",
+        "mnist samples.npz --num 50000 --batch-size 256\n"
+        "classes.ckpt 3s.png --labels 3 --guidance-scale 2 --null-label 10\n"
+        "mnist exact.npy --x-T x_T.npy --noise noise.npy --eta 1",
     )
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
     sub.add_argument(
@@ -492,6 +498,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LABELS",
         help="of a class-conditional model: 3,977 (one an image, or one for all) or 0:10 (0 to 9, over and over)",
     )
+    sub.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="W",
+        help="classifier-free guidance: 0 without the label, 1 with it, above 1 beyond; needs --null-label",
+    )
+    sub.add_argument("--null-label", type=int, metavar="N", help="the label that meant none when the model was trained")
     sub.add_argument(
         "--x-T", dest="x_T", type=Path, metavar="FILE.npy", help="start from this noise, (N, H, W, C) float32"
     )

@@ -26,6 +26,7 @@ from jddim.config import (
 )
 from jddim.ddim import StepTable, largest_eta, sampler_table
 from jddim.denoisers import with_labels, with_scaled_time, with_self_condition, without_variance
+from jddim.guidance import classifier_free, label_pair
 from jddim.models import Network
 from jddim.models.layers import at_least_float32, cast_kernels
 from jddim.progress import Progress
@@ -103,6 +104,8 @@ class DDIM:
         clip_range: tuple[float, float] | None = None,
         rederive_eps: bool | None = None,
         labels: ArrayLike | None = None,
+        guidance_scale: ArrayLike | None = None,
+        null_label: int | None = None,
         x_T: Array | np.ndarray | None = None,
         noise: Array | np.ndarray | None = None,
         image_size: tuple[int, int] | None = None,
@@ -125,6 +128,9 @@ class DDIM:
             rederive_eps: use the clipped x0's eps in the direction term.
         labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1 (or what its
             `class_embedding` takes, one row an image).
+        guidance_scale: classifier-free guidance between `null_label`, the label that meant none in training (scale 0),
+            and `labels` (1), or beyond; a scalar or one value per image. Twice the evaluations. `jddim.guidance` has
+            other kinds.
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
         image_size: (height, width) other than the checkpoint's. batch_size: images per compiled call, default all.
         trajectory_every: k returns `(images, Trajectory)` with every k-th step. progress: run in segments,
@@ -156,6 +162,7 @@ class DDIM:
         if num is not None and num >= 1:
             problems += _eta_problems(eta, num, table) if method == "ddim" else []
             problems += _label_problems(ddim.model.config, labels, num)
+            problems += ddim._guidance_problems(guidance_scale, null_label, num, method)
         program = ddim._program(method, trajectory_every)
         if problems:
             raise ValueError("sample: " + "; ".join(problems))
@@ -164,6 +171,7 @@ class DDIM:
         batch_size = min(batch_size or num, num)
         limits = ddim._limits(dtype)
         etas = jnp.broadcast_to(jnp.asarray(eta, dtype), (num,))
+        scales = None if guidance_scale is None else jnp.broadcast_to(jnp.asarray(guidance_scale, dtype), (num,))
         images: list[Array] = []
         trajectories: list[Trajectory] = []
         with Progress(num, f"{table.num_steps} steps", enabled=progress) as bar:
@@ -188,6 +196,7 @@ class DDIM:
                         noise_rows,
                         limits,
                         None if labels is None else pad(labels[rows]),
+                        None if scales is None else (pad(scales[rows]), jnp.asarray(null_label)),
                         program=program,
                     )
                     if progress:  # between segments Ctrl-C is heard, and a NaN seen, with a terminal or without
@@ -203,6 +212,30 @@ class DDIM:
             return x_0
         x_ts, x0_hats = (jnp.concatenate([part[i] for part in trajectories], axis=1) for i in (1, 2))
         return x_0, Trajectory(trajectories[0].t, x_ts, x0_hats)
+
+    def _guidance_problems(self, scale: ArrayLike | None, null_label: int | None, num: int, method: str) -> list[str]:
+        if scale is None:
+            return (
+                [] if null_label is None else ["null_label is for guidance: give guidance_scale too, or leave it out"]
+            )
+        config = self.model.config
+        if config.class_embedding != "learned":
+            return ["guidance_scale needs a network with learned class labels; this one has none"]
+        problems = []
+        if null_label is None or not 0 <= null_label < (config.num_classes or 0):
+            problems.append(
+                f"guidance_scale needs null_label, the one of 0..{(config.num_classes or 1) - 1} that meant no label "
+                f"in training; got {null_label}"
+            )
+        if np.shape(scale) not in ((), (num,)):
+            problems.append(
+                f"guidance_scale must be a scalar or one value per image ({num},), got shape {np.shape(scale)}"
+            )
+        elif not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, float)).all():
+            problems.append(f"guidance_scale must be finite, got {scale}")
+        if method == "ddpm" and self.sampler.variance == "learned_range":
+            problems.append("guidance of a learned variance is not defined: use method ddim, or a fixed variance")
+        return problems
 
     def _program(self, method: str, trajectory_every: int | None) -> _Program:
         c = self.sampler
@@ -316,12 +349,16 @@ def _steps(
     noise: Array | None,
     limits: dict[str, tuple[Array, Array]],
     labels: Array | None,
+    guidance: tuple[Array, Array] | None = None,
     *,
     program: _Program,
 ) -> State:
     """One segment of the scan, the program that `sample` compiles. Everything that may change is an argument."""
     model = cast_kernels(model)
     denoise: Denoiser = model if labels is None else with_labels(model, labels)
+    if guidance is not None and labels is not None:
+        scale, null_label = guidance
+        denoise = classifier_free(label_pair(model, labels, null_label), scale)
     if program.timestep_scale != 1:
         denoise = with_scaled_time(denoise, program.timestep_scale)
     if program.variance == "learned_range" and program.method == "ddim":

@@ -26,6 +26,9 @@ from jddim.ddim import StepTable
 
 Denoiser = Callable[..., Array]
 
+Update = Callable[[Array, Array, Array, StepTable], tuple[Array, Array]]
+"""`update(x_t, output, noise, row)` -> (x_prev, x0): a sampler's step, from the denoiser's output at a table's row."""
+
 
 class Trajectory(NamedTuple):
     """The way from x_T to x_0, kept every k steps; n = ceil(S / k).
@@ -198,13 +201,8 @@ def ddim_steps(
         return x_prev, x0
 
     check_prediction(table, prediction_type)
-    deterministic = isinstance(eta, (int, float)) and eta == 0
-    eta = jnp.asarray(eta, state.x_t.dtype)
-    if eta.shape not in ((), state.x_t.shape[:1]):
-        raise ValueError(f"eta must be a scalar or one value per sample {state.x_t.shape[:1]}, got shape {eta.shape}")
-    no_noise: NoiseSource = (None, lambda step, _: jnp.zeros((), state.x_t.dtype))
-    unneeded = deterministic and key is None and noise is None
-    noise_at = no_noise if unneeded else _noise_source(state.x_t, table, key, noise)
+    deterministic, eta = check_eta(eta, state.x_t)
+    noise_at = _noise_source(state.x_t, table, key, noise, deterministic)
     return _scan(denoise, state, table, noise_at, update, trajectory_every)
 
 
@@ -246,6 +244,38 @@ def ancestral_steps(
     return _scan(denoise, state, table, noise_at, update, trajectory_every, outputs)
 
 
+def update_loop(
+    denoise: Denoiser,
+    update: Update,
+    x_T: Array,
+    table: StepTable,
+    *,
+    key: Array | None = None,
+    noise: Array | None = None,
+    deterministic: bool = False,
+    outputs: int = 1,
+    trajectory_every: int | None = None,
+) -> Any:
+    """The loop around any step that looks at one evaluation of the denoiser: a sampler of one's own. Traceable.
+
+    update: see `Update`. deterministic: it uses no noise, so neither key nor noise is needed. outputs: how many times
+    x_T's channels the denoiser returns. The other arguments and the result are `sample_loop`'s.
+    """
+    state = init_state(x_T, table, trajectory_every)
+    noise_at = _noise_source(x_T, table, key, noise, deterministic)
+    state = _scan(denoise, state, table, noise_at, update, trajectory_every, outputs)
+    return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
+
+
+def check_eta(eta: ArrayLike, x_t: Array) -> tuple[bool, Array]:
+    """(whether eta is the number 0, eta as an array of x_t's dtype). ValueError unless a scalar or one per sample."""
+    deterministic = isinstance(eta, (int, float)) and eta == 0
+    eta = jnp.asarray(eta, x_t.dtype)
+    if eta.shape not in ((), x_t.shape[:1]):
+        raise ValueError(f"eta must be a scalar or one value per sample {x_t.shape[:1]}, got shape {eta.shape}")
+    return deterministic, eta
+
+
 def check_prediction(table: StepTable, prediction_type: str) -> None:
     """Raise ValueError if x0 would be divided by sqrt(alpha_bar_t) = 0. Only a table on the host is looked at."""
     if prediction_type == "epsilon" and isinstance(table.alpha_bar_t, np.ndarray) and (table.alpha_bar_t == 0).any():
@@ -266,7 +296,11 @@ def segments(table: StepTable, at_least: int = 8) -> list[StepTable]:
 NoiseSource = tuple[Array | None, Callable[[ArrayLike, Any], Array]]
 
 
-def _noise_source(x: Array, table: StepTable, key: Array | None, noise: Array | None) -> NoiseSource:
+def _noise_source(
+    x: Array, table: StepTable, key: Array | None, noise: Array | None, deterministic: bool = False
+) -> NoiseSource:
+    if deterministic and key is None and noise is None:
+        return None, lambda step, _: jnp.zeros((), x.dtype)
     if noise is not None:
         if key is not None:
             raise ValueError("give either key or noise, not both")
@@ -304,7 +338,7 @@ def _scan(
     state: State,
     table: StepTable,
     noise_at: NoiseSource,
-    update: Callable[[Array, Array, Array, StepTable], tuple[Array, Array]],
+    update: Update,
     trajectory_every: int | None,
     outputs: int = 1,
 ) -> State:

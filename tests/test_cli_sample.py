@@ -35,6 +35,11 @@ def sampled(ckpt: Path, folder: Path, *options: str) -> np.ndarray:
     [
         ("--labels 4,0,3 --eta 0.5", {}, {"labels": [4, 0, 3], "eta": 0.5}),
         ("--labels 2", {}, {"labels": [2, 2, 2]}),
+        (
+            "--labels 2 --guidance-scale 1.5 --null-label 4",
+            {},
+            {"labels": [2, 2, 2], "guidance_scale": 1.5, "null_label": 4},
+        ),
         ("--labels 1:3 --method ddpm --variance fixed_large", {"variance": "fixed_large"}, {"labels": [1, 2, 1]}),
         (
             "--labels 1 --spacing leading --steps-offset 1 --no-set-alpha-to-one --clip --clip-range -0.5 0.7 "

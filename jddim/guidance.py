@@ -1,0 +1,197 @@
+"""Guidance: functions around denoisers that steer them to a label, or along any gradient. The result is a denoiser.
+
+Classifier-free guidance needs two predictions, with the label and without: a `Pair`. Classifier guidance adds a
+gradient, such as that of log p(y | x_t), to the score.
+
+A `scale` is a number, one value per sample `(b,)`, or a function of t `(b,)` that returns either (guidance in an
+interval of t: arXiv:2404.07724). Scale 1 is the conditional model and 0 the unconditional one, as in diffusers, OpenAI
+and lucidrains; Ho and Salimans' w (arXiv:2207.12598) is scale - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jddim import ddim
+from jddim.ddim import StepTable, per_sample
+from jddim.sampling import Denoiser, check_eta, check_prediction, update_loop
+from jddim.schedule import NoiseSchedule
+
+Scale = ArrayLike | Callable[[Array], ArrayLike]
+
+Pair = Callable[[Array, Array], tuple[Array, Array]]
+"""`pair(x_t, t)` -> (conditional, unconditional), two predictions of one type, each like x_t."""
+
+CondFn = Callable[[Array, Array], Array]
+"""`cond_fn(x_t, t)` -> the gradient with respect to x_t, and like it, of what should become more likely."""
+
+
+def pair(conditional: Denoiser, unconditional: Denoiser) -> Pair:
+    """Two denoisers, which may be two networks."""
+    return lambda x_t, t: (conditional(x_t, t), unconditional(x_t, t))
+
+
+def label_pair(model: Callable[..., Array], labels: Array, null_label: ArrayLike) -> Pair:
+    """One class-conditional network `model(x_t, t, labels)`, called once with twice the batch.
+
+    labels: `(b,)`. null_label: the number that stood for "no label" when it was trained.
+    """
+    both = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
+
+    def predict(x_t: Array, t: Array) -> tuple[Array, Array]:
+        conditional, unconditional = jnp.split(
+            model(jnp.tile(x_t, (2, *[1] * (x_t.ndim - 1))), jnp.tile(t, 2), both), 2
+        )
+        return conditional, unconditional
+
+    return predict
+
+
+def classifier_free(predict: Pair, scale: Scale, *, rescale: ArrayLike = 0.0) -> Denoiser:
+    """(1 - scale) unconditional + scale conditional: classifier-free guidance, exactly the one at 0, the other at 1.
+
+    rescale: phi in [0, 1], how far the standard deviation of each sample's prediction is taken back to the conditional
+    one's (Lin et al., arXiv:2305.08891, Eq. 15 and 16, who use 0.7; `guidance_rescale` in diffusers).
+    """
+
+    def denoise(x_t: Array, t: Array) -> Array:
+        conditional, unconditional = predict(x_t, t)
+        return _rescaled(_between(unconditional, conditional, _at(scale, t, x_t)), conditional, rescale)
+
+    return denoise
+
+
+def projected(predict: Pair, scale: Scale, *, rescale: ArrayLike = 0.7, keep_parallel: ArrayLike = 0.0) -> Denoiser:
+    """Classifier-free guidance without its part along the conditional prediction, which oversaturates.
+
+    Adaptive projected guidance (arXiv:2410.02416) as lucidrains has it: conditional + (scale - 1) times the part of
+    conditional - unconditional that is orthogonal to conditional, plus `keep_parallel` in [0, 1] of the parallel
+    part; then `rescale` as in `classifier_free`. The defaults are lucidrains'.
+    """
+
+    def denoise(x_t: Array, t: Array) -> Array:
+        conditional, unconditional = predict(x_t, t)
+        update = conditional - unconditional
+        axes = tuple(range(1, update.ndim))
+        along = (update * conditional).sum(axes, keepdims=True) / jnp.square(conditional).sum(axes, keepdims=True)
+        parallel = along * conditional
+        update = update - parallel + keep_parallel * parallel
+        return _rescaled(conditional + (_at(scale, t, x_t) - 1) * update, conditional, rescale)
+
+    return denoise
+
+
+def cfg_plus_plus_loop(
+    predict: Pair,
+    x_T: Array,
+    table: StepTable,
+    *,
+    scale: Scale,
+    eta: ArrayLike = 0.0,
+    key: Array | None = None,
+    noise: Array | None = None,
+    prediction_type: str = "epsilon",
+    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
+    trajectory_every: int | None = None,
+) -> Any:
+    """DDIM with CFG++ (Chung et al., arXiv:2406.08070, Algorithm 2): x0 is guided, the direction term is not.
+
+    scale: lambda in [0, 1], between the unconditional x0 and the conditional one. The direction's eps is the
+    unconditional prediction's. The other arguments, the result and what raises are `jddim.sampling.sample_loop`'s.
+    """
+
+    def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
+        guided, unconditional = jnp.split(output, 2, axis=-1)
+        x0, _ = ddim.predict_both(guided, x_t, row.alpha_bar_t, prediction_type)
+        _, eps = ddim.predict_both(unconditional, x_t, row.alpha_bar_t, prediction_type)
+        if clip_range is not None:
+            x0 = jnp.clip(x0, *clip_range)
+        x_prev = ddim.ddim_step(
+            x_t, x0, eps, noise, alpha_bar_t=row.alpha_bar_t, alpha_bar_prev=row.alpha_bar_prev, eta=eta
+        )
+        return x_prev, x0
+
+    def denoise(x_t: Array, t: Array) -> Array:
+        conditional, unconditional = predict(x_t, t)
+        guided = _between(unconditional, conditional, _at(scale, t, x_t))
+        return jnp.concatenate([guided, unconditional], axis=-1)
+
+    check_prediction(table, prediction_type)
+    deterministic, eta = check_eta(eta, x_T)
+    return update_loop(
+        denoise,
+        update,
+        x_T,
+        table,
+        key=key,
+        noise=noise,
+        deterministic=deterministic,
+        outputs=2,
+        trajectory_every=trajectory_every,
+    )
+
+
+def classifier_guided(
+    denoise: Denoiser,
+    cond_fn: CondFn,
+    schedule: NoiseSchedule,
+    *,
+    prediction_type: str = "epsilon",
+    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
+) -> Denoiser:
+    """Eps - sqrt(1 - alpha_bar_t) cond_fn(x_t, t): Algorithm 2 of Dhariwal and Nichol (arXiv:2105.05233).
+
+    denoise: predicts `prediction_type`; the result predicts eps. schedule: the training's, for alpha_bar_t.
+    clip_range: OpenAI's `condition_score` takes the eps that x0 implies after clipping, and does not clip again what
+    the gradient makes of it: give (-1, 1) here, and sample with clip off, to do the same.
+    """
+    alpha_bar, root = schedule.alphas_cumprod, np.sqrt(1 - schedule.alphas_cumprod)
+
+    def guided(x_t: Array, t: Array) -> Array:
+        alpha_bar_t = jnp.asarray(alpha_bar, x_t.dtype)[t]
+        x0, eps = ddim.predict_both(denoise(x_t, t), x_t, alpha_bar_t, prediction_type)
+        if clip_range is not None:
+            eps = ddim.predict_eps(x_t, jnp.clip(x0, *clip_range), alpha_bar_t)
+        return eps - per_sample(jnp.asarray(root, x_t.dtype)[t], x_t) * cond_fn(x_t, t)
+
+    return guided
+
+
+def label_gradient(classifier: Callable[[Array, Array], Array], labels: Array, scale: Scale = 1.0) -> CondFn:
+    """Scale times the gradient of log p(label | x_t): the `cond_fn` of a classifier of noisy images.
+
+    classifier: `classifier(x_t, t)` -> logits `(b, classes)`. labels: `(b,)` integers.
+    """
+
+    def cond_fn(x_t: Array, t: Array) -> Array:
+        def log_likelihood(x_t: Array) -> Array:
+            log_p = jax.nn.log_softmax(classifier(x_t, t))
+            return jnp.take_along_axis(log_p, labels[:, None], axis=1).sum()
+
+        return _at(scale, t, x_t) * jax.grad(log_likelihood)(x_t)
+
+    return cond_fn
+
+
+def _at(scale: Scale, t: Array, x_t: Array) -> Array:
+    return per_sample(jnp.asarray(scale(t) if callable(scale) else scale, x_t.dtype), x_t)
+
+
+def _between(unconditional: Array, conditional: Array, scale: Array) -> Array:
+    return (1 - scale) * unconditional + scale * conditional
+
+
+def _rescaled(guided: Array, conditional: Array, phi: ArrayLike) -> Array:
+    """Each sample of `guided` with a standard deviation that is phi of the way back to that of `conditional`."""
+    if isinstance(phi, (int, float)) and phi == 0:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    ratio = conditional.std(axes, keepdims=True) / guided.std(axes, keepdims=True)
+    return (1 + jnp.asarray(phi, guided.dtype) * (ratio - 1)) * guided
