@@ -247,17 +247,25 @@ def _info(args: argparse.Namespace) -> int:
         metadata = load_metadata(path)
         data = metadata.to_json()
         provenance = data.pop("provenance")
+        wording = provenance.pop("wording", {})
         count = sum(leaf.size for leaf in flat_params(abstract_model(metadata.model)).values())
         lines = {"checkpoint": path, "sha256": metadata.sha256, "parameters": f"{count:,}", **data, **provenance}
         for name, value in lines.items():
             if name == "verification" and "blocks" in value:
                 value = f"{value['output_error']:.1e} of the output's scale, against PyTorch {value['torch']}"
             print(f"{name:<15} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+            if name in ("schedule", "sampler") and wording.get(name):
+                print(f"{'  in ' + provenance['family']:<15} {_worded(wording[name], wording['told'])}")
         return 0
     settings = _settings(args.set)
     lines = _convert_module().describe(args.path, args.config, settings, args.preset, args.variant, args.revision)
     print("\n".join(lines))
     return 0
+
+
+def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:
+    """Facts as their source spells them; those that --set or --preset told are marked so."""
+    return ", ".join(f"{name}={value}" + (f" ({told[name]})" if name in told else "") for name, value in facts.items())
 
 
 def _diff(args: argparse.Namespace) -> int:
