@@ -23,7 +23,7 @@ from convert.rules import Rules
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions
-from jddim.schedule import make_schedule, schedule_config_from_betas
+from jddim.schedule import LARGEST_T, make_schedule, schedule_config_from_betas
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -365,6 +365,8 @@ def _schedule(name: str, T: int, beta_start: float, beta_end: float) -> Schedule
     """The schedule under the sources' names for it ("quad" is our scaled_linear), checked by building it."""
     try:
         if name == "const":
+            if not 1 <= T <= LARGEST_T:  # before there is a list of so many
+                raise ValueError(f"num_diffusion_timesteps must lie in 1..{LARGEST_T}, got {T}")
             return schedule_config_from_betas([beta_end] * T)
         if name == "jsd":
             raise ValueError(
