@@ -95,6 +95,7 @@ def convert(
     else:
         say("  not verified (--no-verify), and recorded as such")
 
+    told = {key: "--set" if key in (settings or {}) else f"--preset {preset}" for key in opened.settings}
     provenance = {
         "family": family.name,
         "source": origin.to_json(),
@@ -106,6 +107,7 @@ def convert(
         "assumed": list(plan.assumed),
         "ignored": dict(plan.ignored),
         "notes": list(plan.notes),
+        "wording": plan.wording.to_json(told),
         "reference_options": dict(plan.reference_options),
         "verification": figure,
         "versions": _versions(),

@@ -105,7 +105,7 @@ def _float32(value: NDArray) -> NDArray[np.float32]:
 def shortened(items: list[str], shown: int = 6) -> str:
     """`first; second; ... and n more`: a list as one line of an error message."""
     more = f"; ... and {len(items) - shown} more" if len(items) > shown else ""
-    return "; ".join(items[:shown]) + more
+    return "; ".join(item if len(item) <= 300 else f"{item[:297]}..." for item in items[:shown]) + more
 
 
 def source_tensors(params: Mapping[str, np.ndarray], rules: Rules, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:

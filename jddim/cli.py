@@ -65,7 +65,7 @@ def _convert(args: argparse.Namespace) -> int:
         revision=args.revision,
         verify=args.verify,
         overwrite=args.overwrite,
-        say=lambda line: print(line, flush=True),
+        say=lambda line: print(_printable(line), flush=True),
     )
     return 0
 
@@ -251,24 +251,33 @@ def _info(args: argparse.Namespace) -> int:
         metadata = load_metadata(path)
         data = metadata.to_json()
         provenance = data.pop("provenance")
+        wording = provenance.pop("wording", {})
         count = sum(leaf.size for leaf in flat_params(abstract_model(metadata.model)).values())
         lines = {"checkpoint": path, "sha256": metadata.sha256, "parameters": f"{count:,}", **data, **provenance}
         for name, value in lines.items():
             if name == "verification" and "blocks" in value:
                 value = f"{value['output_error']:.1e} of the output's scale, against PyTorch {value['torch']}"
-            print(f"{name:<15} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+            shown = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+            print(f"{name:<15} {_printable(shown)}")
+            if name in ("schedule", "sampler") and wording.get(name):
+                print(_printable(f"{'  in ' + provenance['family']:<15} {_worded(wording[name], wording['told'])}"))
         return 0
     settings = _settings(args.set)
     lines = _convert_module().describe(args.path, args.config, settings, args.preset, args.variant, args.revision)
-    print("\n".join(lines))
+    print("\n".join(map(_printable, lines)))
     return 0
+
+
+def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:
+    """Facts as their source spells them; those that --set or --preset told are marked so."""
+    return ", ".join(f"{name}={value}" + (f" ({told[name]})" if name in told else "") for name, value in facts.items())
 
 
 def _diff(args: argparse.Namespace) -> int:
     from jddim.diff import diff, table
 
     rows = diff(args.a, args.b)
-    print(table(rows) if rows else "equal")
+    print("\n".join(map(_printable, table(rows).split("\n"))) if rows else "equal")
     return int(bool(rows))
 
 
@@ -383,7 +392,12 @@ def _settings(pairs: Sequence[str]) -> Mapping[str, str]:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return _printable(" ".join(str(error).split())) or type(error).__name__
+
+
+def _printable(line: str) -> str:
+    """A line that quotes a file, without the control characters that would steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 class _Parser(argparse.ArgumentParser):

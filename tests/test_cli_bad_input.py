@@ -94,6 +94,25 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, fails: Callable[...,
     assert not mark.exists()
 
 
+def test_what_a_file_says_cannot_steer_the_terminal(
+    tmp_path: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    steering = "\x1b[31m\x9b2J\rred\x07"
+    named, noted = tmp_path / "named.pt", tmp_path / "noted.pt"
+    torch.save({**ema(), steering: torch.zeros(2), "long" * 1000: torch.zeros(2)}, named)
+    error = fails("convert", named, tmp_path / "out", "--config", MNIST_SOURCE / "config.yml")
+    assert "unexpected ?[31m?2J red? (2,)" in error
+    assert len(error) < 1000
+    unet = {f"downs.0.{i}.block1.proj.weight": torch.zeros(2, 2, 3, 3) for i in range(4)}
+    torch.save({"model": unet, "step": 1, "version": steering}, noted)
+    assert main(["info", str(noted)]) == 0
+    assert "version ?[31m?2J?red?" in capsys.readouterr().out
+    (tmp_path / "a.json").write_text(json.dumps({"a": steering}))
+    (tmp_path / "b.json").write_text("{}")
+    assert main(["diff", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 1
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_four_kinds_of_misfit_in_one_report(tmp_path: Path, fails: Callable[..., str]) -> None:
     state = ema()
     del state["down.1.block.0.conv1.bias"]

@@ -28,9 +28,26 @@ def test_each_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(bool(jax.numpy.isfinite(found["x_0"]).all()) for found in names)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/families.md", "docs/new-family.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("families", "new-family", "security"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
     broken = [link for link in links if not link.startswith("http") and not (path.parent / link).exists()]
     assert not broken
+
+
+def test_the_limits_that_the_security_page_states() -> None:
+    pytest.importorskip("ml_dtypes")
+    from convert import pickles, safetensors_file
+    from jddim import schedule
+
+    page = (ROOT / "docs" / "security.md").read_text()
+    assert f"depth {pickles.MAX_DEPTH}" in page
+    assert f"header | {safetensors_file.MAX_HEADER // 10**6} MB" in page
+    assert f"| {schedule.LARGEST_T:,} |" in page
+    named = re.findall(r"`((?:convert|scripts|tests|[.]ci)/[\w./]+)`", page)
+    assert len(named) >= 5
+    assert all((ROOT / name).exists() for name in named)

@@ -29,12 +29,33 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
+class Wording:
+    """The schedule and the sampler as the source says them: its name of each fact -> the value in its spelling.
+
+    Kept in the checkpoint's provenance, for `jddim info`. settings: of a name that --set spells otherwise, --set's.
+    """
+
+    schedule: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sampler: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_json(self, told: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        """told: the names that --set or --preset gave -> which of them; "told" has those of the facts here."""
+        origins = {name: told.get(self.settings.get(name, name)) for name in (*self.schedule, *self.sampler)}
+        return {
+            "schedule": dict(self.schedule),
+            "sampler": dict(self.sampler),
+            "told": {name: origin for name, origin in origins.items() if origin is not None},
+        }
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """How a source becomes a model: everything inferred, told or assumed, and the rename table.
 
     assumed: sentences, each a fact that neither the tensors nor the user gave. notes: what else a user should know.
     reference_options: what `Family.reference` needs beside the model's config to load these tensors; kept in the
-    checkpoint's provenance, for the way back.
+    checkpoint's provenance, for the way back. wording: of schedule and sampler.
     """
 
     model: ModelConfig
@@ -45,6 +66,7 @@ class Plan:
     assumed: tuple[str, ...]
     notes: tuple[str, ...] = ()
     reference_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    wording: Wording = Wording()
 
 
 @dataclasses.dataclass(frozen=True)

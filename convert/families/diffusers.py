@@ -157,7 +157,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     model = configs.unet_config(told.unet)
     schedule = configs.schedule_config(told.scheduler)
     sampler = configs.sampler_config(told, model, schedule)
-    return Plan(model, schedule, sampler, rules(model), {}, told.defaulted)
+    return Plan(model, schedule, sampler, rules(model), {}, told.defaulted, wording=configs.wording(told))
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from convert.engine import ConversionError, cannot_hold
-from convert.families.base import check_sampler
+from convert.families.base import Wording, check_sampler
 from convert.families.values import boolean, integer, literal, number, one_of, positive
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
@@ -299,6 +299,8 @@ def _defaulted(named: Mapping[str, set[str]]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple) and len(value) > 8:
+        return f"({len(value)} numbers)"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -529,6 +531,26 @@ def sampler_config(told: Told, model: UNetConfig, schedule: ScheduleConfig) -> S
             "avoids it"
         )
     return sampler
+
+
+def wording(told: Told) -> Wording:
+    """Those keys of the scheduler's file and of the pipeline's call that have an effect, as JSON spells them."""
+    c = told.scheduler
+    ends = () if c["beta_schedule"] == "squaredcos_cap_v2" else ("beta_start", "beta_end")
+    betas = ("beta_schedule", *ends) if c["trained_betas"] is None else ("trained_betas",)
+    bounds = {
+        "thresholding": ("dynamic_thresholding_ratio", "sample_max_value"),
+        "clip_sample": ("clip_sample_range",),
+    }
+    clipping = next((keys for switch, keys in bounds.items() if c[switch]), ())
+    sampler = (
+        *("timestep_spacing", *(["steps_offset"] if c["timestep_spacing"] == "leading" else []), "set_alpha_to_one"),
+        *("prediction_type", "clip_sample", "thresholding", *clipping, "variance_type"),
+    )
+    return Wording(
+        {key: _shown(c[key]) for key in ("num_train_timesteps", *betas, "rescale_betas_zero_snr")},
+        {key: _shown(value) for key, value in {**{key: c[key] for key in sampler}, **told.call}.items()},
+    )
 
 
 def scheduler_json(metadata: Metadata) -> dict[str, Any]:

@@ -17,13 +17,13 @@ import numpy as np
 import yaml
 
 from convert.engine import ConversionError, cannot_hold, shortened, source_tensors
-from convert.families.base import Family, Plan, Source, check_sampler
+from convert.families.base import Family, Plan, Source, Wording, check_sampler
 from convert.families.values import boolean, integer, literal, number, positive
 from convert.rules import Rules
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions
-from jddim.schedule import make_schedule, schedule_config_from_betas
+from jddim.schedule import LARGEST_T, make_schedule, schedule_config_from_betas
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -314,12 +314,12 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         raise ConversionError(f"the tensors and settings make no valid UNet: {error}{hint}") from error
 
     T = settle("num_diffusion_timesteps", 1000, "Ho et al.")
-    schedule = _schedule(
-        settle("beta_schedule", "linear", "Ho et al."),
-        T,
-        settle("beta_start", 1e-4, "Ho et al."),
-        settle("beta_end", 0.02, "Ho et al."),
-    )
+    betas = {
+        "beta_schedule": settle("beta_schedule", "linear", "Ho et al."),
+        "beta_start": settle("beta_start", 1e-4, "Ho et al."),
+        "beta_end": settle("beta_end", 0.02, "Ho et al."),
+    }
+    schedule = _schedule(betas["beta_schedule"], T, betas["beta_start"], betas["beta_end"])
     logvar = tensors.get("logvar")
     if logvar is not None and logvar.shape != (T,):
         raise ConversionError(f"num_diffusion_timesteps is {T}, but the tensor logvar has shape {logvar.shape}")
@@ -330,7 +330,23 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     check_sampler(sampler, schedule)
     ignored = {"logvar": "the 'bayesian' model type's learned per-timestep variance; DDIM does not use it"}
     return Plan(
-        model, schedule, sampler, rules(model), {k: v for k, v in ignored.items() if k in tensors}, tuple(assumed)
+        model,
+        schedule,
+        sampler,
+        rules(model),
+        {k: v for k, v in ignored.items() if k in tensors},
+        tuple(assumed),
+        wording=_wording({**betas, "num_diffusion_timesteps": T}, sampler, var_type),
+    )
+
+
+def _wording(schedule: Mapping[str, Any], sampler: SamplerConfig, var_type: str) -> Wording:
+    """By config.yml's keys and the flags of ermongroup's main.py, which has no other spacings and never clips."""
+    skip_type = {"skip_type": sampler.spacing} if sampler.spacing in ("uniform", "quad") else {}
+    return Wording(
+        {key: str(value) for key, value in schedule.items()},
+        {**skip_type, "timesteps": str(sampler.num_steps), "eta": str(sampler.eta), "var_type": var_type},
+        {"skip_type": "spacing", "timesteps": "num_steps"},
     )
 
 
@@ -349,6 +365,8 @@ def _schedule(name: str, T: int, beta_start: float, beta_end: float) -> Schedule
     """The schedule under the sources' names for it ("quad" is our scaled_linear), checked by building it."""
     try:
         if name == "const":
+            if not 1 <= T <= LARGEST_T:  # before there is a list of so many
+                raise ValueError(f"num_diffusion_timesteps must lie in 1..{LARGEST_T}, got {T}")
             return schedule_config_from_betas([beta_end] * T)
         if name == "jsd":
             raise ValueError(

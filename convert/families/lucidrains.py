@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from convert.engine import ConversionError, shortened, source_tensors
-from convert.families.base import Family, Plan, Source
+from convert.families.base import Family, Plan, Source, Wording
 from convert.families.values import integer, one_of
 from convert.rules import Rules
 from convert.writers import save_torch, state_shapes
@@ -454,7 +454,18 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         variance="learned_range" if found["learned_variance"] else "fixed_small",
     )
     ignored = {name: reason for name, reason in _BUFFERS.items() if name in tensors}
-    return Plan(model, schedule, sampler, rules(model), ignored, tuple(assumed), _notes(found, steps, T))
+    wording = Wording(
+        {"beta_schedule": name or "(none of the source's)", "timesteps": str(T)},
+        {
+            "objective": objective,
+            "sampling_timesteps": str(steps),
+            "ddim_sampling_eta": str(eta),
+            "auto_normalize": "True",
+            **{key: str(found[key]) for key in ("self_condition", "learned_variance")},
+        },
+    )
+    notes = _notes(found, steps, T)
+    return Plan(model, schedule, sampler, rules(model), ignored, tuple(assumed), notes, wording=wording)
 
 
 def _notes(found: Mapping[str, Any], steps: int, T: int) -> tuple[str, ...]:

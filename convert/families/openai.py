@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from convert.engine import ConversionError, cannot_hold, shortened, source_tensors
-from convert.families.base import Family, Plan, Source
+from convert.families.base import Family, Plan, Source, Wording
 from convert.rules import Fused, Rules, Target
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata
@@ -333,7 +333,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     new_order = told.get("use_new_attention_order", False)
     if not one_head:  # with one, the orders are the same
         settle("use_new_attention_order", False, "the default of guided-diffusion, and improved-diffusion's only one")
-    schedule = _schedule(settle("noise_schedule", "linear", both), T)
+    noise_schedule = settle("noise_schedule", "linear", both)
+    schedule = _schedule(noise_schedule, T)
     predict_xstart = settle("predict_xstart", False, both)
     learned = found["out_channels"] == 2 * found["in_channels"]
     small = not learned and settle("sigma_small", False, f"{both}; DDIM does not use it")
@@ -360,6 +361,17 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         tuple(assumed),
         _notes(told),
         {"use_new_attention_order": new_order},
+        Wording(
+            {"noise_schedule": noise_schedule, "diffusion_steps": str(T)},
+            {
+                "timestep_respacing": told.get("timestep_respacing", "") or '""',
+                "clip_denoised": str(sampler.clip),
+                "predict_xstart": str(predict_xstart),
+                "learn_sigma": str(learned),
+                **({} if learned else {"sigma_small": str(small)}),
+                "rescale_timesteps": str(rescale),
+            },
+        ),
     )
 
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 
 from convert.convert import _read_config
 from convert.engine import ConversionError
+from convert.families import ho
 from convert.shards import read_weights
 from jddim.schedule import linear_schedule
 
@@ -56,3 +58,10 @@ def test_an_index_that_names_files_elsewhere(tmp_path: Path, name: object) -> No
 def test_a_schedule_longer_than_memory() -> None:
     with pytest.raises(ValueError, match=r"must lie in 1\.\.1000000, got 2147483647"):
         linear_schedule(2**31 - 1)
+
+
+@pytest.mark.parametrize("name", ["const", "quad", "sigmoid"])
+def test_a_config_with_such_a_schedule(name: str) -> None:
+    config = {"diffusion": {"beta_schedule": name, "num_diffusion_timesteps": 10**12}}
+    with pytest.raises(ConversionError, match=r"must lie in 1\.\.1000000, got 1000000000000"):
+        ho.plan(tiny.arrays(), config, tiny.SETTINGS)
