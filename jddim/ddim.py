@@ -102,6 +102,12 @@ def sampler_table(
     )
 
 
+def add_noise(x0: Array, noise: Array, alpha_bar_t: ArrayLike) -> Array:
+    """A sample of q(x_t | x0), Eq. 4: sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise, noise ~ N(0, I) like x0."""
+    a = per_sample(alpha_bar_t, x0)
+    return jnp.sqrt(a) * x0 + jnp.sqrt(1 - a) * noise
+
+
 def predict_x0(x_t: Array, eps: Array, alpha_bar_t: ArrayLike) -> Array:
     """The clean image that x_t and its noise imply, Eq. 9: (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
     a = per_sample(alpha_bar_t, x_t)

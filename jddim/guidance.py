@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from jddim import ddim
 from jddim.ddim import StepTable, per_sample
-from jddim.sampling import Denoiser, check_eta, check_prediction, update_loop
+from jddim.sampling import Denoiser, as_eta, check_prediction, is_zero, update_loop
 from jddim.schedule import NoiseSchedule
 
 Scale = ArrayLike | Callable[[Array], ArrayLike]
@@ -113,10 +113,8 @@ def cfg_plus_plus_loop(
         _, eps = ddim.predict_both(unconditional, x_t, row.alpha_bar_t, prediction_type)
         if clip_range is not None:
             x0 = jnp.clip(x0, *clip_range)
-        x_prev = ddim.ddim_step(
-            x_t, x0, eps, noise, alpha_bar_t=row.alpha_bar_t, alpha_bar_prev=row.alpha_bar_prev, eta=eta
-        )
-        return x_prev, x0
+        coefficients = {"alpha_bar_t": row.alpha_bar_t, "alpha_bar_prev": row.alpha_bar_prev}
+        return ddim.ddim_step(x_t, x0, eps, noise, **coefficients, eta=as_eta(eta, x_t)), x0
 
     def denoise(x_t: Array, t: Array) -> Array:
         conditional, unconditional = predict(x_t, t)
@@ -124,7 +122,6 @@ def cfg_plus_plus_loop(
         return jnp.concatenate([guided, unconditional], axis=-1)
 
     check_prediction(table, prediction_type)
-    deterministic, eta = check_eta(eta, x_T)
     return update_loop(
         denoise,
         update,
@@ -132,7 +129,7 @@ def cfg_plus_plus_loop(
         table,
         key=key,
         noise=noise,
-        deterministic=deterministic,
+        deterministic=is_zero(eta),
         outputs=2,
         trajectory_every=trajectory_every,
     )

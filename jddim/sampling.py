@@ -187,23 +187,16 @@ def ddim_steps(
     `noise`, if given, has one row for each row of this table. Taking a table's segments one after the other gives,
     to the bit, what the whole gives; that is how progress is shown.
     """
-    limit = _limiter(clip_range, threshold)
-
-    def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
-        x0, eps = ddim.predict_both(output, x_t, row.alpha_bar_t, prediction_type)
-        if limit is not None:
-            x0 = limit(x0)
-            if rederive_eps:
-                eps = ddim.predict_eps(x_t, x0, row.alpha_bar_t)
-        x_prev = ddim.ddim_step(
-            x_t, x0, eps, noise, alpha_bar_t=row.alpha_bar_t, alpha_bar_prev=row.alpha_bar_prev, eta=eta
-        )
-        return x_prev, x0
-
+    update = ddim_update(
+        eta=eta,
+        prediction_type=prediction_type,
+        clip_range=clip_range,
+        threshold=threshold,
+        rederive_eps=rederive_eps,
+    )
     check_prediction(table, prediction_type)
-    deterministic, eta = check_eta(eta, state.x_t)
-    noise_at = _noise_source(state.x_t, table, key, noise, deterministic)
-    return _scan(denoise, state, table, noise_at, update, trajectory_every)
+    noise_at = _noise_source(state.x_t, table, key, noise, deterministic=is_zero(eta))
+    return scan_steps(denoise, state, table, noise_at, update, trajectory_every)
 
 
 def ancestral_steps(
@@ -220,7 +213,47 @@ def ancestral_steps(
     trajectory_every: int | None = None,
 ) -> State:
     """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `ancestral_loop`."""
-    limit = _limiter(clip_range, threshold)
+    update = ancestral_update(
+        variance=variance, prediction_type=prediction_type, clip_range=clip_range, threshold=threshold
+    )
+    check_prediction(table, prediction_type)
+    noise_at = _noise_source(state.x_t, table, key, noise)
+    outputs = 2 if variance == "learned_range" else 1
+    return scan_steps(denoise, state, table, noise_at, update, trajectory_every, outputs)
+
+
+def ddim_update(
+    *,
+    eta: ArrayLike = 0.0,
+    prediction_type: str = "epsilon",
+    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
+    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    rederive_eps: bool = False,
+) -> Update:
+    """`sample_loop`'s step, for `update_loop`; what the arguments mean is said there."""
+    limit = limiter(clip_range, threshold)
+
+    def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
+        x0, eps = ddim.predict_both(output, x_t, row.alpha_bar_t, prediction_type)
+        if limit is not None:
+            x0 = limit(x0)
+            if rederive_eps:
+                eps = ddim.predict_eps(x_t, x0, row.alpha_bar_t)
+        coefficients = {"alpha_bar_t": row.alpha_bar_t, "alpha_bar_prev": row.alpha_bar_prev}
+        return ddim.ddim_step(x_t, x0, eps, noise, **coefficients, eta=as_eta(eta, x_t)), x0
+
+    return update
+
+
+def ancestral_update(
+    *,
+    variance: str = "fixed_small",
+    prediction_type: str = "epsilon",
+    clip_range: tuple[ArrayLike, ArrayLike] | None = (-1.0, 1.0),
+    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+) -> Update:
+    """`ancestral_loop`'s step, for `update_loop`; what the arguments mean is said there."""
+    limit = limiter(clip_range, threshold)
 
     def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
         v: Array | None = None
@@ -228,20 +261,10 @@ def ancestral_steps(
             output, v = jnp.split(output, 2, axis=-1)
         x0, _ = ddim.predict_both(output, x_t, row.alpha_bar_t, prediction_type)
         x0 = x0 if limit is None else limit(x0)
-        x_prev = ddim.ddpm_step(
-            x_t,
-            x0,
-            noise,
-            alpha_bar_t=row.alpha_bar_t,
-            alpha_bar_prev=row.alpha_bar_prev,
-            variance=variance if v is None else v,
-        )
-        return x_prev, x0
+        coefficients = {"alpha_bar_t": row.alpha_bar_t, "alpha_bar_prev": row.alpha_bar_prev}
+        return ddim.ddpm_step(x_t, x0, noise, **coefficients, variance=variance if v is None else v), x0
 
-    check_prediction(table, prediction_type)
-    noise_at = _noise_source(state.x_t, table, key, noise)
-    outputs = 2 if variance == "learned_range" else 1
-    return _scan(denoise, state, table, noise_at, update, trajectory_every, outputs)
+    return update
 
 
 def update_loop(
@@ -253,27 +276,33 @@ def update_loop(
     key: Array | None = None,
     noise: Array | None = None,
     deterministic: bool = False,
+    draws: int | None = None,
     outputs: int = 1,
     trajectory_every: int | None = None,
 ) -> Any:
     """The loop around any step that looks at one evaluation of the denoiser: a sampler of one's own. Traceable.
 
-    update: see `Update`. deterministic: it uses no noise, so neither key nor noise is needed. outputs: how many times
-    x_T's channels the denoiser returns. The other arguments and the result are `sample_loop`'s.
+    update: see `Update`. deterministic: it uses no noise, so neither key nor noise is needed. draws: it takes so many
+    independent noises a step, `(draws, b, ...)`, and `noise` has rows of that shape; None: one, `(b, ...)`. outputs:
+    how many times x_T's channels the denoiser returns. The other arguments and the result are `sample_loop`'s.
     """
     state = init_state(x_T, table, trajectory_every)
-    noise_at = _noise_source(x_T, table, key, noise, deterministic)
-    state = _scan(denoise, state, table, noise_at, update, trajectory_every, outputs)
+    noise_at = _noise_source(x_T, table, key, noise, deterministic=deterministic, draws=draws)
+    state = scan_steps(denoise, state, table, noise_at, update, trajectory_every, outputs)
     return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
 
 
-def check_eta(eta: ArrayLike, x_t: Array) -> tuple[bool, Array]:
-    """(whether eta is the number 0, eta as an array of x_t's dtype). ValueError unless a scalar or one per sample."""
-    deterministic = isinstance(eta, (int, float)) and eta == 0
+def is_zero(eta: ArrayLike) -> bool:
+    """Whether eta is the number 0, so that no noise is needed; an array may be traced, and is not looked at."""
+    return isinstance(eta, (int, float)) and eta == 0
+
+
+def as_eta(eta: ArrayLike, x_t: Array) -> Array:
+    """Eta in x_t's dtype. Raises ValueError unless it is a scalar or one value per sample."""
     eta = jnp.asarray(eta, x_t.dtype)
     if eta.shape not in ((), x_t.shape[:1]):
         raise ValueError(f"eta must be a scalar or one value per sample {x_t.shape[:1]}, got shape {eta.shape}")
-    return deterministic, eta
+    return eta
 
 
 def check_prediction(table: StepTable, prediction_type: str) -> None:
@@ -297,17 +326,23 @@ NoiseSource = tuple[Array | None, Callable[[ArrayLike, Any], Array]]
 
 
 def _noise_source(
-    x: Array, table: StepTable, key: Array | None, noise: Array | None, deterministic: bool = False
+    x: Array,
+    table: StepTable,
+    key: Array | None,
+    noise: Array | None,
+    *,
+    deterministic: bool = False,
+    draws: int | None = None,
 ) -> NoiseSource:
     if deterministic and key is None and noise is None:
         return None, lambda step, _: jnp.zeros((), x.dtype)
     if noise is not None:
         if key is not None:
             raise ValueError("give either key or noise, not both")
-        if noise.shape != (table.num_steps, *x.shape):
+        expected = (table.num_steps, *(() if draws is None else (draws,)), *x.shape)
+        if noise.shape != expected:
             raise ValueError(
-                f"noise must have one row per step: expected {(table.num_steps, *x.shape)} for {table.num_steps} "
-                f"steps, got {noise.shape}"
+                f"noise must have one row per step: expected {expected} for {table.num_steps} steps, got {noise.shape}"
             )
         return noise.astype(x.dtype), lambda step, row: row
     if key is None:
@@ -317,14 +352,17 @@ def _noise_source(
     if key.shape not in ((), x.shape[:1]):
         raise ValueError(f"key must be one key or one per sample {x.shape[:1]}, got shape {key.shape}")
     keys = sample_keys(key, x.shape[0]) if key.shape == () else key
-    return None, lambda step, _: _normal(keys, step + 1, x.shape[1:], x.dtype)
+    shape = x.shape[1:]
+    if draws is None:
+        return None, lambda step, _: _normal(keys, step + 1, shape, x.dtype)
+    return None, lambda step, _: jnp.moveaxis(_normal(keys, step + 1, (draws, *shape), x.dtype), 1, 0)
 
 
 def _normal(keys: Array, fold: ArrayLike, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, fold), shape, dtype))(keys)
 
 
-def _limiter(
+def limiter(
     clip_range: tuple[ArrayLike, ArrayLike] | None, threshold: tuple[ArrayLike, ArrayLike] | None
 ) -> Callable[[Array], Array] | None:
     """What keeps x0 in range: dynamic thresholding if asked, else the clamp, else nothing."""
@@ -333,7 +371,7 @@ def _limiter(
     return None if clip_range is None else lambda x0: jnp.clip(x0, *clip_range)
 
 
-def _scan(
+def scan_steps(
     denoise: Denoiser,
     state: State,
     table: StepTable,

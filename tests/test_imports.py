@@ -67,6 +67,7 @@ def test_torch_is_imported_where_it_is_meant_to_be() -> None:
         ("jddim.sampling", {"ddim"}),
         ("jddim.denoisers", {"sampling"}),
         ("jddim.guidance", {"ddim", "sampling", "schedule"}),
+        ("jddim.editing", {"ddim", "sampling"}),
         ("jddim.models.layers", set()),
         ("jddim.models.unet", {"config", "models"}),
         ("jddim.checkpoint", {"config", "interrupt", "models"}),
