@@ -15,8 +15,11 @@ def with_labels(model: Denoiser, labels: Array) -> Denoiser:
 
 
 def with_scaled_time(denoise: Denoiser, scale: ArrayLike) -> Denoiser:
-    """A denoiser whose network was trained with t times `scale` (OpenAI's rescale_timesteps: 1000 / T)."""
-    return lambda x_t, t: denoise(x_t, t * jnp.asarray(scale, x_t.dtype))
+    """A denoiser whose network was trained with t times `scale` (OpenAI's rescale_timesteps: 1000 / T).
+
+    What else it takes, labels for instance, is passed on.
+    """
+    return lambda x_t, t, *rest: denoise(x_t, t * jnp.asarray(scale, x_t.dtype), *rest)
 
 
 def without_variance(denoise: Denoiser) -> Denoiser:

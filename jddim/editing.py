@@ -78,6 +78,7 @@ def inpaint_loop(
     noise: Array | None = None,
     prediction_type: str = "epsilon",
     clip_range: tuple[ArrayLike, ArrayLike] | None = None,
+    threshold: tuple[ArrayLike, ArrayLike] | None = None,
     rederive_eps: bool = False,
     trajectory_every: int | None = None,
 ) -> Any:
@@ -96,7 +97,13 @@ def inpaint_loop(
     if resample < 1:
         raise ValueError(f"resample must be at least 1, got {resample}")
     check_prediction(table, prediction_type)
-    update = ddim_update(eta=eta, prediction_type=prediction_type, clip_range=clip_range, rederive_eps=rederive_eps)
+    update = ddim_update(
+        eta=eta,
+        prediction_type=prediction_type,
+        clip_range=clip_range,
+        threshold=threshold,
+        rederive_eps=rederive_eps,
+    )
     if resample == 1:
         update, draws, deterministic = keep_known(update, known, keep, x_T), None, is_zero(eta)
     else:

@@ -26,7 +26,7 @@ from jddim.config import (
 )
 from jddim.ddim import StepTable, largest_eta, sampler_table
 from jddim.denoisers import with_labels, with_scaled_time, with_self_condition, without_variance
-from jddim.guidance import classifier_free, label_pair
+from jddim.guidance import Scale, classifier_free, label_pair
 from jddim.models import Network
 from jddim.models.layers import at_least_float32, cast_kernels
 from jddim.progress import Progress
@@ -213,6 +213,39 @@ class DDIM:
         x_ts, x0_hats = (jnp.concatenate([part[i] for part in trajectories], axis=1) for i in (1, 2))
         return x_0, Trajectory(trajectories[0].t, x_ts, x0_hats)
 
+    def denoiser(
+        self, labels: ArrayLike | None = None, *, guidance_scale: Scale | None = None, null_label: int | None = None
+    ) -> Denoiser:
+        """`denoise(x_t, t)`, the network as the loops of `jddim.sampling`, `jddim.editing` and the like take it.
+
+        labels: `(b,)`, for a network with classes. guidance_scale, null_label: as in `sample`; the scale may also be a
+        function of t (`jddim.guidance`). A learned variance is left out. Closes over the weights: under `jit`, pass
+        the model to the jitted function and call this on `dataclasses.replace(ddim, model=model)`, or every weight
+        becomes a constant of the program.
+        Raises ValueError if labels or guidance are not this network's.
+        """
+        labels = None if labels is None else jnp.asarray(labels)
+        num = 1 if labels is None or labels.ndim == 0 else labels.shape[0]
+        problems = _label_problems(self.model.config, labels, num)
+        scale = 1.0 if callable(guidance_scale) else guidance_scale
+        problems += self._guidance_problems(scale, null_label, num, "ddim")
+        if problems:
+            raise ValueError("denoiser: " + "; ".join(problems))
+        guidance = None if guidance_scale is None else (guidance_scale, null_label)
+        denoise = _at_labels(self.model, self.sampler.timestep_scale, labels, guidance)
+        if self.sampler.variance == "learned_range":
+            denoise = without_variance(denoise)
+        return with_self_condition(denoise) if self.sampler.self_condition else denoise
+
+    def conventions(self, dtype: DTypeLike = np.float32) -> dict[str, Any]:
+        """The checkpoint's conventions as keyword arguments of `sample_loop` and of the loops like it."""
+        options: dict[str, Any] = {
+            "prediction_type": self.sampler.prediction_type,
+            "rederive_eps": self.sampler.rederive_eps,
+            **self._limits(dtype),
+        }
+        return options | ({"self_condition": True} if self.sampler.self_condition else {})
+
     def _guidance_problems(self, scale: ArrayLike | None, null_label: int | None, num: int, method: str) -> list[str]:
         if scale is None:
             return (
@@ -354,13 +387,7 @@ def _steps(
     program: _Program,
 ) -> State:
     """One segment of the scan, the program that `sample` compiles. Everything that may change is an argument."""
-    model = cast_kernels(model)
-    denoise: Denoiser = model if labels is None else with_labels(model, labels)
-    if guidance is not None and labels is not None:
-        scale, null_label = guidance
-        denoise = classifier_free(label_pair(model, labels, null_label), scale)
-    if program.timestep_scale != 1:
-        denoise = with_scaled_time(denoise, program.timestep_scale)
+    denoise = _at_labels(cast_kernels(model), program.timestep_scale, labels, guidance)
     if program.variance == "learned_range" and program.method == "ddim":
         denoise = without_variance(denoise)
     if program.self_condition:
@@ -383,6 +410,19 @@ def _steps(
         rederive_eps=program.rederive_eps,
         **common,
     )
+
+
+def _at_labels(
+    model: Denoiser, timestep_scale: float, labels: Array | None, guidance: tuple[Any, Any] | None
+) -> Denoiser:
+    """The network given t as it was trained with, and labels: the conditional one, or guided by it."""
+    network = model if timestep_scale == 1 else with_scaled_time(model, timestep_scale)
+    if labels is None:
+        return network
+    if guidance is None:
+        return with_labels(network, labels)
+    scale, null_label = guidance
+    return classifier_free(label_pair(network, labels, null_label), scale)
 
 
 _keys = jax.jit(lambda key, start, num: sample_keys(key, num, start), static_argnums=2)

@@ -334,3 +334,17 @@ def test_no_warning_is_logged_while_sampling(ddim: jddim.DDIM, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         ddim.sample(KEY, 2, steps=2)
     assert not caplog.records
+
+
+def test_the_denoiser_and_its_conventions_are_what_sample_runs(ddim: jddim.DDIM) -> None:
+    x_T = np.asarray(jax.random.normal(KEY, (3, *SIZE, 2)))
+    for conventions in (
+        {},
+        {"clip": True, "clip_range": (-0.6, 0.8), "rederive_eps": True, "timestep_scale": 0.5},
+        {"threshold_ratio": 0.9, "threshold_max": 1.5, "prediction_type": "v_prediction"},
+    ):
+        other = ddim.with_sampler(**conventions)
+        by_hand = sample_loop(other.denoiser(), x_T, other.table(), eta=0.7, key=KEY, **other.conventions())
+        chex.assert_trees_all_close(by_hand, other.sample(KEY, x_T=x_T, eta=0.7), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="denoiser: this network has no classes: leave labels out"):
+        ddim.denoiser([1, 2])
