@@ -184,7 +184,7 @@ def ddim_steps(
     `noise`, if given, has one row for each row of this table. Taking a table's segments one after the other gives,
     to the bit, what the whole gives; that is how progress is shown.
     """
-    limit = _limiter(clip_range, threshold)
+    limit = limiter(clip_range, threshold)
 
     def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
         x0, eps = ddim.predict_both(output, x_t, row.alpha_bar_t, prediction_type)
@@ -205,7 +205,7 @@ def ddim_steps(
     no_noise: NoiseSource = (None, lambda step, _: jnp.zeros((), state.x_t.dtype))
     unneeded = deterministic and key is None and noise is None
     noise_at = no_noise if unneeded else _noise_source(state.x_t, table, key, noise)
-    return _scan(denoise, state, table, noise_at, update, trajectory_every)
+    return scan_steps(denoise, state, table, noise_at, update, trajectory_every)
 
 
 def ancestral_steps(
@@ -222,7 +222,7 @@ def ancestral_steps(
     trajectory_every: int | None = None,
 ) -> State:
     """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `ancestral_loop`."""
-    limit = _limiter(clip_range, threshold)
+    limit = limiter(clip_range, threshold)
 
     def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
         v: Array | None = None
@@ -243,7 +243,7 @@ def ancestral_steps(
     check_prediction(table, prediction_type)
     noise_at = _noise_source(state.x_t, table, key, noise)
     outputs = 2 if variance == "learned_range" else 1
-    return _scan(denoise, state, table, noise_at, update, trajectory_every, outputs)
+    return scan_steps(denoise, state, table, noise_at, update, trajectory_every, outputs)
 
 
 def check_prediction(table: StepTable, prediction_type: str) -> None:
@@ -290,7 +290,7 @@ def _normal(keys: Array, fold: ArrayLike, shape: tuple[int, ...], dtype: jax.typ
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, fold), shape, dtype))(keys)
 
 
-def _limiter(
+def limiter(
     clip_range: tuple[ArrayLike, ArrayLike] | None, threshold: tuple[ArrayLike, ArrayLike] | None
 ) -> Callable[[Array], Array] | None:
     """What keeps x0 in range: dynamic thresholding if asked, else the clamp, else nothing."""
@@ -299,7 +299,7 @@ def _limiter(
     return None if clip_range is None else lambda x0: jnp.clip(x0, *clip_range)
 
 
-def _scan(
+def scan_steps(
     denoise: Denoiser,
     state: State,
     table: StepTable,

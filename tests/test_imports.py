@@ -66,6 +66,7 @@ def test_torch_is_imported_where_it_is_meant_to_be() -> None:
         ("jddim.ddim", {"config", "schedule", "timesteps"}),
         ("jddim.sampling", {"ddim"}),
         ("jddim.denoisers", {"sampling"}),
+        ("jddim.inversion", {"config", "ddim", "sampling"}),
         ("jddim.models.layers", set()),
         ("jddim.models.unet", {"config", "models"}),
         ("jddim.checkpoint", {"config", "interrupt", "models"}),
