@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` says the same 
     from jddim.ddim import predict_eps as predict_eps
     from jddim.ddim import predict_x0 as predict_x0
     from jddim.ddim import step_table as step_table
+    from jddim.inversion import invert_loop as invert_loop
     from jddim.models.unet import UNet as UNet
     from jddim.pipeline import DDIM as DDIM
     from jddim.pipeline import load as load
@@ -43,6 +44,7 @@ _HOME = {
     for module, names in {
         "config": "SamplerConfig ScheduleConfig UNetConfig",
         "ddim": "StepTable ddim_sigma ddim_step ddpm_step predict_eps predict_x0 step_table",
+        "inversion": "invert_loop",
         "models.unet": "UNet",
         "pipeline": "DDIM load",
         "sampling": "Trajectory ancestral_loop initial_noise sample_keys sample_loop",
