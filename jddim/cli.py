@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jddim import __version__, interrupt
+from jddim import __version__, cli_research, interrupt
 from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES
 
 if TYPE_CHECKING:
@@ -558,6 +558,8 @@ def _parser() -> argparse.ArgumentParser:
         help="every step too: .png a row of x0_hat an image; .npz also t, x_t, x0_hat; .npy x_t, (S, N, H, W, C)",
     )
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
+
+    cli_research.add(command, _seed)
 
     sub = command("verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth")
     sub.add_argument("ckpt", type=Path)

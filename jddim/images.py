@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from jddim import interrupt
 
@@ -37,6 +37,21 @@ def grid(images: ArrayLike, columns: int | None = None, border: int = 2) -> NDAr
         top, left = (border + (i // columns) * (h + border), border + (i % columns) * (w + border))
         sheet[top : top + h, left : left + w] = image
     return sheet
+
+
+def labelled(picture: NDArray[np.uint8], labels: Sequence[str]) -> NDArray[np.uint8]:
+    """`picture` with a margin to its left, in which `labels` stand from top to bottom, one for each of as many rows."""
+    height, _, channels = picture.shape
+    size = min(max(height // len(labels) // 3, 10), 24)
+    font = ImageFont.load_default(size)
+    width = math.ceil(max(font.getlength(label) for label in labels)) + size
+    margin = Image.new("L", (width, height), 255)
+    draw = ImageDraw.Draw(margin)
+    for i, label in enumerate(labels):
+        middle = (i + 0.5) * height / len(labels)
+        draw.text((width - size / 2, middle), label, fill=0, font=font, anchor="rm")
+    beside = np.repeat(np.asarray(margin)[..., None], channels, axis=2)
+    return np.concatenate([beside, picture], axis=1)
 
 
 def check_output(path: str | os.PathLike[str], channels: int, *, overwrite: bool = True) -> None:

@@ -160,7 +160,7 @@ class DDIM:
         needs_noise = method == "ddpm" or not _is_zero(eta)
         problems += ddim._problems(key, num, table, x_T, noise, shape, batch_size, dtype, needs_noise=needs_noise)
         if num is not None and num >= 1:
-            problems += _eta_problems(eta, num, table) if method == "ddim" else []
+            problems += eta_problems(eta, num, table) if method == "ddim" else []
             problems += _label_problems(ddim.model.config, labels, num)
             problems += ddim._guidance_problems(guidance_scale, null_label, num, method)
         program = ddim._program(method, trajectory_every)
@@ -437,7 +437,8 @@ def _pad(x: Array, to: int, axis: int = 0) -> Array:
     )
 
 
-def _eta_problems(eta: ArrayLike, num: int, table: StepTable) -> list[str]:
+def eta_problems(eta: ArrayLike, num: int, table: StepTable) -> list[str]:
+    """What is wrong with eta, a scalar or `(num,)`, for this table, as sentences."""
     if np.shape(eta) not in ((), (num,)):
         return [f"eta must be a scalar or one value per image ({num},), got shape {np.shape(eta)}"]
     if isinstance(eta, jax.core.Tracer):

@@ -1,0 +1,165 @@
+"""The commands of research: `jddim sweep`, `jddim interpolate`. What they run is in the library, in a few lines."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jddim.pipeline import DDIM
+
+
+def add(command: Callable[..., argparse.ArgumentParser], seed: Callable[[str], int]) -> None:
+    """Define the commands. command: `(name, run, text, examples)` -> its parser. seed: the type of `--seed`."""
+    sub = command(
+        "sweep",
+        _sweep,
+        "one x_T under many etas (and numbers of steps): a labelled grid, and the arrays",
+        "mnist etas.png\nmnist atlas.png --eta 0,0.2,0.5,1 --steps 10,20,50,100 --num 12\n"
+        "mnist etas.npz --num 64 --rows-at-once 4",
+    )
+    _common(sub, seed, "8 images a row")
+    sub.add_argument(
+        "--eta",
+        type=_numbers(float),
+        default=[i / 10 for i in range(11)],
+        metavar="LIST",
+        help="rows of the grid (default 0,0.1,...,1)",
+    )
+    sub.add_argument(
+        "--steps", type=_numbers(int), metavar="LIST", help="each compiled once (default: the checkpoint's)"
+    )
+    sub.add_argument(
+        "--rows-at-once", type=int, metavar="N", help="etas that share a call and its memory (default: all)"
+    )
+
+    sub = command(
+        "interpolate",
+        _interpolate,
+        "images between those of two noises, or of four, by slerp of x_T",
+        "mnist line.png --images 3,7 --num 11\nmnist plane.png --images 3,7,12,20 --num 7\n"
+        "mnist line.gif --images 3,7 --num 60",
+    )
+    _common(sub, seed, "images on a side, ends included (default 8)")
+    sub.add_argument(
+        "--images",
+        type=_numbers(int),
+        default=[0, 1],
+        metavar="A,B[,C,D]",
+        help="of this seed: the ends of a line, or the corners of a grid by row (default 0,1)",
+    )
+    sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
+
+
+def _common(sub: argparse.ArgumentParser, seed: Callable[[str], int], num: str) -> None:
+    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    sub.add_argument("out", type=Path, help=".png a picture; .npz the arrays; .gif (interpolate) an animation")
+    sub.add_argument("--num", type=int, default=8, metavar="N", help=num)
+    sub.add_argument("--seed", type=seed, default=0, metavar="I", help="as in jddim sample; default 0")
+    sub.add_argument("--spacing", metavar="NAME", help="as in jddim sample; default: the checkpoint's")
+    sub.add_argument("--clip", action=argparse.BooleanOptionalAction, help="as in jddim sample")
+
+
+def _load(args: argparse.Namespace, formats: Sequence[str]) -> DDIM:
+    """The checkpoint, once it is known that OUT can be written."""
+    import jddim
+    from jddim.checkpoint import load_metadata
+    from jddim.images import check_output
+
+    if args.out.suffix.lower() not in formats:
+        raise ValueError(f"{args.out}: end OUT in {' or '.join(formats)}")
+    if args.num < 1:
+        raise ValueError(f"--num must be at least 1, got {args.num}")
+    check_output(args.out, load_metadata(args.ckpt).model.in_channels)
+    ddim = jddim.load(args.ckpt)
+    return ddim if args.clip is None else ddim.with_sampler(clip=args.clip)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    ddim = _load(args, (".png", ".npz"))
+
+    import jax
+    import numpy as np
+
+    from jddim import images
+    from jddim.sweeping import sweep
+
+    steps = args.steps or [ddim.sampler.num_steps]
+    tables = [ddim.table(S, args.spacing) for S in steps]  # all, before the first is run
+    made = []
+    for S, table in zip(steps, tables, strict=True):
+        print(f"{table.num_steps} steps, {len(args.eta)} etas, {args.num} images each", flush=True)
+        options = {"rows_at_once": args.rows_at_once, "steps": S, "spacing": args.spacing}
+        made.append(np.asarray(sweep(ddim, jax.random.key(args.seed), args.num, args.eta, **options)))
+    x_0 = np.stack(made)
+    if args.out.suffix.lower() == ".npz":
+        with images.atomic(args.out) as staging:
+            np.savez(staging, x_0=x_0, eta=np.array(args.eta), steps=np.array([table.num_steps for table in tables]))
+    else:
+        which = [f"S {table.num_steps}, " if len(steps) > 1 else "" for table in tables]
+        labels = [f"{first}eta {eta:g}" for first in which for eta in args.eta]
+        picture = images.grid(x_0.reshape(-1, *x_0.shape[3:]), columns=args.num)
+        images.save_png(args.out, images.labelled(picture, labels), _settings(args, ddim))
+    print(f"{x_0[..., 0, 0, 0].size} images -> {args.out}")
+    return 0
+
+
+def _interpolate(args: argparse.Namespace) -> int:
+    if len(args.images) not in (2, 4):
+        raise ValueError(f"--images takes two numbers, or four, got {len(args.images)}")
+    if args.num < 2:
+        raise ValueError(f"--num counts both ends: at least 2, got {args.num}")
+    if min(args.images) < 0:
+        raise ValueError(f"--images are numbered from 0, got {min(args.images)}")
+    ddim = _load(args, (".png", ".npz", ".gif"))
+
+    import jax
+    import numpy as np
+
+    from jddim import images
+    from jddim.editing import slerp_grid, slerp_line
+    from jddim.sampling import initial_noise, sample_keys
+
+    c = ddim.model.config
+    keys = jax.numpy.stack([sample_keys(jax.random.key(args.seed), 1, i)[0] for i in args.images])
+    ends = initial_noise(keys, (*c.image_size, c.in_channels))
+    if len(args.images) == 2:
+        x_T = slerp_line(ends[0], ends[1], args.num)
+    else:
+        corners = ends.reshape(2, 2, *ends.shape[1:])
+        x_T = slerp_grid(corners, args.num, args.num).reshape(-1, *ends.shape[1:])
+    sample = {"steps": args.steps, "spacing": args.spacing, "eta": 0.0, "batch_size": 64, "progress": True}
+    x_0 = np.asarray(ddim.sample(x_T=x_T, **sample))
+    match args.out.suffix.lower():
+        case ".png":
+            images.save_png(args.out, images.grid(x_0, columns=args.num), _settings(args, ddim))
+        case ".gif":
+            pictures = [images.to_uint8(image) for image in x_0]
+            images.save_gif(args.out, pictures, _settings(args, ddim))
+        case _:
+            with images.atomic(args.out) as staging:
+                np.savez(staging, x_0=x_0, x_T=np.asarray(x_T))
+    print(f"{len(x_0)} images between {', '.join(map(str, args.images))} of seed {args.seed} -> {args.out}")
+    return 0
+
+
+def _settings(args: argparse.Namespace, ddim: DDIM) -> dict[str, Any]:
+    """What a picture says of how it was made."""
+    from jddim import __version__
+
+    assert ddim.metadata is not None
+    asked = {name: value for name, value in vars(args).items() if name not in ("run", "ckpt", "out")}
+    return {"checkpoint_sha256": ddim.metadata.sha256, "jddim": __version__, **asked}
+
+
+def _numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            what = "whole numbers" if kind is int else "numbers"
+            raise argparse.ArgumentTypeError(f"takes {what} separated by commas, got {text!r}") from None
+
+    return parse

@@ -1,0 +1,125 @@
+"""`jddim sweep`, `jddim interpolate`: their arrays are the library's, their pictures show them, mistakes are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import write_checkpoint
+
+import jddim
+from jddim import images
+from jddim.cli import main
+from jddim.editing import slerp
+from jddim.sampling import initial_noise, sample_keys
+from jddim.sweeping import sweep
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("research") / "ckpt")
+
+
+def run(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    def call(*words: object, status: int = 1) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        try:
+            ended = main([str(word) for word in words])
+        except SystemExit as stopped:  # argparse's
+            ended = stopped.code
+        assert ended == status
+        said = capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
+        assert said.count("\n") == 1
+        return said
+
+    return call
+
+
+def test_sweep_writes_the_arrays_and_draws_them(ckpt: Path, tmp_path: Path) -> None:
+    options = ["--eta", "0,0.5,1", "--steps", "4,3", "--num", "2", "--seed", "5", "--spacing", "linspace", "--clip"]
+    run("sweep", ckpt, tmp_path / "a.npz", *options)
+    with np.load(tmp_path / "a.npz") as file:
+        made = {name: file[name] for name in file.files}
+    assert made["eta"].tolist() == [0, 0.5, 1]
+    assert made["steps"].tolist() == [4, 3]
+    ddim = jddim.load(ckpt).with_sampler(clip=True)
+    for i, S in enumerate((4, 3)):
+        expected = sweep(ddim, jax.random.key(5), 2, [0, 0.5, 1], steps=S, spacing="linspace")
+        np.testing.assert_array_equal(made["x_0"][i], expected)
+
+    run("sweep", ckpt, tmp_path / "a.png", *options, "--rows-at-once", "3")
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    drawn = images.grid(made["x_0"].reshape(12, 6, 10, 1), columns=2)[..., 0]
+    np.testing.assert_array_equal(picture[:, -drawn.shape[1] :], drawn)
+    assert (picture[:, : -drawn.shape[1]] < 128).any()  # something is written in the margin
+    settings = images.read_metadata(tmp_path / "a.png")
+    assert (settings["eta"], settings["steps"], settings["seed"]) == ([0, 0.5, 1], [4, 3], 5)
+    assert settings["checkpoint_sha256"] == ddim.metadata.sha256
+
+
+def test_labels_stand_beside_their_rows() -> None:
+    labelled = images.labelled(np.full((90, 20, 3), 7, np.uint8), ["", "row", ""])
+    ink = np.flatnonzero((labelled[:, :-20] < 128).any(axis=(1, 2)))
+    assert 30 <= ink.min() <= ink.max() < 60
+    np.testing.assert_array_equal(labelled[:, -20:], 7)
+
+
+def test_interpolate_between_two_and_four(ckpt: Path, tmp_path: Path) -> None:
+    run("interpolate", ckpt, tmp_path / "a.npz", "--images", "3,8", "--num", "5", "--seed", "2", "--steps", "3")
+    with np.load(tmp_path / "a.npz") as file:
+        x_0, x_T = file["x_0"], file["x_T"]
+    first, last = (initial_noise(sample_keys(jax.random.key(2), 1, i), (6, 10, 1))[0] for i in (3, 8))
+    np.testing.assert_array_equal(x_T[[0, -1]], [first, last])
+    chex.assert_trees_all_close(x_T[1], np.asarray(slerp(first, last, 0.25)), atol=1e-6)
+    ddim = jddim.load(ckpt)
+    np.testing.assert_array_equal(x_0, ddim.sample(x_T=x_T, steps=3, eta=0.0))
+
+    run("interpolate", ckpt, tmp_path / "b.npz", "--images", "3,8,0,1", "--num", "3", "--seed", "2", "--steps", "3")
+    with np.load(tmp_path / "b.npz") as file:
+        corners = file["x_T"][[0, 2, 6, 8]]
+    noises = [initial_noise(sample_keys(jax.random.key(2), 1, i), (6, 10, 1))[0] for i in (3, 8, 0, 1)]
+    np.testing.assert_array_equal(corners, noises)
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+def test_interpolate_draws(ckpt: Path, tmp_path: Path, suffix: str) -> None:
+    run("interpolate", ckpt, tmp_path / f"a.{suffix}", "--num", "4", "--steps", "2")
+    with Image.open(tmp_path / f"a.{suffix}") as picture:
+        assert picture.size == ((50, 10) if suffix == "png" else (10, 6))
+        assert getattr(picture, "n_frames", 1) == (1 if suffix == "png" else 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "status"),
+    [
+        (["sweep", "CKPT", "OUT.gif"], "end OUT in .png or .npz", 1),
+        (["sweep", "CKPT", "OUT.png", "--eta", "0,x"], "takes numbers separated by commas, got '0,x'", 2),
+        (["sweep", "CKPT", "OUT.png", "--eta", "0,-1"], "eta must be a finite number >= 0, got -1", 1),
+        (["sweep", "CKPT", "OUT.png", "--steps", "5,0"], "must lie in 1..1000 (the training timesteps), got 0", 1),
+        (["sweep", "CKPT", "OUT.png", "--num", "0"], "--num must be at least 1, got 0", 1),
+        (["sweep", "CKPT", "OUT.png", "--rows-at-once", "0"], "rows_at_once must be at least 1", 1),
+        (["sweep", "none", "OUT.png"], "none", 1),
+        (["interpolate", "CKPT", "OUT.png", "--images", "3"], "--images takes two numbers, or four, got 1", 1),
+        (["interpolate", "CKPT", "OUT.png", "--images", "3,-1"], "numbered from 0, got -1", 1),
+        (["interpolate", "CKPT", "OUT.png", "--num", "1"], "--num counts both ends: at least 2, got 1", 1),
+        (["interpolate", "CKPT", "OUT.npy"], "end OUT in .png or .npz or .gif", 1),
+    ],
+)
+def test_mistakes(
+    ckpt: Path, tmp_path: Path, fails: Callable[..., str], words: list[str], said: str, status: int
+) -> None:
+    words = [str(ckpt) if w == "CKPT" else str(tmp_path / w) if w.startswith("OUT") else w for w in words]
+    assert said in fails(*words, status=status)
