@@ -26,8 +26,11 @@ from jddim.ddim import StepTable
 
 Denoiser = Callable[..., Array]
 
-Update = Callable[[Array, Array, Array, StepTable], tuple[Array, Array]]
-"""`update(x_t, output, noise, row)` -> (x_prev, x0): a sampler's step, from the denoiser's output at a table's row."""
+Update = Callable[..., tuple[Any, ...]]
+"""`update(x_t, output, noise, row)` -> (x_prev, x0): a sampler's step, from the denoiser's output at a table's row.
+
+One with a memory, such as a multistep solver, is `update(x_t, output, noise, row, memory)` -> (x_prev, x0, memory).
+"""
 
 
 class Trajectory(NamedTuple):
@@ -47,13 +50,14 @@ class State(NamedTuple):
 
     x_t: `(b, ...)`. first_bad: int32 `(b,)`, the index of the step after which a sample first held a NaN or an
     infinity, or -1. trajectory: filled as the steps are taken, or None. x0_hat: the last step's x0 (zeros at first),
-    for a self-conditioned network, or None.
+    for a self-conditioned network, or None. memory: what a step hands to the next, or None.
     """
 
     x_t: Array
     first_bad: Array
     trajectory: Trajectory | None
     x0_hat: Array | None = None
+    memory: Any = None
 
 
 def sample_keys(key: Array, num: int, start: int = 0) -> Array:
@@ -271,22 +275,24 @@ def update_loop(
     denoise: Denoiser,
     update: Update,
     x_T: Array,
-    table: StepTable,
+    table: StepTable | Any,
     *,
     key: Array | None = None,
     noise: Array | None = None,
     deterministic: bool = False,
     draws: int | None = None,
     outputs: int = 1,
+    memory: Any = None,
     trajectory_every: int | None = None,
 ) -> Any:
     """The loop around any step that looks at one evaluation of the denoiser: a sampler of one's own. Traceable.
 
     update: see `Update`. deterministic: it uses no noise, so neither key nor noise is needed. draws: it takes so many
     independent noises a step, `(draws, b, ...)`, and `noise` has rows of that shape; None: one, `(b, ...)`. outputs:
-    how many times x_T's channels the denoiser returns. The other arguments and the result are `sample_loop`'s.
+    how many times x_T's channels the denoiser returns. memory: the first step's, for an update with one; None: without.
+    The table may have more columns than a `StepTable`. The other arguments and the result are `sample_loop`'s.
     """
-    state = init_state(x_T, table, trajectory_every)
+    state = init_state(x_T, table, trajectory_every)._replace(memory=memory)
     noise_at = _noise_source(x_T, table, key, noise, deterministic=deterministic, draws=draws)
     state = scan_steps(denoise, state, table, noise_at, update, trajectory_every, outputs)
     return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
@@ -318,7 +324,7 @@ def segments(table: StepTable, at_least: int = 8) -> list[StepTable]:
     """`table` cut into equal segments, at least so many if S allows, so that they share one compiled program."""
     S = table.num_steps
     length = max(n for n in range(1, max(S // at_least, 1) + 1) if S % n == 0)
-    return [StepTable(*(column[i : i + length] for column in table)) for i in range(0, S, length)]
+    return [type(table)(*(column[i : i + length] for column in table)) for i in range(0, S, length)]
 
 
 # What the scan runs over beside the table (rows of explicit noise, or None), and the noise of one step from both.
@@ -392,13 +398,15 @@ def scan_steps(
         expected = (*x_t.shape[:-1], outputs * x_t.shape[-1])
         if output.shape != expected:
             raise ValueError(f"denoise must return {expected} for an x_t like {x_t.shape}, it returned {output.shape}")
-        x_prev, x0 = update(x_t, output.astype(x_t.dtype), noise_of(row.step, noise_row), row)
+        carried = [] if state.memory is None else [state.memory]
+        x_prev, x0, *carried = update(x_t, output.astype(x_t.dtype), noise_of(row.step, noise_row), row, *carried)
         bad = ~jnp.isfinite(x_prev).reshape(x_prev.shape[0], -1).all(axis=1)
         first_bad = jnp.where(bad & (state.first_bad < 0), row.step, state.first_bad)
         trajectory = _record(state.trajectory, row, x_prev, x0, trajectory_every)
-        return State(x_prev, first_bad, trajectory, None if state.x0_hat is None else x0), None
+        x0_hat = None if state.x0_hat is None else x0
+        return State(x_prev, first_bad, trajectory, x0_hat, *carried), None
 
-    rows = StepTable(*(jnp.asarray(column) for column in table))
+    rows = type(table)(*(jnp.asarray(column) for column in table))
     state, _ = lax.scan(step, state, (rows, noise_rows))
     return state
 
