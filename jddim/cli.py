@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jddim import __version__, cli_research, interrupt
+from jddim import __version__, cli_invert, cli_research, interrupt
 from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ examples:
   jddim sample mnist digits.png                     64 images in a grid
   jddim sample mnist digits.npz --num 50000 --batch-size 256 --steps 50 --seed 1
   jddim sample mnist path.gif --num 16 --eta 0.5    the way from noise to image
+  jddim invert mnist digits.png x_T.npy             images to the noise that they are sampled from
   jddim schedule --spacing quad --steps 20          the table of steps, for any spacing
   jddim info ckpt.pth                               what a file is, and how to convert it
 """
@@ -559,6 +560,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
 
+    cli_invert.add(command, _labels, SPACING_NAMES)
     cli_research.add(command, _seed)
 
     sub = command("verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth")

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from jddim import interrupt
 
@@ -52,6 +53,91 @@ def labelled(picture: NDArray[np.uint8], labels: Sequence[str]) -> NDArray[np.ui
         draw.text((width - size / 2, middle), label, fill=0, font=font, anchor="rm")
     beside = np.repeat(np.asarray(margin)[..., None], channels, axis=2)
     return np.concatenate([beside, picture], axis=1)
+
+
+def from_uint8(pixels: ArrayLike) -> NDArray[np.float32]:
+    """0..255 -> [-1, 1]: pixels / 127.5 - 1, as OpenAI's loaders do."""
+    return (np.asarray(pixels) / 127.5 - 1).astype(np.float32)
+
+
+def cut_grid(picture: NDArray[np.uint8], size: tuple[int, int], border: int = 2) -> NDArray[np.uint8] | None:
+    """The images `(n, h, w, c)` of a picture `(H, W, c)` that `grid` drew of images of `size`; None if it is none.
+
+    Cells at the end that are white all over are taken for the empty ones of the last row.
+    """
+    (h, w), (H, W) = size, picture.shape[:2]
+    rows, columns = (H - border) // (h + border), (W - border) // (w + border)
+    if rows < 1 or columns < 1 or (rows * (h + border) + border, columns * (w + border) + border) != (H, W):
+        return None
+    cells = picture[border:, border:].reshape(rows, h + border, columns, w + border, -1).swapaxes(1, 2)
+    lines = np.concatenate([cells[:, :, h:].ravel(), cells[:, :, :, w:].ravel()])
+    if (picture[:border] != 255).any() or (picture[:, :border] != 255).any() or (lines != 255).any():
+        return None
+    images = cells[:, :, :h, :w].reshape(rows * columns, h, w, -1)
+    drawn = np.flatnonzero((images != 255).any(axis=(1, 2, 3)))
+    return images[: drawn[-1] + 1] if len(drawn) else images[:1]
+
+
+def load_images(path: str | os.PathLike[str], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Images `(n, h, w, c)` float32 in [-1, 1] from what `save_images` writes, or other pictures of `size` (h, w).
+
+    .npy: as they are. .npz: `arr_0`, uint8. .png: one picture of that size, or a grid of such. A folder: every .png in
+    it, by name. Raises ValueError, or OSError, for anything else, naming the file; channels are not looked at.
+    """
+    target = Path(path)
+    if target.is_dir():
+        files = sorted(file for file in target.iterdir() if file.suffix.lower() == ".png")
+        if not files:
+            raise ValueError(f"{path}: a folder without .png files")
+        pictures = [_read_png(file) for file in files]
+        wrong = [f.name for f, p in zip(files, pictures, strict=True) if p.shape != (*size, pictures[0].shape[-1])]
+        if wrong:
+            raise ValueError(
+                f"{path}: pictures must all be {size[0]}x{size[1]} and as many-coloured as the first; not so: "
+                + ", ".join(wrong[:5])
+                + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            )
+        return from_uint8(np.stack(pictures))
+    if not target.exists():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    match target.suffix.lower():
+        case ".png":
+            picture = _read_png(target)
+            images = picture[None] if picture.shape[:2] == size else cut_grid(picture, size)
+            if images is None:
+                raise ValueError(
+                    f"{path}: {picture.shape[0]}x{picture.shape[1]} is neither {size[0]}x{size[1]}, as this checkpoint "
+                    "makes, nor a grid of such with borders of 2; other sizes can be given as .npy"
+                )
+            return from_uint8(images)
+        case ".npy" | ".npz":
+            try:
+                array = np.load(target, allow_pickle=False)
+                array = array["arr_0"] if target.suffix.lower() == ".npz" else array
+            except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{path} holds no images ({type(error).__name__}: {error})") from error
+            if not isinstance(array, np.ndarray) or array.ndim != 4:
+                what = f"an array of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
+                raise ValueError(f"{path} must hold images (N, H, W, C), it holds {what}")
+            return from_uint8(array) if array.dtype == np.uint8 else array
+    raise ValueError(f"{path}: images are read from .npy, .npz, .png or a folder of .png files")
+
+
+def _read_png(path: Path) -> NDArray[np.uint8]:
+    """`(h, w, 1 or 3)`."""
+    try:
+        with Image.open(path) as image:
+            if "A" in image.getbands() or "transparency" in image.info:
+                raise ValueError(f"{path} is transparent in places: flatten it first")
+            grey = image.mode in ("1", "L")
+            if not grey and image.mode not in ("P", "RGB"):
+                raise ValueError(f"{path} has the mode {image.mode}; convert it to 8-bit grey or RGB")
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def check_output(path: str | os.PathLike[str], channels: int, *, overwrite: bool = True) -> None:

@@ -27,6 +27,7 @@ from jddim.config import (
 from jddim.ddim import StepTable, largest_eta, sampler_table
 from jddim.denoisers import with_labels, with_scaled_time, with_self_condition, without_variance
 from jddim.guidance import Scale, classifier_free, label_pair
+from jddim.inversion import check_inversion, inversion_table, invert_steps
 from jddim.models import Network
 from jddim.models.layers import at_least_float32, cast_kernels
 from jddim.progress import Progress
@@ -213,6 +214,98 @@ class DDIM:
         x_ts, x0_hats = (jnp.concatenate([part[i] for part in trajectories], axis=1) for i in (1, 2))
         return x_0, Trajectory(trajectories[0].t, x_ts, x0_hats)
 
+    def invert(
+        self,
+        images: Array | np.ndarray,
+        *,
+        steps: int | None = None,
+        spacing: str | Sequence[int] | np.ndarray | None = None,
+        convention: str = "diffusers",
+        refine: int = 0,
+        eta: ArrayLike = 0.0,
+        clip: bool | None = None,
+        clip_range: tuple[float, float] | None = None,
+        rederive_eps: bool | None = None,
+        labels: ArrayLike | None = None,
+        guidance_scale: ArrayLike | None = None,
+        null_label: int | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> Array:
+        """The x_T `(num, h, w, c)` float32 of `images`, of the same shape, float32 in [-1, 1]: DDIM inversion.
+
+        `sample(x_T=..., eta=0)` with the same arguments then leads back to the images, about: the error falls as
+        1 / steps, and with each refinement.
+
+        convention: "paper", "diffusers" or "openai" (`jddim.inversion.inversion_table`). refine: k more evaluations a
+            step, which solve for the x_T from which `sample` does lead back (`jddim.inversion.invert_loop`).
+        eta: 0, the only one that can be inverted; the checkpoint's own plays no part.
+        steps, spacing, clip, clip_range, rederive_eps, labels, guidance_scale, null_label, batch_size, progress: as
+            for `sample`.
+
+        Works inside `jit`, `vmap` and `grad`, as `sample` does. Raises ValueError with everything wrong in one message,
+        images beyond -2..2 and self-conditioned networks included; FloatingPointError if a NaN or infinity appears.
+        """
+        asked: dict[str, Any] = {"clip": clip, "clip_range": clip_range, "rederive_eps": rederive_eps}
+        ddim = self.with_sampler(**{name: value for name, value in asked.items() if value is not None})
+        config = ddim.model.config
+        if np.ndim(images) != 4 or not len(images):
+            raise ValueError(
+                f"invert: images must have shape (num, h, w, {config.in_channels}) with num at least 1, "
+                f"got {np.shape(images)}"
+            )
+        dtype = at_least_float32(ddim.model.dtype)
+        table = ddim.table(steps, spacing, dtype)
+        labels = None if labels is None else jnp.asarray(labels)
+        num, shape = len(images), (*images.shape[1:3], config.in_channels)
+        problems = ddim._problems(
+            None, num, table, images, None, shape, batch_size, dtype, needs_noise=False, start="images"
+        )
+        problems += _label_problems(config, labels, num) + _range_problems(images)
+        problems += ddim._guidance_problems(guidance_scale, null_label, num, "ddim")
+        if not _is_zero(eta):
+            problems.append(f"inversion is deterministic, so eta must be 0, got {eta}: added noise cannot be undone")
+        if ddim.sampler.self_condition:
+            problems.append(
+                "this network is self-conditioned: a step depends on the x0 of the one before it, which inversion "
+                "only comes to after it"
+            )
+        try:
+            check_inversion(table, convention, refine, ddim.sampler.prediction_type)
+        except ValueError as error:
+            problems.append(str(error))
+        program = ddim._program("ddim", None)
+        if problems:
+            raise ValueError("invert: " + "; ".join(problems))
+
+        batch_size = min(batch_size or num, num)
+        rows, limits = inversion_table(table, convention), ddim._limits(dtype)
+        scales = None if guidance_scale is None else jnp.broadcast_to(jnp.asarray(guidance_scale, dtype), (num,))
+        inverted: list[Array] = []
+        with Progress(num, f"{rows.num_steps} steps", enabled=progress) as bar:
+            for low in range(0, num, batch_size):
+                batch = slice(low, min(low + batch_size, num))
+                taken = batch.stop - low
+                pad = partial(_pad, to=batch_size)
+                state = init_state(pad(jnp.asarray(images[batch])), rows)
+                for segment in segments(rows) if progress else [rows]:
+                    state = _invert_steps(
+                        ddim.model,
+                        state,
+                        segment,
+                        limits,
+                        None if labels is None else pad(labels[batch]),
+                        None if scales is None else (pad(scales[batch]), jnp.asarray(null_label)),
+                        program=program,
+                        refine=refine,
+                    )
+                    if progress:
+                        _raise_if_bad(state, rows, low, taken)
+                        bar.add(taken * segment.num_steps / rows.num_steps)
+                _raise_if_bad(state, rows, low, taken)
+                inverted.append(state.x_t[:taken])
+        return inverted[0] if len(inverted) == 1 else jnp.concatenate(inverted)
+
     def denoiser(
         self, labels: ArrayLike | None = None, *, guidance_scale: Scale | None = None, null_label: int | None = None
     ) -> Denoiser:
@@ -303,8 +396,9 @@ class DDIM:
         dtype: DTypeLike,
         *,
         needs_noise: bool,
+        start: str = "x_T",
     ) -> list[str]:
-        """Everything wrong with the arguments that both methods take, as sentences."""
+        """Everything wrong with the arguments that all methods take, as sentences; `start`: what x_T is called."""
         config = self.model.config
         problems = size_problems(config, (shape[0], shape[1]))
         outputs = 2 if self.sampler.variance == "learned_range" else 1
@@ -331,7 +425,7 @@ class DDIM:
         except ValueError as error:
             problems.append(str(error))
         for name, array, expected in (
-            ("x_T", x_T, (num, *shape)),
+            (start, x_T, (num, *shape)),
             ("noise", noise, (table.num_steps, num, *shape)),
         ):
             if array is None:
@@ -412,6 +506,30 @@ def _steps(
     )
 
 
+@partial(jax.jit, static_argnames=("program", "refine"))
+def _invert_steps(
+    model: Network,
+    state: State,
+    rows: StepTable,
+    limits: dict[str, tuple[Array, Array]],
+    labels: Array | None,
+    guidance: tuple[Array, Array] | None,
+    *,
+    program: _Program,
+    refine: int,
+) -> State:
+    """One segment of inversion, the program that `invert` compiles."""
+    denoise = _at_labels(cast_kernels(model), program.timestep_scale, labels, guidance)
+    if program.variance == "learned_range":
+        denoise = without_variance(denoise)
+    conventions: dict[str, Any] = {
+        "prediction_type": program.prediction_type,
+        "rederive_eps": program.rederive_eps,
+        **limits,
+    }
+    return invert_steps(denoise, state, rows, refine=refine, **conventions)
+
+
 def _at_labels(
     model: Denoiser, timestep_scale: float, labels: Array | None, guidance: tuple[Any, Any] | None
 ) -> Denoiser:
@@ -453,6 +571,16 @@ def eta_problems(eta: ArrayLike, num: int, table: StepTable) -> list[str]:
             "1 - alpha_bar_prev - sigma^2 is negative"
         ]
     return []
+
+
+def _range_problems(images: Array | np.ndarray) -> list[str]:
+    """Unclipped samples overshoot [-1, 1] a little; what leaves [-2, 2] is something else."""
+    if isinstance(images, jax.core.Tracer) or images.size == 0 or not _all_finite(images):
+        return []
+    low, high = float(images.min()), float(images.max())
+    if low >= -2 and high <= 2:
+        return []
+    return [f"images must lie in [-1, 1], got {low:g}..{high:g}; of numbers in 0..255 take x / 127.5 - 1"]
 
 
 def _label_problems(config: ModelConfig, labels: Array | None, num: int) -> list[str]:

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jddim.images import check_output, grid, read_metadata, save_images, to_uint8
+from jddim.images import (
+    check_output,
+    cut_grid,
+    from_uint8,
+    grid,
+    load_images,
+    read_metadata,
+    save_images,
+    to_uint8,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -78,3 +87,68 @@ def test_outputs_that_cannot_be_written_are_refused_before_sampling(
     (tmp_path / "dir.png").mkdir()
     with pytest.raises((ValueError, OSError), match=message):
         check_output(tmp_path / name, channels)
+
+
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_a_grid_is_cut_into_the_images_it_was_drawn_of(n: int, c: int) -> None:
+    cut = cut_grid(grid(images(n, c)), (7, 11))
+    assert cut is not None
+    np.testing.assert_array_equal(cut, to_uint8(images(n, c)))
+
+
+def test_what_is_no_grid_is_not_cut() -> None:
+    sheet = grid(images(5))
+    assert cut_grid(sheet, (11, 7)) is None
+    assert cut_grid(sheet[1:], (7, 11)) is None
+    assert cut_grid(np.full((0, 0, 3), 255, np.uint8), (7, 11)) is None
+    for row, column in ((0, 0), (9, 20), (-1, -1), (12, 13)):  # a mark on any border
+        marked = sheet.copy()
+        marked[row, column] = 254
+        assert cut_grid(marked, (7, 11)) is None, (row, column)
+
+
+@pytest.mark.parametrize("c", [1, 3])
+def test_images_are_read_from_what_was_written(tmp_path: Path, c: int) -> None:
+    x = images(5, c)
+    for name in ("a.npy", "a.npz", "a.png", "folder"):
+        save_images(tmp_path / name, x, {})
+        read = load_images(tmp_path / name, (7, 11))
+        assert read.dtype == np.float32
+        np.testing.assert_array_equal(read, x if name == "a.npy" else from_uint8(to_uint8(x)))
+    one = load_images(tmp_path / "folder" / "000003.png", (7, 11))
+    np.testing.assert_array_equal(one, from_uint8(to_uint8(x[3:4])))
+    assert from_uint8([0, 255]).tolist() == [-1, 1]
+
+
+def test_what_holds_no_images_is_said(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed").mkdir()
+    Image.new("L", (11, 7)).save(tmp_path / "mixed" / "a.png")
+    Image.new("L", (7, 11)).save(tmp_path / "mixed" / "b.png")
+    Image.new("RGB", (11, 7)).save(tmp_path / "mixed" / "c.png")
+    Image.new("RGBA", (11, 7)).save(tmp_path / "rgba.png")
+    Image.new("I;16", (11, 7)).save(tmp_path / "deep.png")
+    Image.new("L", (12, 7)).save(tmp_path / "wide.png")
+    (tmp_path / "text.png").write_text("text")
+    (tmp_path / "text.npy").write_text("text")
+    (tmp_path / "text.npz").write_text("text")
+    (tmp_path / "a.jpg").touch()
+    np.save(tmp_path / "number.npy", 3.0)
+    np.savez(tmp_path / "other.npz", other=np.zeros(3))
+    for name, message in (
+        ("empty", "a folder without .png files"),
+        ("mixed", r"7x11 and as many-coloured as the first; not so: b\.png, c\.png"),
+        ("rgba.png", "transparent"),
+        ("deep.png", "mode I;16"),
+        ("wide.png", "7x12 is neither 7x11"),
+        ("text.png", "is not a picture"),
+        ("text.npy", "holds no images"),
+        ("text.npz", "holds no images"),
+        ("a.jpg", r"read from \.npy, \.npz, \.png or a folder"),
+        ("number.npy", r"must hold images \(N, H, W, C\), it holds an array of shape \(\)"),
+        ("other.npz", "holds no images"),
+        ("nothing.npy", "no such file"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            load_images(tmp_path / name, (7, 11))

@@ -28,7 +28,18 @@ def test_each_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(bool(jax.numpy.isfinite(found["x_0"]).all()) for found in names)
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("families", "new-family", "security"))]
+def test_the_inversion_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "inversion.md").read_text(), re.S)
+    write_checkpoint(tmp_path / "mnist")
+    monkeypatch.chdir(tmp_path)
+    found: dict = {"images": jax.random.uniform(jax.random.key(0), (3, 6, 10, 1), minval=-1)}
+    exec(block, found)
+    assert found["x_T"].shape == found["again"].shape == (3, 6, 10, 1)
+    assert found["error"].shape == (3,)
+
+
+NAMES = ("families", "inversion", "new-family", "security")
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in NAMES)]
 
 
 @pytest.mark.parametrize("page", PAGES)
