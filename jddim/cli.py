@@ -165,7 +165,7 @@ def _sample(args: argparse.Namespace) -> int:
         first = x_T if x_T is not None else _initial(args.seed, num, x_0.shape[1:])
         save_images(args.out, x_0, settings, frames=[first, *np.asarray(trajectory.x_t)])
     elif suffix == ".png":  # one row an image, the predicted x_0 from left to right, at most 12 columns
-        columns = np.unique(np.linspace(0, table.num_steps - 1, 12).round().astype(int))
+        columns = np.unique(np.linspace(0, len(trajectory.t) - 1, 12).round().astype(int))
         x0_hat = np.asarray(trajectory.x0_hat)[columns].swapaxes(0, 1)
         save_png(args.out, images.grid(x0_hat.reshape(-1, *x_0.shape[1:]), columns=len(columns)), settings)
     else:
@@ -175,9 +175,9 @@ def _sample(args: argparse.Namespace) -> int:
                 np.savez(staging, allow_pickle=False, arr_0=images.to_uint8(x_0), **arrays)
             else:
                 np.save(staging, arrays["x_t"])
-    how = ddim.sampler.variance if eta is None else f"eta {eta:g}"
+    how = {"ddim": f", eta {eta}", "ddpm": f", {ddim.sampler.variance}"}.get(args.method, "")
     print(
-        f"{num} images in {table.num_steps} {args.method} steps ({ddim.sampler.spacing}, {how}) -> {args.out}"
+        f"{num} images in {table.num_steps} {args.method} steps ({ddim.sampler.spacing}{how}) -> {args.out}"
         f"  [{seconds:.1f} s with compiling, {num / seconds:.1f} images/s]"
     )
     return 0
@@ -506,7 +506,8 @@ def _parser() -> argparse.ArgumentParser:
         "--method",
         choices=METHODS,
         default="ddim",
-        help="ddpm: ancestral sampling, with the checkpoint's variance or --variance; default ddim",
+        help="ddpm: ancestral sampling, with the checkpoint's variance or --variance; the rest: other solvers "
+        "(heun asks the network twice a step); default ddim",
     )
     sub.add_argument(
         "--labels",

@@ -61,7 +61,7 @@ class SamplerConfig:
     variance: str = "fixed_small"
 
 
-METHODS = ("ddim", "ddpm")
+METHODS = ("ddim", "ddpm", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 

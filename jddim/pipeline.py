@@ -16,7 +16,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jddim.checkpoint import Metadata, build_model, load_metadata, load_params
 from jddim.config import (
-    METHODS,
     PREDICTION_TYPES,
     VARIANCES,
     ModelConfig,
@@ -42,8 +41,10 @@ from jddim.sampling import (
     initial_noise,
     sample_keys,
     segments,
+    update_steps,
 )
 from jddim.schedule import NoiseSchedule, make_schedule
+from jddim.solvers import Solver, cast, find, memory_of, solver_update
 
 
 def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> DDIM:
@@ -120,7 +121,8 @@ class DDIM:
         key: `jax.random.key(seed)`. Image i of the result is image `start + i` of the seed: it depends on nothing
             else, so `num=7` and then `num=9, start=7` make the images of `num=16`. Not needed if x_T is given, and
             eta is 0 or noise is given.
-        method: "ddim", or "ddpm", ancestral sampling with the checkpoint's variance (`SamplerConfig.variance`).
+        method: "ddim"; "ddpm", ancestral sampling with the checkpoint's variance (`SamplerConfig.variance`); or one of
+            `jddim.solvers.SOLVERS`, such as "dpm++2m". `noise` then has one row an evaluation.
         steps: S; spacing: a name that `jddim.timesteps.make_timesteps` takes, or a descending list of timesteps (then
             no steps).
         eta: 0 deterministic ... 1 as noisy as DDPM; a scalar or one value per image, `(num,)`. May be traced. For
@@ -147,7 +149,11 @@ class DDIM:
         asked: dict[str, Any] = {"clip": clip, "clip_range": clip_range, "rederive_eps": rederive_eps}
         ddim = self.with_sampler(**{name: value for name, value in asked.items() if value is not None})
         dtype = at_least_float32(ddim.model.dtype)
-        table = ddim.table(steps, spacing, dtype)
+        program = ddim._program(method, trajectory_every)
+        solver = program.solver
+        table: Any = ddim.table(steps, spacing, np.float64 if solver else dtype)  # or a SolverTable, which has more
+        if solver is not None:
+            table = cast(solver.plan(table), dtype)
         problems = [] if method == "ddim" or eta is None else [f"eta is DDIM's; method {method!r} takes none"]
         eta = ddim.sampler.eta if eta is None else eta
         labels = None if labels is None else jnp.asarray(labels)
@@ -158,13 +164,12 @@ class DDIM:
             if x_T is not None and x_T.ndim == 4:
                 image_size = (x_T.shape[1], x_T.shape[2])
         shape = (*image_size, ddim.model.config.in_channels)
-        needs_noise = method == "ddpm" or not _is_zero(eta)
+        needs_noise = method == "ddpm" or (solver.stochastic if solver else not _is_zero(eta))
         problems += ddim._problems(key, num, table, x_T, noise, shape, batch_size, dtype, needs_noise=needs_noise)
         if num is not None and num >= 1:
             problems += eta_problems(eta, num, table) if method == "ddim" else []
             problems += _label_problems(ddim.model.config, labels, num)
             problems += ddim._guidance_problems(guidance_scale, null_label, num, method)
-        program = ddim._program(method, trajectory_every)
         if problems:
             raise ValueError("sample: " + "; ".join(problems))
         assert num is not None
@@ -183,6 +188,8 @@ class DDIM:
                 keys = None if key is None else _keys(key, start + low, batch_size)
                 x = _initial_noise(keys, shape, dtype) if x_T is None else pad(jnp.asarray(x_T)[rows])
                 state = init_state(x, table, trajectory_every, self_condition=ddim.sampler.self_condition)
+                if solver is not None:
+                    state = state._replace(memory=memory_of(table, x))
                 for segment in segments(table) if progress else [table]:
                     noise_rows = None
                     if noise is not None:
@@ -367,6 +374,7 @@ class DDIM:
         c = self.sampler
         return _Program(
             method=method,
+            solver=None if method in ("ddim", "ddpm") else find(method),
             prediction_type=c.prediction_type,
             timestep_scale=c.timestep_scale,
             rederive_eps=c.rederive_eps,
@@ -448,6 +456,7 @@ class _Program:
     """What a compiled segment of sampling depends on beside shapes: static, hashable."""
 
     method: str
+    solver: Solver | None
     prediction_type: str
     timestep_scale: float
     rederive_eps: bool
@@ -458,7 +467,6 @@ class _Program:
     def __post_init__(self) -> None:
         """Raise ValueError for a name that is not known."""
         for name, value, known in (
-            ("method", self.method, METHODS),
             ("prediction_type", self.prediction_type, PREDICTION_TYPES),
             ("variance", self.variance, VARIANCES),
         ):
@@ -482,7 +490,7 @@ def _steps(
 ) -> State:
     """One segment of the scan, the program that `sample` compiles. Everything that may change is an argument."""
     denoise = _at_labels(cast_kernels(model), program.timestep_scale, labels, guidance)
-    if program.variance == "learned_range" and program.method == "ddim":
+    if program.variance == "learned_range" and program.method != "ddpm":
         denoise = without_variance(denoise)
     if program.self_condition:
         denoise = with_self_condition(denoise)
@@ -494,6 +502,18 @@ def _steps(
         "clip_range": None,
         **limits,
     }
+    if program.solver is not None:
+        update = solver_update(program.solver, prediction_type=program.prediction_type, **limits)
+        return update_steps(
+            denoise,
+            update,
+            state,
+            table,
+            key=keys,
+            noise=noise,
+            deterministic=not program.solver.stochastic,
+            trajectory_every=program.trajectory_every,
+        )
     if program.method == "ddpm":
         return ancestral_steps(denoise, state, table, variance=program.variance, **common)
     return ddim_steps(

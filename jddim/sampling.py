@@ -292,10 +292,37 @@ def update_loop(
     how many times x_T's channels the denoiser returns. memory: the first step's, for an update with one; None: without.
     The table may have more columns than a `StepTable`. The other arguments and the result are `sample_loop`'s.
     """
-    state = init_state(x_T, table, trajectory_every)._replace(memory=memory)
-    noise_at = _noise_source(x_T, table, key, noise, deterministic=deterministic, draws=draws)
-    state = scan_steps(denoise, state, table, noise_at, update, trajectory_every, outputs)
+    state = update_steps(
+        denoise,
+        update,
+        init_state(x_T, table, trajectory_every)._replace(memory=memory),
+        table,
+        key=key,
+        noise=noise,
+        deterministic=deterministic,
+        draws=draws,
+        outputs=outputs,
+        trajectory_every=trajectory_every,
+    )
     return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
+
+
+def update_steps(
+    denoise: Denoiser,
+    update: Update,
+    state: State,
+    table: StepTable | Any,
+    *,
+    key: Array | None = None,
+    noise: Array | None = None,
+    deterministic: bool = False,
+    draws: int | None = None,
+    outputs: int = 1,
+    trajectory_every: int | None = None,
+) -> State:
+    """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `update_loop`."""
+    noise_at = _noise_source(state.x_t, table, key, noise, deterministic=deterministic, draws=draws)
+    return scan_steps(denoise, state, table, noise_at, update, trajectory_every, outputs)
 
 
 def is_zero(eta: ArrayLike) -> bool:

@@ -28,7 +28,7 @@ from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 
 from jddim import ddim
-from jddim.config import did_you_mean
+from jddim.config import METHODS, did_you_mean
 from jddim.ddim import Column, StepTable
 from jddim.sampling import Denoiser, Update, check_prediction, limiter, update_loop
 
@@ -143,7 +143,7 @@ def find(solver: str | Solver) -> Solver:
     if isinstance(solver, Solver):
         return solver
     if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}{did_you_mean(solver, SOLVERS)} (allowed: {', '.join(SOLVERS)})")
+        raise ValueError(f"unknown method {solver!r}{did_you_mean(solver, METHODS)} (allowed: {', '.join(SOLVERS)})")
     return SOLVERS[solver]
 
 
@@ -195,7 +195,8 @@ def unipc_plan(table: StepTable, order: int = 2) -> SolverTable:
     """
     alpha, sigma, alpha_prev, sigma_prev = _alphas(table)
     h, h_last = _lambda_steps(table)
-    lam = np.log(alpha / sigma)
+    with np.errstate(divide="ignore"):
+        lam = np.log(alpha / sigma)
     S = table.num_steps
     orders = [min(order, i + 1, S - i) for i in range(S)]
     step_history, base_history = np.zeros((S, order + 1)), np.zeros((S, order + 1))
@@ -252,6 +253,7 @@ def plms_plan(table: StepTable) -> SolverTable:
 def euler_ancestral_plan(table: StepTable) -> SolverTable:
     """Euler's method in sigma / alpha with ancestral noise (k-diffusion's sample_euler_ancestral): DDIM at eta 1."""
     alpha, sigma, alpha_prev, sigma_prev = _alphas(table)
+    _check_signal(alpha)
     s, s_prev = sigma / alpha, sigma_prev / alpha_prev
     up = np.minimum(s_prev, s_prev * np.sqrt(s**2 - s_prev**2) / s)
     down = np.sqrt(s_prev**2 - up**2)  # x / alpha goes to x / alpha + (down - s) eps + up z
@@ -278,6 +280,14 @@ def _alphas(table: StepTable) -> tuple[Floats, Floats, Floats, Floats]:
     """alpha, sigma where each step starts, and where it ends."""
     a, a_prev = (np.asarray(column, np.float64) for column in (table.alpha_bar_t, table.alpha_bar_prev))
     return np.sqrt(a), np.sqrt(1 - a), np.sqrt(a_prev), np.sqrt(1 - a_prev)
+
+
+def _check_signal(alpha: Floats) -> None:
+    if (alpha == 0).any():
+        raise ValueError(
+            "a solver in sigma / alpha has no step from alpha_bar_t = 0 (zero terminal SNR): leave that timestep out, "
+            "or take dpm++2m or unipc"
+        )
 
 
 def _lambda_steps(table: StepTable) -> tuple[Floats, Floats]:
@@ -332,6 +342,7 @@ def _eps_plan(table: StepTable, rows: NDArray[np.int64], weights: Any) -> Solver
     again = np.append(False, np.diff(rows) == 0)
     asked = StepTable(*(np.asarray(column)[rows] for column in table))
     alpha, sigma, alpha_prev, sigma_prev = _alphas(asked)
+    _check_signal(alpha)
     ratio = alpha_prev / alpha
     weights = np.asarray(weights, float)
     if again.any():

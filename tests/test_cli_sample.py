@@ -48,6 +48,7 @@ def sampled(ckpt: Path, folder: Path, *options: str) -> np.ndarray:
             | {"clip_range": (-0.5, 0.7), "rederive_eps": True, "prediction_type": "v_prediction"},
             {"labels": [1, 1, 1], "steps": 3},
         ),
+        ("--labels 3 --method heun --steps 3", {}, {"labels": [3, 3, 3], "steps": 3, "method": "heun"}),
         ("--labels 1 --threshold 0.9 1.5", {"threshold_ratio": 0.9, "threshold_max": 1.5}, {"labels": [1, 1, 1]}),
     ],
 )
@@ -56,8 +57,8 @@ def test_each_flag_is_the_argument_of_its_name(
 ) -> None:
     given = sampled(conditional, tmp_path, *options.split())
     ddim = jddim.load(conditional).with_sampler(**conventions)
-    method = "ddpm" if "ddpm" in options else "ddim"
-    expected = ddim.sample(jax.random.key(5), 3, method=method, **arguments)
+    arguments = {"method": "ddpm" if "ddpm" in options else "ddim", **arguments}
+    expected = ddim.sample(jax.random.key(5), 3, **arguments)
     np.testing.assert_array_equal(given, np.asarray(expected))
 
 
@@ -91,6 +92,7 @@ def test_the_png_says_how_it_was_made(conditional: Path, tmp_path: Path) -> None
         ("--labels cat", "--labels takes integers, 3,977 or a range, 0:10; got 'cat'"),
         ("--labels 3:3", "--labels takes integers"),
         ("--labels 1 --method ddpm --eta 1", "eta is DDIM's"),
+        ("--labels 3 --method heun --steps 3", {}, {"labels": [3, 3, 3], "steps": 3, "method": "heun"}),
         ("--labels 1 --threshold 2 1", "threshold_ratio must lie in (0, 1], got 2.0"),
         ("--labels 1 --clip --clip-range 1 -1", "low < high"),
         ("--labels 1 --spacing ddim60", "no integer stride makes 60"),

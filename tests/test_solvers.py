@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
+from functools import partial
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import random_model, small_config
 
+import jddim
+from jddim.config import METHODS, SamplerConfig
 from jddim.ddim import StepTable, step_table
 from jddim.sampling import sample_loop
 from jddim.schedule import from_betas, linear_schedule
@@ -55,7 +61,7 @@ def test_of_two_steps_none_has_a_past(solver: str) -> None:
     chex.assert_trees_all_close(one, sample_loop(denoise, X_T, table), atol=1e-5)
 
 
-# -- a Gaussian, in closed form -----------------------------------------------------------------------------------------
+# -- a Gaussian, in closed form ------------------------------------------------------------------------------------
 #
 # For data N(0, c^2) each coordinate of the probability-flow ODE stays at the same quantile:
 # x_t = x_T sqrt(v_t / v_T), v_t = alpha_bar_t c^2 + 1 - alpha_bar_t.
@@ -93,7 +99,7 @@ def error(solver: str, steps: int) -> float:
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++2m", 2), ("unipc", 2), ("heun", 2), ("plms", 2)])
 def test_the_error_falls_with_the_order(solver: str, order: int) -> None:
     errors = [error(solver, steps) for steps in (30, 60, 120)]
-    observed = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
+    observed = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     # UniPC's corrector adds an order where its end does not fall to the first; PLMS's first step holds it at two.
     assert order - 0.25 < observed[-1], (errors, observed)
     assert observed[-1] < order + (1.6 if solver in ("unipc", "plms") else 0.3), (errors, observed)
@@ -101,23 +107,27 @@ def test_the_error_falls_with_the_order(solver: str, order: int) -> None:
 
 def test_higher_orders_are_closer_at_few_steps() -> None:
     first = error("ddim", 20)
-    for solver in ("dpm++2m", "unipc", "heun", "plms"):
+    for solver in ("dpm++2m", "heun", "plms"):
         assert error(solver, 20) < first / 4, solver
+    assert error("unipc", 20) < first / 2  # its last step is of first order
 
 
 @pytest.mark.parametrize("solver", ["dpm++2m-sde", "euler-a"])
 def test_stochastic_solvers_draw_from_the_data(solver: str) -> None:
-    table = step_table(FINE, linspace_timesteps(2000, 100), np.float64)
-    x_T = jax.random.normal(jax.random.key(5), (2000, *SHAPE))
-    # x_T at alpha_bar_T = 0.02 is N(0, v_T), not quite N(0, 1)
-    x_T *= math.sqrt(variance(table.alpha_bar_t[0]))
-    x_0 = np.asarray(jax.jit(lambda x: solver_loop(perfect, x, table, solver, key=KEY))(x_T))
-    # 60,000 values: the deviation is known to 0.3 %; 100 steps of the first order in it are 1 % off
-    assert x_0.std() == pytest.approx(DEVIATION, rel=0.02)
-    assert np.corrcoef(x_0[:, 0, 0, 0], x_T[:, 0, 0, 0])[0, 1] < 0.3  # the noise, not x_T, has decided
+    errors = []
+    for steps in (100, 400):
+        table = step_table(FINE, linspace_timesteps(2000, steps), np.float64)
+        # x_T at alpha_bar_T = 0.02 is N(0, v_T), not quite N(0, 1)
+        x_T = jax.random.normal(jax.random.key(5), (1000, *SHAPE)) * math.sqrt(variance(table.alpha_bar_t[0]))
+        x_0 = np.asarray(jax.jit(lambda x, table=table: solver_loop(perfect, x, table, solver, key=KEY))(x_T))
+        errors.append(abs(x_0.std() - DEVIATION))
+        assert np.corrcoef(x_0[:, 0, 0, 0], x_T[:, 0, 0, 0])[0, 1] < 0.3  # the noise, not x_T, has decided
+    # 30,000 values: their deviation is known to 0.4 %. The last step alone, from t = 0, takes 1 % off.
+    assert errors[1] < 0.1 * DEVIATION
+    assert errors[1] < 0.6 * errors[0]
 
 
-# -- use ------------------------------------------------------------------------------------------------------------------
+# -- use ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -146,13 +156,49 @@ def test_a_solver_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_solvers_refuse() -> None:
-    with pytest.raises(ValueError, match=r"unknown solver 'dpm\+\+3m'.*dpm\+\+2m.*allowed: ddim, dpm\+\+2m"):
+    with pytest.raises(ValueError, match=r"unknown method 'dpm\+\+3m'.*dpm\+\+2m.*allowed: ddim, dpm\+\+2m"):
         solver_loop(denoise, X_T, TABLE, "dpm++3m")
     with pytest.raises(ValueError, match="give either key or noise"):
         solver_loop(denoise, X_T, TABLE, "euler-a")
     with pytest.raises(ValueError, match=r"expected \(13, 4, 3, 5, 2\) for 13 steps"):
         solver_loop(denoise, X_T, TABLE, "heun", noise=X_T)
     zero = TABLE._replace(alpha_bar_t=np.append(0.0, TABLE.alpha_bar_t[1:]))
-    for solver in ("unipc", "heun", "plms", "euler-a", "dpm++2m"):
+    for solver in ("heun", "plms", "euler-a"):  # in sigma / alpha
         with pytest.raises(ValueError, match=r"from alpha_bar_t = 0 \(zero terminal SNR\)"):
             solver_loop(denoise, X_T, zero, solver, key=KEY, prediction_type="v_prediction")
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm++2m", "dpm++2m-sde", "unipc"])
+def test_zero_terminal_snr(solver: str) -> None:
+    zero = TABLE._replace(alpha_bar_t=np.append(0.0, TABLE.alpha_bar_t[1:]))
+    tiny = TABLE._replace(alpha_bar_t=np.append(1e-300, TABLE.alpha_bar_t[1:]))
+    options = {"key": KEY if solver == "dpm++2m-sde" else None, "prediction_type": "v_prediction"}
+    exact, near = (solver_loop(denoise, X_T, table, solver, **options) for table in (zero, tiny))
+    chex.assert_tree_all_finite(exact)
+    chex.assert_trees_all_close(exact, near, atol=0.02)  # lambda = -345: of second order's term 1/345 of h is left
+
+
+@pytest.mark.parametrize("method", [name for name in SOLVERS if name != "ddim"])
+def test_sample_by_a_method(method: str) -> None:
+    model = random_model(small_config(class_embedding="learned", num_classes=3))
+    ddim = jddim.DDIM(model, SCHEDULE, SamplerConfig(num_steps=8, clip=True, eta=0.4))
+    x_T = np.asarray(jax.random.normal(KEY, (3, 6, 10, 1)))
+    labels = jnp.array([0, 2, 1])
+    key = KEY if SOLVERS[method].stochastic else None
+    sample = partial(ddim.sample, key, x_T=x_T, labels=labels, method=method)
+    images, way = sample(trajectory_every=1)
+    table = ddim.table(dtype=np.float64)
+    by_hand = solver_loop(ddim.denoiser(labels), x_T, table, method, key=key, clip_range=(-1.0, 1.0))
+    chex.assert_trees_all_close(images, by_hand, atol=1e-4)
+    chex.assert_trees_all_equal(sample(progress=True, trajectory_every=1), (images, way))  # memory crosses segments
+    chex.assert_trees_all_close(sample(batch_size=2), images, atol=1e-4)
+    if key is None:
+        with pytest.raises(ValueError, match=f"eta is DDIM's; method '{re.escape(method)}' takes none"):
+            sample(eta=0.5)
+    else:
+        with pytest.raises(ValueError, match="a key is needed"):
+            ddim.sample(x_T=x_T, labels=labels, method=method)
+
+
+def test_the_command_knows_them_all() -> None:
+    assert ("ddim", "ddpm", *(name for name in SOLVERS if name != "ddim")) == METHODS
