@@ -2,17 +2,23 @@
 
     scripts/fuzz --seconds 60 --seed 0
 
-Each case is a function of (seed, its number) alone. A case fails if reading raises anything but ConversionError or
-CheckpointError, if it would run a program, import by pickle, connect, or write outside its folder (audit hooks, which
-see what Python does whoever asks for it), if it needs more than 1.5 GB or 20 seconds. What failed is kept, and named.
+Each case is a function of (seed, its number) alone. Most only read; a fifth is converted, checkpoint folder and all,
+into a new folder or over an old checkpoint. Of these an eighth is verified, and half cannot make one of their files.
+
+A case fails if it raises anything but ConversionError or CheckpointError, if it would run a program, import by pickle,
+connect, or write, rename or remove outside its folder, or there where it only reads (audit hooks, which see what Python
+does whoever asks for it), if it needs more than 1.5 GB or 20 seconds, if it changes its source, if a refusal leaves
+anything behind, or what was written cannot be loaded. What failed is kept, and named.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import io
 import json
+import logging
 import os
 import pickle
 import random
@@ -22,6 +28,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -29,29 +36,33 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # verifying is compiling: half as long
 
 import numpy as np
 import torch
 from safetensors.numpy import load, save
 
-from convert.convert import _open
-from convert.engine import ConversionError, fill
+from convert.convert import _open, convert
+from convert.engine import ConversionError, fill, source_tensors
 from convert.export import export
+from convert.families import openai
 from convert.families.ho import rules
 from convert.rules import source_of
 from convert.sources import find
+from convert.writers import state_shapes
 from jddim.checkpoint import (
     CheckpointError,
     Metadata,
     abstract_model,
     flat_params,
     load_metadata,
+    load_params,
     save_checkpoint,
 )
-from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
 
 MEMORY = 1_500_000_000
 SECONDS_A_CASE = 20
@@ -70,6 +81,43 @@ MODEL = UNetConfig(
     attention_levels=(1,),
     norm_groups=4,
 )
+OPENAI = UNetConfig(
+    image_size=(6, 6),
+    in_channels=1,
+    out_channels=2,
+    channels=8,
+    channel_mults=(1, 2),
+    num_res_blocks=1,
+    attention_levels=(1,),
+    num_heads=2,
+    downsample=("resnet",),
+    upsample=("resnet",),
+    symmetric_padding=True,
+    scale_shift=True,
+    norm_groups=4,
+    norm_epsilon=1e-5,
+    cosine_first=True,
+    frequency_shift=0.0,
+    divide_last=True,
+)
+FLAGS = {
+    **{"image_size": "6", "num_heads": "2", "norm_groups": "4", "use_new_attention_order": "True"},
+    **{"diffusion_steps": "400", "rescale_timesteps": "True", "noise_schedule": "cosine", "learn_sigma": "True"},
+    **{"timestep_respacing": "10,15,20", "attention_resolutions": "3", "dropout": "0.1"},
+}
+LUCIDRAINS = LucidrainsConfig(
+    image_size=(6, 6),
+    full_attention=(False, True),
+    num_heads=(2, 2),
+    head_channels=(3, 3),
+    in_channels=1,
+    out_channels=1,
+    channels=4,
+    channel_mults=(1, 2),
+)
+CONVERTED, VERIFIED, OVER, FAULTY = 0.2, 0.125, 0.25, 0.5
+"""Of the cases, those that go on to writing; of these, those that are verified (two seconds each, where it comes to
+that), those that overwrite a checkpoint, those whose disk is full."""
 
 
 class Forbidden(BaseException):
@@ -126,8 +174,7 @@ def corpus(folder: Path) -> dict[str, Specimen]:
         return Specimen({name: content}, name, name, told, refused)
 
     sampler = SamplerConfig(spacing="uniform", num_steps=5, clip=False)
-    params = {name: np.zeros(leaf.shape, np.float32) for name, leaf in flat_params(abstract_model(MODEL)).items()}
-    save_checkpoint(folder / "ckpt", params, Metadata(MODEL, ScheduleConfig(), sampler, {"family": "ho", "source": {}}))
+    checkpoint(folder / "ckpt", MODEL, ScheduleConfig(), sampler)
     hostile = {**state, "temb.dense.0.weight": Runs()}
     specimens = {
         "zip": file("a.pt", saved(state)),
@@ -161,7 +208,35 @@ def corpus(folder: Path) -> dict[str, Specimen]:
     files = configs | shards | {index_name: json.dumps(index).encode()}
     specimens["index of shards"] = Specimen(files, index_name, ".")
     specimens["shard"] = Specimen(files, f"unet/{names[1]}", ".")
+    # not by export, which refuses a network with fewer groups than the source's 32: it would be sixteen times as large
+    new_order = {"use_new_attention_order": True}
+    shapes = state_shapes(lambda: openai.reference(OPENAI, **new_order))
+    weights = source_tensors(parameters(OPENAI), openai.rules(OPENAI, **new_order), shapes)
+    unet = {"model000007.pt": saved({name: torch.from_numpy(value) for name, value in weights.items()})}
+    flags = "".join(f"{key}: {value}\n" for key, value in FLAGS.items()).encode()
+    specimens["openai"] = Specimen(unet, "model000007.pt", "model000007.pt", FLAGS)
+    specimens["openai config.yml"] = Specimen({"config.yml": flags, **unet}, "config.yml", "model000007.pt")
+    objective = SamplerConfig(prediction_type="v_prediction", rederive_eps=True)
+    checkpoint(folder / "lucidrains", LUCIDRAINS, ScheduleConfig("cosine", 100), objective)
+    for name, format in (("model-7.pt", "lucidrains"), ("unet.pt", "lucidrains-unet")):
+        export(folder / "lucidrains", folder / name, format)
+        content = (folder / name).read_bytes()
+        specimens[format] = Specimen({name: content}, name, name, {"image_size": "6"})
     return specimens
+
+
+def checkpoint(path: Path, model: ModelConfig, schedule: ScheduleConfig, sampler: SamplerConfig) -> None:
+    """A jddim checkpoint with random parameters."""
+    save_checkpoint(path, parameters(model), Metadata(model, schedule, sampler, {"family": "ho", "source": {}}))
+
+
+def parameters(model: ModelConfig) -> dict[str, np.ndarray]:
+    """Random ones."""
+    rng = np.random.default_rng(0)
+    return {
+        name: 0.2 * rng.standard_normal(leaf.shape, np.float32)
+        for name, leaf in flat_params(abstract_model(model)).items()
+    }
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
@@ -261,20 +336,43 @@ def damaged(rng: random.Random, name: str, content: bytes) -> bytes:
 # -- what happens -----------------------------------------------------------------------------------------------------
 
 armed: Path | None = None
+"""While a case runs, the folder in which it may write."""
+fault = 0
+"""Which folder made, file opened for writing or renaming fails from here on, as on a full disk; 0: none."""
+forbidden: list[str] = []
+"""What a case did for all that: other threads' exceptions do not reach this one."""
 FORBIDDEN = {"os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pickle.find_class"}
-FORBIDDEN |= {"socket.connect", "socket.bind", "ctypes.dlopen", "os.remove", "os.rename", "os.rmdir", "os.link"}
+FORBIDDEN |= {"socket.connect", "socket.bind", "ctypes.dlopen"}
+CHANGING = {"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.rename": 2, "os.link": 2, "os.symlink": 2}
+"""Events -> how many paths they begin with. Folders that relative paths are in follow, or the mode first."""
 
 
 def audit(event: str, arguments: tuple[Any, ...]) -> None:
-    """Raise for what reading a file has no reason to do; see `sys.addaudithook`."""
+    """Raise for what a case has no reason to do; see `sys.addaudithook`. And the `fault`."""
+    global fault
     if armed is None:
         return
-    if event in FORBIDDEN:
-        raise Forbidden(f"{event} {arguments}")
-    if event in ("open", "os.mkdir") and isinstance(arguments[0], (str, bytes, os.PathLike)):
-        writes = event == "os.mkdir" or bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        if writes and not Path(os.fsdecode(arguments[0])).absolute().is_relative_to(armed):
-            raise Forbidden(f"{event} {arguments}")
+    paths: tuple[Any, ...] = ()
+    if event in CHANGING:
+        paths = arguments[: CHANGING[event]]
+    elif event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        paths = arguments[:1]
+    within = next((number for number in reversed(arguments) if type(number) is int), -1) if event in CHANGING else -1
+    if event in FORBIDDEN or not all(_in(armed, path, within) for path in paths):
+        forbidden.append(f"{event} {arguments}"[:300])
+        raise Forbidden(forbidden[-1])
+    if paths and fault and event in ("open", "os.mkdir", "os.rename"):
+        fault -= 1
+        if not fault:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(paths[0]))
+
+
+def _in(folder: Path, path: Any, within: int) -> bool:
+    """Whether a path lies in a folder; relative ones, in the open folder of number `within` if that is none of -1."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        return True  # a file that is open already
+    base = Path(os.readlink(f"/proc/self/fd/{within}")) if within >= 0 else Path.cwd()
+    return (base / os.fsdecode(path)).is_relative_to(folder)
 
 
 def read(folder: Path, specimen: Specimen) -> str:
@@ -291,6 +389,41 @@ def read(folder: Path, specimen: Specimen) -> str:
     return "read"
 
 
+def converted(folder: Path, specimen: Specimen, to: Path, verify: bool, overwrite: bool) -> str:
+    """Convert, and load what was written; the documented error's type, the fault's OSError, "written" or "verified"."""
+    assert specimen.source is not None
+    try:
+        convert(folder / specimen.source, to, settings=specimen.settings, verify=verify, overwrite=overwrite)
+    except (ConversionError, CheckpointError) as error:
+        return type(error).__name__
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return type(error).__name__
+    load_params(to, load_metadata(to))
+    return "verified" if verify else "written"
+
+
+def check_left(folder: Path, to: Path, before: Mapping[str, bytes | None], outcome: str) -> None:
+    """Raise Forbidden unless the folder is as it was: but for `to`, where a checkpoint was written."""
+    after = everything(folder)
+    if outcome in ("written", "verified"):
+        made = [str(path) for path in (to, *to.parents) if path.is_relative_to(folder)]
+        inside = f"{to.relative_to(folder)}/"
+        before, after = (
+            {name: value for name, value in tree.items() if not f"{name}/".startswith(inside)}
+            for tree in (before, after)
+        )
+        after = {name: value for name, value in after.items() if str(folder / name) not in made}
+    if changed := sorted(name for name in {**before, **after} if before.get(name, 0) != after.get(name, 0)):
+        raise Forbidden(f"{outcome}, and left or changed {changed[:5]}")
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """What is below a folder: path in it -> contents, None for a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 def write(folder: Path, specimen: Specimen, content: bytes) -> None:
     """The specimen's files, with `content` in place of the damaged one, and nothing else."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -301,12 +434,14 @@ def write(folder: Path, specimen: Specimen, content: bytes) -> None:
 
 def run(seconds: float, seed: int, first: int, keep: Path) -> int:
     """Cases from number `first` until the time is over; how many failed."""
-    global armed
+    global armed, fault
     sys.addaudithook(audit)
     signal.signal(signal.SIGALRM, _too_slow)
     warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)  # what Orbax's threads say of a fault
+    sys.unraisablehook = threading.excepthook = lambda _: None
     counts: Counter[str] = Counter()
-    failures, number, started = 0, first, time.monotonic()
+    failures, number = 0, first
     with tempfile.TemporaryDirectory() as scratch:
         whole = corpus(Path(scratch))
         folder = Path(scratch) / "case"
@@ -315,18 +450,36 @@ def run(seconds: float, seed: int, first: int, keep: Path) -> int:
             outcome = read(folder, specimen)
             if (outcome == "read") is specimen.refused:
                 raise AssertionError(f"undamaged, {name}: {outcome}")
+            if name in ("zip", "shard", "openai", "lucidrains"):  # one of each network
+                outcome = converted(folder, specimen, Path(scratch) / f"whole {name}", True, False)
+                if outcome != "verified":
+                    raise AssertionError(f"undamaged, {name}: {outcome}")
         limit = _address_space() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        started = time.monotonic()
         while time.monotonic() - started < seconds:
             rng = random.Random(f"{seed} {number}")
             name = rng.choice(list(whole))
             specimen = whole[name]
             content = damaged(rng, specimen.damaged, specimen.files[specimen.damaged])
             write(folder, specimen, content)
+            to = folder / "made" / "out"
+            goes_on = specimen.source is not None and rng.random() < CONVERTED
+            verify, overwrite = rng.random() < VERIFIED, rng.random() < OVER
+            if goes_on and overwrite:
+                to = folder / "out"
+                shutil.copytree(Path(scratch) / "whole zip", to)
+            before = everything(folder)
+            fault = rng.randint(1, 20) if goes_on and rng.random() < FAULTY else 0
+            forbidden.clear()
             signal.alarm(SECONDS_A_CASE)
-            armed = folder
+            armed = folder if goes_on else folder / "nowhere"
             try:
-                outcome = read(folder, specimen)
+                outcome = converted(folder, specimen, to, verify, overwrite) if goes_on else read(folder, specimen)
+                armed = None
+                check_left(folder, to, before, outcome)
+                if forbidden:
+                    raise Forbidden(forbidden[0])
             except BaseException as error:
                 armed = None
                 signal.alarm(0)
@@ -358,7 +511,7 @@ def _address_space() -> int:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Parse, run, report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -368,8 +521,11 @@ def main() -> int:
     )
     parser.add_argument("--keep", type=Path, default=Path("out/fuzz"), help="where to put the files that failed")
     args = parser.parse_args()
-    return int(run(args.seconds, args.seed, args.first, args.keep.absolute()) > 0)
+    failures = run(args.seconds, args.seed, args.first, args.keep.absolute())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(failures > 0))  # where a fault struck, threads of Orbax's wait five minutes for one another
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

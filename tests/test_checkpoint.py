@@ -20,7 +20,7 @@ from jddim.checkpoint import (
     load_params,
     save_checkpoint,
 )
-from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.config import LucidrainsConfig, SamplerConfig, ScheduleConfig, UNetConfig
 from jddim.pipeline import load
 
 pytestmark = pytest.mark.quick
@@ -131,3 +131,21 @@ def test_a_checkpoint_loads_whatever_the_number_of_devices(tmp_path: Path) -> No
 def test_the_model_is_built_without_allocating() -> None:
     leaves = jax.tree.leaves(abstract_model(UNetConfig((256, 256), channels=512)))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        UNetConfig(
+            (2, 2), channels=10, channel_mults=(1,), attention_levels=(), norm_groups=5, time_embedding="fourier"
+        ),
+        LucidrainsConfig(
+            (2, 2), (False, True), (1, 2), (3, 5), channels=10, channel_mults=(1, 1), time_embedding="learned"
+        ),
+    ],
+)
+def test_parameters_are_float32_whatever_jaxs_default_is(config: UNetConfig | LucidrainsConfig) -> None:
+    # they were float64 in parts under JAX_ENABLE_X64, and so had another digest than the folder's
+    with jax.enable_x64(True):
+        dtypes = {leaf.dtype for leaf in flat_params(abstract_model(config)).values()}
+    assert dtypes == {np.dtype(np.float32)}

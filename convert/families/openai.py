@@ -338,8 +338,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     predict_xstart = settle("predict_xstart", False, both)
     learned = found["out_channels"] == 2 * found["in_channels"]
     small = not learned and settle("sigma_small", False, f"{both}; DDIM does not use it")
-    spacing, num_steps = _spacing(told.get("timestep_respacing", ""), T)
     try:
+        spacing, num_steps = _spacing(told.get("timestep_respacing", ""), T)
         make_timesteps(spacing, T, num_steps)
     except ValueError as error:
         raise ConversionError(f"timestep_respacing: {error}") from error

@@ -105,7 +105,7 @@ class FourierFeatures(nnx.Module):
     """
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(16 * jax.random.normal(rngs.params(), (channels,)))
+        self.kernel = nnx.Param(16 * jax.random.normal(rngs.params(), (channels,), jnp.float32))
 
     def __call__(self, t: Array, dtype: DTypeLike = jnp.float32) -> Array:
         frequencies = self.kernel[...].astype(dtype)

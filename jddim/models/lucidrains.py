@@ -31,7 +31,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, channels: int, *, dtype: DTypeLike):
         self.dtype = dtype
-        self.g = nnx.Param(jnp.ones(channels))
+        self.g = nnx.Param(jnp.ones(channels, jnp.float32))
 
     def __call__(self, x: Array) -> Array:
         x = x.astype(at_least_float32(self.dtype))
@@ -45,7 +45,7 @@ class LearnedFeatures(nnx.Module):
     """t itself, then sines and cosines of 2 pi t times learned or random frequencies: `(b,)` -> `(b, features + 1)`."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
-        self.weights = nnx.Param(jax.random.normal(rngs.params(), (features // 2,)))
+        self.weights = nnx.Param(jax.random.normal(rngs.params(), (features // 2,), jnp.float32))
 
     def __call__(self, t: Array, dtype: DTypeLike) -> Array:
         t = t.astype(dtype)[:, None]
@@ -94,7 +94,7 @@ class Attention(nnx.Module):
     def __init__(self, channels: int, *, heads: int, head_channels: int, memory: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dtype = dtype
         self.norm = RMSNorm(channels, dtype=dtype)
-        self.mem_kv = nnx.Param(jax.random.normal(rngs.params(), (2, heads, memory, head_channels)))
+        self.mem_kv = nnx.Param(jax.random.normal(rngs.params(), (2, heads, memory, head_channels), jnp.float32))
         self.qkv = nnx.Linear(channels, 3 * heads * head_channels, use_bias=False, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(heads * head_channels, channels, dtype=dtype, rngs=rngs)
 
@@ -119,7 +119,7 @@ class LinearAttention(nnx.Module):
     def __init__(self, channels: int, *, heads: int, head_channels: int, memory: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dtype = dtype
         self.norm = RMSNorm(channels, dtype=dtype)
-        self.mem_kv = nnx.Param(jax.random.normal(rngs.params(), (2, heads, head_channels, memory)))
+        self.mem_kv = nnx.Param(jax.random.normal(rngs.params(), (2, heads, head_channels, memory), jnp.float32))
         self.qkv = nnx.Linear(channels, 3 * heads * head_channels, use_bias=False, dtype=dtype, rngs=rngs)
         self.out_proj = nnx.Linear(heads * head_channels, channels, dtype=dtype, rngs=rngs)
         self.out_norm = RMSNorm(channels, dtype=dtype)

@@ -273,7 +273,8 @@ def test_sections_say_their_own_number_of_steps() -> None:
     assert (sampler.spacing, sampler.num_steps) == ("10,15,20", 45)
 
 
-@pytest.mark.parametrize("respacing", ["ddim60", "1001", "10,501", "0"])
+# the last are numbers that Python does not turn into integers
+@pytest.mark.parametrize("respacing", ["ddim60", "1001", "10,501", "0", "9" * 5000, f"ddim{'9' * 5000}"])
 def test_a_respacing_that_the_source_refuses_is_refused_at_once(respacing: str) -> None:
     with pytest.raises(ConversionError, match="timestep_respacing: "):
         plan(small_shapes(), None, FLAGS | {"timestep_respacing": respacing})
