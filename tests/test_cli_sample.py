@@ -92,7 +92,6 @@ def test_the_png_says_how_it_was_made(conditional: Path, tmp_path: Path) -> None
         ("--labels cat", "--labels takes integers, 3,977 or a range, 0:10; got 'cat'"),
         ("--labels 3:3", "--labels takes integers"),
         ("--labels 1 --method ddpm --eta 1", "eta is DDIM's"),
-        ("--labels 3 --method heun --steps 3", {}, {"labels": [3, 3, 3], "steps": 3, "method": "heun"}),
         ("--labels 1 --threshold 2 1", "threshold_ratio must lie in (0, 1], got 2.0"),
         ("--labels 1 --clip --clip-range 1 -1", "low < high"),
         ("--labels 1 --spacing ddim60", "no integer stride makes 60"),
