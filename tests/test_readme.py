@@ -9,6 +9,8 @@ import jax
 import pytest
 from tiny import write_checkpoint
 
+from jddim.solvers import SOLVERS
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -38,8 +40,23 @@ def test_the_inversion_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Mon
     assert found["error"].shape == (3,)
 
 
-NAMES = ("families", "inversion", "new-family", "security")
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in NAMES)]
+def test_the_research_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "ckpt", class_embedding="learned", num_classes=5)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "research.md").read_text(), re.S)
+    assert len(blocks) == 9
+    monkeypatch.setattr("jddim.solvers.SOLVERS", dict(SOLVERS))  # the page registers one
+    found: dict = {}
+    for block in blocks:
+        exec(block, found)
+    shapes = {"rows": (3, 3), "by_scale": (3, 3), "seeds": (2, 3), "guided": (3,), "filled": (3,), "edited": (3,)}
+    assert {name: found[name].shape[:-3] for name in shapes} == shapes
+    kept = found["filled"][:, :, :5]  # the left half of 10 columns
+    assert (kept == found["images"][:, :, :5]).all()
+    assert bool(jax.numpy.isfinite(found["x_0"]).all())
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES)
