@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jddim import __version__, cli_invert, cli_research, interrupt
+from jddim import __version__, cli_evaluate, cli_invert, cli_research, interrupt
 from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES
 
 if TYPE_CHECKING:
@@ -563,6 +563,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cli_invert.add(command, _labels, SPACING_NAMES)
     cli_research.add(command, _seed)
+    cli_evaluate.add(command)
 
     sub = command("verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth")
     sub.add_argument("ckpt", type=Path)

@@ -1,4 +1,4 @@
-"""Trains tests/classifier.py on MNIST and writes the file that tests/test_digits.py judges samples with.
+"""Trains jddim/mnist_cnn.py on MNIST and writes the file that tests/test_digits.py judges samples with.
 
 Stopped early on purpose: the judge is to be as sure of real digits as the one that the reference figures come from
 (98.7% right on the test set, confidence >= 0.9 on 96.5% of it), since more epochs make any classifier surer of
@@ -26,9 +26,9 @@ import numpy as np
 import optax
 from jax import Array
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import classifier
-from classifier import Params
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from jddim import mnist_cnn as classifier
+from jddim.mnist_cnn import Params
 
 SHIFT = 2  # pixels; MNIST is centred by mass, samples are so only roughly
 
@@ -87,7 +87,7 @@ def measure(params: Params, images: np.ndarray, labels: np.ndarray) -> dict[str,
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, metavar="DATA", help="folder of MNIST's four IDX files")
-    parser.add_argument("--out", type=Path, default=classifier.FILE, help="default: the file in tests/assets")
+    parser.add_argument("--out", type=Path, default=classifier.FILE, help="default: the file in jddim")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3, help="of Adam, to 0 on a cosine (0.001)")

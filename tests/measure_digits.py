@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import classifier
 import jax
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ import torch
 import jddim
 from convert.families.ho import reference
 from convert.reference import ddim as torch_ddim
+from jddim import mnist_cnn as classifier
 from jddim.schedule import linear_schedule
 
 STEPS, NUM = 30, 512
@@ -70,7 +70,7 @@ def main() -> None:
             print(f"eta {eta:g} {sampler}: {classifier.confident(probabilities):.4f}, classes {shares.round(3)}")
             kept[f"{sampler}/{eta:g}/names"] = names.astype(np.int8)
             kept[f"{sampler}/{eta:g}/confidences"] = confidences.astype(np.float32)
-    np.savez_compressed(classifier.FILE.with_name("digits.npz"), allow_pickle=False, **kept)
+    np.savez_compressed(Path(__file__).parent / "assets" / "digits.npz", allow_pickle=False, **kept)
 
 
 if __name__ == "__main__":

