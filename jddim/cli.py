@@ -210,6 +210,7 @@ def _schedule(args: argparse.Namespace) -> int:
     from jddim.config import SamplerConfig, ScheduleConfig
     from jddim.ddim import ddim_sigma, largest_eta, sampler_table
     from jddim.schedule import make_schedule
+    from jddim.timetables import traps
 
     if args.ckpt is not None:
         metadata = load_metadata(args.ckpt)
@@ -238,6 +239,16 @@ def _schedule(args: argparse.Namespace) -> int:
     columns = zip(table.t, table.t_prev, table.alpha_bar_t, table.alpha_bar_prev, sigma, strict=True)
     for i, (t, t_prev, a_t, a_prev, s) in enumerate(columns, 1):
         print(f"{i:>5} {t:>5} {t_prev:>6} {a_t:>12.6g} {a_prev:>14.6g} {s:>10.5f}")
+    for note in traps(table, schedule, sampler.prediction_type):
+        print(f"note: {note}")
+    if args.compare is not None:
+        other = sampler_table(schedule, dataclasses.replace(sampler, spacing=args.compare), args.steps, np.float64)
+        print(f"\n{sampler.spacing} beside {args.compare}: where they are in each step, t (alpha_bar_t)")
+        for i in range(max(table.num_steps, other.num_steps)):
+            cells = [f"{c.t[i]:>5} ({c.alpha_bar_t[i]:.4g})" if i < c.num_steps else "-" for c in (table, other)]
+            print(f"{i + 1:>5} {cells[0]:<22} {cells[1]:<22}{'' if cells[0] == cells[1] else '  differs'}".rstrip())
+        for note in traps(other, schedule, sampler.prediction_type):
+            print(f"note ({args.compare}): {note}")
     if args.plot is not None:
         _plot(args.plot, schedule.alphas_cumprod, table, sigma, f"{config.name}, {sampler.spacing}, eta {args.eta:g}")
         print(f"plot: {args.plot}")
@@ -283,19 +294,25 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _plot(path: Path, alphas_cumprod: np.ndarray, table: Any, sigma: np.ndarray, title: str) -> None:
-    """alpha_bar over t with the visited timesteps marked, and sigma of each step."""
+    """alpha_bar and log SNR over t with the visited timesteps marked, and sigma of each step."""
     import matplotlib
+    import numpy as np
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     from jddim.images import atomic
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     left.plot(alphas_cumprod, color="0.6", label=r"$\bar\alpha_t$")
     left.plot(table.t, table.alpha_bar_t, "o", markersize=4, label="visited t")
     left.set(xlabel="t", ylabel=r"$\bar\alpha$", title=title)
     left.legend()
+    inner = alphas_cumprod > 0  # at zero terminal SNR the logarithm is none
+    middle.plot(np.flatnonzero(inner), np.log(alphas_cumprod[inner] / (1 - alphas_cumprod[inner])), color="0.6")
+    seen = table.alpha_bar_t > 0
+    middle.plot(table.t[seen], np.log(table.alpha_bar_t[seen] / (1 - table.alpha_bar_t[seen])), "o", markersize=4)
+    middle.set(xlabel="t", ylabel="log SNR", title="even steps here are even in lambda")
     right.plot(table.t, sigma, "o-", markersize=4)
     right.set(xlabel="t", ylabel=r"$\sigma$", title="noise added by the step from t")
     with atomic(path) as staging:
@@ -574,7 +591,8 @@ def _parser() -> argparse.ArgumentParser:
         "schedule",
         _schedule,
         "print (and plot) the table of steps of any spacing",
-        "--spacing quad --steps 20\nmnist --steps 10 --eta 1\n--schedule cosine --steps 50 --plot cosine.png",
+        "--spacing quad --steps 20\nmnist --steps 10 --eta 1\n--spacing linspace --compare leading --steps 10\n"
+        "--schedule cosine --steps 50 --plot cosine.png",
     )
     sub.add_argument("ckpt", type=Path, nargs="?", help="take the schedule and defaults from a checkpoint")
     sub.add_argument("--schedule", default="linear", metavar="NAME", help="without a checkpoint: linear, cosine, ...")
@@ -584,6 +602,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--spacing", metavar="NAME", help=SPACING_NAMES)
     sub.add_argument("--steps", type=int, metavar="S")
     sub.add_argument("--eta", type=float, default=1.0, metavar="E", help="for sigma (default 1)")
+    sub.add_argument(
+        "--compare", metavar="NAME", help="another spacing's table beside it: what the paper does, what diffusers does"
+    )
     sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs jddim[plot])")
 
     sub = command(
