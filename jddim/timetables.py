@@ -93,8 +93,8 @@ def traps(table: StepTable, schedule: NoiseSchedule, prediction_type: str = "eps
     terminal = schedule.alphas_cumprod[-1]
     if prediction_type == "v_prediction" and terminal > 0:
         found.append(
-            f"the network predicts v, but alpha_bar at T-1 is {terminal:.2g}, not 0: such models are often trained with "
-            "zero terminal SNR (diffusers' rescale_betas_zero_snr, arXiv:2305.08891)"
+            f"the network predicts v, but alpha_bar at T-1 is {terminal:.2g}, not 0: such models are often trained "
+            "with zero terminal SNR (diffusers' rescale_betas_zero_snr, arXiv:2305.08891)"
         )
     if terminal > 0.01:
         found.append(f"alpha_bar at T-1 is {terminal:.2g}: training never saw pure noise, sampling starts from it")

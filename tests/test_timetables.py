@@ -31,7 +31,7 @@ def test_karras_steps_are_even_in_the_root_of_sigma(S: int, rho: float) -> None:
 
 
 def test_what_karras_refuses() -> None:
-    with pytest.raises(ValueError, match="fall .* times on a t already taken: take fewer"):
+    with pytest.raises(ValueError, match=r"fall .* times on a t already taken: take fewer"):
         karras_timesteps(linear_schedule(1000), 300)
     with pytest.raises(ValueError, match="at least 2"):
         karras_timesteps(linear_schedule(1000), 1)
