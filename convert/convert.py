@@ -179,8 +179,10 @@ def describe(
         facts.append(f"  needs       {error}")
         if fitting := _fitting_presets(family, source):
             facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
-        elif "image size" in str(error):
-            command += " --set image_size=SIDE"
+        else:
+            for missing, setting in (("image size", "image_size=SIDE"), ("heads", "num_heads=N")):
+                if missing in str(error):
+                    command += f" --set {setting}"
     return [
         f"{src}: {family.title}",
         *([] if origin.file == Path(src) else [f"  file        {origin.file}"]),

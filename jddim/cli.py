@@ -66,7 +66,7 @@ def _convert(args: argparse.Namespace) -> int:
         revision=args.revision,
         verify=args.verify,
         overwrite=args.overwrite,
-        say=lambda line: print(_printable(line), flush=True),
+        say=_say,
     )
     return 0
 
@@ -224,6 +224,9 @@ def _schedule(args: argparse.Namespace) -> int:
         num_steps=min(sampler.num_steps, schedule.num_train_timesteps),
     )
     table = sampler_table(schedule, sampler, args.steps, np.float64)
+    other = None
+    if args.compare is not None:
+        other = sampler_table(schedule, dataclasses.replace(sampler, spacing=args.compare), args.steps, np.float64)
     if not args.eta >= 0:
         raise ValueError(f"--eta must be a number >= 0, got {args.eta}")
     if args.eta > (limit := largest_eta(table)):
@@ -241,8 +244,7 @@ def _schedule(args: argparse.Namespace) -> int:
         print(f"{i:>5} {t:>5} {t_prev:>6} {a_t:>12.6g} {a_prev:>14.6g} {s:>10.5f}")
     for note in traps(table, schedule, sampler.prediction_type):
         print(f"note: {note}")
-    if args.compare is not None:
-        other = sampler_table(schedule, dataclasses.replace(sampler, spacing=args.compare), args.steps, np.float64)
+    if other is not None:
         print(f"\n{sampler.spacing} beside {args.compare}: where they are in each step, t (alpha_bar_t)")
         for i in range(max(table.num_steps, other.num_steps)):
             cells = [f"{c.t[i]:>5} ({c.alpha_bar_t[i]:.4g})" if i < c.num_steps else "-" for c in (table, other)]
@@ -413,6 +415,14 @@ def _one_line(error: BaseException) -> str:
     return _printable(" ".join(str(error).split())) or type(error).__name__
 
 
+def _say(line: str) -> None:
+    """Print a line of progress. Nobody reading it any more (head) does not stop the work."""
+    try:
+        print(_printable(line), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _printable(line: str) -> str:
     """A line that quotes a file, without the control characters that would steer a terminal."""
     return "".join(character if character.isprintable() else "?" for character in line)
@@ -579,7 +589,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
 
     cli_invert.add(command, _labels, SPACING_NAMES)
-    cli_research.add(command, _seed)
+    cli_research.add(command, _seed, _labels)
     cli_evaluate.add(command)
 
     sub = command("verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth")

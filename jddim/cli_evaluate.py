@@ -52,7 +52,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     made, real = features(args.images), features(args.reference)
     few = min(len(made), len(real), 10_000)
-    kernel, spread = metrics.kernel_distance(made, real)
+    kernel, deviation = metrics.kernel_distance(made, real)
+    spread = None if np.isnan(deviation) else deviation
     precision, recall = metrics.precision_recall(real[:few], made[:few])
     figures = {
         "features": mnist_cnn.NAME,
@@ -70,8 +71,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     name = mnist_cnn.NAME
     print(f"{len(made)} images against {len(real)}")
     print(f"FD ({name})         {figures['frechet_distance']:.3f}")
-    print(f"KD ({name})         {kernel:.4f} +- {spread:.4f} over 100 subsets")
+    over = "of all images at once" if spread is None else f"+- {spread:.4f} over 100 subsets"
+    print(f"KD ({name})         {kernel:.4f} {over}")
     print(f"precision, recall ({name}, k = 3, {few} of each)  {precision:.3f}, {recall:.3f}")
-    if len(made) != len(real):
-        print("FD falls with the number of images: compare it at equal numbers only")
+    print("FD falls with the number of images: compare it at equal numbers only")
+    if few < 1000:
+        print(f"note: {few} images are few: below 1,000 or so these figures say little")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,18 @@ if TYPE_CHECKING:
     from jddim.pipeline import DDIM
 
 
-def add(command: Callable[..., argparse.ArgumentParser], seed: Callable[[str], int]) -> None:
-    """Define the commands. command: `(name, run, text, examples)` -> its parser. seed: the type of `--seed`."""
+def add(
+    command: Callable[..., argparse.ArgumentParser],
+    seed: Callable[[str], int],
+    read_labels: Callable[[str | None, int], Any],
+) -> None:
+    """Define the commands. command: `(name, run, text, examples)` -> its parser. seed: the type of `--seed`.
+
+    read_labels: reads `--labels` for so many images.
+    """
     sub = command(
         "sweep",
-        _sweep,
+        partial(_sweep, read_labels=read_labels),
         "one x_T under many etas (and numbers of steps): a labelled grid, and the arrays",
         "mnist etas.png\nmnist atlas.png --eta 0,0.2,0.5,1 --steps 10,20,50,100 --num 12\n"
         "mnist etas.npz --num 64 --rows-at-once 4",
@@ -37,7 +45,7 @@ def add(command: Callable[..., argparse.ArgumentParser], seed: Callable[[str], i
 
     sub = command(
         "interpolate",
-        _interpolate,
+        partial(_interpolate, read_labels=read_labels),
         "images between those of two noises, or of four, by slerp of x_T",
         "mnist line.png --images 3,7 --num 11\nmnist plane.png --images 3,7,12,20 --num 7\n"
         "mnist line.gif --images 3,7 --num 60",
@@ -59,6 +67,7 @@ def _common(sub: argparse.ArgumentParser, seed: Callable[[str], int], num: str) 
     sub.add_argument("--num", type=int, default=8, metavar="N", help=num)
     sub.add_argument("--seed", type=seed, default=0, metavar="I", help="as in jddim sample; default 0")
     sub.add_argument("--spacing", metavar="NAME", help="as in jddim sample; default: the checkpoint's")
+    sub.add_argument("--labels", metavar="LABELS", help="of a class-conditional model, as in jddim sample")
     sub.add_argument("--clip", action=argparse.BooleanOptionalAction, help="as in jddim sample")
 
 
@@ -77,7 +86,7 @@ def _load(args: argparse.Namespace, formats: Sequence[str]) -> DDIM:
     return ddim if args.clip is None else ddim.with_sampler(clip=args.clip)
 
 
-def _sweep(args: argparse.Namespace) -> int:
+def _sweep(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
     ddim = _load(args, (".png", ".npz"))
 
     import jax
@@ -92,6 +101,7 @@ def _sweep(args: argparse.Namespace) -> int:
     for S, table in zip(steps, tables, strict=True):
         print(f"{table.num_steps} steps, {len(args.eta)} etas, {args.num} images each", flush=True)
         options = {"rows_at_once": args.rows_at_once, "steps": S, "spacing": args.spacing}
+        options["labels"] = read_labels(args.labels, args.num)
         made.append(np.asarray(sweep(ddim, jax.random.key(args.seed), args.num, args.eta, **options)))
     x_0 = np.stack(made)
     if args.out.suffix.lower() == ".npz":
@@ -106,7 +116,7 @@ def _sweep(args: argparse.Namespace) -> int:
     return 0
 
 
-def _interpolate(args: argparse.Namespace) -> int:
+def _interpolate(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
     if len(args.images) not in (2, 4):
         raise ValueError(f"--images takes two numbers, or four, got {len(args.images)}")
     if args.num < 2:
@@ -131,7 +141,7 @@ def _interpolate(args: argparse.Namespace) -> int:
         corners = ends.reshape(2, 2, *ends.shape[1:])
         x_T = slerp_grid(corners, args.num, args.num).reshape(-1, *ends.shape[1:])
     sample = {"steps": args.steps, "spacing": args.spacing, "eta": 0.0, "batch_size": 64, "progress": True}
-    x_0 = np.asarray(ddim.sample(x_T=x_T, **sample))
+    x_0 = np.asarray(ddim.sample(x_T=x_T, labels=read_labels(args.labels, len(x_T)), **sample))
     match args.out.suffix.lower():
         case ".png":
             images.save_png(args.out, images.grid(x_0, columns=args.num), _settings(args, ddim))

@@ -81,6 +81,8 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """(mean, standard deviation) over random subsets of the unbiased squared MMD (Binkowski et al., arXiv:1801.01401).
 
+    The deviation is NaN where a subset is all there is of both.
+
     Kernel (x . y / d + 1)^3. x, y: features `(n, d)`, n >= subset_size, or a smaller size is taken. Around 0, and
     below, where both come from one distribution, whatever n: it has no bias, which the Frechet distance has.
     """
@@ -88,6 +90,7 @@ def kernel_distance(
     size = min(subset_size, len(x), len(y))
     if size < 2:
         raise ValueError(f"a kernel distance needs at least 2 samples of each, got {len(x)} and {len(y)}")
+    subsets = 1 if size == len(x) == len(y) else subsets
     rng = np.random.default_rng(seed)
 
     def kernel(a: Floats, b: Floats) -> Floats:
@@ -101,7 +104,7 @@ def kernel_distance(
     for _ in range(subsets):
         a, b = (v[rng.choice(len(v), size, replace=False)] for v in (x, y))
         distances.append(between(a) + between(b) - 2 * kernel(a, b).mean())
-    return float(np.mean(distances)), float(np.std(distances))
+    return float(np.mean(distances)), float(np.std(distances)) if subsets > 1 else float("nan")
 
 
 def precision_recall(real: ArrayLike, made: ArrayLike, k: int = 3) -> tuple[float, float]:

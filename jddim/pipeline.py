@@ -157,6 +157,9 @@ class DDIM:
         problems = [] if method == "ddim" or eta is None else [f"eta is DDIM's; method {method!r} takes none"]
         eta = ddim.sampler.eta if eta is None else eta
         labels = None if labels is None else jnp.asarray(labels)
+        channels = ddim.model.config.in_channels
+        if x_T is not None and x_T.ndim == 4 and x_T.shape[1] == channels != x_T.shape[3]:
+            raise ValueError(f"sample: x_T looks like (N, C, H, W), got {x_T.shape}: transpose it to (N, H, W, C)")
         if num is None and x_T is not None:
             num = x_T.shape[0] if x_T.ndim else None
         if image_size is None:

@@ -126,11 +126,16 @@ def solver_update(
         x0, eps = ddim.predict_both(output, x_t, row.alpha_bar_t, prediction_type)
         x0 = x0 if limit is None else limit(x0)
         history = jnp.concatenate([(x0 if solver.history == "x0" else eps)[None], older])
-        base = row.base_x * x_t + row.base_last * last + jnp.tensordot(row.base_history, history, 1)
-        x_prev = row.step_x * base + jnp.tensordot(row.step_history, history, 1) + row.noise * noise
+        base = row.base_x * x_t + row.base_last * last + _sum(row.base_history, history)
+        x_prev = row.step_x * base + _sum(row.step_history, history) + row.noise * noise
         return x_prev, x0, (base, history[:-1])
 
     return update
+
+
+def _sum(weights: Array, history: Array) -> Array:
+    """Of K predictions by K weights; not by a matrix product, which a GPU would do in TF32."""
+    return (weights.reshape(-1, *[1] * (history.ndim - 1)) * history).sum(axis=0)
 
 
 def memory_of(table: SolverTable, x_T: Array) -> tuple[Array, Array]:
@@ -197,6 +202,10 @@ def unipc_plan(table: StepTable, order: int = 2) -> SolverTable:
     h, h_last = _lambda_steps(table)
     with np.errstate(divide="ignore"):
         lam = np.log(alpha / sigma)
+    if (h == 0).any():
+        raise ValueError(
+            "unipc has no step from a t to itself, which this spacing repeats: take another spacing or solver"
+        )
     S = table.num_steps
     orders = [min(order, i + 1, S - i) for i in range(S)]
     step_history, base_history = np.zeros((S, order + 1)), np.zeros((S, order + 1))
@@ -299,8 +308,11 @@ def _lambda_steps(table: StepTable) -> tuple[Floats, Floats]:
 
 
 def _extrapolated(weight: Floats, h: Floats, h_last: Floats) -> Floats:
-    """Coefficients of weight (m_0 + (m_0 - m_1) / (2 r)), r = h_last / h; of weight m_0 where either is infinite."""
-    second = np.isfinite(h) & np.isfinite(h_last)
+    """Coefficients of weight (m_0 + (m_0 - m_1) / (2 r)), r = h_last / h.
+
+    Of weight m_0 where r is none: one of the two is infinite, or the step before led from a t to itself.
+    """
+    second = np.isfinite(h) & np.isfinite(h_last) & (h_last > 0)
     extra = weight * np.where(second, h, 0) / np.where(second, 2 * h_last, 1)
     return np.stack([weight + extra, -extra], axis=1)
 

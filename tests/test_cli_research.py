@@ -94,6 +94,18 @@ def test_interpolate_between_two_and_four(ckpt: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(corners, noises)
 
 
+def test_labels(tmp_path: Path) -> None:
+    conditional = write_checkpoint(tmp_path / "ckpt", class_embedding="learned", num_classes=3)
+    ddim = jddim.load(conditional)
+    run("sweep", conditional, tmp_path / "a.npz", "--eta", "0.5", "--num", "2", "--labels", "2,1", "--steps", "2")
+    with np.load(tmp_path / "a.npz") as file:
+        expected = sweep(ddim, jax.random.key(0), 2, [0.5], steps=2, labels=[2, 1])
+        np.testing.assert_array_equal(file["x_0"][0], expected)
+    run("interpolate", conditional, tmp_path / "b.npz", "--num", "3", "--labels", "1", "--steps", "2")
+    with np.load(tmp_path / "b.npz") as file:
+        np.testing.assert_array_equal(file["x_0"], ddim.sample(x_T=file["x_T"], labels=[1] * 3, steps=2, eta=0.0))
+
+
 @pytest.mark.parametrize("suffix", ["png", "gif"])
 def test_interpolate_draws(ckpt: Path, tmp_path: Path, suffix: str) -> None:
     run("interpolate", ckpt, tmp_path / f"a.{suffix}", "--num", "4", "--steps", "2")

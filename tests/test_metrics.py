@@ -84,6 +84,12 @@ def test_kernel_distance_has_no_bias_and_the_frechet_distance_has() -> None:
     )
 
 
+def test_a_subset_that_is_all_there_is_has_no_deviation() -> None:
+    mean, std = kernel_distance(draw(4, 23), draw(5, 23))
+    assert np.isfinite(mean)
+    assert np.isnan(std)
+
+
 def test_precision_and_recall() -> None:
     real = np.random.default_rng(0).standard_normal((400, 2))
     one_side = real[real[:, 0] > 0][:150] + 1e-3

@@ -348,3 +348,8 @@ def test_the_denoiser_and_its_conventions_are_what_sample_runs(ddim: jddim.DDIM)
         chex.assert_trees_all_close(by_hand, other.sample(KEY, x_T=x_T, eta=0.7), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="denoiser: this network has no classes: leave labels out"):
         ddim.denoiser([1, 2])
+
+
+def test_an_x_T_of_pytorchs_layout_is_told(ddim: jddim.DDIM) -> None:
+    with pytest.raises(ValueError, match=r"x_T looks like \(N, C, H, W\), got \(3, 2, 6, 10\): transpose it"):
+        ddim.sample(x_T=np.zeros((3, 2, *SIZE), np.float32))

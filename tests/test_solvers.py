@@ -147,6 +147,20 @@ def test_every_solver_under_every_transformation(solver: str, dtype) -> None:
     assert jnp.abs(gradient).max() > 0
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_repeated_timestep(solver: str) -> None:
+    again = step_table(SCHEDULE, [250, 120, 120, 120, 40, 9], np.float64)
+    if solver == "unipc":
+        with pytest.raises(ValueError, match="unipc has no step from a t to itself"):
+            solver_loop(denoise, X_T, again, solver)
+        return
+    x_0 = solver_loop(denoise, X_T, again, solver, key=KEY)
+    chex.assert_tree_all_finite(x_0)
+    if solver in ("ddim", "heun"):  # without a past, or noise: as if it were not there
+        once = step_table(SCHEDULE, [250, 120, 40, 9], np.float64)
+        chex.assert_trees_all_close(x_0, solver_loop(denoise, X_T, once, solver), atol=2e-5)
+
+
 def test_a_solver_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     halved = Solver(lambda table: (p := ddim_plan(table))._replace(step_history=p.step_history / 2))
     given = solver_loop(denoise, X_T, TABLE, halved)
