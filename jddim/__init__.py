@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` says the same 
     from jddim.inversion import invert_loop as invert_loop
     from jddim.models.unet import UNet as UNet
     from jddim.pipeline import DDIM as DDIM
+    from jddim.pipeline import Preview as Preview
     from jddim.pipeline import load as load
     from jddim.sampling import Trajectory as Trajectory
     from jddim.sampling import ancestral_loop as ancestral_loop
@@ -46,7 +47,7 @@ _HOME = {
         "ddim": "StepTable ddim_sigma ddim_step ddpm_step predict_eps predict_x0 step_table",
         "inversion": "invert_loop",
         "models.unet": "UNet",
-        "pipeline": "DDIM load",
+        "pipeline": "DDIM Preview load",
         "sampling": "Trajectory ancestral_loop initial_noise sample_keys sample_loop",
         "schedule": "NoiseSchedule cosine_schedule from_betas linear_schedule scaled_linear_schedule sigmoid_schedule",
         "timesteps": "linspace_timesteps make_timesteps quad_timesteps uniform_timesteps",

@@ -93,6 +93,10 @@ def _sample(args: argparse.Namespace) -> int:
 
     metadata = load_metadata(args.ckpt)
     check_output(args.out, metadata.model.in_channels)
+    if args.preview is not None:
+        if args.preview.suffix.lower() != ".png":
+            raise ValueError(f"--preview {args.preview}: end it in .png")
+        check_output(args.preview, metadata.model.in_channels)
 
     import jax
     import numpy as np
@@ -136,6 +140,7 @@ def _sample(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         trajectory_every=every if keep else None,
         progress=True,
+        on_segment=None if args.preview is None else lambda now: save_png(args.preview, images.grid(now.x0_hat), {}),
     )
     x_0, trajectory = result if keep else (result, None)
     x_0 = np.asarray(x_0)
@@ -581,6 +586,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     conventions.add_argument("--variance", choices=VARIANCES, help="for ddpm")
     conventions.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts")
+    sub.add_argument(
+        "--preview", type=Path, metavar="FILE.png", help="what the images are going to be, drawn anew as they are made"
+    )
     sub.add_argument(
         "--trajectory",
         action="store_true",

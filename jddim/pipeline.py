@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,20 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> DDI
     metadata = load_metadata(path)
     model = build_model(metadata.model, load_params(path, metadata), dtype)
     return DDIM(model, make_schedule(metadata.schedule), metadata.sampler, metadata)
+
+
+class Preview(NamedTuple):
+    """What `sample` hands to `on_segment`: a batch on its way.
+
+    start: the first image's number. done, total: evaluations taken, and in all. x_t, x0_hat: `(n, h, w, c)`, the
+    samples now, and the clean images that the last step predicted.
+    """
+
+    start: int
+    done: int
+    total: int
+    x_t: Array
+    x0_hat: Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,6 +129,7 @@ class DDIM:
         start: int = 0,
         trajectory_every: int | None = None,
         progress: bool = False,
+        on_segment: Callable[[Preview], Any] | None = None,
     ) -> Any:
         """Images `(num, h, w, c)` float32, nominally in [-1, 1] (not clamped unless x0 is clipped).
 
@@ -138,6 +153,8 @@ class DDIM:
         image_size: (height, width) other than the checkpoint's. batch_size: images per compiled call, default all.
         trajectory_every: k returns `(images, Trajectory)` with every k-th step. progress: run in segments,
             with a bar on stderr if that is a terminal; the same images to the bit.
+        on_segment: called with a `Preview` after each segment, of which a batch has eight or more (or as many as it has
+            evaluations); what it raises ends the run.
 
         Everything that is None comes from the checkpoint; `with_sampler` changes the rest of its conventions. Works
         inside `jit`, `vmap` and `grad`, where values are traced and only shapes are checked; outside, one compiled
@@ -154,6 +171,10 @@ class DDIM:
         table: Any = ddim.table(steps, spacing, np.float64 if solver else dtype)  # or a SolverTable, which has more
         if solver is not None:
             table = cast(solver.plan(table), dtype)
+        every = trajectory_every
+        if on_segment is not None and every is None:
+            every = table.num_steps  # one slot, which holds the last step's x0_hat
+        program = dataclasses.replace(program, trajectory_every=every)
         problems = [] if method == "ddim" or eta is None else [f"eta is DDIM's; method {method!r} takes none"]
         eta = ddim.sampler.eta if eta is None else eta
         labels = None if labels is None else jnp.asarray(labels)
@@ -190,10 +211,10 @@ class DDIM:
                 pad = partial(_pad, to=batch_size)  # the last batch has the others' shape, so their program
                 keys = None if key is None else _keys(key, start + low, batch_size)
                 x = _initial_noise(keys, shape, dtype) if x_T is None else pad(jnp.asarray(x_T)[rows])
-                state = init_state(x, table, trajectory_every, self_condition=ddim.sampler.self_condition)
+                state = init_state(x, table, every, self_condition=ddim.sampler.self_condition)
                 if solver is not None:
                     state = state._replace(memory=memory_of(table, x))
-                for segment in segments(table) if progress else [table]:
+                for segment in segments(table) if progress or on_segment else [table]:
                     noise_rows = None
                     if noise is not None:
                         first = int(segment.step[0])
@@ -213,9 +234,13 @@ class DDIM:
                     if progress:  # between segments Ctrl-C is heard, and a NaN seen, with a terminal or without
                         _raise_if_bad(state, table, start + low, taken)
                         bar.add(taken * segment.num_steps / table.num_steps)
+                    if on_segment is not None and state.trajectory is not None and every is not None:
+                        last = int(segment.step[-1])
+                        x0_hat = state.trajectory.x0_hat[last // every]
+                        on_segment(Preview(start + low, last + 1, table.num_steps, state.x_t[:taken], x0_hat[:taken]))
                 _raise_if_bad(state, table, start + low, taken)
                 images.append(state.x_t[:taken])
-                if state.trajectory is not None:
+                if state.trajectory is not None and trajectory_every is not None:
                     t, x_t, x0_hat = state.trajectory
                     trajectories.append(Trajectory(t, x_t[:, :taken], x0_hat[:, :taken]))
         x_0 = images[0] if len(images) == 1 else jnp.concatenate(images)

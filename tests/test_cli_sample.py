@@ -12,6 +12,7 @@ from PIL import Image
 from tiny import tree, write_checkpoint
 
 import jddim
+from jddim import images
 from jddim.cli import SPACING_NAMES, main
 from jddim.timesteps import SPACINGS
 
@@ -118,3 +119,11 @@ def test_labels_of_a_model_without_classes(tmp_path: Path, capsys: pytest.Captur
 
 def test_help_names_every_spacing() -> None:
     assert set(SPACINGS) <= set(SPACING_NAMES.replace(" or ", ", ").split(", "))
+
+
+def test_a_preview_is_drawn(conditional: Path, tmp_path: Path) -> None:
+    given = sampled(conditional, tmp_path, "--labels", "1", "--steps", "8", "--preview", str(tmp_path / "now.png"))
+    with Image.open(tmp_path / "now.png") as picture:
+        drawn = np.asarray(picture)
+    # the last step ends at the x0 that it predicts
+    np.testing.assert_array_equal(drawn, images.grid(given)[..., 0])

@@ -128,6 +128,34 @@ def test_progress_is_bit_equal_and_shows_compiling_then_rate(
     assert "image/s" in shown
 
 
+@pytest.mark.parametrize("every", [None, 3])
+def test_previews_change_nothing_and_end_at_the_images(ddim: jddim.DDIM, every: int | None) -> None:
+    seen: list[jddim.Preview] = []
+    options = {"steps": 16, "eta": 0.7, "batch_size": 2, "trajectory_every": every}
+    whole = ddim.sample(KEY, 3, **options)
+    chex.assert_trees_all_equal(ddim.sample(KEY, 3, on_segment=seen.append, **options), whole)
+    assert [(now.start, now.done) for now in seen] == [(low, n) for low in (0, 2) for n in range(2, 17, 2)]
+    assert {now.total for now in seen} == {16}
+    images = whole if every is None else whole[0]
+    chex.assert_trees_all_equal(seen[7].x_t, images[:2])
+    chex.assert_trees_all_equal(seen[15].x_t, images[2:])
+    _, way = ddim.sample(KEY, 3, **{**options, "trajectory_every": 1})
+    for now in seen[:8]:
+        chex.assert_trees_all_close(now.x0_hat, way.x0_hat[now.done - 1, :2], atol=1e-5)
+
+
+def test_a_preview_may_end_the_run(ddim: jddim.DDIM) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(now: jddim.Preview) -> None:
+        if now.done == 4:
+            raise Enough
+
+    with pytest.raises(Enough):
+        ddim.sample(KEY, 3, steps=16, on_segment=stop)
+
+
 def test_no_bar_without_a_terminal(ddim: jddim.DDIM, capsys: pytest.CaptureFixture[str]) -> None:
     ddim.sample(KEY, 3, eta=0.7, progress=True)
     assert capsys.readouterr().err == ""
