@@ -1,8 +1,9 @@
-"""The commands of research: `jddim sweep`, `jddim interpolate`. What they run is in the library, in a few lines."""
+"""The commands of research: `jddim sweep`, `edit`, `interpolate`. What they run is in the library, in a few lines."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,30 @@ def add(
     )
 
     sub = command(
+        "edit",
+        partial(_edit, read_labels=read_labels),
+        "images made anew from given ones: all over (--strength), or where a mask is white (--mask)",
+        "mnist digits.png again.png --strength 0.5\n"
+        "mnist digits.png filled.png --mask white-is-new.png --resample 5 --eta 1",
+    )
+    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    sub.add_argument("images", type=Path, help="as for jddim invert: .npy, .npz, .png, or a folder of PNGs")
+    sub.add_argument("out", type=Path, help="as for jddim sample: .png, .npz, .npy, or a folder")
+    sub.add_argument("--strength", type=float, metavar="F", help="in (0, 1]: how far they are noised; 1 forgets them")
+    sub.add_argument(
+        "--mask",
+        type=Path,
+        metavar="FILE.png",
+        help="of the checkpoint's size: black stays, white is made anew, grey is a blend",
+    )
+    sub.add_argument(
+        "--resample", type=int, default=1, metavar="R", help="with --mask: each step R times, RePaint's (default 1)"
+    )
+    sub.add_argument("--steps", type=int, metavar="S", help="of the whole table; default: the checkpoint's")
+    sub.add_argument("--eta", type=float, default=0.0, metavar="E", help="as in jddim sample; default 0")
+    _sampling(sub, seed)
+
+    sub = command(
         "interpolate",
         partial(_interpolate, read_labels=read_labels),
         "images between those of two noises, or of four, by slerp of x_T",
@@ -65,6 +90,10 @@ def _common(sub: argparse.ArgumentParser, seed: Callable[[str], int], num: str) 
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
     sub.add_argument("out", type=Path, help=".png a picture; .npz the arrays; .gif (interpolate) an animation")
     sub.add_argument("--num", type=int, default=8, metavar="N", help=num)
+    _sampling(sub, seed)
+
+
+def _sampling(sub: argparse.ArgumentParser, seed: Callable[[str], int]) -> None:
     sub.add_argument("--seed", type=seed, default=0, metavar="I", help="as in jddim sample; default 0")
     sub.add_argument("--spacing", metavar="NAME", help="as in jddim sample; default: the checkpoint's")
     sub.add_argument("--labels", metavar="LABELS", help="of a class-conditional model, as in jddim sample")
@@ -78,15 +107,72 @@ def _load(args: argparse.Namespace, formats: Sequence[str]) -> DDIM:
     from jddim.images import check_output
 
     if args.out.suffix.lower() not in formats:
-        raise ValueError(f"{args.out}: end OUT in {' or '.join(formats)}")
-    if args.num < 1:
-        raise ValueError(f"--num must be at least 1, got {args.num}")
+        raise ValueError(f"{args.out}: end OUT in {' or '.join(filter(None, formats))}")
     check_output(args.out, load_metadata(args.ckpt).model.in_channels)
     ddim = jddim.load(args.ckpt)
     return ddim if args.clip is None else ddim.with_sampler(clip=args.clip)
 
 
+def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
+    if (args.strength is None) == (args.mask is None):
+        raise ValueError("give either --strength, to change images all over, or --mask, to fill them in")
+    ddim = _load(args, ("", ".png", ".npz", ".npy"))
+    if ddim.sampler.self_condition:
+        raise ValueError("edit has no self-conditioning, which this network needs")
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jddim.ddim import add_noise
+    from jddim.editing import inpaint_loop, tail
+    from jddim.images import load_images, save_images
+    from jddim.pipeline import eta_problems
+    from jddim.sampling import initial_noise, sample_keys, sample_loop
+
+    config = ddim.model.config
+    known = load_images(args.images, config.image_size)
+    if known.shape[1:] != (*config.image_size, config.in_channels) or known.dtype != np.float32:
+        raise ValueError(
+            f"{args.images} must hold images {(*config.image_size, config.in_channels)} float32, it holds "
+            f"{known.shape[1:]} {known.dtype}"
+        )
+    if not np.isfinite(known).all():
+        raise ValueError(f"{args.images} holds a NaN or infinity")
+    table = ddim.table(args.steps, args.spacing)
+    if problems := eta_problems(args.eta, len(known), table):
+        raise ValueError("; ".join(problems))
+    keys = sample_keys(jax.random.key(args.seed), len(known))
+    noise = initial_noise(keys, known.shape[1:])
+    options = {"eta": args.eta, "key": keys, **ddim.conventions()}
+    labels = read_labels(args.labels, len(known))
+    if args.mask is None:
+        rest = tail(table, args.strength)
+        x_t = add_noise(jnp.asarray(known), noise, rest.alpha_bar_t[0])
+
+        def run(model: Any) -> Any:
+            return sample_loop(dataclasses.replace(ddim, model=model).denoiser(labels), x_t, rest, **options)
+
+    else:
+        mask = load_images(args.mask, config.image_size)
+        if len(mask) != 1 or mask.shape[1:3] != config.image_size:
+            raise ValueError(f"--mask {args.mask} must be one picture of {config.image_size}, got {mask.shape[:3]}")
+        keep = 1 - (mask[0].mean(axis=-1, keepdims=True) + 1) / 2
+
+        def run(model: Any) -> Any:
+            denoise = dataclasses.replace(ddim, model=model).denoiser(labels)
+            return inpaint_loop(denoise, noise, table, jnp.asarray(known), keep, resample=args.resample, **options)
+
+    x_0 = np.asarray(jax.jit(run)(ddim.model))
+    if not np.isfinite(x_0).all():
+        raise FloatingPointError(f"a NaN or infinity appeared in image {np.argwhere(~np.isfinite(x_0))[0][0]}")
+    save_images(args.out, x_0, _settings(args, ddim))
+    print(f"{len(x_0)} images of {args.images} edited -> {args.out}")
+    return 0
+
+
 def _sweep(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
+    _check_num(args.num, 1)
     ddim = _load(args, (".png", ".npz"))
 
     import jax
@@ -119,8 +205,7 @@ def _sweep(args: argparse.Namespace, read_labels: Callable[[str | None, int], An
 def _interpolate(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
     if len(args.images) not in (2, 4):
         raise ValueError(f"--images takes two numbers, or four, got {len(args.images)}")
-    if args.num < 2:
-        raise ValueError(f"--num counts both ends: at least 2, got {args.num}")
+    _check_num(args.num, 2)
     if min(args.images) < 0:
         raise ValueError(f"--images are numbered from 0, got {min(args.images)}")
     ddim = _load(args, (".png", ".npz", ".gif"))
@@ -155,12 +240,21 @@ def _interpolate(args: argparse.Namespace, read_labels: Callable[[str | None, in
     return 0
 
 
+def _check_num(num: int, least: int) -> None:
+    if num < least:
+        raise ValueError(f"--num must be at least {least}{', both ends' if least == 2 else ''}, got {num}")
+
+
 def _settings(args: argparse.Namespace, ddim: DDIM) -> dict[str, Any]:
     """What a picture says of how it was made."""
     from jddim import __version__
 
     assert ddim.metadata is not None
-    asked = {name: value for name, value in vars(args).items() if name not in ("run", "ckpt", "out")}
+    asked = {
+        name: value.name if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in ("run", "ckpt", "out")
+    }
     return {"checkpoint_sha256": ddim.metadata.sha256, "jddim": __version__, **asked}
 
 

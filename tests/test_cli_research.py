@@ -15,8 +15,9 @@ from tiny import write_checkpoint
 import jddim
 from jddim import images
 from jddim.cli import main
-from jddim.editing import slerp
-from jddim.sampling import initial_noise, sample_keys
+from jddim.ddim import add_noise
+from jddim.editing import slerp, tail
+from jddim.sampling import initial_noise, sample_keys, sample_loop
 from jddim.sweeping import sweep
 
 pytestmark = pytest.mark.quick
@@ -106,6 +107,55 @@ def test_labels(tmp_path: Path) -> None:
         np.testing.assert_array_equal(file["x_0"], ddim.sample(x_T=file["x_T"], labels=[1] * 3, steps=2, eta=0.0))
 
 
+@pytest.fixture
+def given(tmp_path: Path) -> np.ndarray:
+    known = np.random.default_rng(0).uniform(-1, 1, (3, 6, 10, 1)).astype(np.float32)
+    np.save(tmp_path / "given.npy", known)
+    return known
+
+
+def test_edit_all_over(ckpt: Path, tmp_path: Path, given: np.ndarray) -> None:
+    options = ["--steps", "5", "--eta", "0.5", "--seed", "3", "--clip"]
+    run("edit", ckpt, tmp_path / "given.npy", tmp_path / "out.npy", "--strength", "0.6", *options)
+    ddim = jddim.load(ckpt).with_sampler(clip=True)
+    rest = tail(ddim.table(5), 0.6)
+    keys = sample_keys(jax.random.key(3), 3)
+    x_t = add_noise(given, initial_noise(keys, (6, 10, 1)), rest.alpha_bar_t[0])
+    expected = sample_loop(ddim.denoiser(), x_t, rest, eta=0.5, key=keys, **ddim.conventions())
+    chex.assert_trees_all_close(np.load(tmp_path / "out.npy"), np.asarray(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("resample", [1, 2])
+def test_edit_keeps_what_is_black(ckpt: Path, tmp_path: Path, given: np.ndarray, resample: int) -> None:
+    mask = np.zeros((6, 10), np.uint8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    options = ["--mask", tmp_path / "mask.png", "--steps", "3", "--resample", resample, "--eta", "1"]
+    run("edit", ckpt, tmp_path / "given.npy", tmp_path / "out.npy", *options)
+    made = np.load(tmp_path / "out.npy")
+    np.testing.assert_array_equal(made[:, :, :4], given[:, :, :4])
+    assert np.abs(made[:, :, 4:] - given[:, :, 4:]).mean() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "give either --strength"),
+        (["--strength", "0.5", "--mask", "m.png"], "give either --strength"),
+        (["--strength", "1.5"], "strength must lie in (0, 1], got 1.5"),
+        (["--strength", "0.5", "--eta", "-1"], "eta must be a finite number >= 0"),
+        (["--mask", "none.png"], "none.png"),
+        (["--mask", "WRONG"], "neither 6x10"),
+    ],
+)
+def test_edits_mistakes(
+    ckpt: Path, tmp_path: Path, given: np.ndarray, fails: Callable[..., str], options: list[str], said: str
+) -> None:
+    Image.fromarray(np.zeros((7, 9), np.uint8)).save(tmp_path / "wrong.png")
+    options = [str(tmp_path / "wrong.png") if option == "WRONG" else option for option in options]
+    assert said in fails("edit", ckpt, tmp_path / "given.npy", tmp_path / "out.png", *options)
+
+
 @pytest.mark.parametrize("suffix", ["png", "gif"])
 def test_interpolate_draws(ckpt: Path, tmp_path: Path, suffix: str) -> None:
     run("interpolate", ckpt, tmp_path / f"a.{suffix}", "--num", "4", "--steps", "2")
@@ -126,7 +176,7 @@ def test_interpolate_draws(ckpt: Path, tmp_path: Path, suffix: str) -> None:
         (["sweep", "none", "OUT.png"], "none", 1),
         (["interpolate", "CKPT", "OUT.png", "--images", "3"], "--images takes two numbers, or four, got 1", 1),
         (["interpolate", "CKPT", "OUT.png", "--images", "3,-1"], "numbered from 0, got -1", 1),
-        (["interpolate", "CKPT", "OUT.png", "--num", "1"], "--num counts both ends: at least 2, got 1", 1),
+        (["interpolate", "CKPT", "OUT.png", "--num", "1"], "--num must be at least 2, both ends, got 1", 1),
         (["interpolate", "CKPT", "OUT.npy"], "end OUT in .png or .npz or .gif", 1),
     ],
 )
