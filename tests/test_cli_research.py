@@ -20,8 +20,6 @@ from jddim.editing import slerp, tail
 from jddim.sampling import initial_noise, sample_keys, sample_loop
 from jddim.sweeping import sweep
 
-pytestmark = pytest.mark.quick
-
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,8 +20,6 @@ from jddim.config import SamplerConfig, UNetConfig
 from jddim.inversion import invert_loop, reconstruction_error
 from jddim.schedule import linear_schedule
 
-pytestmark = pytest.mark.quick
-
 IMAGES = np.random.default_rng(3).uniform(-0.9, 0.9, (3, *SIZE, 2)).astype(np.float32)
 UNCLIPPED = dataclasses.replace(SEVEN, clip=False)
 

@@ -41,7 +41,8 @@ def test_the_inversion_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_research_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_checkpoint(tmp_path / "ckpt", class_embedding="learned", num_classes=5)
+    small = {"channel_mults": (1,), "attention_levels": ()}  # some thirty programs are compiled
+    write_checkpoint(tmp_path / "ckpt", class_embedding="learned", num_classes=5, **small)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "research.md").read_text(), re.S)
     assert len(blocks) == 12

@@ -14,8 +14,6 @@ from jddim.config import SamplerConfig
 from jddim.schedule import linear_schedule
 from jddim.sweeping import sweep
 
-pytestmark = pytest.mark.quick
-
 KEY = jax.random.key(7)
 ETAS = [0.0, 0.3, 0.65, 0.9, 1.0]
 
@@ -39,7 +37,7 @@ def test_each_row_is_a_sample(ddim: jddim.DDIM, rows) -> None:
     assert np.abs(np.asarray(rows[4] - rows[0])).mean() > 0.05
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 2, 5, 9])
+@pytest.mark.parametrize("rows_at_once", [2, 9])
 def test_rows_at_once(ddim: jddim.DDIM, rows, rows_at_once: int) -> None:
     again = sweep(ddim, KEY, 3, ETAS, labels=[0, 2, 1], rows_at_once=rows_at_once)
     chex.assert_trees_all_close(again, rows, atol=1e-3, rtol=1e-3)
