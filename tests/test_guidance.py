@@ -196,9 +196,10 @@ def test_one_call_for_both_labels() -> None:
     model = random_model(small_config(class_embedding="learned", num_classes=4))
     x_t = jax.random.normal(KEY, (3, 6, 10, 1))
     t, labels = jnp.array([7, 300, 999]), jnp.array([0, 2, 1])
-    conditional, unconditional = guidance.label_pair(model, labels, 3)(x_t, t)
-    chex.assert_trees_all_close(conditional, model(x_t, t, labels), rtol=1e-5, atol=1e-5)
-    chex.assert_trees_all_close(unconditional, model(x_t, t, jnp.full(3, 3)), rtol=1e-5, atol=1e-5)
+    one = jax.jit(lambda model, labels: model(x_t, t, labels))
+    conditional, unconditional = jax.jit(lambda model: guidance.label_pair(model, labels, 3)(x_t, t))(model)
+    chex.assert_trees_all_close(conditional, one(model, labels), rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(unconditional, one(model, jnp.full(3, 3)), rtol=1e-5, atol=1e-5)
 
 
 def pipeline(**sampler) -> jddim.DDIM:
@@ -250,17 +251,25 @@ def test_what_guidance_refuses() -> None:
     assert learned.sample(KEY, 2, labels=[0, 1], guidance_scale=2.0, null_label=3).shape == (2, 6, 10, 1)
 
 
-def test_wrapped_denoisers_work_under_every_transformation() -> None:
+@pytest.mark.parametrize("kind", ["rescaled", "projected", "classifier"])
+def test_wrapped_denoisers_work_under_every_transformation(kind: str) -> None:
     x_T = start()
-    for denoise in (
-        guidance.classifier_free(PAIR, 2.0, rescale=0.5),
-        guidance.projected(PAIR, 2.0),
-        guidance.classifier_guided(denoise_any, guidance.label_gradient(logits, LABELS, 2.0), SCHEDULE),
-    ):
-        x_0 = jax.jit(lambda x, denoise=denoise: sample_loop(denoise, x, TABLE, eta=0.5, key=KEY))(x_T)
-        chex.assert_tree_all_finite(x_0)
-        gradient = jax.grad(lambda x, denoise=denoise: sample_loop(denoise, x, TABLE).sum())(x_T)
-        chex.assert_tree_all_finite(gradient)
-        both = jax.vmap(lambda x, denoise=denoise: sample_loop(denoise, x, TABLE))(jnp.stack([x_T, -x_T]))
-        chex.assert_trees_all_close(both[0], sample_loop(denoise, x_T, TABLE), atol=1e-4)
-        chex.assert_tree_all_finite(ancestral_loop(denoise, x_T, TABLE, key=KEY))
+    denoise = {
+        "rescaled": guidance.classifier_free(PAIR, 2.0, rescale=0.5),
+        "projected": guidance.projected(PAIR, 2.0),
+        "classifier": guidance.classifier_guided(denoise_any, guidance.label_gradient(logits, LABELS, 2.0), SCHEDULE),
+    }[kind]
+
+    @jax.jit
+    def all_of_them(x_T):
+        def run(x):
+            return sample_loop(denoise, x, TABLE)
+
+        noisy = sample_loop(denoise, x_T, TABLE, eta=0.5, key=KEY)
+        ancestral = ancestral_loop(denoise, x_T, TABLE, key=KEY)
+        both = jax.vmap(run)(jnp.stack([x_T, -x_T]))
+        return noisy, ancestral, jax.grad(lambda x: run(x).sum())(x_T), both[0], run(x_T)
+
+    made = all_of_them(x_T)
+    chex.assert_tree_all_finite(made)
+    chex.assert_trees_all_close(made[3], made[4], atol=1e-4)
