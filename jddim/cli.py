@@ -315,10 +315,10 @@ def _plot(path: Path, alphas_cumprod: np.ndarray, table: Any, sigma: np.ndarray,
     left.plot(table.t, table.alpha_bar_t, "o", markersize=4, label="visited t")
     left.set(xlabel="t", ylabel=r"$\bar\alpha$", title=title)
     left.legend()
-    inner = alphas_cumprod > 0  # at zero terminal SNR the logarithm is none
-    middle.plot(np.flatnonzero(inner), np.log(alphas_cumprod[inner] / (1 - alphas_cumprod[inner])), color="0.6")
-    seen = table.alpha_bar_t > 0
-    middle.plot(table.t[seen], np.log(table.alpha_bar_t[seen] / (1 - table.alpha_bar_t[seen])), "o", markersize=4)
+    with np.errstate(divide="ignore"):  # at zero terminal SNR log SNR is -inf, which is not drawn
+        log_snr = np.log(alphas_cumprod / (1 - alphas_cumprod))
+    middle.plot(log_snr, color="0.6")
+    middle.plot(table.t, log_snr[table.t], "o", markersize=4)
     middle.set(xlabel="t", ylabel="log SNR", title="even steps here are even in lambda")
     right.plot(table.t, sigma, "o-", markersize=4)
     right.set(xlabel="t", ylabel=r"$\sigma$", title="noise added by the step from t")

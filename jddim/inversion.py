@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 from jddim import ddim
 from jddim.config import did_you_mean
 from jddim.ddim import StepTable
-from jddim.sampling import Denoiser, State, check_prediction, init_state, limiter, scan_steps
+from jddim.sampling import Denoiser, State, check_prediction, init_state, limiter, result, update_steps
 
 CONVENTIONS = ("paper", "diffusers", "openai")
 
@@ -109,7 +109,7 @@ def invert_loop(
         rederive_eps=rederive_eps,
         trajectory_every=trajectory_every,
     )
-    return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
+    return result(state)
 
 
 def invert_steps(
@@ -149,7 +149,7 @@ def invert_steps(
         x_next = invert_step(x0, eps, alpha_bar_next=row.alpha_bar_prev)
         return lax.fori_loop(0, refine, again, x_next), x0
 
-    return scan_steps(denoise, state, table, (None, lambda step, _: jnp.zeros(())), update, trajectory_every)
+    return update_steps(denoise, update, state, table, deterministic=True, trajectory_every=trajectory_every)
 
 
 def check_inversion(table: StepTable, convention: str, refine: int, prediction_type: str) -> None:

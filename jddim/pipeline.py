@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -178,14 +178,11 @@ class DDIM:
         problems = [] if method == "ddim" or eta is None else [f"eta is DDIM's; method {method!r} takes none"]
         eta = ddim.sampler.eta if eta is None else eta
         labels = None if labels is None else jnp.asarray(labels)
-        channels = ddim.model.config.in_channels
-        if x_T is not None and x_T.ndim == 4 and x_T.shape[1] == channels != x_T.shape[3]:
-            raise ValueError(f"sample: x_T looks like (N, C, H, W), got {x_T.shape}: transpose it to (N, H, W, C)")
         if num is None and x_T is not None:
             num = x_T.shape[0] if x_T.ndim else None
         if image_size is None:
             image_size = ddim.model.config.image_size
-            if x_T is not None and x_T.ndim == 4:
+            if x_T is not None and x_T.ndim == 4 and not _channels_first(x_T, ddim.model.config.in_channels):
                 image_size = (x_T.shape[1], x_T.shape[2])
         shape = (*image_size, ddim.model.config.in_channels)
         needs_noise = method == "ddpm" or (solver.stochastic if solver else not _is_zero(eta))
@@ -198,51 +195,50 @@ class DDIM:
             raise ValueError("sample: " + "; ".join(problems))
         assert num is not None
 
-        batch_size = min(batch_size or num, num)
         limits = ddim._limits(dtype)
         etas = jnp.broadcast_to(jnp.asarray(eta, dtype), (num,))
         scales = None if guidance_scale is None else jnp.broadcast_to(jnp.asarray(guidance_scale, dtype), (num,))
+
+        def begin(batch: _Batch) -> State:
+            x = batch.of(x_T) if x_T is not None else _initial_noise(keys_of(batch), shape, dtype)
+            state = init_state(x, table, every, self_condition=ddim.sampler.self_condition)
+            return state if solver is None else state._replace(memory=memory_of(table, x))
+
+        def keys_of(batch: _Batch) -> Array | None:
+            return None if key is None else _keys(key, start + batch.low, batch.size)
+
+        def advance(batch: _Batch, state: State, segment: Any) -> State:
+            noise_rows = None
+            if noise is not None:
+                first = int(segment.step[0])
+                noise_rows = batch.of(noise[first : first + segment.num_steps], axis=1)
+            return _steps(
+                ddim.model,
+                state,
+                segment,
+                batch.of(etas),
+                keys_of(batch) if noise is None else None,
+                noise_rows,
+                limits,
+                None if labels is None else batch.of(labels),
+                None if scales is None else (batch.of(scales), jnp.asarray(null_label)),
+                program=program,
+            )
+
+        def seen(batch: _Batch, state: State, segment: Any) -> None:
+            if on_segment is not None and state.trajectory is not None and every is not None:
+                last = int(segment.step[-1])
+                x_t, x0_hat = (x[: batch.taken] for x in (state.x_t, state.trajectory.x0_hat[last // every]))
+                on_segment(Preview(start + batch.low, last + 1, table.num_steps, x_t, x0_hat))
+
         images: list[Array] = []
         trajectories: list[Trajectory] = []
-        with Progress(num, f"{table.num_steps} steps", enabled=progress) as bar:
-            for low in range(0, num, batch_size):
-                rows = slice(low, min(low + batch_size, num))
-                taken = rows.stop - low
-                pad = partial(_pad, to=batch_size)  # the last batch has the others' shape, so their program
-                keys = None if key is None else _keys(key, start + low, batch_size)
-                x = _initial_noise(keys, shape, dtype) if x_T is None else pad(jnp.asarray(x_T)[rows])
-                state = init_state(x, table, every, self_condition=ddim.sampler.self_condition)
-                if solver is not None:
-                    state = state._replace(memory=memory_of(table, x))
-                for segment in segments(table) if progress or on_segment else [table]:
-                    noise_rows = None
-                    if noise is not None:
-                        first = int(segment.step[0])
-                        noise_rows = pad(jnp.asarray(noise[first : first + segment.num_steps, rows]), axis=1)
-                    state = _steps(
-                        ddim.model,
-                        state,
-                        segment,
-                        pad(etas[rows]),
-                        keys if noise is None else None,
-                        noise_rows,
-                        limits,
-                        None if labels is None else pad(labels[rows]),
-                        None if scales is None else (pad(scales[rows]), jnp.asarray(null_label)),
-                        program=program,
-                    )
-                    if progress:  # between segments Ctrl-C is heard, and a NaN seen, with a terminal or without
-                        _raise_if_bad(state, table, start + low, taken)
-                        bar.add(taken * segment.num_steps / table.num_steps)
-                    if on_segment is not None and state.trajectory is not None and every is not None:
-                        last = int(segment.step[-1])
-                        x0_hat = state.trajectory.x0_hat[last // every]
-                        on_segment(Preview(start + low, last + 1, table.num_steps, state.x_t[:taken], x0_hat[:taken]))
-                _raise_if_bad(state, table, start + low, taken)
-                images.append(state.x_t[:taken])
-                if state.trajectory is not None and trajectory_every is not None:
-                    t, x_t, x0_hat = state.trajectory
-                    trajectories.append(Trajectory(t, x_t[:, :taken], x0_hat[:, :taken]))
+        watch = None if on_segment is None else seen
+        for taken, state in _in_batches(num, batch_size, table, begin, advance, start, progress, watch):
+            images.append(state.x_t[:taken])
+            if state.trajectory is not None and trajectory_every is not None:
+                t, x_t, x0_hat = state.trajectory
+                trajectories.append(Trajectory(t, x_t[:, :taken], x0_hat[:, :taken]))
         x_0 = images[0] if len(images) == 1 else jnp.concatenate(images)
         if trajectory_every is None:
             return x_0
@@ -313,32 +309,26 @@ class DDIM:
         if problems:
             raise ValueError("invert: " + "; ".join(problems))
 
-        batch_size = min(batch_size or num, num)
         rows, limits = inversion_table(table, convention), ddim._limits(dtype)
         scales = None if guidance_scale is None else jnp.broadcast_to(jnp.asarray(guidance_scale, dtype), (num,))
-        inverted: list[Array] = []
-        with Progress(num, f"{rows.num_steps} steps", enabled=progress) as bar:
-            for low in range(0, num, batch_size):
-                batch = slice(low, min(low + batch_size, num))
-                taken = batch.stop - low
-                pad = partial(_pad, to=batch_size)
-                state = init_state(pad(jnp.asarray(images[batch])), rows)
-                for segment in segments(rows) if progress else [rows]:
-                    state = _invert_steps(
-                        ddim.model,
-                        state,
-                        segment,
-                        limits,
-                        None if labels is None else pad(labels[batch]),
-                        None if scales is None else (pad(scales[batch]), jnp.asarray(null_label)),
-                        program=program,
-                        refine=refine,
-                    )
-                    if progress:
-                        _raise_if_bad(state, rows, low, taken)
-                        bar.add(taken * segment.num_steps / rows.num_steps)
-                _raise_if_bad(state, rows, low, taken)
-                inverted.append(state.x_t[:taken])
+
+        def begin(batch: _Batch) -> State:
+            return init_state(batch.of(images), rows)
+
+        def advance(batch: _Batch, state: State, segment: StepTable) -> State:
+            return _invert_steps(
+                ddim.model,
+                state,
+                segment,
+                limits,
+                None if labels is None else batch.of(labels),
+                None if scales is None else (batch.of(scales), jnp.asarray(null_label)),
+                program=program,
+                refine=refine,
+            )
+
+        batches = _in_batches(num, batch_size, rows, begin, advance, 0, progress)
+        inverted = [state.x_t[:taken] for taken, state in batches]
         return inverted[0] if len(inverted) == 1 else jnp.concatenate(inverted)
 
     def denoiser(
@@ -360,10 +350,7 @@ class DDIM:
         if problems:
             raise ValueError("denoiser: " + "; ".join(problems))
         guidance = None if guidance_scale is None else (guidance_scale, null_label)
-        denoise = _at_labels(self.model, self.sampler.timestep_scale, labels, guidance)
-        if self.sampler.variance == "learned_range":
-            denoise = without_variance(denoise)
-        return with_self_condition(denoise) if self.sampler.self_condition else denoise
+        return _denoiser(self.model, self._program("ddim", None), labels, guidance)
 
     def conventions(self, dtype: DTypeLike = np.float32) -> dict[str, Any]:
         """The checkpoint's conventions as keyword arguments of `sample_loop` and of the loops like it."""
@@ -468,9 +455,11 @@ class DDIM:
                 continue
             if np.shape(array) != expected:
                 of_steps = f", one row for each of {table.num_steps} steps" if name == "noise" else ""
-                if np.shape(array) == (*expected[:-3], expected[-1], *expected[-3:-1]):
-                    of_steps += " (channels last)"
                 problems.append(f"{name} must have shape {expected}{of_steps}, got {np.shape(array)}")
+                if np.ndim(array) == len(expected) and _channels_first(array, expected[-1]):
+                    problems.append(
+                        f"{name} looks like (N, C, H, W), got {np.shape(array)}: transpose it to (N, H, W, C)"
+                    )
             elif array.dtype != dtype:
                 problems.append(f"{name} must be {jnp.dtype(dtype)}, got {array.dtype}")
             elif not isinstance(array, jax.core.Tracer) and not _all_finite(array):
@@ -517,11 +506,7 @@ def _steps(
     program: _Program,
 ) -> State:
     """One segment of the scan, the program that `sample` compiles. Everything that may change is an argument."""
-    denoise = _at_labels(cast_kernels(model), program.timestep_scale, labels, guidance)
-    if program.variance == "learned_range" and program.method != "ddpm":
-        denoise = without_variance(denoise)
-    if program.self_condition:
-        denoise = with_self_condition(denoise)
+    denoise = _denoiser(cast_kernels(model), program, labels, guidance)
     common: dict[str, Any] = {
         "key": keys,
         "noise": noise,
@@ -567,9 +552,7 @@ def _invert_steps(
     refine: int,
 ) -> State:
     """One segment of inversion, the program that `invert` compiles."""
-    denoise = _at_labels(cast_kernels(model), program.timestep_scale, labels, guidance)
-    if program.variance == "learned_range":
-        denoise = without_variance(denoise)
+    denoise = _denoiser(cast_kernels(model), program, labels, guidance)
     conventions: dict[str, Any] = {
         "prediction_type": program.prediction_type,
         "rederive_eps": program.rederive_eps,
@@ -578,29 +561,69 @@ def _invert_steps(
     return invert_steps(denoise, state, rows, refine=refine, **conventions)
 
 
-def _at_labels(
-    model: Denoiser, timestep_scale: float, labels: Array | None, guidance: tuple[Any, Any] | None
-) -> Denoiser:
-    """The network given t as it was trained with, and labels: the conditional one, or guided by it."""
-    network = model if timestep_scale == 1 else with_scaled_time(model, timestep_scale)
-    if labels is None:
-        return network
-    if guidance is None:
-        return with_labels(network, labels)
-    scale, null_label = guidance
-    return classifier_free(label_pair(network, labels, null_label), scale)
+def _denoiser(model: Denoiser, program: _Program, labels: Array | None, guidance: tuple[Any, Any] | None) -> Denoiser:
+    """The network as the loops take it: given t as it was trained with, at these labels or guided by them."""
+    denoise = model if program.timestep_scale == 1 else with_scaled_time(model, program.timestep_scale)
+    if labels is not None and guidance is not None:
+        scale, null_label = guidance
+        denoise = classifier_free(label_pair(denoise, labels, null_label), scale)
+    elif labels is not None:
+        denoise = with_labels(denoise, labels)
+    if program.variance == "learned_range" and program.method != "ddpm":
+        denoise = without_variance(denoise)
+    return with_self_condition(denoise) if program.self_condition else denoise
 
 
 _keys = jax.jit(lambda key, start, num: sample_keys(key, num, start), static_argnums=2)
 _initial_noise = jax.jit(initial_noise, static_argnums=(1, 2))
 
 
-def _pad(x: Array, to: int, axis: int = 0) -> Array:
-    """`x` with its last sample repeated to make a full batch; the copies are dropped afterwards."""
-    missing = to - x.shape[axis]
-    return (
-        x if not missing else jnp.concatenate([x, jnp.repeat(jnp.take(x, jnp.array([-1]), axis), missing, axis)], axis)
-    )
+class _Batch(NamedTuple):
+    """Images low..low+taken-1 of a run, computed as `size` of them: the last batch too has the others' program."""
+
+    low: int
+    taken: int
+    size: int
+
+    def of(self, x: Array | np.ndarray, axis: int = 0) -> Array:
+        """Its part of `x`; its last sample repeated to make a full batch, whose copies are dropped afterwards."""
+        rows = jnp.asarray(x[(slice(None),) * axis + (slice(self.low, self.low + self.taken),)])
+        missing = self.size - self.taken
+        if not missing:
+            return rows
+        return jnp.concatenate([rows, jnp.repeat(jnp.take(rows, jnp.array([-1]), axis), missing, axis)], axis)
+
+
+def _in_batches(
+    num: int,
+    batch_size: int | None,
+    table: Any,
+    begin: Callable[[_Batch], State],
+    advance: Callable[[_Batch, State, Any], State],
+    start: int,
+    progress: bool,
+    seen: Callable[[_Batch, State, Any], None] | None = None,
+) -> Iterator[tuple[int, State]]:
+    """Each batch from `begin` through the table by `advance`: (how many of its samples count, its last state).
+
+    In segments if there is progress to show or `seen` wants to be called after each. start: the number of image 0.
+    Raises FloatingPointError if a sample leaves the finite numbers.
+    """
+    size = min(batch_size or num, num)
+    cut = segments(table) if progress or seen else [table]
+    with Progress(num, f"{table.num_steps} steps", enabled=progress) as bar:
+        for low in range(0, num, size):
+            batch = _Batch(low, min(size, num - low), size)
+            state = begin(batch)
+            for segment in cut:
+                state = advance(batch, state, segment)
+                if progress:  # between segments Ctrl-C is heard, and a NaN seen, with a terminal or without
+                    _raise_if_bad(state, table, start + low, batch.taken)
+                    bar.add(batch.taken * segment.num_steps / table.num_steps)
+                if seen is not None:
+                    seen(batch, state, segment)
+            _raise_if_bad(state, table, start + low, batch.taken)
+            yield batch.taken, state
 
 
 def eta_problems(eta: ArrayLike, num: int, table: StepTable) -> list[str]:
@@ -651,6 +674,11 @@ def _label_problems(config: ModelConfig, labels: Array | None, num: int) -> list
     if outside:
         return [f"labels must lie in 0..{(config.num_classes or 1) - 1}, got {outside[0]}"]
     return []
+
+
+def _channels_first(array: Array | np.ndarray, channels: int) -> bool:
+    """Whether images (or noise) of so many channels have PyTorch's layout."""
+    return array.shape[-3] == channels != array.shape[-1]
 
 
 def _all_finite(array: Array | np.ndarray) -> bool:

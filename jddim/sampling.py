@@ -117,7 +117,7 @@ def sample_loop(
         rederive_eps=rederive_eps,
         trajectory_every=trajectory_every,
     )
-    return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
+    return result(state)
 
 
 def ancestral_loop(
@@ -154,7 +154,7 @@ def ancestral_loop(
         threshold=threshold,
         trajectory_every=trajectory_every,
     )
-    return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
+    return result(state)
 
 
 def init_state(
@@ -170,6 +170,11 @@ def init_state(
         trajectory = Trajectory(jnp.zeros(slots, jnp.int32), empty, empty)
     x0_hat = jnp.zeros_like(x_T) if self_condition else None
     return State(x_T, jnp.full(x_T.shape[0], -1, jnp.int32), trajectory, x0_hat)
+
+
+def result(state: State) -> Any:
+    """What a loop returns of its last state: the samples, or (samples, trajectory)."""
+    return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
 
 
 def ddim_steps(
@@ -199,8 +204,16 @@ def ddim_steps(
         rederive_eps=rederive_eps,
     )
     check_prediction(table, prediction_type)
-    noise_at = _noise_source(state.x_t, table, key, noise, deterministic=is_zero(eta))
-    return scan_steps(denoise, state, table, noise_at, update, trajectory_every)
+    return update_steps(
+        denoise,
+        update,
+        state,
+        table,
+        key=key,
+        noise=noise,
+        deterministic=is_zero(eta),
+        trajectory_every=trajectory_every,
+    )
 
 
 def ancestral_steps(
@@ -221,9 +234,10 @@ def ancestral_steps(
         variance=variance, prediction_type=prediction_type, clip_range=clip_range, threshold=threshold
     )
     check_prediction(table, prediction_type)
-    noise_at = _noise_source(state.x_t, table, key, noise)
     outputs = 2 if variance == "learned_range" else 1
-    return scan_steps(denoise, state, table, noise_at, update, trajectory_every, outputs)
+    return update_steps(
+        denoise, update, state, table, key=key, noise=noise, outputs=outputs, trajectory_every=trajectory_every
+    )
 
 
 def ddim_update(
@@ -304,7 +318,7 @@ def update_loop(
         outputs=outputs,
         trajectory_every=trajectory_every,
     )
-    return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
+    return result(state)
 
 
 def update_steps(
@@ -322,7 +336,7 @@ def update_steps(
 ) -> State:
     """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `update_loop`."""
     noise_at = _noise_source(state.x_t, table, key, noise, deterministic=deterministic, draws=draws)
-    return scan_steps(denoise, state, table, noise_at, update, trajectory_every, outputs)
+    return _scan(denoise, state, table, noise_at, update, trajectory_every, outputs)
 
 
 def is_zero(eta: ArrayLike) -> bool:
@@ -404,7 +418,7 @@ def limiter(
     return None if clip_range is None else lambda x0: jnp.clip(x0, *clip_range)
 
 
-def scan_steps(
+def _scan(
     denoise: Denoiser,
     state: State,
     table: StepTable,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,6 +38,28 @@ def mnist_images() -> Path:
     if not (path / "t10k-images-idx3-ubyte.gz").is_file():
         pytest.skip(f"the real MNIST is not at {path.parent.parent.name}/data/mnist beside the checkout")
     return path
+
+
+@pytest.fixture
+def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must fail; its one line on stderr. Nothing in tmp_path may have changed."""
+    from jddim.cli import main
+
+    def run(*command: object, status: int = 1) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        try:
+            code = main([str(word) for word in command])
+        except SystemExit as stop:
+            code = stop.code
+        error = capsys.readouterr().err
+        assert code == status, error
+        assert error.count("\n") == 1, error
+        assert error.startswith("jddim")
+        assert "Traceback" not in error
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+
+    return run
 
 
 if find_spec("torch") is None:

@@ -24,27 +24,6 @@ from conftest import MNIST_SOURCE  # noqa: E402
 CKPT = MNIST_SOURCE / "ckpt.pth"
 
 
-@pytest.fixture
-def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must fail; its one line on stderr. Nothing in tmp_path may have changed."""
-
-    def run(*command: object, status: int = 1) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        try:
-            code = main([str(word) for word in command])
-        except SystemExit as stop:
-            code = stop.code
-        error = capsys.readouterr().err
-        assert code == status, error
-        assert error.count("\n") == 1, error
-        assert error.startswith("jddim")
-        assert "Traceback" not in error
-        assert sorted(tmp_path.rglob("*")) == before
-        return error
-
-    return run
-
-
 class Runs:
     """A pickle that runs a command when loaded."""
 

@@ -30,23 +30,6 @@ def run(*words: object) -> None:
     assert main([str(word) for word in words]) == 0
 
 
-@pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    def call(*words: object, status: int = 1) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        try:
-            ended = main([str(word) for word in words])
-        except SystemExit as stopped:  # argparse's
-            ended = stopped.code
-        assert ended == status
-        said = capsys.readouterr().err
-        assert sorted(tmp_path.rglob("*")) == before
-        assert said.count("\n") == 1
-        return said
-
-    return call
-
-
 def test_sweep_writes_the_arrays_and_draws_them(ckpt: Path, tmp_path: Path) -> None:
     options = ["--eta", "0,0.5,1", "--steps", "4,3", "--num", "2", "--seed", "5", "--spacing", "linspace", "--clip"]
     run("sweep", ckpt, tmp_path / "a.npz", *options)

@@ -25,6 +25,20 @@ pytestmark = pytest.mark.quick
 SIZE = (6, 10)
 
 
+UNUSUAL = SamplerConfig(
+    spacing="leading",
+    num_steps=7,
+    steps_offset=1,
+    set_alpha_to_one=False,
+    threshold_ratio=0.9,
+    threshold_max=1.5,
+    rederive_eps=True,
+    prediction_type="v_prediction",
+    timestep_scale=2.5,
+)
+"""Every convention another than the default, but those that go with a network of their own."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Toy:
     """A network in one line, static under jit, with whatever config a test gives it."""
@@ -271,18 +285,7 @@ def test_labels_reach_the_network_one_an_image(ddim: jddim.DDIM) -> None:
 
 
 def test_every_convention_reaches_the_loop() -> None:
-    conventions = SamplerConfig(
-        spacing="leading",
-        num_steps=7,
-        steps_offset=1,
-        set_alpha_to_one=False,
-        threshold_ratio=0.9,
-        threshold_max=1.5,
-        rederive_eps=True,
-        prediction_type="v_prediction",
-        timestep_scale=2.5,
-        self_condition=True,
-    )
+    conventions = dataclasses.replace(UNUSUAL, self_condition=True)
     keys = jddim.sample_keys(KEY, 3)
     x_T = jddim.initial_noise(keys, (*SIZE, 2))
     model = toy(conventions)

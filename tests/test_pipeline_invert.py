@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_pipeline import SEVEN, SIZE, Toy, toy
+from test_pipeline import SEVEN, SIZE, UNUSUAL, Toy, toy
 from tiny import random_model
 
 import jddim
@@ -25,19 +25,7 @@ UNCLIPPED = dataclasses.replace(SEVEN, clip=False)
 
 
 def test_every_convention_reaches_the_loop() -> None:
-    conventions = SamplerConfig(
-        spacing="leading",
-        num_steps=7,
-        steps_offset=1,
-        set_alpha_to_one=False,
-        threshold_ratio=0.9,
-        threshold_max=1.5,
-        rederive_eps=True,
-        prediction_type="v_prediction",
-        timestep_scale=2.5,
-        variance="learned_range",
-        eta=0.7,  # plays no part
-    )
+    conventions = dataclasses.replace(UNUSUAL, variance="learned_range", eta=0.7)  # eta plays no part
     model = toy(conventions, class_embedding="learned", num_classes=5, out_channels=4)
     labels = np.array([4, 0, 3])
 
