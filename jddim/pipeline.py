@@ -353,7 +353,10 @@ class DDIM:
         return _denoiser(self.model, self._program("ddim", None), labels, guidance)
 
     def conventions(self, dtype: DTypeLike = np.float32) -> dict[str, Any]:
-        """The checkpoint's conventions as keyword arguments of `sample_loop` and of the loops like it."""
+        """The checkpoint's conventions as keyword arguments of `sample_loop`, and of `inpaint_loop` and `invert_loop`.
+
+        Those two take no self_condition, which is among them for a network that needs it alone.
+        """
         options: dict[str, Any] = {
             "prediction_type": self.sampler.prediction_type,
             "rederive_eps": self.sampler.rederive_eps,
