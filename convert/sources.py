@@ -63,6 +63,8 @@ def find(
         if (file := _in(path, weights, variant)) is None:
             raise ConversionError(f"{src} is a folder; name the checkpoint file in it (no family knows the folder)")
         return Origin(file, variant, hub_id, commit)
+    if path.suffix in (".json", ".yml", ".yaml") and not path.name.endswith(".index.json"):
+        raise ConversionError(f"{src} holds settings, not weights; name the folder or the weights, and it by --config")
     if variant is not None:
         raise ConversionError(f"--variant {variant} chooses a file in a folder; {src} is a file")
     return Origin(path)

@@ -202,7 +202,7 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
     if exists:
         if not overwrite:
             raise CheckpointError(f"{path} exists; choose another name, or pass --overwrite (overwrite=True)")
-        if not (target / "metadata").is_dir():
+        if not _is_ours(target):
             raise CheckpointError(
                 f"{path} exists and is not a jddim checkpoint, so it is not overwritten; remove it first"
             )
@@ -220,6 +220,15 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
     finally:  # after Ctrl-C too
         with contextlib.suppress(OSError, ValueError):
             probe.rmdir()
+
+
+def _is_ours(target: Path) -> bool:
+    """Whether a folder is a jddim checkpoint, damaged parameters and all: other tools' have a `metadata` folder too."""
+    try:
+        with open(target / "metadata" / "metadata", "rb") as file:
+            return file.read(100).startswith(b'{"format": "jddim"')
+    except OSError:
+        return False
 
 
 def load_metadata(path: str | os.PathLike[str]) -> Metadata:

@@ -180,6 +180,8 @@ def _sample(args: argparse.Namespace) -> int:
                 np.savez(staging, allow_pickle=False, arr_0=images.to_uint8(x_0), **arrays)
             else:
                 np.save(staging, arrays["x_t"])
+    if args.steps is not None and table.num_steps != args.steps:
+        print(f"note: {ddim.sampler.spacing} spacing makes {table.num_steps} steps of {args.steps}, as its source does")
     how = {"ddim": f", eta {eta}", "ddpm": f", {ddim.sampler.variance}"}.get(args.method, "")
     print(
         f"{num} images in {table.num_steps} {args.method} steps ({ddim.sampler.spacing}{how}) -> {args.out}"
@@ -296,7 +298,7 @@ def _diff(args: argparse.Namespace) -> int:
     from jddim.diff import diff, table
 
     rows = diff(args.a, args.b)
-    print("\n".join(map(_printable, table(rows).split("\n"))) if rows else "equal")
+    print("\n".join(map(_printable, [*table(rows).split("\n"), f"{len(rows)} differ"])) if rows else "equal")
     return int(bool(rows))
 
 

@@ -468,7 +468,9 @@ def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'?` when something allowed is near, else the list of what is allowed."""
+    """` (did you mean 'x'?)` when something allowed is near; what is allowed where nothing is, or where it is short."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(word, allowed, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else f" (allowed: {', '.join(allowed)})"
+    hints = [f"did you mean {near!r}?" for near in difflib.get_close_matches(word, allowed, n=1)]
+    if not hints or len(allowed) <= 6:
+        hints.append(f"allowed: {', '.join(allowed)}")
+    return f" ({' '.join(hints)})"

@@ -72,6 +72,8 @@ def test_overwriting_is_asked_for_and_only_of_checkpoints(tmp_path: Path) -> Non
     chex.assert_trees_all_equal(load_params(path, load_metadata(path)), random_params(1))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").write_text("years of work")
+    (tmp_path / "thesis" / "metadata").mkdir()
+    (tmp_path / "thesis" / "metadata" / "metadata").write_text("{}")  # other tools write such, Orbax among them
     with pytest.raises(CheckpointError, match="not a jddim checkpoint"):
         save_checkpoint(tmp_path / "thesis", random_params(), METADATA, overwrite=True)
     assert (tmp_path / "thesis" / "chapter").read_text() == "years of work"

@@ -84,6 +84,15 @@ def test_the_png_says_how_it_was_made(conditional: Path, tmp_path: Path) -> None
     assert {name: said[name] for name in expected} == expected
 
 
+def test_a_spacing_that_makes_another_number_of_steps_says_so(
+    conditional: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampled(conditional, tmp_path, "--labels", "3", "--spacing", "uniform", "--steps", "3")  # range(0, 1000, 333)
+    assert "note: uniform spacing makes 4 steps of 3" in capsys.readouterr().out
+    sampled(conditional, tmp_path, "--labels", "3", "--spacing", "uniform", "--steps", "4")
+    assert "note" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -110,6 +110,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["diff", paths[0], paths[0]]) == 0
     assert capsys.readouterr().out == "equal\n"
     assert main(["diff", *paths]) == 1
-    assert "0 of 2 equal" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "0 of 2 equal" in told
+    assert told.endswith("1 differ\n")
     assert main(["diff", paths[0], str(tmp_path / "c.npy")]) == 1
     assert "no such file" in capsys.readouterr().err

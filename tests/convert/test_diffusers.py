@@ -145,6 +145,9 @@ def test_variants_are_taken_when_asked_for_or_alone(tmp_path: Path) -> None:
         find(tmp_path, variant="fp61")
     with pytest.raises(ConversionError, match="--variant fp16 chooses a file in a folder"):
         find(path, variant="fp16")
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ConversionError, match="holds settings, not weights; name the folder"):
+        find(tmp_path / "model_index.json")
     assert find(tmp_path, variant="fp16").to_json()["variant"] == "fp16"
 
 
