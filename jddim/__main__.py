@@ -6,12 +6,13 @@ import os
 import sys
 from typing import NoReturn
 
-from jddim import interrupt
+from jddim import cache, interrupt
 
 
 def run() -> NoReturn:
     """Run the command in sys.argv and end the process."""
     interrupt.listen()
+    cache.use()
     try:
         from jddim.cli import main
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jddim import __version__, cli_evaluate, cli_invert, cli_research, interrupt
+from jddim import __version__, cli_doctor, cli_evaluate, cli_invert, cli_research, interrupt
 from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES
 
 if TYPE_CHECKING:
@@ -457,7 +457,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            epilog="examples:\n" + "".join(f"  jddim {name} {line}\n" for line in examples.splitlines()),
+            epilog="examples:\n" + "".join(f"  jddim {name} {line}\n" for line in examples.split("\n")),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run)
@@ -601,6 +601,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_invert.add(command, _labels, SPACING_NAMES)
     cli_research.add(command, _seed, _labels)
     cli_evaluate.add(command)
+    cli_doctor.add(command, _labels)
 
     sub = command("verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth")
     sub.add_argument("ckpt", type=Path)

@@ -124,6 +124,7 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
     import jax.numpy as jnp
     import numpy as np
 
+    from jddim.compiling import compiler_options
     from jddim.ddim import add_noise
     from jddim.editing import inpaint_loop, tail
     from jddim.images import load_images, save_images
@@ -163,7 +164,7 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
             denoise = dataclasses.replace(ddim, model=model).denoiser(labels)
             return inpaint_loop(denoise, noise, table, jnp.asarray(known), keep, resample=args.resample, **options)
 
-    x_0 = np.asarray(jax.jit(run)(ddim.model))
+    x_0 = np.asarray(jax.jit(run, compiler_options=compiler_options())(ddim.model))
     if not np.isfinite(x_0).all():
         raise FloatingPointError(f"a NaN or infinity appeared in image {np.argwhere(~np.isfinite(x_0))[0][0]}")
     save_images(args.out, x_0, _settings(args, ddim))

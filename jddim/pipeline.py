@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jddim.checkpoint import Metadata, build_model, load_metadata, load_params
+from jddim.compiling import Jit
 from jddim.config import (
     PREDICTION_TYPES,
     VARIANCES,
@@ -494,7 +495,7 @@ class _Program:
                 raise ValueError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
 
 
-@partial(jax.jit, static_argnames="program")
+@partial(Jit, static_argnames=("program",))
 def _steps(
     model: Network,
     state: State,
@@ -542,7 +543,7 @@ def _steps(
     )
 
 
-@partial(jax.jit, static_argnames=("program", "refine"))
+@partial(Jit, static_argnames=("program", "refine"))
 def _invert_steps(
     model: Network,
     state: State,

@@ -20,6 +20,12 @@ ROOT = Path(__file__).parent.parent
 MNIST_SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The commands that tests start keep their compiled programs for one another, not for the user."""
+    os.environ["JDDIM_CACHE"] = str(tmp_path_factory.mktemp("programs"))
+
+
 @pytest.fixture(scope="session")
 def mnist_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped MNIST checkpoint, converted once (needs torch)."""

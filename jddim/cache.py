@@ -1,0 +1,61 @@
+"""The command line's cache of compiled programs: jax's own, kept in the user's cache folder.
+
+Chosen through jax's environment variables, before jax is imported: what the user has set there stays, and
+`JDDIM_CACHE=` (empty) goes without. The library never does this: there the program around it decides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+LARGEST = 2**30
+"""Bytes; with a limit jax drops the entries used longest ago, and takes a lock for each one read or written."""
+
+
+def folder() -> Path | None:
+    """Where the programs are kept: `JDDIM_CACHE`, or jddim in the user's cache folder; None: nowhere.
+
+    One for each version of jaxlib and each kind of processor: XLA's programs for a CPU run where they were made.
+    """
+    chosen = os.environ.get("JDDIM_CACHE")
+    if chosen == "":
+        return None
+    home = Path("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or home) / "jddim"
+    return base.expanduser() / f"jaxlib-{metadata.version('jaxlib')}-{_processor()}"
+
+
+def use() -> Path | None:
+    """Have the jax that is imported later keep its programs; where, or None: not wanted, or not writable."""
+    if (told := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
+        return Path(told) if told else None
+    place = folder()
+    if place is None:
+        return None
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK):
+            return None
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        return None
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(place)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(LARGEST))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+    return place
+
+
+def _processor() -> str:
+    """The instructions of this machine's processor, as a short word."""
+    told = platform.machine() + platform.processor()
+    try:
+        with open("/proc/cpuinfo") as file:
+            told += next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        pass
+    return hashlib.sha256(told.encode()).hexdigest()[:8]

@@ -1,0 +1,58 @@
+"""Programs compiled with options: the same results, wherever they are called from."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jddim.compiling import CPU_OPTIONS, Jit, compiler_options
+
+pytestmark = pytest.mark.quick
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.standard_normal((3, 7, 11, 5), dtype=np.float32))
+KERNEL = jnp.asarray(RNG.standard_normal((3, 3, 5, 13), dtype=np.float32))
+
+
+def convolved(kernel: jax.Array, x: jax.Array, power: int) -> jax.Array:
+    y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y**power
+
+
+@pytest.fixture
+def compiled() -> Jit:
+    def own(*args: object, **kwargs: object) -> object:  # jax counts the programs of a function, whoever compiled it
+        return convolved(*args, **kwargs)
+
+    return Jit(own, static_argnames=("power",))
+
+
+def test_options_are_those_of_the_platform() -> None:
+    assert compiler_options("cpu") == CPU_OPTIONS
+    assert compiler_options("gpu") == compiler_options("tpu") == {}
+    program = jax.jit(jnp.sin, compiler_options=compiler_options())
+    chex.assert_trees_all_close(program(X), np.sin(X), atol=1e-6)
+
+
+def test_called_at_the_top_it_has_the_options(compiled: Jit) -> None:
+    chex.assert_trees_all_close(compiled(KERNEL, X, power=2), convolved(KERNEL, X, 2), rtol=1e-5, atol=1e-5)
+    assert (compiled.on_cpu._cache_size(), compiled.plain._cache_size()) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda f: jax.jit(lambda k, x: f(k, x, power=2)),
+        lambda f: jax.jit(lambda k, x: f(KERNEL, X, power=2) + 0 * x.sum()),  # no argument of f's is traced
+        lambda f: lambda k, x: jax.vmap(lambda one: f(k, one[None], power=2)[0])(x),
+        lambda f: lambda k, x: jax.jvp(lambda x: f(k, x, power=2), (x,), (x,))[0],
+        lambda f: lambda k, x: jax.vjp(lambda x: f(k, x, power=2), x)[0],
+    ],
+)
+def test_under_every_transformation_it_is_part_of_the_callers_program(compiled: Jit, transformed: object) -> None:
+    actual = transformed(compiled)(KERNEL, X)
+    chex.assert_trees_all_close(actual, convolved(KERNEL, X, 2), rtol=1e-5, atol=1e-5)
+    assert compiled.on_cpu._cache_size() == 0
