@@ -19,12 +19,12 @@ def run() -> NoReturn:
         status = main()
     except KeyboardInterrupt:  # while cli itself is imported, or main is reporting something else
         print(interrupt.MESSAGE, file=sys.stderr)
-        status = 130
+        status = interrupt.status()
     interrupt.ignore()
     if status != 0:  # not waiting for threads whose work failed or was given up
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(130 if interrupt.heard() else status)
+        os._exit(interrupt.status() if interrupt.heard() else status)
     raise SystemExit(status)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jddim import __version__, cli_doctor, cli_evaluate, cli_invert, cli_research, interrupt
+from jddim import __version__, cli_bulk, cli_doctor, cli_evaluate, cli_export, cli_invert, cli_research, interrupt
 from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ examples:
   jddim convert model-790000.ckpt cifar10 --set image_size=32
   jddim sample mnist digits.png                     64 images in a grid
   jddim sample mnist digits.npz --num 50000 --batch-size 256 --steps 50 --seed 1
+  jddim bulk mnist fifty --num 50000                in shards, and goes on where it was stopped
   jddim sample mnist path.gif --num 16 --eta 0.5    the way from noise to image
   jddim invert mnist digits.png x_T.npy             images to the noise that they are sampled from
   jddim schedule --spacing quad --steps 20          the table of steps, for any spacing
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, Exception) as error:
         if isinstance(error, KeyboardInterrupt) or interrupt.heard():
             print(interrupt.MESSAGE, file=sys.stderr)
-            return 130
+            return interrupt.status()
         mistakes = (ValueError, OSError, ArithmeticError, MemoryError, ModuleNotFoundError)
         if os.environ.get("JDDIM_DEBUG") or not isinstance(error, mistakes):
             raise
@@ -602,6 +603,8 @@ def _parser() -> argparse.ArgumentParser:
     cli_research.add(command, _seed, _labels)
     cli_evaluate.add(command)
     cli_doctor.add(command, _labels)
+    cli_bulk.add(command, _seed, SPACING_NAMES, _say)
+    cli_export.add(command, SPACING_NAMES)
 
     sub = command("verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth")
     sub.add_argument("ckpt", type=Path)

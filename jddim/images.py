@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -271,10 +272,16 @@ def _staging(target: Path) -> Path:
     return target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
 
 
-def _save_png(path: Path, picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:
-    text = PngImagePlugin.PngInfo()
+def encode_png(picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> bytes:
+    """One uint8 picture `(h, w, 1 or 3)` as the bytes of a PNG, `metadata` as JSON in its text."""
+    text, encoded = PngImagePlugin.PngInfo(), io.BytesIO()
     text.add_text("jddim", json.dumps(metadata))
-    _to_pillow(picture).save(path, pnginfo=text)
+    _to_pillow(picture).save(encoded, "PNG", pnginfo=text)
+    return encoded.getvalue()
+
+
+def _save_png(path: Path, picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:
+    path.write_bytes(encode_png(picture, metadata))
 
 
 def _to_pillow(picture: NDArray[np.uint8]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Ctrl-C, heard at any time and only once.
+"""Ctrl-C, heard at any time and only once; and SIGTERM, which a scheduler sends, likewise.
 
 Python's KeyboardInterrupt alone is not enough for a command. Raised while an extension module is imported it may come
 out as an ImportError, or crash the interpreter (jaxlib's); in a finaliser it is printed and lost; a second one cuts
@@ -21,12 +21,14 @@ SAME = 2.0
 MESSAGE = "jddim: interrupted; nothing half-written was left"
 
 _heard: float | None = None
+_signal = int(signal.SIGINT)
 _unwinding = False
 
 
 def listen() -> None:
-    """From now on, Ctrl-C raises KeyboardInterrupt in the main thread and is remembered. For a command's start."""
+    """From now on, Ctrl-C or SIGTERM raises KeyboardInterrupt in the main thread, remembered. For a command's start."""
     signal.signal(signal.SIGINT, _on_interrupt)
+    signal.signal(signal.SIGTERM, _on_interrupt)
     sys.unraisablehook = _on_unraisable
     sys.excepthook = _on_exception
     threading.excepthook = _on_thread_exception
@@ -35,6 +37,11 @@ def listen() -> None:
 def heard() -> bool:
     """Whether Ctrl-C was heard: then whatever was raised since is its consequence."""
     return _heard is not None
+
+
+def status() -> int:
+    """The exit status of what was interrupted, as shells count it: 130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + _signal
 
 
 def unwind() -> None:
@@ -46,18 +53,19 @@ def unwind() -> None:
 def ignore() -> None:
     """From now on, Ctrl-C does nothing: the command has done all it had to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _on_interrupt(signum: int, frame: FrameType | None) -> None:
-    global _heard
+    global _heard, _signal
     now = time.monotonic()
     if _heard is None or now - _heard > SAME:
-        _heard = now
+        _heard, _signal = now, signum
         if logging := sys.modules.get("logging"):
             logging.disable(logging.CRITICAL)  # what threads log of the work that is given up
         if not _unwinding and _importing(frame):
             os.write(2, f"{MESSAGE}\n".encode())
-            os._exit(130)
+            os._exit(status())
         raise KeyboardInterrupt
 
 
@@ -96,6 +104,6 @@ def _on_unraisable(unraisable: Any) -> None:
     if not isinstance(unraisable.exc_value, KeyboardInterrupt):
         return  # after Ctrl-C, what finalisers say of half-made objects is of no interest
     _heard = None
-    again = threading.Timer(0.02, signal.raise_signal, [signal.SIGINT])
+    again = threading.Timer(0.02, signal.raise_signal, [_signal])
     again.daemon = True
     again.start()

@@ -77,6 +77,7 @@ def test_torch_is_imported_where_it_is_meant_to_be() -> None:
         ("jddim.models.unet", {"config", "models"}),
         ("jddim.checkpoint", {"config", "interrupt", "models"}),
         ("jddim.images", {"interrupt"}),
+        ("jddim.shards", {"config", "images"}),
         ("jddim.progress", set()),
         ("jddim.interrupt", set()),
     ],

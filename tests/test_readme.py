@@ -57,6 +57,19 @@ def test_the_research_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert bool(jax.numpy.isfinite(found["x_0"]).all())
 
 
+def test_the_scale_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"channel_mults": (1,), "attention_levels": ()}
+    write_checkpoint(tmp_path / "cifar10", in_channels=3, out_channels=3, **small)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scale.md").read_text(), re.S)
+    found: dict = {}
+    for block in blocks[:-1]:  # the last one is test_export.py's
+        exec(block, found)
+    assert found["images"].shape == (11, 6, 10, 3)
+    assert found["x_0"].shape == (found["num"], 6, 10, 3)
+    assert found["doubles"] == 0
+
+
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 

@@ -1,0 +1,288 @@
+"""Sets of shards: whatever kills a run, the next completes it to the bit; what is damaged is found and named."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bulk_zygote import BATCH, LABELS, NUM, SIZE, Zygote, make, manifest
+from tiny import tree
+
+from jddim import bulk, shards
+from jddim.shards import FORMATS, Layout
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    process = Zygote()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A set in each format, made in one go."""
+    folder = tmp_path_factory.mktemp("bulk")
+    for format in FORMATS:
+        assert bulk.run(folder / format, manifest(format), make, LABELS).images == NUM
+    return {format: folder / format for format in FORMATS}
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {name: value for name, value in tree(folder).items() if not name.startswith(".lock")}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_set_is_read_as_it_was_made(undisturbed: dict[str, Path], tmp_path: Path, format: str) -> None:
+    assert bulk.problems(undisturbed[format]) == []
+    assert bulk.collect([undisturbed[format]], tmp_path / "all.npz") == (NUM, 0)
+    with np.load(tmp_path / "all.npz") as held:
+        images, labels = held["arr_0"], held["arr_1"]
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(images, np.concatenate([make(i) for i in range(0, NUM, BATCH)])[:NUM])
+    np.testing.assert_array_equal(labels, np.arange(NUM) % 5)
+    np.testing.assert_array_equal(bulk.kept(undisturbed[format], manifest(format), 17), images[17])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_killed_at_any_moment_it_is_completed_to_the_bit(
+    zygote: Zygote, undisturbed: dict[str, Path], tmp_path: Path, format: str
+) -> None:
+    rng = random.Random(format)
+    kills, out = 0, tmp_path / "out"
+    # the first moments of a folder one after the other, then any
+    for event in [*range(1, 8), *(rng.randrange(1, 30) for _ in range(12))]:
+        kills += zygote.run({"out": out, "format": format, "event": event}) == [-signal.SIGKILL]
+    for _ in range(2):
+        kills += zygote.run({"out": out, "format": format, "after": rng.uniform(0, 0.03)}) == [-signal.SIGKILL]
+    assert kills >= 10
+    assert zygote.run({"out": out, "format": format}) == [0]
+    assert contents(out) == contents(undisturbed[format])
+
+
+@pytest.mark.parametrize("format", ["npz", "png"])
+def test_two_workers_killed_at_any_moment(
+    zygote: Zygote, undisturbed: dict[str, Path], tmp_path: Path, format: str
+) -> None:
+    rng = random.Random(format)
+    out = tmp_path / "out"
+    pair = [{"out": out, "format": format, "worker": [i, 2]} for i in range(2)]
+    ends = [end for _ in range(8) for end in zygote.run(*({**run, "event": rng.randrange(1, 30)} for run in pair))]
+    assert ends.count(-signal.SIGKILL) >= 8
+    assert 99 not in ends  # neither was kept out by the other, dead or alive
+    assert zygote.run(*pair) == [0, 0]
+    assert contents(out) == contents(undisturbed[format])
+    # with the workers gone, another number of them finds nothing to do
+    assert bulk.run(out, manifest(format), make, LABELS, worker=(2, 3)).images == 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("damage", ["flipped", "cut short", "gone", "another's"])
+def test_a_damaged_shard_is_named_and_made_again(
+    undisturbed: dict[str, Path], tmp_path: Path, format: str, damage: str
+) -> None:
+    out = shutil.copytree(undisturbed[format], tmp_path / "out")
+    layout, told = manifest(format).bulk.layout, []
+    path = layout.path(out, 4)
+    file = path / "00000026.png" if format == "png" else path
+    if damage == "flipped":
+        content = bytearray(file.read_bytes())
+        content[random.Random(format).randrange(len(content))] ^= 8
+        file.write_bytes(content)
+    elif damage == "cut short":
+        os.truncate(file, file.stat().st_size - 1)
+    elif damage == "gone":
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    else:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.copytree(layout.path(out, 3), path) if format == "png" else shutil.copy(layout.path(out, 3), path)
+    (problem,) = bulk.problems(out)
+    assert path.name in problem
+    with pytest.raises(bulk.BulkError, match=path.name):
+        bulk.collect([out], tmp_path / "all.npz")
+    assert not (tmp_path / "all.npz").exists()
+    done = bulk.run(out, manifest(format), make, LABELS, say=told.append)
+    assert (done.whole, done.images) == (7, SIZE)
+    assert f"{problem}; it is made again" in told
+    assert contents(out) == contents(undisturbed[format])
+
+
+def test_each_byte_of_receipt_and_manifest_counts(undisturbed: dict[str, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(undisturbed["npz"], tmp_path / "out")
+    asked = manifest()
+    layout = asked.bulk.layout
+    for path, wrong in (
+        (layout.receipt(out, 2), lambda: shards.problem(out, layout, 2, asked.run)),
+        (bulk.manifest_path(out), lambda: bulk.read_manifest(out)),
+    ):
+        whole = path.read_bytes()
+        for spoiled in [*(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(len(whole))), whole[:-1]]:
+            path.write_bytes(spoiled)
+            try:
+                problem = wrong()
+            except ValueError as error:
+                problem = error
+            assert "shard-00002" in str(problem) or "manifest.json" in str(problem), spoiled
+        path.write_bytes(whole)
+    # a damaged manifest is not written over; removed, it comes back, and the shards are kept
+    bulk.manifest_path(out).write_bytes(b"{")
+    with pytest.raises(bulk.BulkError, match=r"manifest.json is damaged .*remove it"):
+        bulk.run(out, asked, make, LABELS)
+    bulk.manifest_path(out).unlink()
+    with pytest.raises(ValueError, match=r"shard-00000.npz was made by a run with other settings"):
+        bulk.run(out, manifest(seed=1), make, LABELS)
+    bulk.manifest_path(out).unlink()
+    assert bulk.run(out, asked, make, LABELS).images == 0
+    assert contents(out) == contents(undisturbed["npz"])
+
+
+def test_other_settings_are_refused_with_what_differs(undisturbed: dict[str, Path]) -> None:
+    before = tree(undisturbed["npz"])
+    with pytest.raises(
+        bulk.BulkError, match=r"seed is 0 there, 7 here; batch_size is 3 there, 2 here\. Ask for what it was begun with"
+    ):
+        bulk.run(undisturbed["npz"], manifest(seed=7, batch_size=2), make, LABELS)
+    assert tree(undisturbed["npz"]) == before
+
+
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with bulk.locked(out, manifest()):
+        with pytest.raises(bulk.BulkError, match=rf"in use by process {os.getpid()} on .*, since"):
+            bulk.run(out, manifest(), make)
+        with pytest.raises(bulk.BulkError, match="in use by a run of 1 workers"):
+            bulk.run(out, manifest(), make, worker=(1, 2))
+        with pytest.raises(bulk.BulkError, match="seed is 0 there, 1 here"):
+            bulk.run(out, manifest(seed=1), make)
+    with (
+        bulk.locked(out, manifest(), (0, 2)),
+        bulk.locked(out, manifest(), (1, 2)),
+        pytest.raises(bulk.BulkError, match="in use as worker 1/2 by process"),
+    ):
+        bulk.run(out, manifest(), make, worker=(1, 2))
+    assert bulk.run(out, manifest(), make).images == NUM
+
+
+def test_a_full_disk_stops_cleanly_and_the_run_goes_on(
+    zygote: Zygote, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    room = shards.Layout(NUM, SIZE).path(undisturbed["npz"], 0).stat().st_size - 1
+    assert zygote.run({"out": out, "format": "npz", "limit": room}) == [errno.EFBIG]
+    assert set(contents(out)) == {"manifest.json"}
+    assert zygote.run({"out": out, "format": "npz"}) == [0]
+    assert contents(out) == contents(undisturbed["npz"])
+
+
+def test_a_read_only_folder_is_refused(zygote: Zygote) -> None:
+    folder = Path(tempfile.mkdtemp())  # tmp_path is closed to other users, as whom root becomes bound by permissions
+    try:
+        folder.chmod(0o755)
+        bulk.run(folder / "out", manifest(), make, LABELS, worker=(1, 2))
+        before = tree(folder)
+        (folder / "out").chmod(0o555)
+        for file in (folder / "out").iterdir():
+            file.chmod(0o444)
+        assert zygote.run({"out": folder / "out", "format": "npz", "nobody": True}) == [errno.EACCES]
+        assert tree(folder) == before
+    finally:
+        (folder / "out").chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_slow_disk_slows_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    disk, written = threading.Event(), []
+    monkeypatch.setattr(shards, "write", lambda folder, layout, k, files, run: (disk.wait(), written.append(k)))
+    asked = []
+
+    def slow(first: int) -> np.ndarray:
+        asked.append(first)
+        return make(first)
+
+    runner = threading.Thread(target=lambda: bulk.run(tmp_path / "out", manifest(), slow))
+    runner.start()
+    runner.join(0.5)
+    # one shard is being written, one waits, one is made: no more are held
+    assert runner.is_alive()
+    assert len(asked) == 3 * SIZE // BATCH
+    disk.set()
+    runner.join(60)
+    assert written == list(range(8))
+
+
+def test_what_a_writer_fails_of_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "disk")
+
+    monkeypatch.setattr(shards, "write", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        bulk.run(tmp_path / "out", manifest(), make)
+
+
+def test_workers_folders_are_collected_without_gaps_and_doubles(undisturbed: dict[str, Path], tmp_path: Path) -> None:
+    outs = [tmp_path / f"worker-{i}" for i in range(3)]
+    for i, out in enumerate(outs):
+        bulk.run(out, manifest(), make, LABELS, worker=(i, 3))
+    bulk.collect(outs, tmp_path / "all.npz")
+    bulk.collect([undisturbed["npz"]], tmp_path / "one.npz")
+    assert (tmp_path / "all.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+    with pytest.raises(bulk.BulkError, match=r"3 of 8 shards: .*0001.npz is missing; .*0004.npz is missing; .*0007"):
+        bulk.collect([outs[0], outs[2]], tmp_path / "gaps.npz")
+    with pytest.raises(bulk.BulkError, match=r"shard-00000.npz is in .*worker-0 and in .*npz"):
+        bulk.collect([*outs, undisturbed["npz"]], tmp_path / "doubles.npz")
+    assert not list(tmp_path.glob("gaps*")) + list(tmp_path.glob("doubles*"))
+
+
+def test_equal_images_are_counted(tmp_path: Path) -> None:
+    bulk.run(
+        tmp_path / "out", manifest(), lambda first: np.stack([make(i % 9)[0] for i in range(first, first + BATCH)])
+    )
+    assert bulk.collect([tmp_path / "out"], tmp_path / "all.npz") == (NUM, NUM - 9)
+
+
+def test_a_shard_of_no_set_is_named(undisturbed: dict[str, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(undisturbed["npz"], tmp_path / "out")
+    shutil.copy(out / "shard-00001.npz", out / "shard-00008.npz")
+    assert bulk.problems(out) == ["shard-00008.npz is none of this set's 8 shards"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num": 0, "batch_size": 0}, "batch_size must be at least 1, got 0; num must be at least 1, got 0"),
+        ({"shard_size": 7}, "multiple of the batch size 3"),
+        ({"format": "tiff"}, "unknown format 'tiff' .allowed: npz, png, tar."),
+        ({"method": "ddmp"}, "did you mean 'ddpm'"),
+        ({"seed": -1}, "seed must lie in"),
+    ],
+)
+def test_settings_that_cannot_be(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        manifest(**changes)
+
+
+def test_labels_are_balanced_and_belong_to_the_image() -> None:
+    assert bulk.label_cycle("balanced", 4, null_label=3).tolist() == [0, 1, 2]
+    assert bulk.label_cycle("2:5", None).tolist() == [2, 3, 4]
+    assert bulk.labels_of(bulk.label_cycle("balanced", 3), range(7, 12)).tolist() == [1, 2, 0, 1, 2]
+    for wrong in ("3:3", "cat", "1,2", ""):
+        with pytest.raises(ValueError, match="labels are balanced, one number, or a range"):
+            bulk.label_cycle(wrong, 5)
+    with pytest.raises(ValueError, match="no classes"):
+        bulk.label_cycle("balanced", None)
+
+
+def test_the_default_shard_is_whole_batches() -> None:
+    assert [bulk.BulkConfig(9, batch_size=b).shard_size for b in (64, 100, 3000)] == [1024, 1000, 3000]
+    assert [len(Layout(43, 6).images(k)) for k in (0, 7)] == [6, 1]

@@ -1,0 +1,130 @@
+"""Sampling on a mesh of 8 host devices (in a process of its own), and the rules that place parameters."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from conftest import ROOT
+from jax.sharding import PartitionSpec as P
+from tiny import random_model, small_config
+
+from jddim.sharding import CHANNELS, REPLICATED, Sharded, make_mesh, param_shardings
+
+EIGHT = """
+import re
+import jax, numpy as np
+import jax.numpy as jnp
+from flax import nnx
+from tiny import random_model, small_config
+from jddim.config import SamplerConfig
+from jddim.pipeline import DDIM
+from jddim.schedule import linear_schedule
+from jddim.sharding import CHANNELS, REPLICATED, Sharded, lower, make_mesh
+
+class Convolutions(nnx.Module):
+    '''Two, and t: a network whose programs compile at once.'''
+
+    def __init__(self):
+        self.config, self.dtype = small_config(), jnp.float32
+        self.conv_in = nnx.Conv(1, 8, (3, 3), rngs=nnx.Rngs(0))
+        self.conv_out = nnx.Conv(8, 1, (3, 3), rngs=nnx.Rngs(1))
+
+    def __call__(self, x, t):
+        return self.conv_out(nnx.silu(self.conv_in(x) + t[:, None, None, None] / 100))
+
+key, how = jax.random.key(3), {"eta": 0.7, "clip": True}
+ddim = DDIM(Convolutions(), linear_schedule(100), SamplerConfig(num_steps=3))
+one = np.asarray(ddim.sample(key, 24, batch_size=3, **how))
+for n in (1, 2, 8):  # three images a device and call, as in `one`
+    sharded = Sharded(ddim, make_mesh(n))
+    parts = [sharded.sample(key, 3 * n, start=i, **how) for i in range(0, 24, 3 * n)]
+    assert len(parts[0].sharding.device_set) == n
+    np.testing.assert_array_equal(np.concatenate(parts), one, err_msg=f"{n} devices")
+compiled = lower(ddim, make_mesh(4), REPLICATED, 12, tuple(sorted(how.items()))).compile()
+firsts = np.arange(12, 24, 3, dtype=np.uint32)
+np.testing.assert_array_equal(compiled(ddim.model, key, firsts, None), one[12:])
+assert not re.search("all-(reduce|gather|to-all)|collective-permute|reduce-scatter", compiled.as_text())
+
+wide = Sharded(ddim, make_mesh(2, 2), CHANNELS)
+kernel = wide.ddim.model.conv_in.kernel.get_value()
+assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 1, 4)}, kernel.shape
+# sums over channels are cut in two: rounding
+np.testing.assert_allclose(wide.sample(key, 24, **how), one, atol=1e-5)
+
+config = small_config(channel_mults=(1,), attention_levels=(), middle=False, class_embedding="learned", num_classes=5)
+ddim = DDIM(random_model(config), linear_schedule(100), SamplerConfig(num_steps=3))
+labels = np.arange(24) % 5
+one = np.asarray(ddim.sample(key, 24, labels=labels, batch_size=3, **how))
+eight = Sharded(ddim, make_mesh(8))
+np.testing.assert_array_equal(eight.sample(key, 24, labels=labels, **how), one)
+try:
+    eight.sample(key, 8, labels=np.arange(8))
+except ValueError as error:
+    assert "labels must lie in 0..4, got 5" in str(error)
+else:
+    raise AssertionError
+print("equal")
+"""
+
+
+def test_the_same_bits_on_1_2_4_and_8_devices() -> None:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "equal\n"
+
+
+def test_rules_place_parameters_by_their_first_match() -> None:
+    mesh = make_mesh(1, 1)
+    places = param_shardings(random_model(small_config()), mesh, CHANNELS)
+    assert places.conv_in.kernel.get_value().spec == P(None, None, None, "model")
+    assert places.conv_out.kernel.get_value().spec == P()
+    assert places.conv_in.bias.get_value().spec == P()
+    whole = param_shardings(random_model(small_config()), mesh)
+    assert {place.spec for place in jax.tree.leaves(whole)} == {P()}
+
+
+def test_rules_that_do_not_fit_are_told_by_name() -> None:
+    model = random_model(small_config())
+    for rules, message in (
+        ((("kernel", P()),), "no rule is for"),
+        ((("", P("model", "data", None)),), r"conv_in\.bias \(8,\) has fewer axes than its rule"),
+        ((("", P("modle")),), r"conv_in\.bias: the mesh has axes data, model, not modle"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            param_shardings(model, make_mesh(1, 1), rules)
+    with pytest.raises(ValueError, match=r"conv_out\.kernel .*: 1 cannot be cut into 2 by its rule"):
+        param_shardings(
+            model, jax.sharding.AbstractMesh((1, 2), ("data", "model")), (("kernel", P("model")), ("", P()))
+        )
+
+
+def test_a_mesh_needs_its_devices() -> None:
+    with pytest.raises(ValueError, match="a mesh of 3 x 2 needs 6 devices, there are 1"):
+        make_mesh(3, 2, jax.devices()[:1])
+    assert dict(make_mesh(devices=jax.devices()[:1]).shape) == {"data": 1, "model": 1}
+
+
+def test_what_cannot_be_compiled_in_is_refused() -> None:
+    from jddim.config import SamplerConfig
+    from jddim.pipeline import DDIM
+    from jddim.schedule import linear_schedule
+
+    ddim = DDIM(random_model(small_config()), linear_schedule(10), SamplerConfig(num_steps=3))
+    sharded = Sharded(ddim, make_mesh(1), REPLICATED)
+    with pytest.raises(ValueError, match="progress is no option of a sharded program"):
+        sharded.sample(jax.random.key(0), 2, progress=True)
+    with pytest.raises(ValueError, match="num must be a multiple of 1, the data axis, got 0"):
+        sharded.sample(jax.random.key(0), 0)
+    with pytest.raises(ValueError, match="this network has no classes"):
+        sharded.sample(jax.random.key(0), 2, labels=[1, 2])
