@@ -21,6 +21,7 @@ from jax import Array, export, lax
 
 from jddim import __version__
 from jddim.checkpoint import build_model, flat_params
+from jddim.compiling import compiler_options
 from jddim.config import to_json
 from jddim.ddim import StepTable
 from jddim.images import atomic
@@ -173,6 +174,7 @@ def _exported(
         **about,
         "arguments": {n: f"{v.dtype.name}{list(map(str, v.shape))}" for n, v in takes.items() if n != "weights"},
         "platforms": list(program.platforms),
+        "compiler_options": {name: compiler_options(name) for name in program.platforms},
         "checkpoint_sha256": None if ddim.metadata is None else ddim.metadata.sha256,
         "sampler": to_json(ddim.sampler),
         "dtype": jnp.dtype(ddim.model.dtype).name,

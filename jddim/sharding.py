@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
+from jddim.compiling import compiler_options
 from jddim.config import did_you_mean
 from jddim.models import Network
 from jddim.pipeline import DDIM
@@ -161,7 +162,8 @@ def program(
         check_vma=False,  # it would have the loop's carry, constants at first, vary from the start
     )
     places = (param_shardings(ddim.model, mesh, rules), whole, data, data if labelled else None)
-    return jax.jit(run, in_shardings=places, out_shardings=data)
+    options_of_xla = compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(run, in_shardings=places, out_shardings=data, compiler_options=options_of_xla)
 
 
 def lower(

@@ -45,7 +45,8 @@ def _needs_flatbuffers(request: pytest.FixtureRequest) -> None:
 def run(exported: Exported, *arguments: Any) -> Any:
     """As a reader of the file would, without the file."""
     program = jax.export.deserialize(exported.program.serialize())
-    return jax.tree.map(np.asarray, jax.jit(program.call)(exported.weights, *arguments))
+    options = exported.about["compiler_options"]["cpu"]
+    return jax.tree.map(np.asarray, jax.jit(program.call, compiler_options=options)(exported.weights, *arguments))
 
 
 def test_the_pages_lines_run_with_jax_alone(tmp_path: Path) -> None:
