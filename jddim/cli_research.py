@@ -117,8 +117,6 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
     if (args.strength is None) == (args.mask is None):
         raise ValueError("give either --strength, to change images all over, or --mask, to fill them in")
     ddim = _load(args, ("", ".png", ".npz", ".npy"))
-    if ddim.sampler.self_condition:
-        raise ValueError("edit has no self-conditioning, which this network needs")
 
     import jax
     import jax.numpy as jnp

@@ -45,15 +45,15 @@ def test_the_research_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Monk
     write_checkpoint(tmp_path / "ckpt", class_embedding="learned", num_classes=5, **small)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "research.md").read_text(), re.S)
-    assert len(blocks) == 12
+    assert len(blocks) == 13
     monkeypatch.setattr("jddim.solvers.SOLVERS", dict(SOLVERS))  # the page registers one
     found: dict = {}
     for block in blocks:
         exec(block, found)
     shapes = {"rows": (3, 3), "by_scale": (3, 3), "seeds": (2, 3), "guided": (3,), "filled": (3,), "edited": (3,)}
     assert {name: found[name].shape[:-3] for name in shapes} == shapes
-    kept = found["filled"][:, :, :5]  # the left half of 10 columns
-    assert (kept == found["images"][:, :, :5]).all()
+    for name in ("filled", "by_unipc"):  # the left half of 10 columns
+        assert (found[name][:, :, :5] == found["images"][:, :, :5]).all()
     assert bool(jax.numpy.isfinite(found["x_0"]).all())
 
 
