@@ -45,7 +45,7 @@ def test_the_research_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Monk
     write_checkpoint(tmp_path / "ckpt", class_embedding="learned", num_classes=5, **small)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "research.md").read_text(), re.S)
-    assert len(blocks) == 14
+    assert len(blocks) == 15
     monkeypatch.setattr("jddim.solvers.SOLVERS", dict(SOLVERS))  # the page registers one
     found: dict = {}
     jax.config.update("jax_disable_most_optimizations", True)  # each program runs once
@@ -60,6 +60,8 @@ def test_the_research_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Monk
         assert (found[name][:, :, :5] == found["images"][:, :, :5]).all()
     assert bool(jax.numpy.isfinite(found["x_0"]).all())
     assert bool(jax.numpy.isfinite(found["bits"]).all())
+    before, after = (found["log_probability"](found[x], found["ddim"].model) for x in ("x_T", "better_x_T"))
+    assert after.mean() > before.mean()
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
