@@ -69,6 +69,7 @@ def test_torch_is_imported_where_it_is_meant_to_be() -> None:
         ("jddim.guidance", {"ddim", "sampling", "schedule"}),
         ("jddim.editing", {"ddim", "sampling"}),
         ("jddim.likelihood", {"ddim", "sampling"}),
+        ("jddim.padding", {"ddim", "sampling"}),
         ("jddim.metrics", set()),
         ("jddim.timetables", {"ddim", "schedule", "timesteps"}),
         ("jddim.mnist_cnn", set()),
