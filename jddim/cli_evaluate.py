@@ -6,8 +6,10 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-SIZE = (28, 28)
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -29,28 +31,26 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--json", type=Path, metavar="FILE", help="the figures, to many digits")
 
 
+def digit_features(path: Path) -> np.ndarray:
+    """The features mnist-cnn-v1 `(n, 64)` of what `load_images` reads, or of a folder with MNIST's training files."""
+    from jddim import images, mnist_cnn
+
+    try:
+        if any((path / f"train-images-idx3-ubyte{end}").exists() for end in ("", ".gz")):
+            found, _ = mnist_cnn.read_mnist(path, "train")
+        else:
+            found = images.load_images(path, (28, 28))
+        return mnist_cnn.features(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
+
+
 def _evaluate(args: argparse.Namespace) -> int:
-    import jax
     import numpy as np
 
     from jddim import images, metrics, mnist_cnn
 
-    params = mnist_cnn.load()
-    hidden = jax.jit(mnist_cnn.hidden)
-
-    def features(path: Path) -> np.ndarray:
-        if any((path / f"train-images-idx3-ubyte{end}").exists() for end in ("", ".gz")):
-            found, _ = mnist_cnn.read_mnist(path, "train")
-        else:
-            found = images.load_images(path, SIZE)
-        if found.shape[1:] != (*SIZE, 1):
-            raise ValueError(f"{path}: {mnist_cnn.NAME} looks at images of 28x28x1, these are {found.shape[1:]}")
-        if not np.isfinite(found).all():
-            raise ValueError(f"{path}: a NaN or infinity in image {np.argwhere(~np.isfinite(found))[0][0]}")
-        size = min(1000, len(found))
-        return np.concatenate([hidden(params, found[i : i + size]) for i in range(0, len(found), size)])
-
-    made, real = features(args.images), features(args.reference)
+    made, real = digit_features(args.images), digit_features(args.reference)
     few = min(len(made), len(real), 10_000)
     kernel, deviation = metrics.kernel_distance(made, real)
     spread = None if np.isnan(deviation) else deviation

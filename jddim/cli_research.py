@@ -25,11 +25,18 @@ def add(
     sub = command(
         "sweep",
         partial(_sweep, read_labels=read_labels),
-        "one x_T under many etas (and numbers of steps): a labelled grid, and the arrays",
-        "mnist etas.png\nmnist atlas.png --eta 0,0.2,0.5,1 --steps 10,20,50,100 --num 12\n"
+        "one x_T under many etas (and numbers of steps): a labelled grid, an atlas with costs, or the arrays",
+        "mnist etas.png\nmnist atlas.html --eta 0,0.2,0.5,1 --steps 10,20,50,100 --num 12\n"
+        "mnist atlas.png --steps 10,50 --eta 0,1 --num 1000 --rows-at-once 1 --reference ../data/mnist\n"
         "mnist etas.npz --num 64 --rows-at-once 4",
     )
-    _common(sub, seed, "8 images a row")
+    _common(
+        sub,
+        seed,
+        "images a cell (default 8)",
+        ".png a grid, of several --steps an atlas: columns S, rows eta, and what they cost; .html an atlas; .npz the "
+        "arrays",
+    )
     sub.add_argument(
         "--eta",
         type=_numbers(float),
@@ -43,6 +50,13 @@ def add(
     sub.add_argument(
         "--rows-at-once", type=int, metavar="N", help="etas that share a call and its memory (default: all)"
     )
+    sub.add_argument(
+        "--reference",
+        type=Path,
+        metavar="DATA",
+        help="for an atlas of digits: FD (mnist-cnn-v1) of each cell's images, as in jddim evaluate",
+    )
+    sub.add_argument("--show", type=int, default=8, metavar="N", help="images that an atlas draws a cell (default 8)")
 
     sub = command(
         "edit",
@@ -86,9 +100,14 @@ def add(
     sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
 
 
-def _common(sub: argparse.ArgumentParser, seed: Callable[[str], int], num: str) -> None:
+def _common(
+    sub: argparse.ArgumentParser,
+    seed: Callable[[str], int],
+    num: str,
+    outputs: str = ".png a picture; .npz the arrays; .gif (interpolate) an animation",
+) -> None:
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
-    sub.add_argument("out", type=Path, help=".png a picture; .npz the arrays; .gif (interpolate) an animation")
+    sub.add_argument("out", type=Path, help=outputs)
     sub.add_argument("--num", type=int, default=8, metavar="N", help=num)
     _sampling(sub, seed)
 
@@ -108,7 +127,7 @@ def _load(args: argparse.Namespace, formats: Sequence[str]) -> DDIM:
 
     if args.out.suffix.lower() not in formats:
         raise ValueError(f"{args.out}: end OUT in {' or '.join(filter(None, formats))}")
-    check_output(args.out, load_metadata(args.ckpt).model.in_channels)
+    check_output(args.out, load_metadata(args.ckpt).model.in_channels, formats=formats)
     ddim = jddim.load(args.ckpt)
     return ddim if args.clip is None else ddim.with_sampler(clip=args.clip)
 
@@ -117,8 +136,6 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
     if (args.strength is None) == (args.mask is None):
         raise ValueError("give either --strength, to change images all over, or --mask, to fill them in")
     ddim = _load(args, ("", ".png", ".npz", ".npy"))
-    if ddim.sampler.self_condition:
-        raise ValueError("edit has no self-conditioning, which this network needs")
 
     import jax
     import jax.numpy as jnp
@@ -173,34 +190,74 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
 
 
 def _sweep(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
+    suffix = args.out.suffix.lower()
+    as_atlas = suffix == ".html" or (suffix == ".png" and args.steps is not None and len(args.steps) > 1)
+    if args.reference is not None and not as_atlas:
+        raise ValueError("--reference is for an atlas: OUT.html, or OUT.png of several --steps")
     _check_num(args.num, 1)
-    ddim = _load(args, (".png", ".npz"))
+    if args.show < 1:
+        raise ValueError(f"--show must be at least 1, got {args.show}")
+    ddim = _load(args, (".png", ".npz", ".html"))
 
     import jax
     import numpy as np
 
-    from jddim import images
+    from jddim import atlas, images
     from jddim.sweeping import sweep
 
     steps = args.steps or [ddim.sampler.num_steps]
     tables = [ddim.table(S, args.spacing) for S in steps]  # all, before the first is run
-    made = []
+    options: dict[str, Any] = {"rows_at_once": args.rows_at_once, "spacing": args.spacing}
+    options["labels"] = read_labels(args.labels, args.num)
+    distance, name = _distance(args, ddim)
+    made: list[Any] = []
     for S, table in zip(steps, tables, strict=True):
         print(f"{table.num_steps} steps, {len(args.eta)} etas, {args.num} images each", flush=True)
-        options = {"rows_at_once": args.rows_at_once, "steps": S, "spacing": args.spacing}
-        options["labels"] = read_labels(args.labels, args.num)
-        made.append(np.asarray(sweep(ddim, jax.random.key(args.seed), args.num, args.eta, **options)))
-    x_0 = np.stack(made)
-    if args.out.suffix.lower() == ".npz":
-        with images.atomic(args.out) as staging:
-            np.savez(staging, x_0=x_0, eta=np.array(args.eta), steps=np.array([table.num_steps for table in tables]))
-    else:
-        which = [f"S {table.num_steps}, " if len(steps) > 1 else "" for table in tables]
-        labels = [f"{first}eta {eta:g}" for first in which for eta in args.eta]
-        picture = images.grid(x_0.reshape(-1, *x_0.shape[3:]), columns=args.num)
-        images.save_png(args.out, images.labelled(picture, labels), _settings(args, ddim))
-    print(f"{x_0[..., 0, 0, 0].size} images -> {args.out}")
+        asked = (ddim, jax.random.key(args.seed), args.num, args.eta)
+        if as_atlas:
+            made.append(atlas.survey(*asked, S, distance=distance, **options))
+        else:
+            made.append(np.asarray(sweep(*asked, steps=S, **options)))
+    drawn = {"etas": args.eta, "name": name, "show": args.show}
+    match suffix:
+        case ".npz":
+            counts = np.array([table.num_steps for table in tables])
+            with images.atomic(args.out) as staging:
+                np.savez(staging, x_0=np.stack(made), eta=np.array(args.eta), steps=counts)
+        case ".html":
+            with images.atomic(args.out) as staging:
+                staging.write_text(atlas.page(made, settings=_settings(args, ddim), **drawn))
+        case _ if as_atlas:
+            images.save_png(args.out, atlas.picture(made, **drawn), _settings(args, ddim))
+        case _:
+            picture = images.grid(made[0].reshape(-1, *made[0].shape[2:]), columns=args.num)
+            labels = [f"eta {eta:g}" for eta in args.eta]
+            images.save_png(args.out, images.labelled(picture, labels), _settings(args, ddim))
+    print(f"{len(steps) * len(args.eta) * args.num} images -> {args.out}")
+    if name is not None and args.num < 1000:
+        print(f"note: {args.num} images are few: below 1,000 or so {name} says little, and it falls with their number")
     return 0
+
+
+def _distance(args: argparse.Namespace, ddim: DDIM) -> tuple[Callable[[Any], float] | None, str | None]:
+    """How far images are from --reference, and what that is called."""
+    if args.reference is None:
+        return None, None
+
+    from jddim import metrics, mnist_cnn
+    from jddim.cli_evaluate import digit_features
+
+    config = ddim.model.config
+    if (*config.image_size, config.in_channels) != (28, 28, 1):
+        raise ValueError(
+            f"--reference: {mnist_cnn.NAME} looks at images of 28x28x1, this checkpoint makes "
+            f"{'x'.join(map(str, (*config.image_size, config.in_channels)))}; leave it out"
+        )
+    if args.num < 2:
+        raise ValueError(f"--reference needs --num of at least 2, got {args.num}")
+    real = metrics.Moments.of(digit_features(args.reference))
+    far = lambda x: metrics.frechet_distance(metrics.Moments.of(mnist_cnn.features(x)), real)  # noqa: E731
+    return far, f"FD ({mnist_cnn.NAME})"
 
 
 def _interpolate(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:

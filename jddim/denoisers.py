@@ -24,7 +24,7 @@ def with_scaled_time(denoise: Denoiser, scale: ArrayLike) -> Denoiser:
 
 def without_variance(denoise: Denoiser) -> Denoiser:
     """A denoiser of a network with learned variance: the first half of its channels (OpenAI, Nichol)."""
-    return lambda x_t, t: jnp.split(denoise(x_t, t), 2, axis=-1)[0]
+    return lambda x_t, t, *rest: jnp.split(denoise(x_t, t, *rest), 2, axis=-1)[0]
 
 
 def with_self_condition(denoise: Denoiser) -> Denoiser:

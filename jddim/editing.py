@@ -80,6 +80,7 @@ def inpaint_loop(
     clip_range: tuple[ArrayLike, ArrayLike] | None = None,
     threshold: tuple[ArrayLike, ArrayLike] | None = None,
     rederive_eps: bool = False,
+    self_condition: bool = False,
     trajectory_every: int | None = None,
 ) -> Any:
     """DDIM that fills in what is not known of an image: after each step the known pixels are put back, noised.
@@ -118,18 +119,22 @@ def inpaint_loop(
         noise=noise,
         deterministic=deterministic,
         draws=draws,
+        self_condition=self_condition,
         trajectory_every=trajectory_every,
     )
 
 
 def keep_known(update: Update, known: Array, keep: ArrayLike, known_noise: Array) -> Update:
-    """A step that ends with `known`, noised to where the step ends by always the same noise, wherever `keep` is 1."""
+    """A step that ends with `known`, noised to where the step ends by always the same noise, wherever `keep` is 1.
+
+    Any step, one with a memory too: a solver's pixels do not mix, only the network mixes them.
+    """
     keep = _mask(keep, known)
 
-    def kept(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
-        x_prev, x0 = update(x_t, output, noise, row)
+    def kept(x_t: Array, output: Array, noise: Array, row: Any, *memory: Any) -> tuple[Any, ...]:
+        x_prev, x0, *memory_next = update(x_t, output, noise, row, *memory)
         x_known = ddim.add_noise(known, known_noise, row.alpha_bar_prev)
-        return keep * x_known + (1 - keep) * x_prev, x0
+        return keep * x_known + (1 - keep) * x_prev, x0, *memory_next
 
     return kept
 
@@ -139,9 +144,15 @@ def repaint(update: Update, known: Array, keep: ArrayLike, times: int) -> Update
 
     The known and the unknown pixels share the first draw, being different pixels. All but the last of a row's
     repetitions go back to where it started: x_t ~ N(sqrt(a) x_prev, 1 - a), a = alpha_bar_t / alpha_bar_prev.
+    Raises ValueError for a step with a memory.
     """
 
-    def painted(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
+    def painted(x_t: Array, output: Array, noise: Array, row: StepTable, *memory: Any) -> tuple[Array, Array]:
+        if memory:
+            raise ValueError(
+                "RePaint goes back to noisier samples, of which a solver's memory knows nothing: take a step without "
+                "one (ddim_update, ancestral_update), or resample=1"
+            )
         x_prev, x0 = keep_known(update, known, keep, noise[0])(x_t, output, noise[0], row)
         a = per_sample(row.alpha_bar_t / row.alpha_bar_prev, x_t)
         back = jnp.sqrt(a) * x_prev + jnp.sqrt(1 - a) * noise[1]

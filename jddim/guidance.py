@@ -148,12 +148,20 @@ def classifier_guided(
     denoise: predicts `prediction_type`; the result predicts eps. schedule: the training's, for alpha_bar_t.
     clip_range: OpenAI's `condition_score` takes the eps that x0 implies after clipping, and does not clip again what
     the gradient makes of it: give (-1, 1) here, and sample with clip off, to do the same.
+    What else the denoiser takes, such as a self-conditioned one's x0_hat, is passed on. Raises ValueError if it returns
+    a learned variance too.
     """
     alpha_bar, root = schedule.alphas_cumprod, np.sqrt(1 - schedule.alphas_cumprod)
 
-    def guided(x_t: Array, t: Array) -> Array:
+    def guided(x_t: Array, t: Array, *rest: Any) -> Array:
+        output = denoise(x_t, t, *rest)
+        if output.shape != x_t.shape:
+            raise ValueError(
+                f"classifier_guided takes a denoiser that returns what is like x_t {x_t.shape}, it returned "
+                f"{output.shape}: leave a learned variance out (jddim.denoisers.without_variance)"
+            )
         alpha_bar_t = jnp.asarray(alpha_bar, x_t.dtype)[t]
-        x0, eps = ddim.predict_both(denoise(x_t, t), x_t, alpha_bar_t, prediction_type)
+        x0, eps = ddim.predict_both(output.astype(x_t.dtype), x_t, alpha_bar_t, prediction_type)
         if clip_range is not None:
             eps = ddim.predict_eps(x_t, jnp.clip(x0, *clip_range), alpha_bar_t)
         return eps - per_sample(jnp.asarray(root, x_t.dtype)[t], x_t) * cond_fn(x_t, t)

@@ -141,19 +141,20 @@ def _read_png(path: Path) -> NDArray[np.uint8]:
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
-def check_output(path: str | os.PathLike[str], channels: int, *, overwrite: bool = True) -> None:
+def check_output(path: str | os.PathLike[str], channels: int, *, formats: Sequence[str] = FORMATS) -> None:
     """Raise ValueError or OSError if samples of `channels` channels cannot be written to `path`.
 
-    To be called before sampling. Numbered PNGs are only written into a folder that is new or empty.
+    formats: the suffixes allowed, beside none, where they are not those of `save_images`. To be called before sampling.
+    Numbered PNGs are only written into a folder that is new or empty.
     """
     target = Path(path)
     suffix = target.suffix.lower()
-    if suffix and suffix not in FORMATS:
+    if suffix and suffix not in formats:
         raise ValueError(
             f"{path}: unknown format {suffix!r}; end OUT in .png (grid), .gif (trajectory), .npz (uint8), .npy "
             "(float32), or no suffix (a folder of PNGs)"
         )
-    if suffix in ("", ".png", ".gif") and channels not in (1, 3):
+    if suffix in ("", ".png", ".gif", ".html") and channels not in (1, 3):
         raise ValueError(f"{path}: pictures need 1 or 3 channels, the samples have {channels}; write .npz or .npy")
     if suffix and target.is_dir():
         raise IsADirectoryError(f"{path} is a folder")

@@ -356,7 +356,7 @@ class DDIM:
     def conventions(self, dtype: DTypeLike = np.float32) -> dict[str, Any]:
         """The checkpoint's conventions as keyword arguments of `sample_loop`, and of `inpaint_loop` and `invert_loop`.
 
-        Those two take no self_condition, which is among them for a network that needs it alone.
+        invert_loop takes no self_condition, which is among them for a network that needs it alone.
         """
         options: dict[str, Any] = {
             "prediction_type": self.sampler.prediction_type,

@@ -297,6 +297,7 @@ def update_loop(
     draws: int | None = None,
     outputs: int = 1,
     memory: Any = None,
+    self_condition: bool = False,
     trajectory_every: int | None = None,
 ) -> Any:
     """The loop around any step that looks at one evaluation of the denoiser: a sampler of one's own. Traceable.
@@ -309,7 +310,7 @@ def update_loop(
     state = update_steps(
         denoise,
         update,
-        init_state(x_T, table, trajectory_every)._replace(memory=memory),
+        init_state(x_T, table, trajectory_every, self_condition=self_condition)._replace(memory=memory),
         table,
         key=key,
         noise=noise,
@@ -441,6 +442,7 @@ def _scan(
             raise ValueError(f"denoise must return {expected} for an x_t like {x_t.shape}, it returned {output.shape}")
         carried = [] if state.memory is None else [state.memory]
         x_prev, x0, *carried = update(x_t, output.astype(x_t.dtype), noise_of(row.step, noise_row), row, *carried)
+        x_prev, x0 = x_prev.astype(x_t.dtype), x0.astype(x_t.dtype)  # a float32 table may not widen a bfloat16 state
         bad = ~jnp.isfinite(x_prev).reshape(x_prev.shape[0], -1).all(axis=1)
         first_bad = jnp.where(bad & (state.first_bad < 0), row.step, state.first_bad)
         trajectory = _record(state.trajectory, row, x_prev, x0, trajectory_every)

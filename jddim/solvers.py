@@ -83,6 +83,7 @@ def solver_loop(
     prediction_type: str = "epsilon",
     clip_range: tuple[ArrayLike, ArrayLike] | None = None,
     threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    self_condition: bool = False,
     trajectory_every: int | None = None,
 ) -> Any:
     """x_T to x_0 by a solver of SOLVERS, or any `Solver`. Traceable.
@@ -105,6 +106,7 @@ def solver_loop(
         noise=noise,
         deterministic=not solver.stochastic,
         memory=memory_of(plan, x_T),
+        self_condition=self_condition,
         trajectory_every=trajectory_every,
     )
 

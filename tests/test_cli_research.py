@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from PIL import Image
 from tiny import write_checkpoint
 
 import jddim
-from jddim import images
+from jddim import atlas, images, metrics, mnist_cnn
 from jddim.cli import main
 from jddim.ddim import add_noise
 from jddim.editing import slerp, tail
@@ -42,14 +45,51 @@ def test_sweep_writes_the_arrays_and_draws_them(ckpt: Path, tmp_path: Path) -> N
         expected = sweep(ddim, jax.random.key(5), 2, [0, 0.5, 1], steps=S, spacing="linspace")
         np.testing.assert_array_equal(made["x_0"][i], expected)
 
+    options[3] = "4"
     run("sweep", ckpt, tmp_path / "a.png", *options, "--rows-at-once", "3")
     picture = np.asarray(Image.open(tmp_path / "a.png"))
-    drawn = images.grid(made["x_0"].reshape(12, 6, 10, 1), columns=2)[..., 0]
+    drawn = images.grid(made["x_0"][0].reshape(6, 6, 10, 1), columns=2)[..., 0]
     np.testing.assert_array_equal(picture[:, -drawn.shape[1] :], drawn)
     assert (picture[:, : -drawn.shape[1]] < 128).any()  # something is written in the margin
     settings = images.read_metadata(tmp_path / "a.png")
-    assert (settings["eta"], settings["steps"], settings["seed"]) == ([0, 0.5, 1], [4, 3], 5)
+    assert (settings["eta"], settings["steps"], settings["seed"]) == ([0, 0.5, 1], [4], 5)
     assert settings["checkpoint_sha256"] == ddim.metadata.sha256
+
+
+def test_an_atlas_of_digits(tmp_path: Path) -> None:
+    small = {"channel_mults": (1,), "attention_levels": (), "image_size": (28, 28)}
+    ckpt = write_checkpoint(tmp_path / "ckpt", **small)
+    reference = np.random.default_rng(0).uniform(-1, 1, (20, 28, 28, 1)).astype(np.float32)
+    np.save(tmp_path / "reference.npy", reference)
+    options = ["--eta", "0,1", "--steps", "2,4", "--num", "5", "--show", "4", "--clip"]
+    run("sweep", ckpt, tmp_path / "a.html", *options, "--reference", tmp_path / "reference.npy")
+    page = (tmp_path / "a.html").read_text()
+    made = [sweep(jddim.load(ckpt).with_sampler(clip=True), jax.random.key(0), 5, [0, 1], steps=S) for S in (2, 4)]
+    real = metrics.Moments.of(mnist_cnn.features(reference))
+    for S, column in zip((2, 4), made, strict=True):
+        assert f"S {S}: {S} evaluations, " in page
+        for x_0 in np.asarray(column):
+            distance = metrics.frechet_distance(metrics.Moments.of(mnist_cnn.features(x_0)), real)
+            assert f"FD (mnist-cnn-v1) {distance:.3g}" in page
+    assert float(re.search(r"evaluations, (\S+) s an image", page)[1]) > 0
+    sources = re.findall(r'src="([^"]*)"', page)
+    shown = [Image.open(io.BytesIO(base64.b64decode(s.removeprefix("data:image/png;base64,")))) for s in sources]
+    drawn = [images.grid(column[i][:4], columns=3)[..., 0] for i in (0, 1) for column in np.asarray(made[:1])]
+    np.testing.assert_array_equal([np.asarray(picture) for picture in shown[::2]], drawn)  # rows eta, columns S
+    assert len(shown) == 4
+    assert not re.search(r"https?:|<script|<link", page)  # whole in itself
+
+
+def test_an_atlas_as_a_picture() -> None:
+    rng = np.random.default_rng(0)
+    cells = rng.uniform(-1, 1, (3, 2, 5, 6, 10, 3)).astype(np.float32)
+    columns = [atlas.Column(S, cells[i], 0.5, [1.0, 2.0]) for i, S in enumerate((10, 20, 50))]
+    picture = atlas.picture(columns, [0.0, 1.0], "FD (x)", show=3)
+    for column in cells:
+        for images_ in column:
+            sheet = images.grid(images_[:3], columns=3)
+            windows = np.lib.stride_tricks.sliding_window_view(picture, sheet.shape)[..., 0, :, :, :]
+            assert (windows == sheet).all(axis=(2, 3, 4)).sum() == 1
 
 
 def test_labels_stand_beside_their_rows() -> None:
@@ -148,7 +188,10 @@ def test_interpolate_draws(ckpt: Path, tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said", "status"),
     [
-        (["sweep", "CKPT", "OUT.gif"], "end OUT in .png or .npz", 1),
+        (["sweep", "CKPT", "OUT.gif"], "end OUT in .png or .npz or .html", 1),
+        (["sweep", "CKPT", "OUT.png", "--reference", "x.npy"], "--reference is for an atlas: OUT.html, or", 1),
+        (["sweep", "CKPT", "OUT.html", "--reference", "x.npy"], "28x28x1, this checkpoint makes 6x10x1", 1),
+        (["sweep", "CKPT", "OUT.html", "--show", "0"], "--show must be at least 1, got 0", 1),
         (["sweep", "CKPT", "OUT.png", "--eta", "0,x"], "takes numbers separated by commas, got '0,x'", 2),
         (["sweep", "CKPT", "OUT.png", "--eta", "0,-1"], "eta must be a finite number >= 0, got -1", 1),
         (["sweep", "CKPT", "OUT.png", "--steps", "5,0"], "must lie in 1..1000 (the training timesteps), got 0", 1),

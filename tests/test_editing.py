@@ -132,6 +132,18 @@ def test_repaint_is_its_algorithm(clip_range) -> None:
             x, n = np.asarray(way.x_t[n], np.float64), n + 1
 
 
+@pytest.mark.parametrize("options", [{"eta": 0.0}, {"eta": 1.0, "resample": 2, "key": KEY}])
+def test_a_self_conditioned_network(options: dict) -> None:
+    x_T, known = draw(5, NUM, *SHAPE), draw(6, NUM, *SHAPE)
+
+    def paint(gain: float):
+        conditioned = lambda x_t, t, x0_hat: denoise(x_t, t) + gain * x0_hat  # noqa: E731
+        return editing.inpaint_loop(conditioned, x_T, TABLE, known, KEEP, self_condition=True, **options)
+
+    chex.assert_trees_all_close(paint(0.0), inpaint(x_T, known, KEEP, **options), atol=1e-5)
+    assert np.abs(np.asarray(paint(0.1) - paint(0.0))).max() > 0.01
+
+
 def test_what_inpainting_refuses() -> None:
     x_T = draw(5, NUM, *SHAPE)
     with pytest.raises(ValueError, match=r"known must have x_T's shape \(3, 5, 7, 2\), got \(3, 5, 7, 1\)"):

@@ -129,23 +129,6 @@ def test_stochastic_solvers_draw_from_the_data(solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_every_solver_under_every_transformation(solver: str, dtype) -> None:
-    x_T = X_T.astype(dtype)
-    keys = jax.random.split(KEY, NUM) if SOLVERS[solver].stochastic else None
-    run = jax.jit(lambda x: solver_loop(denoise, x, TABLE, solver, key=keys, clip_range=(-1.0, 1.0)))
-    x_0 = run(x_T)
-    assert x_0.dtype == dtype
-    chex.assert_tree_all_finite(x_0)
-    if dtype == jnp.bfloat16:
-        return
-    chex.assert_trees_all_close(jax.vmap(run)(jnp.stack([x_T, -x_T]))[0], x_0, atol=1e-5)
-    gradient = jax.grad(lambda x: run(x).sum())(x_T)
-    chex.assert_tree_all_finite(gradient)
-    assert jnp.abs(gradient).max() > 0
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_repeated_timestep(solver: str) -> None:
     again = step_table(SCHEDULE, [250, 120, 120, 120, 40, 9], np.float64)
     if solver == "unipc":

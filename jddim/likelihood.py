@@ -1,0 +1,125 @@
+"""Log-likelihoods by the probability-flow ODE, whose steps DDIM takes at eta 0 (arXiv:2010.02502, Eq. 14).
+
+Along y = x_t / sqrt(alpha_bar_t), sigma = sqrt((1 - alpha_bar_t) / alpha_bar_t), the ODE is dy / dsigma = eps(x_t, t),
+and a density changes along it by the divergence (Song et al., arXiv:2011.13456, Eq. 39):
+
+    log p(y at sigma_0) = log p(y at sigma_T) + integral from sigma_0 to sigma_T of div_y eps dsigma.
+
+Both integrals are taken by Heun's rule, of second order: the error falls with the square of S.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jddim import ddim
+from jddim.ddim import StepTable
+from jddim.sampling import Denoiser
+
+
+class LogLikelihood(NamedTuple):
+    """log_p: `(b,)`, the natural logarithm of the density. x_T: `(b, ...)`, where the ODE leads from x_0."""
+
+    log_p: Array
+    x_T: Array
+
+
+def log_likelihood(
+    denoise: Denoiser,
+    x_0: Array,
+    table: StepTable,
+    *,
+    probes: Array | None = None,
+    prediction_type: str = "epsilon",
+) -> LogLikelihood:
+    """The log-density of x_0 under the model, by 2 (S - 1) evaluations and as many divergences. Traceable.
+
+    denoise: as for `jddim.sampling.sample_loop`; it may not mix samples. x_0: `(b, ...)` float, in [-1, 1] for images
+    (`dequantised`). table: of `jddim.ddim.step_table`, on the host, best in float64. Its timesteps alone are used: x_0
+    is taken for a sample at the least of them, so take a spacing that visits t = 0 ("uniform", "openai"), and x_T at
+    the largest for a standard normal.
+    probes: None, the divergence exactly, by one derivative along each of x_0's axes, for small images; or Hutchinson's
+    estimate v . J v of it, unbiased, by n vectors v: `(n, *x_0.shape)`, such as `jax.random.rademacher(key, (n,
+    *x_0.shape), x_0.dtype)`, the same at every step.
+    prediction_type: what the denoiser returns. x0 is never clipped: the clamp is no part of the ODE.
+
+    Raises ValueError on probes of another shape, a table of one step, and one that starts at alpha_bar_t = 0.
+    """
+    alpha_bar = np.asarray(table.alpha_bar_t, np.float64)[::-1]
+    if len(alpha_bar) < 2:
+        raise ValueError("a likelihood needs a table of at least 2 timesteps, the ends of the ODE")
+    if alpha_bar[-1] == 0:
+        raise ValueError(
+            "the ODE has no end at alpha_bar_t = 0 (zero terminal SNR): leave the table's first timestep out"
+        )
+    if probes is not None and probes.shape[1:] != x_0.shape:
+        raise ValueError(f"probes must have shape (n, {', '.join(map(str, x_0.shape))}), got {probes.shape}")
+    t = np.asarray(table.t, np.int32)[::-1]
+    sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
+
+    def flow(y: Array, t: Array, alpha_bar: Array) -> tuple[Array, Array]:
+        """The slope dy / dsigma, and its divergence with respect to y `(b,)`."""
+
+        def eps(y: Array) -> Array:
+            x_t = jnp.sqrt(alpha_bar) * y
+            output = denoise(x_t, jnp.broadcast_to(t, x_t.shape[:1])).astype(x_t.dtype)
+            if output.shape != x_t.shape:
+                raise ValueError(f"denoise must return {x_t.shape} for an x_t like it, it returned {output.shape}")
+            return ddim.predict_both(output, x_t, alpha_bar, prediction_type)[1]
+
+        return _with_divergence(eps, y, probes)
+
+    def step(carry: tuple[Array, Array], row: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
+        y, integral = carry
+        t, t_next, a, a_next, h = row
+        slope, divergence = flow(y, t, a)
+        slope_next, divergence_next = flow(y + h * slope, t_next, a_next)
+        return (y + h / 2 * (slope + slope_next), integral + h / 2 * (divergence + divergence_next)), None
+
+    floats = [jnp.asarray(c, x_0.dtype) for c in (alpha_bar[:-1], alpha_bar[1:], np.diff(sigma))]
+    start = (x_0 / math.sqrt(alpha_bar[0]), jnp.zeros(x_0.shape[0], x_0.dtype))
+    (y, integral), _ = lax.scan(step, start, (jnp.asarray(t[:-1]), jnp.asarray(t[1:]), *floats))
+
+    x_T = math.sqrt(alpha_bar[-1]) * y
+    size = x_0[0].size
+    log_normal = -0.5 * (jnp.square(x_T).reshape(x_T.shape[0], -1).sum(axis=1) + size * math.log(2 * math.pi))
+    scaled = size / 2 * (math.log(alpha_bar[-1]) - math.log(alpha_bar[0]))  # x_T and x_0 are y by a factor
+    return LogLikelihood(log_normal + scaled + integral, x_T)
+
+
+def _with_divergence(f: Denoiser, y: Array, probes: Array | None) -> tuple[Array, Array]:
+    """(f(y), the sum of df_i / dy_i `(b,)`), by derivatives along the axes or along probes."""
+    value, derivative = jax.linearize(f, y)
+
+    def along(v: Array) -> Array:
+        v = jnp.broadcast_to(v, y.shape)
+        return (v * derivative(v)).reshape(y.shape[0], -1).sum(axis=1)
+
+    if probes is not None:
+        return value, lax.map(along, probes).mean(axis=0)
+    axes = jnp.eye(y[0].size, dtype=y.dtype).reshape(-1, *y.shape[1:])
+    return value, lax.map(along, axes, batch_size=min(16, len(axes))).sum(axis=0)
+
+
+def dequantised(pixels: ArrayLike, uniform: ArrayLike) -> Array:
+    """Bytes 0..255 `(b, ...)` as x_0 with a density: (pixels + uniform) / 127.5 - 1.
+
+    uniform: in [-0.5, 0.5), like pixels: `jax.random.uniform(key, pixels.shape, minval=-0.5, maxval=0.5)`.
+    """
+    return (jnp.asarray(pixels, jnp.float32) + jnp.asarray(uniform)) / 127.5 - 1
+
+
+def bits_per_dim(log_p: ArrayLike, size: int, scale: float = 127.5) -> Array:
+    """-log2 of the probability of an image's bytes, by their number: at least that, in the mean over dequantisations.
+
+    log_p: `(b,)`, natural, of x_0 `dequantised`. size: the numbers in an image. scale: bytes per unit of x_0. A
+    model that holds all 256 bytes equally likely has 8.
+    """
+    return -jnp.asarray(log_p) / (size * math.log(2)) + math.log2(scale)
