@@ -135,8 +135,8 @@ class DDIM:
         """Images `(num, h, w, c)` float32, nominally in [-1, 1] (not clamped unless x0 is clipped).
 
         key: `jax.random.key(seed)`. Image i of the result is image `start + i` of the seed: it depends on nothing
-            else, so `num=7` and then `num=9, start=7` make the images of `num=16`. Not needed if x_T is given, and
-            eta is 0 or noise is given.
+            else, so `num=7` and then `num=9, start=7` make the images of `num=16`. Or one key per image `(num,)`,
+            such as some of `jddim.sampling.sample_keys`. Not needed if x_T is given, and eta is 0 or noise is given.
         method: "ddim"; "ddpm", ancestral sampling with the checkpoint's variance (`SamplerConfig.variance`); or one of
             `jddim.solvers.SOLVERS`, such as "dpm++2m". `noise` then has one row an evaluation.
         steps: S; spacing: a name that `jddim.timesteps.make_timesteps` takes, or a descending list of timesteps (then
@@ -206,7 +206,9 @@ class DDIM:
             return state if solver is None else state._replace(memory=memory_of(table, x))
 
         def keys_of(batch: _Batch) -> Array | None:
-            return None if key is None else _keys(key, start + batch.low, batch.size)
+            if key is None or key.ndim:
+                return None if key is None else batch.of(key)
+            return _keys(key, start + batch.low, batch.size)
 
         def advance(batch: _Batch, state: State, segment: Any) -> State:
             noise_rows = None
@@ -442,6 +444,8 @@ class DDIM:
         if key is None and (x_T is None or (noise is None and needs_noise)):
             what = "x_T" if x_T is None else "the noise of each step (eta > 0)"
             problems.append(f"a key is needed for {what}: jax.random.key(seed)")
+        if key is not None and key.shape not in ((), (num,)):
+            problems.append(f"key must be one key, or one per image ({num},), got shape {key.shape}")
         low, high = self.sampler.clip_range
         if self.sampler.clip and not low < high:
             problems.append(f"clip_range must be (low, high) with low < high, got {self.sampler.clip_range}")

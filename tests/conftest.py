@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +24,17 @@ MNIST_SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm"
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The commands that tests start keep their compiled programs for one another, not for the user."""
     os.environ["JDDIM_CACHE"] = str(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Modules marked `unoptimised` compile as fast as XLA can, since each of their many programs runs for moments."""
+    import jax
+
+    unoptimised = any(mark.name == "unoptimised" for mark in request.node.iter_markers())
+    jax.config.update("jax_disable_most_optimizations", unoptimised)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

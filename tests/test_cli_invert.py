@@ -15,6 +15,8 @@ from jddim.cli import main
 from jddim.images import load_images, read_metadata, save_images
 from jddim.inversion import reconstruction_error
 
+pytestmark = pytest.mark.unoptimised
+
 X_0 = np.random.default_rng(4).uniform(-0.9, 0.9, (3, *SIZE, 1)).astype(np.float32)
 
 

@@ -23,6 +23,8 @@ from jddim.editing import slerp, tail
 from jddim.sampling import initial_noise, sample_keys, sample_loop
 from jddim.sweeping import sweep
 
+pytestmark = pytest.mark.unoptimised
+
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:

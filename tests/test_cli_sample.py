@@ -16,7 +16,7 @@ from jddim import images
 from jddim.cli import SPACING_NAMES, main
 from jddim.timesteps import SPACINGS
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from jddim.schedule import linear_schedule
 from jddim.solvers import SOLVERS, Solver, cast, ddim_plan, memory_of, solver_loop, solver_update
 from jddim.timesteps import linspace_timesteps
 
+pytestmark = pytest.mark.unoptimised
+
 T, S, NUM, SHAPE = 200, 5, 3, (3, 5, 2)
 SCHEDULE = linear_schedule(T, 5e-4, 0.03)
 TABLE = step_table(SCHEDULE, linspace_timesteps(T, S), np.float64)

@@ -14,6 +14,8 @@ from jddim.sampling import sample_loop
 from jddim.schedule import linear_schedule
 from jddim.timesteps import linspace_timesteps
 
+pytestmark = pytest.mark.unoptimised
+
 T, S, SHAPE, NUM = 300, 7, (5, 7, 2), 3
 SCHEDULE = linear_schedule(T)
 TABLE = step_table(SCHEDULE, linspace_timesteps(T, S))

@@ -20,6 +20,8 @@ from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import linear_schedule
 from jddim.timesteps import linspace_timesteps
 
+pytestmark = pytest.mark.unoptimised
+
 T, S, SHAPE = 200, 13, (3, 5, 2)
 SCHEDULE = linear_schedule(T, 5e-4, 0.1)  # alpha_bar_T = 3e-5: x_T is noise alone
 TABLE = step_table(SCHEDULE, linspace_timesteps(T, S))

@@ -24,6 +24,8 @@ from jddim.sampling import init_state, sample_loop, segments
 from jddim.schedule import linear_schedule, zero_terminal_snr
 from jddim.timesteps import linspace_timesteps, quad_timesteps
 
+pytestmark = pytest.mark.unoptimised
+
 T, S = 300, 13
 SCHEDULE = linear_schedule(T)  # down to alpha_bar 0.05: the way back enlarges a rounding of x_T no more than five times
 TABLE = step_table(SCHEDULE, linspace_timesteps(T, S))

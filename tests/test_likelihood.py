@@ -16,6 +16,8 @@ from jddim.ddim import per_sample, step_table
 from jddim.likelihood import bits_per_dim, dequantised, log_likelihood
 from jddim.schedule import linear_schedule, zero_terminal_snr
 
+pytestmark = pytest.mark.unoptimised
+
 T, SHAPE, NUM = 1000, (3, 2, 1), 5
 SIZE = math.prod(SHAPE)
 SCHEDULE = linear_schedule(T)

@@ -15,6 +15,8 @@ from jddim.config import LucidrainsConfig, from_json, to_json
 from jddim.models import MODELS, wiring_of
 from jddim.models.lucidrains import RMSNorm
 
+pytestmark = pytest.mark.unoptimised
+
 CONFIG = LucidrainsConfig(
     (6, 10),
     full_attention=(False, True),

@@ -14,6 +14,8 @@ from jddim.sampling import sample_loop
 from jddim.schedule import linear_schedule, zero_terminal_snr
 from jddim.timesteps import linspace_timesteps, quad_timesteps
 
+pytestmark = pytest.mark.unoptimised
+
 T, SHAPE = 300, (3, 5, 2)
 SCHEDULE = linear_schedule(T)
 TABLES = [

@@ -22,6 +22,8 @@ from jddim.schedule import from_betas, linear_schedule
 from jddim.solvers import SOLVERS, Solver, ddim_plan, solver_loop, unipc_plan
 from jddim.timesteps import linspace_timesteps, quad_timesteps
 
+pytestmark = pytest.mark.unoptimised
+
 T, S, SHAPE, NUM = 300, 7, (3, 5, 2), 4
 SCHEDULE = linear_schedule(T)
 TABLE = step_table(SCHEDULE, quad_timesteps(T, S), np.float64)

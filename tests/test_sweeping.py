@@ -14,6 +14,8 @@ from jddim.config import SamplerConfig
 from jddim.schedule import linear_schedule
 from jddim.sweeping import sweep
 
+pytestmark = pytest.mark.unoptimised
+
 KEY = jax.random.key(7)
 ETAS = [0.0, 0.3, 0.65, 0.9, 1.0]
 
@@ -70,6 +72,8 @@ def test_what_a_sweep_refuses(ddim: jddim.DDIM) -> None:
         sweep(ddim, KEY, 3, 0.5, labels=labels)
     with pytest.raises(ValueError, match="rows_at_once must be at least 1, got 0"):
         sweep(ddim, KEY, 3, ETAS, labels=labels, rows_at_once=0)
+    with pytest.raises(ValueError, match="keeps no trajectory"):
+        sweep(ddim, KEY, 3, ETAS, labels=labels, trajectory_every=1)
     with pytest.raises(ValueError, match="sample: this network is class-conditional"):
         sweep(ddim, KEY, 3, ETAS)
 
@@ -86,5 +90,8 @@ def test_a_nan_names_the_eta(ddim: jddim.DDIM) -> None:
     broken = jddim.DDIM(Breaks(), ddim.schedule, ddim.sampler)
     x_T = np.zeros((3, 6, 10, 1), np.float32)
     noise = np.full((5, 3, 6, 10, 1), 1e3, np.float32)
-    with pytest.raises(FloatingPointError, match=r"at eta 0.3; `sample` at this eta says in which step"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"of 3 images at each eta of \[0.0, 0.3, 1.0\], a NaN or infinity appeared in image 3 at step 2",
+    ):
         sweep(broken, None, None, [0.0, 0.3, 1.0], x_T=x_T, noise=noise)
