@@ -63,7 +63,7 @@ def add(
         partial(_edit, read_labels=read_labels),
         "images made anew from given ones: all over (--strength), or where a mask is white (--mask)",
         "mnist digits.png again.png --strength 0.5\n"
-        "mnist digits.png filled.png --mask white-is-new.png --resample 5 --eta 1",
+        "mnist digits.png filled.png --mask white-is-new.png --steps 100 --resample 5 --jump-length 10 --eta 1",
     )
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
     sub.add_argument("images", type=Path, help="as for jddim invert: .npy, .npz, .png, or a folder of PNGs")
@@ -77,6 +77,9 @@ def add(
     )
     sub.add_argument(
         "--resample", type=int, default=1, metavar="R", help="with --mask: each step R times, RePaint's (default 1)"
+    )
+    sub.add_argument(
+        "--jump-length", type=int, default=1, metavar="J", help="with --resample: going back J steps (default 1)"
     )
     sub.add_argument("--steps", type=int, metavar="S", help="of the whole table; default: the checkpoint's")
     sub.add_argument("--eta", type=float, default=0.0, metavar="E", help="as in jddim sample; default 0")
@@ -179,7 +182,8 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
 
         def run(model: Any) -> Any:
             denoise = dataclasses.replace(ddim, model=model).denoiser(labels)
-            return inpaint_loop(denoise, noise, table, jnp.asarray(known), keep, resample=args.resample, **options)
+            again = {"resample": args.resample, "jump_length": args.jump_length}
+            return inpaint_loop(denoise, noise, table, jnp.asarray(known), keep, **again, **options)
 
     x_0 = np.asarray(jax.jit(run, compiler_options=compiler_options())(ddim.model))
     if not np.isfinite(x_0).all():

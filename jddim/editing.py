@@ -11,7 +11,7 @@ Inpainting is the loop with a step that puts back what is known: `inpaint_loop`,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jddim import ddim
-from jddim.ddim import StepTable, per_sample
+from jddim.ddim import Column, StepTable, per_sample
 from jddim.sampling import Denoiser, Update, check_prediction, ddim_update, is_zero, update_loop
 
 
@@ -74,6 +74,7 @@ def inpaint_loop(
     *,
     eta: ArrayLike = 0.0,
     resample: int = 1,
+    jump_length: int = 1,
     key: Array | None = None,
     noise: Array | None = None,
     prediction_type: str = "epsilon",
@@ -88,15 +89,17 @@ def inpaint_loop(
     known: `(b, h, w, c)` in [-1, 1], of which the pixels count where `keep` is 1. keep: in [0, 1], broadcast against
     known (`(h, w, 1)`, `(b, h, w, 1)`): 1 where the image stays, 0 where it is made anew; between, a blend.
     resample: 1, the known pixels carry x_T's noise all the way, so that eta 0 is deterministic; r > 1, RePaint's
-    resampling with jumps of one step (arXiv:2201.09865, Algorithm 1): every step but the last is taken r times, going
-    back in between, with fresh noise throughout (a key is needed, or noise `((S - 1) r + 1, 2, b, h, w, c)`), which
-    lets the two parts agree; r times the evaluations.
+    resampling (arXiv:2201.09865, Algorithm 1; its jump_n_sample): every jump_length steps the sampler goes back as many
+    and takes them again, r times in all, with fresh noise throughout, which lets the two parts agree; r times the
+    evaluations. A key is needed, or noise `(N, 2, b, h, w, c)`, N the rows of `repaint_table`.
     The other arguments and the result are `jddim.sampling.sample_loop`'s. Raises ValueError on shapes that do not fit.
     """
     if known.shape != x_T.shape:
         raise ValueError(f"known must have x_T's shape {x_T.shape}, got {known.shape}")
     if resample < 1:
         raise ValueError(f"resample must be at least 1, got {resample}")
+    if resample == 1 and jump_length != 1:
+        raise ValueError(f"jump_length is of resampling: give resample too, at least 2, got jump_length={jump_length}")
     check_prediction(table, prediction_type)
     update = ddim_update(
         eta=eta,
@@ -108,13 +111,12 @@ def inpaint_loop(
     if resample == 1:
         update, draws, deterministic = keep_known(update, known, keep, x_T), None, is_zero(eta)
     else:
-        update, draws, deterministic = repaint(update, known, keep, resample), 2, False
-        table = repeated(table, resample)
+        update, draws, deterministic = repaint(update, known, keep), 2, False
     return update_loop(
         denoise,
         update,
         x_T,
-        table,
+        table if resample == 1 else repaint_table(table, resample, jump_length),
         key=key,
         noise=noise,
         deterministic=deterministic,
@@ -139,34 +141,68 @@ def keep_known(update: Update, known: Array, keep: ArrayLike, known_noise: Array
     return kept
 
 
-def repaint(update: Update, known: Array, keep: ArrayLike, times: int) -> Update:
-    """RePaint's step, for a table of `repeated` rows and two draws: `keep_known` with fresh noise, and the way back.
+def repaint(update: Update, known: Array, keep: ArrayLike) -> Update:
+    """RePaint's step, for a `repaint_table` and two draws: `keep_known` with fresh noise, and the way back.
 
-    The known and the unknown pixels share the first draw, being different pixels. All but the last of a row's
-    repetitions go back to where it started: x_t ~ N(sqrt(a) x_prev, 1 - a), a = alpha_bar_t / alpha_bar_prev.
+    The known and the unknown pixels share the first draw, being different pixels. Back to a noisier alpha_bar, however
+    many steps away, is one draw: x ~ N(sqrt(a) x_prev, 1 - a), a = alpha_bar_back / alpha_bar_prev; a = 1 stays.
     Raises ValueError for a step with a memory.
     """
 
-    def painted(x_t: Array, output: Array, noise: Array, row: StepTable, *memory: Any) -> tuple[Array, Array]:
+    def painted(x_t: Array, output: Array, noise: Array, row: RepaintTable, *memory: Any) -> tuple[Array, Array]:
         if memory:
             raise ValueError(
                 "RePaint goes back to noisier samples, of which a solver's memory knows nothing: take a step without "
                 "one (ddim_update, ancestral_update), or resample=1"
             )
         x_prev, x0 = keep_known(update, known, keep, noise[0])(x_t, output, noise[0], row)
-        a = per_sample(row.alpha_bar_t / row.alpha_bar_prev, x_t)
-        back = jnp.sqrt(a) * x_prev + jnp.sqrt(1 - a) * noise[1]
-        again = (row.step % times < times - 1) & (row.t_prev >= 0)
-        return jnp.where(again, back, x_prev), x0
+        a = per_sample(row.alpha_bar_back / row.alpha_bar_prev, x_t)
+        return jnp.sqrt(a) * x_prev + jnp.sqrt(1 - a) * noise[1], x0
 
     return painted
 
 
-def repeated(table: StepTable, times: int) -> StepTable:
-    """Every row but the last so many times, numbered anew. A table on the host."""
-    rows = np.append(np.repeat(np.arange(table.num_steps - 1), times), table.num_steps - 1)
+class RepaintTable(NamedTuple):
+    """A `StepTable` whose rows come again. alpha_bar_back: what the next row starts from, alpha_bar_prev or noisier."""
+
+    step: Column
+    t: Column
+    t_prev: Column
+    alpha_bar_t: Column
+    alpha_bar_prev: Column
+    alpha_bar_back: Column
+
+    @property
+    def num_steps(self) -> int:
+        """N, the number of rows, repetitions included."""
+        return self.t.shape[0]
+
+
+def repaint_table(table: StepTable, resample: int, jump_length: int = 1) -> RepaintTable:
+    """The rows of `table` in RePaint's order (that of its published code), numbered anew. A table on the host.
+
+    Of the S samples that rows start from, numbered from 0, the cleanest, each whose number is a multiple of
+    jump_length, and below S - jump_length, is gone back from resample - 1 times, by jump_length.
+    """
+    S = table.num_steps
+    if resample < 1 or not 1 <= jump_length < S:
+        raise ValueError(
+            f"resample must be at least 1 and jump_length lie in 1..{S - 1}, below the {S} steps of this table, got "
+            f"{resample} and {jump_length}"
+        )
+    starts, ends = np.asarray(table.alpha_bar_t), np.asarray(table.alpha_bar_prev)
+    rows, back = [], []
+    for row in range(S):
+        reached = S - 2 - row
+        stops = reached % jump_length == 0 and 0 <= reached < S - jump_length
+        block = list(range(row - jump_length + 1, row + 1))
+        taken = [row, *(resample - 1 if stops else 0) * block]
+        rows += taken
+        for i, r in enumerate(taken):
+            goes_back = r == row and i < len(taken) - 1
+            back.append(starts[block[0]] if goes_back else ends[r])
     again = StepTable(*(np.asarray(column)[rows] for column in table))
-    return again._replace(step=np.arange(len(rows), dtype=np.int32))
+    return RepaintTable(np.arange(len(rows), dtype=np.int32), *again[1:], np.array(back, starts.dtype))
 
 
 def _mask(keep: ArrayLike, known: Array) -> Array:

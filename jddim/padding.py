@@ -44,9 +44,11 @@ def padded(tables: Sequence[StepTable]) -> PaddedTable:
         raise ValueError("padded needs at least one table")
     longest = max(table.num_steps for table in tables)
     rows = [np.minimum(np.arange(longest), table.num_steps - 1) for table in tables]
-    filled = [[np.asarray(column)[i] for column in table] for table, i in zip(tables, rows, strict=True)]
-    live = [np.arange(longest) < table.num_steps for table in tables]
-    return PaddedTable(*map(np.stack, zip(*filled, strict=True)), live=np.stack(live))
+    filled = [
+        [*(np.asarray(column)[i] for column in table), np.arange(longest) < table.num_steps]
+        for table, i in zip(tables, rows, strict=True)
+    ]
+    return PaddedTable(*map(np.stack, zip(*filled, strict=True)))
 
 
 def padded_loop(

@@ -233,9 +233,9 @@ IMPOSSIBLE: dict[str, tuple[Callable[[], Any], str]] = {
     "a solver's memory does not survive RePaint's way back": (
         lambda: sampling.update_loop(
             network,
-            editing.repaint(solver_update(SOLVERS["dpm++2m"]), KNOWN, KEEP, 2),
+            editing.repaint(solver_update(SOLVERS["dpm++2m"]), KNOWN, KEEP),
             X_T,
-            SOLVERS["dpm++2m"].plan(editing.repeated(TABLE, 2)),
+            SOLVERS["dpm++2m"].plan(TABLE),
             key=KEYS[0],
             draws=2,
             memory=memory_of(SOLVERS["dpm++2m"].plan(TABLE), X_T),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -107,31 +109,61 @@ def test_nothing_known_is_plain_sampling() -> None:
     chex.assert_trees_all_close(free, sample_loop(denoise, x_T, TABLE, eta=0.7, key=KEY), atol=1e-5)
 
 
-@pytest.mark.parametrize("clip_range", [None, (-1.0, 1.0)])
-def test_repaint_is_its_algorithm(clip_range) -> None:
-    times, eta = 3, 1.0
-    x_T, known = draw(5, NUM, *SHAPE), jnp.clip(draw(6, NUM, *SHAPE), -1, 1)
-    noise = draw(7, (S - 1) * times + 1, 2, NUM, *SHAPE)
-    options = {"resample": times, "noise": noise, "eta": eta, "clip_range": clip_range, "trajectory_every": 1}
-    _, way = inpaint(x_T, known, KEEP, **options)
-    assert len(way.t) == (S - 1) * times + 1
+def jumps(length: int, times: int) -> list[int]:
+    """The levels that RePaint visits, from the noisiest, S - 1, down to -1: up and down again at every stop."""
+    levels = []
+    for level in range(S - 1, -2, -1):
+        levels.append(level)
+        if 0 <= level < S - length and level % length == 0:
+            up, down = range(level + 1, level + length + 1), range(level + length - 1, level - 1, -1)
+            levels += (times - 1) * [*up, *down]
+    return levels
 
-    x, n = np.asarray(x_T, np.float64), 0
+
+def test_where_repaint_jumps() -> None:
+    # S = 7 by jumps of 2: stops at 4, 2 and 0, each taken twice more from two steps up
+    table = editing.repaint_table(TABLE, 2, 2)
+    assert table.t.tolist() == TABLE.t[[0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6]].tolist()
+    goes_back = np.flatnonzero(table.alpha_bar_back != table.alpha_bar_prev)
+    assert goes_back.tolist() == [1, 5, 9]
+    np.testing.assert_array_equal(table.alpha_bar_back[goes_back], TABLE.alpha_bar_t[[0, 2, 4]])
+
+
+@pytest.mark.parametrize(("length", "clip_range"), [(1, None), (1, (-1.0, 1.0)), (2, None), (3, (-1.0, 1.0))])
+def test_repaint_is_its_algorithm(length: int, clip_range) -> None:
+    times, eta = 3, 1.0
+    levels = jumps(length, times)
+    evaluations = sum(b < a for a, b in itertools.pairwise(levels))
+    x_T, known = draw(5, NUM, *SHAPE), jnp.clip(draw(6, NUM, *SHAPE), -1, 1)
+    noise = draw(7, evaluations, 2, NUM, *SHAPE)
+    options = {"resample": times, "jump_length": length, "noise": noise, "eta": eta, "clip_range": clip_range}
+    _, way = inpaint(x_T, known, KEEP, trajectory_every=1, **options)
+    assert len(way.t) == evaluations
+
+    x, n = np.asarray(x_T, np.float64), -1
     m, k = np.asarray(KEEP, np.float64), np.asarray(known, np.float64)
-    for i, t in enumerate(TABLE.t):
-        a, a_prev = SCHEDULE.alpha_bar(t), SCHEDULE.alpha_bar(TABLE.t_prev[i])
-        for u in range(times if i < S - 1 else 1):
-            z, back = np.asarray(noise[n], np.float64)
+    bars = np.append(SCHEDULE.alpha_bar(TABLE.t)[::-1], 1.0)  # by level; -1 is the clean image
+    for i, (level, to) in enumerate(itertools.pairwise(levels)):
+        a, a_to = bars[level], bars[to]
+        if to > level:  # back, of which only the first step of a jump is looked at: the rest is in the same draw
+            if levels[i - 1] > level:
+                a_to = bars[level + length]
+                x = np.sqrt(a_to / a) * x + np.sqrt(1 - a_to / a) * np.asarray(noise[n, 1], np.float64)
+        else:
+            n += 1
+            z = np.asarray(noise[n, 0], np.float64)
+            t = TABLE.t[S - 1 - level]
             eps = np.asarray(denoise(jnp.asarray(x, jnp.float32), jnp.full(NUM, t)), np.float64)
             x0 = (x - np.sqrt(1 - a) * eps) / np.sqrt(a)
             x0 = x0 if clip_range is None else np.clip(x0, *clip_range)
-            sigma = eta * np.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
-            x_prev = np.sqrt(a_prev) * x0 + np.sqrt(np.maximum(1 - a_prev - sigma**2, 0)) * eps + sigma * z
-            x_prev = m * (np.sqrt(a_prev) * k + np.sqrt(1 - a_prev) * z) + (1 - m) * x_prev
-            goes_back = i < S - 1 and u < times - 1
-            x = np.sqrt(a / a_prev) * x_prev + np.sqrt(1 - a / a_prev) * back if goes_back else x_prev
+            sigma = eta * np.sqrt((1 - a_to) / (1 - a) * (1 - a / a_to))
+            x_prev = np.sqrt(a_to) * x0 + np.sqrt(np.maximum(1 - a_to - sigma**2, 0)) * eps + sigma * z
+            x = m * (np.sqrt(a_to) * k + np.sqrt(1 - a_to) * z) + (1 - m) * x_prev
+        if to < level and i + 2 < len(levels) and levels[i + 2] > to:
+            continue  # the loop's row ends after the way back
+        if to < level or levels[i - 1] > level:
             np.testing.assert_allclose(way.x_t[n], x, atol=2e-5)  # float32, one step from where the loop was
-            x, n = np.asarray(way.x_t[n], np.float64), n + 1
+            x = np.asarray(way.x_t[n], np.float64)
 
 
 @pytest.mark.parametrize("options", [{"eta": 0.0}, {"eta": 1.0, "resample": 2, "key": KEY}])
@@ -156,6 +188,10 @@ def test_what_inpainting_refuses() -> None:
         editing.inpaint_loop(denoise, x_T, TABLE, x_T, jnp.ones((4, 1)))
     with pytest.raises(ValueError, match="resample must be at least 1, got 0"):
         editing.inpaint_loop(denoise, x_T, TABLE, x_T, KEEP, resample=0)
+    with pytest.raises(ValueError, match=r"jump_length lie in 1..6, below the 7 steps of this table, got 2 and 7"):
+        editing.inpaint_loop(denoise, x_T, TABLE, x_T, KEEP, resample=2, jump_length=7, key=KEY)
+    with pytest.raises(ValueError, match="jump_length is of resampling: give resample too"):
+        editing.inpaint_loop(denoise, x_T, TABLE, x_T, KEEP, jump_length=2)
     with pytest.raises(ValueError, match="give either key or noise"):
         editing.inpaint_loop(denoise, x_T, TABLE, x_T, KEEP, resample=2)
     with pytest.raises(ValueError, match=r"expected \(13, 2, 3, 5, 7, 2\)"):
