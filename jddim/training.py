@@ -403,15 +403,13 @@ def _network(task: Task) -> Callable[[Params, Array, Array, Array | None], Array
 class TrainState(NamedTuple):
     """All that training goes on from, beside the task and the data.
 
-    step: int32, batches seen. params, ema: float32 (see `Params`). opt_state: optax's. first_bad: int32, the first
-    step, counted from 1, whose loss or gradient was not finite; -1: none was.
+    step: int32, batches seen. params, ema: float32 (see `Params`). opt_state: optax's.
     """
 
     step: Array
     params: Params
     ema: Params
     opt_state: Any
-    first_bad: Array
 
 
 def fresh_params(config: ModelConfig, seed: int) -> Params:
@@ -475,7 +473,7 @@ def init_state(task: Task, params: Mapping[str, ArrayLike]) -> TrainState:
     dtype = at_least_float32(task.train.dtype)
     weights = {name: jnp.array(value, dtype) for name, value in sorted(params.items())}
     ema = {name: jnp.array(value, dtype) for name, value in weights.items()}
-    return TrainState(jnp.int32(0), weights, ema, make_optimizer(task).init(weights), jnp.int32(-1))
+    return TrainState(jnp.int32(0), weights, ema, make_optimizer(task).init(weights))
 
 
 def update(
@@ -491,9 +489,7 @@ def update(
     # Between the updates of accumulation neither the weights nor their average change.
     decay = jnp.where(step % config.accumulate == 0, ema_decay(config, step // config.accumulate), 1.0)
     ema = {name: average + (1 - decay) * (params[name] - average) for name, average in state.ema.items()}
-    bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm)) & (state.first_bad < 0)
-    new = TrainState(step, params, ema, opt_state, jnp.where(bad, step, state.first_bad))
-    return new, {"loss": loss, "grad_norm": norm}
+    return TrainState(step, params, ema, opt_state), {"loss": loss, "grad_norm": norm}
 
 
 def ema_decay(config: TrainConfig, n: ArrayLike) -> Array:

@@ -1,19 +1,16 @@
-"""The objective against its formulas in NumPy; the step's draws, average, accumulation and devices."""
+"""The objective against its formulas in NumPy; the step's draws, average, accumulation."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 from numpy.testing import assert_allclose
 from tiny import small_config
 
@@ -235,46 +232,10 @@ def test_remat_computes_norms_again_and_convolutions_not(conditional: Any) -> No
     assert count[True][1] > count[False][1] > 0
 
 
-DEVICES = """
-import jax, numpy as np
-from jddim import training
-from jddim.checkpoint import flat_params
-from jddim.sharding import make_mesh
-from tiny import random_model
-from test_training import task, arrays
-job = task(batch_size=8, clip_norm=None, t_sampling="antithetic")
-params = flat_params(random_model(job.model))
-batch = {"images": arrays(8, (8, 6, 10, 1))[0]}
-key, found = jax.random.key(7), {}
-for n in (1, 4):
-    step = training.make_train_step(job, make_mesh(n))
-    state = training.init_state(job, params)
-    for _ in range(2):
-        state, said = step(state, batch, key)
-    found[n] = jax.device_get(state.params), float(said["loss"])
-    assert len(state.params["conv_in.kernel"].sharding.device_set) == n
-np.testing.assert_allclose(found[4][1], found[1][1], rtol=1e-5)
-far = [np.abs(found[4][0][k] - found[1][0][k]) for k in params]
-# sums in another order: rounding, which Adam's division by |g| shows where g is nearly 0
-assert max(float(np.median(x)) for x in far) < 1e-6, far
-try:
-    training.make_train_step(job, make_mesh(3))
-except ValueError as error:
-    assert "multiple of the 3 devices" in str(error)
-print("equal")
-"""
-
-
-def test_the_same_training_on_1_and_4_devices() -> None:
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    done = subprocess.run(
-        [sys.executable, "-c", DEVICES],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path},
-    )
-    assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr[-3000:]
+def test_a_batch_is_cut_evenly() -> None:
+    three: Any = SimpleNamespace(shape={"data": 3, "model": 1})
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 devices, got 5"):
+        training.make_train_step(task(), three)
 
 
 def test_tasks_round_trip_and_say_all_that_is_wrong() -> None:
@@ -295,14 +256,3 @@ def test_tasks_round_trip_and_say_all_that_is_wrong() -> None:
             schedule=ScheduleConfig("linear", 50, 1e-3, 0.2, zero_terminal_snr=True),
             null_label=4,
         )
-
-
-def test_a_step_that_is_not_finite_is_remembered(conditional: Any, step: Any) -> None:
-    job, params, batch = conditional
-    key = jax.random.key(0)
-    state, _ = step(training.init_state(job, params), batch, key)
-    assert int(state.first_bad) == -1
-    bad = {**batch, "images": batch["images"].at[0, 0, 0, 0].set(jnp.nan)}
-    for images in (bad, batch):
-        state, _ = step(state, images, key)
-    assert int(state.first_bad) == 2
