@@ -24,8 +24,8 @@ def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], No
         lambda args: _train(args, say),
         "train a network from scratch, or a checkpoint further (jddim[train]); the same command again goes on where "
         "it was stopped",
-        "mnist.json DATA mnist --sample-every 1000\nmnist faces tuned --set steps=5000 --set lr=2e-5\n"
-        "mnist.json DATA mnist --set steps=20000    # further, if the learning rate is constant",
+        "mnist.json DATA mnist --sample-every 1000\nmnist faces tuned --set steps=5000 --set lr=2e-5 "
+        "--set warmup_steps=100",
     )
     sub.add_argument(
         "start",
