@@ -25,7 +25,8 @@ def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], No
         "train a network from scratch, or a checkpoint further (jddim[train]); the same command again goes on where "
         "it was stopped",
         "mnist.json DATA mnist --sample-every 1000\nmnist faces tuned --set steps=5000 --set lr=2e-5 "
-        "--set warmup_steps=100",
+        "--set warmup_steps=100\nmnist DATA guided --classes 11 --set label_dropout=0.1 --set null_label=10 "
+        "--set steps=5000",
     )
     sub.add_argument(
         "start",
@@ -41,6 +42,12 @@ def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], No
     )
     sub.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the section train, such as lr=1e-4"
+    )
+    sub.add_argument(
+        "--classes",
+        type=int,
+        metavar="N",
+        help="give a checkpoint without classes so many, the null label included; at first they change nothing",
     )
     sub.add_argument("--log-every", type=int, default=100, metavar="N", help="steps between lines (default 100)")
     sub.add_argument("--save-every", type=int, default=1000, metavar="N", help="steps between saves (default 1000)")
@@ -61,11 +68,11 @@ def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], No
 
 
 def _train(args: argparse.Namespace, say: Callable[[str], None]) -> int:
-    from jddim.checkpoint import check_destination, load_params
+    from jddim.checkpoint import check_destination
     from jddim.train_loop import LoopConfig, train
 
     loop = LoopConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoopConfig)})
-    task, parent = _task(args.start, args.set)
+    task, parent, params = _begin(args.start, args.set, args.classes)
     check_destination(args.out, overwrite=args.overwrite)
 
     import jax
@@ -82,7 +89,6 @@ def _train(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         more = f"; and {len(data.bad) - 5} more" if len(data.bad) > 5 else ""
         total = len(data.bad) + len(data.pixels)
         say(f"note: {len(data.bad)} of {total} pictures are left out: {'; '.join(data.bad[:5])}{more}")
-    params = None if parent is None else load_params(args.start, parent)
     count = sum(leaf.size for leaf in flat_params(abstract_model(task.model)).values())
     devices = jax.devices() if mesh is None else mesh.devices.ravel().tolist()
     say(f"{count:,} parameters, {len(data.pixels):,} images, {len(devices)} {devices[0].platform}")
@@ -106,11 +112,13 @@ def _train(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     return 0
 
 
-def _task(start: Path, settings: Sequence[str]) -> tuple[Task, Metadata | None]:
-    """What CONFIG or CKPT and --set say, and the checkpoint's metadata."""
-    from jddim.checkpoint import load_metadata
+def _begin(
+    start: Path, settings: Sequence[str], classes: int | None
+) -> tuple[Task, Metadata | None, dict[str, Any] | None]:
+    """What CONFIG or CKPT, --set and --classes say, and the checkpoint's metadata and parameters."""
+    from jddim.checkpoint import load_metadata, load_params
     from jddim.config import from_json
-    from jddim.training import Task, TrainConfig
+    from jddim.training import Task, TrainConfig, with_classes
 
     told: dict[str, Any] = {}
     for setting in settings:
@@ -123,7 +131,13 @@ def _task(start: Path, settings: Sequence[str]) -> tuple[Task, Metadata | None]:
             told[name] = value
     if start.is_dir() or not start.exists():
         parent = load_metadata(start)
-        return Task(parent.model, parent.schedule, parent.sampler, from_json(TrainConfig, told)), parent
+        train = from_json(TrainConfig, told)
+        model, params = parent.model, load_params(start, parent)
+        if classes is not None:
+            model, params = with_classes(model, params, classes)
+        return Task(model, parent.schedule, parent.sampler, train), parent, params
+    if classes is not None:
+        raise ValueError("--classes is for a checkpoint; a configuration has num_classes in its section model")
     try:
         data = json.loads(start.read_text())
         if not isinstance(data, dict):
@@ -137,4 +151,4 @@ def _task(start: Path, settings: Sequence[str]) -> tuple[Task, Metadata | None]:
         task = Task.from_json(data)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{start}: {error}") from error
-    return task, None
+    return task, None, None

@@ -425,6 +425,23 @@ def fresh_params(config: ModelConfig, seed: int) -> Params:
     return make(jax.random.fold_in(jax.random.key(seed), 2**32 - 1))  # no step's key
 
 
+def with_classes(
+    config: ModelConfig, params: Mapping[str, Any], num_classes: int
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """A network without classes and its parameters, given a table of classes that is 0: for every label what it was.
+
+    Training then tells the classes apart. Raises ValueError for a network that has classes, or cannot have any.
+    """
+    if not isinstance(config, UNetConfig) or config.class_embedding is not None:
+        what = "this wiring takes none" if not isinstance(config, UNetConfig) else "this network has classes"
+        raise ValueError(f"classes cannot be added: {what}")
+    if num_classes < 1:
+        raise ValueError(f"classes must be at least 1, got {num_classes}")
+    table = np.zeros((num_classes, config.time_width), np.float32)
+    wider = dataclasses.replace(config, class_embedding="learned", num_classes=num_classes)
+    return wider, {**params, "class_embed.embedding": table}
+
+
 class _Keys:
     """Stands in for `nnx.Rngs`, whose traced counter makes tracing slow (see `jddim.checkpoint`)."""
 

@@ -18,11 +18,11 @@ import pytest
 from conftest import ROOT
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
-from tiny import random_model, small_config
+from tiny import random_model, small_config, write_checkpoint
 
 import jddim
-from jddim import train_loop
-from jddim.checkpoint import flat_params, load_metadata, load_params
+from jddim import train_loop, training
+from jddim.checkpoint import build_model, flat_params, load_metadata, load_params
 from jddim.cli import main
 from jddim.config import SamplerConfig, ScheduleConfig
 from jddim.train_loop import LoopConfig, TrainError, train
@@ -263,6 +263,24 @@ def test_a_checkpoint_is_trained_further(tmp_path: Path, capsys: pytest.CaptureF
     assert '"seed": 6' in capsys.readouterr().out
 
 
+def test_classes_are_given_to_a_checkpoint_that_has_none(tmp_path: Path) -> None:
+    ckpt = write_checkpoint(tmp_path / "ckpt", **{**MODEL, "class_embedding": None, "num_classes": None})
+    metadata = load_metadata(ckpt)
+    model, params = training.with_classes(metadata.model, load_params(ckpt, metadata), 4)
+    x, t = RNG.standard_normal((3, 6, 10, 1), dtype=np.float32), np.array([3, 999, 41])
+    labelled = jax.jit(lambda m, *rest: m(*rest))(build_model(model, params), x, t, np.array([0, 3, 1]))
+    np.testing.assert_array_equal(labelled, jax.jit(lambda m, *rest: m(*rest))(jddim.load(ckpt).model, x, t))
+
+    words = [write_config(tmp_path)[0], str(ckpt), str(tmp_path / "data.npz"), str(tmp_path / "out"), "--classes", "4"]
+    settings = {**TRAIN, "flip": "true", "steps": 4, "label_dropout": 0.5}
+    assert main([*words, *(w for name, value in settings.items() for w in ("--set", f"{name}={value}"))]) == 0
+    table = load_params(tmp_path / "out", load_metadata(tmp_path / "out"))["class_embed.embedding"]
+    assert table.shape == (4, 32)
+    assert np.abs(table[3]).max() > 0  # the null label's, which no image of the data has
+    with pytest.raises(ValueError, match="this network has classes"):
+        training.with_classes(model, params, 5)
+
+
 def test_mistakes_are_one_line(tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     words = write_config(tmp_path, steps=2)
     out = tmp_path / "out"
@@ -275,6 +293,7 @@ def test_mistakes_are_one_line(tmp_path: Path, fails: Callable[..., str], monkey
     assert "--set takes KEY=VALUE" in fails(*words, out, "--set", "lr")
     assert "lr must be above 0, got -1" in fails(*words, out, "--set", "lr=-1")
     assert "save_every must be at least 1" in fails(*words, out, "--save-every", 0)
+    assert "--classes is for a checkpoint" in fails(*words, out, "--classes", 3)
     assert "is not a jddim checkpoint" in fails(*words, tmp_path / "data.npz", "--overwrite")
     monkeypatch.setitem(sys.modules, "optax", None)
     assert "pip install 'jddim[train]'" in fails(*words, out)
