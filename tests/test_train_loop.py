@@ -18,16 +18,17 @@ import pytest
 from conftest import ROOT
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
-from tiny import random_model, small_config, write_checkpoint
+from tiny import random_model, small_config
 
 import jddim
 from jddim import train_loop, training
 from jddim.checkpoint import build_model, flat_params, load_metadata, load_params
 from jddim.cli import main
 from jddim.config import SamplerConfig, ScheduleConfig
+from jddim.images import from_uint8
 from jddim.train_loop import LoopConfig, TrainError, train
 from jddim.training import Task, TrainConfig
-from jddim.training_data import Data
+from jddim.training_data import Data, Order
 
 pytestmark = pytest.mark.unoptimised
 
@@ -55,11 +56,17 @@ def job(**fields: Any) -> Task:
     )
 
 
+CACHE = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The compiled step is kept for the module's runs, as the command keeps it for the next."""
-    names = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache"))}
-    names |= {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": 0}
+    names = dict(zip(CACHE, (str(tmp_path_factory.mktemp("cache")), 0, 0), strict=True))
     before = {name: getattr(jax.config, name) for name in names}
     for settings in (names, before):
         compilation_cache.reset_cache()
@@ -171,11 +178,15 @@ def test_it_goes_back_to_pytorch(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_it_and_the_last_good_state_is_named(
     tmp_path: Path, run: Callable[..., list[str]]
 ) -> None:
-    task = job(steps=20, lr=1e30, warmup_steps=0, accumulate=1, label_dropout=0.0)
+    order = Order(11, 4, seed=5)
+    second = order.rows(1)[0][0]
+    assert second not in order.rows(0)[0].tolist()
+    pixels = from_uint8(PIXELS)
+    pixels[second, 3, 5, 0] = np.inf
     with pytest.raises(
         FloatingPointError, match=r"step 2: the loss is (nan|inf), .*; the last good state is step 1 in "
     ):
-        run(task, tmp_path / "out", LoopConfig(save_every=1))
+        run(job(steps=20), tmp_path / "out", LoopConfig(save_every=1), Data(pixels, CLASSES))
     assert not (tmp_path / "out").exists()
     assert list(states(tmp_path / "out")) == [1]
 
@@ -187,18 +198,18 @@ def test_nothing_is_overwritten_silently(tmp_path: Path, run: Callable[..., list
         run(job(steps=4), out, loop)
     out.rename(tmp_path / "kept")
     for task, data, message in (
-        (job(steps=4, lr=2e-3), DATA, "task.train.lr was 0.001, now 0.002"),
+        (job(steps=4, seed=6), DATA, "task.train.seed was 5, now 6"),
         (job(steps=4), Data(PIXELS[::-1], CLASSES), "data.sha256_of_1000 was"),
     ):
         with pytest.raises(TrainError, match=f"another training: {message}"):
             run(task, out, loop, data)
     (tmp_path / "kept").rename(out)
     before = (train_loop.run_folder(out) / "log.jsonl").read_text()
-    said = run(job(steps=2, lr=2e-3), out, loop, overwrite=True)
+    said = run(job(steps=2, seed=6), out, loop, overwrite=True)
     old = tmp_path / "out.run.old"
     assert f"beginning anew; the run that was there is now {old}" in said
     assert (old / "log.jsonl").read_text() == before
-    assert load_metadata(out).provenance["training"]["lr"] == 2e-3
+    assert load_metadata(out).provenance["training"]["seed"] == 6
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -217,7 +228,9 @@ def test_killed_and_told_to_stop_at_any_moment(tmp_path: Path, capsys: pytest.Ca
     def stopped(number: int) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "jddim", *words[:3], str(tmp_path / "b"), *words[3:]]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-        env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as this process has it: the same programs
+        # the same programs as this process has
+        env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        env |= {name.upper(): str(getattr(jax.config, name)) for name in CACHE}
         process = subprocess.Popen(command, env=env, **pipes)
         assert process.stdout is not None
         lines = []
@@ -264,7 +277,11 @@ def test_a_checkpoint_is_trained_further(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_classes_are_given_to_a_checkpoint_that_has_none(tmp_path: Path) -> None:
-    ckpt = write_checkpoint(tmp_path / "ckpt", **{**MODEL, "class_embedding": None, "num_classes": None})
+    ckpt, task = tmp_path / "ckpt", job()
+    plain = small_config(**{**MODEL, "class_embedding": None, "num_classes": None})
+    before = dataclasses.replace(task, model=plain, train=TrainConfig())
+    about = train_loop._about(before, Data(PIXELS, None), "", None)
+    train_loop.write_checkpoint(ckpt, before, flat_params(random_model(plain)), 7, about, None)
     metadata = load_metadata(ckpt)
     model, params = training.with_classes(metadata.model, load_params(ckpt, metadata), 4)
     x, t = RNG.standard_normal((3, 6, 10, 1), dtype=np.float32), np.array([3, 999, 41])
@@ -272,7 +289,7 @@ def test_classes_are_given_to_a_checkpoint_that_has_none(tmp_path: Path) -> None
     np.testing.assert_array_equal(labelled, jax.jit(lambda m, *rest: m(*rest))(jddim.load(ckpt).model, x, t))
 
     words = [write_config(tmp_path)[0], str(ckpt), str(tmp_path / "data.npz"), str(tmp_path / "out"), "--classes", "4"]
-    settings = {**TRAIN, "flip": "true", "steps": 4, "label_dropout": 0.5}
+    settings = {**TRAIN, "flip": "true", "steps": 4}
     assert main([*words, *(w for name, value in settings.items() for w in ("--set", f"{name}={value}"))]) == 0
     table = load_params(tmp_path / "out", load_metadata(tmp_path / "out"))["class_embed.embedding"]
     assert table.shape == (4, 32)
