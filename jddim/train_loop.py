@@ -295,7 +295,7 @@ def write_checkpoint(
 
 def _about(task: Task, data: Data, source: str, parent: Metadata | None) -> dict[str, Any]:
     """What run.json says."""
-    import optax
+    optax = training._optax()
 
     chosen = np.unique(np.linspace(0, len(data.pixels) - 1, 1000).astype(int))
     digest = hashlib.sha256(np.ascontiguousarray(data.pixels[chosen]).data)
