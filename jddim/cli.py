@@ -104,6 +104,7 @@ def _sample(args: argparse.Namespace) -> int:
 
     import jddim
     from jddim import images
+    from jddim.batch_size import best_batch_size
 
     asked = {
         "spacing": args.spacing,
@@ -123,6 +124,8 @@ def _sample(args: argparse.Namespace) -> int:
         raise ValueError(
             "--clip-range without --clip: this checkpoint's x0 is not clipped; add --clip, or leave it out"
         )
+    if args.batch_size == "auto":
+        args.batch_size = best_batch_size(ddim, num, evaluations=1 + (args.guidance_scale is not None), say=_say)
     table = ddim.table(args.steps)
     keep = suffix == ".gif" or args.trajectory
     every = max(1, table.num_steps // 40) if suffix == ".gif" else 1
@@ -383,6 +386,11 @@ def _load_array(path: Path | None, option: str) -> np.ndarray | None:
     return array
 
 
+def batch_size(text: str) -> int | str:
+    """`--batch-size`: a number, or auto."""
+    return text if text == "auto" else int(text)
+
+
 def _seed(text: str) -> int:
     """`--seed`: what jax.random.key tells apart."""
     seed = int(text)
@@ -535,7 +543,13 @@ def _parser() -> argparse.ArgumentParser:
         "--eta", type=float, metavar="E", help="0 deterministic, 1 as noisy as DDPM; default: the checkpoint's"
     )
     sub.add_argument("--seed", type=_seed, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0")
-    sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time (default 64)")
+    sub.add_argument(
+        "--batch-size",
+        type=batch_size,
+        default=64,
+        metavar="B",
+        help="images at a time (default 64); auto: tries which is fastest and fits",
+    )
     sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
     sub.add_argument(
         "--method",
@@ -603,7 +617,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_research.add(command, _seed, _labels)
     cli_evaluate.add(command)
     cli_doctor.add(command, _labels)
-    cli_bulk.add(command, _seed, SPACING_NAMES, _say)
+    cli_bulk.add(command, _seed, batch_size, SPACING_NAMES, _say)
     cli_export.add(command, SPACING_NAMES)
 
     sub = command("verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth")
