@@ -153,7 +153,8 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         bulk.read_manifest(args.out)
     else:
         bulk.check_folder(args.out)
-        check_output(args.out / ("a.npz" if args.format == "npz" else "a.png"), metadata.model.in_channels)
+        # Another worker may be looking at the folder now: what is tried must look like a part of a shard.
+        check_output(args.out / ("shard-.npz" if args.format == "npz" else "shard-.png"), metadata.model.in_channels)
 
     import jax
 
