@@ -50,6 +50,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from jddim import images, metrics, mnist_cnn
 
+    if args.json is not None:
+        if args.json.suffix.lower() != ".json":
+            raise ValueError(f"--json {args.json}: end it in .json")
+        images.check_output(args.json, 1, formats=(".json",))
     made, real = digit_features(args.images), digit_features(args.reference)
     few = min(len(made), len(real), 10_000)
     kernel, deviation = metrics.kernel_distance(made, real)

@@ -165,6 +165,7 @@ def test_edit_keeps_what_is_black(ckpt: Path, tmp_path: Path, given: np.ndarray,
     [
         ([], "give either --strength"),
         (["--strength", "0.5", "--mask", "m.png"], "give either --strength"),
+        (["--strength", "0.5", "--resample", "3"], "they go with --mask"),
         (["--strength", "1.5"], "strength must lie in (0, 1], got 1.5"),
         (["--strength", "0.5", "--eta", "-1"], "eta must be a finite number >= 0"),
         (["--mask", "none.png"], "none.png"),

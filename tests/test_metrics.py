@@ -171,3 +171,10 @@ def test_evaluate_says_what_is_wrong(
     assert main([*command, "--json", str(tmp_path / "f.json")]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "f.json").exists()
+
+
+@pytest.mark.parametrize(("name", "said"), [("f.txt", "end it in .json"), ("folder.json", "is a folder")])
+def test_evaluate_looks_at_its_output_first(tmp_path: Path, fails: Callable[..., str], name: str, said: str) -> None:
+    (tmp_path / "folder.json").mkdir()
+    absent = tmp_path / "never-read.npy"
+    assert said in fails("evaluate", absent, "--reference", absent, "--json", tmp_path / name)
