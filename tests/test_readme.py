@@ -69,7 +69,7 @@ def test_the_scale_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scale.md").read_text(), re.S)
     found: dict = {}
-    for block in blocks[:-1]:  # the last one is test_export.py's
+    for block in blocks[:-1]:  # the last one is test_export_sampler.py's
         exec(block, found)
     assert found["images"].shape == (11, 6, 10, 3)
     assert found["x_0"].shape == (found["num"], 6, 10, 3)
