@@ -13,7 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jddim import __version__, cli_bulk, cli_doctor, cli_evaluate, cli_export, cli_invert, cli_research, interrupt
+from jddim import (
+    __version__,
+    cli_bulk,
+    cli_doctor,
+    cli_evaluate,
+    cli_export,
+    cli_invert,
+    cli_research,
+    cli_train,
+    interrupt,
+)
 from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES
 
 if TYPE_CHECKING:
@@ -619,6 +629,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_doctor.add(command, _labels)
     cli_bulk.add(command, _seed, batch_size, SPACING_NAMES, _say)
     cli_export.add(command, SPACING_NAMES)
+    cli_train.add(command, _say)
 
     sub = command("verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth")
     sub.add_argument("ckpt", type=Path)

@@ -7,11 +7,13 @@ short the clearing up after the first. This module imports little (not even logg
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -54,6 +56,34 @@ def ignore() -> None:
     """From now on, Ctrl-C does nothing: the command has done all it had to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM are only noted: gives a function that says whether one was, for a loop that saves and ends.
+
+    Another, more than SAME seconds later, raises KeyboardInterrupt. Outside the main thread nothing is changed.
+    """
+    noted: list[float] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        global _heard, _signal
+        now = time.monotonic()
+        if not noted:
+            noted.append(now)
+            _heard, _signal = now, signum
+        elif now - noted[0] > SAME:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(noted)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _on_interrupt(signum: int, frame: FrameType | None) -> None:

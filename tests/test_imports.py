@@ -78,6 +78,11 @@ def test_torch_is_imported_where_it_is_meant_to_be() -> None:
         ("jddim.models.layers", set()),
         ("jddim.models.unet", {"config", "models"}),
         ("jddim.checkpoint", {"config", "interrupt", "models"}),
+        (
+            "jddim.training",
+            {"checkpoint", "compiling", "config", "ddim", "denoisers", "models", "sampling", "schedule"},
+        ),
+        ("jddim.training_data", {"config", "images", "mnist_cnn"}),
         ("jddim.images", {"interrupt"}),
         ("jddim.shards", {"config", "images"}),
         ("jddim.progress", set()),

@@ -11,6 +11,8 @@ import pytest
 from conftest import MNIST_SOURCE, ROOT
 from tiny import SETTING_OPTIONS, state_dict, tree, write_checkpoint
 
+from jddim import interrupt
+
 # Presses Ctrl-C when the interpreter announces EVENT (see sys.addaudithook) about something whose name holds WORD:
 # at a known moment, where a timer would hit another one on each machine.
 PRESS = """
@@ -103,3 +105,16 @@ def test_from_outside_while_computing(tmp_path: Path) -> None:
     _, error = process.communicate(timeout=120)
     assert (process.returncode, error) == (130, "jddim: interrupted; nothing half-written was left\n")
     assert tree(tmp_path) == {}
+
+
+def test_deferred_notes_the_first_and_hears_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_heard", None), ("_signal", 2), ("SAME", -1.0)):
+        monkeypatch.setattr(interrupt, name, value)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with interrupt.deferred() as stopped:
+        assert not stopped()
+        signal.raise_signal(signal.SIGTERM)
+        assert (stopped(), interrupt.heard(), interrupt.status()) == (True, True, 143)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from tiny import write_checkpoint
 
+from jddim.config import to_json
 from jddim.solvers import SOLVERS
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +77,36 @@ def test_the_scale_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["images"].shape == (11, 6, 10, 3)
     assert found["x_0"].shape == (found["num"], 6, 10, 3)
     assert found["doubles"] == 0
+
+
+def test_the_training_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jddim.config import UNetConfig
+    from jddim.training import Task
+
+    page = (ROOT / "docs" / "training.md").read_text()
+    (text,) = re.findall(r"```json\n(.*?)```", page, re.S)
+    written = json.loads(text)
+    shipped = Task.from_json(written)
+    assert shipped.model == UNetConfig((28, 28), 1, 1, 32, (1, 2, 2), num_res_blocks=1, attention_levels=(2,))
+    for name in to_json(shipped.train):
+        assert f"`{name}`" in page, name  # every field is told of
+    # as it stands, on a network and a run as small as can be
+    small = {"channels": 8, "channel_mults": [1], "norm_groups": 4, "attention_levels": [], "middle": False}
+    written["model"] |= {**small, "image_size": [6, 10]}
+    written["train"] |= {"steps": 2, "batch_size": 3}
+    monkeypatch.chdir(tmp_path)
+    Path("mnist.json").write_text(json.dumps(written))
+    np.savez("digits.npz", np.random.default_rng(0).integers(0, 256, (5, 6, 10, 1), dtype=np.uint8))
+    found: dict = {}
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        for block in re.findall(r"```python\n(.*?)```", page, re.S):
+            exec(block, found)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    assert found["steps"] == int(found["state"].step) == 2
+    assert Path("mnist").is_dir()
+    assert bool(jax.numpy.isfinite(found["said"]["loss"]))
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]

@@ -1,0 +1,154 @@
+"""`jddim train`: from a configuration, or from a checkpoint, to a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jddim import interrupt
+
+if TYPE_CHECKING:
+    from jddim.checkpoint import Metadata
+    from jddim.training import Task
+
+
+def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], None]) -> None:
+    """Define the command. command: `(name, run, text, examples)` -> its parser. say: prints a line of progress."""
+    sub = command(
+        "train",
+        lambda args: _train(args, say),
+        "train a network from scratch, or a checkpoint further (jddim[train]); the same command again goes on where "
+        "it was stopped",
+        "mnist.json DATA mnist --sample-every 1000\nmnist faces tuned --set steps=5000 --set lr=2e-5 "
+        "--set warmup_steps=100\nmnist DATA guided --classes 11 --set label_dropout=0.1 --set null_label=10 "
+        "--set steps=5000",
+    )
+    sub.add_argument(
+        "start",
+        metavar="CONFIG|CKPT",
+        type=Path,
+        help="a .json with the sections model, schedule, sampler and train (docs/training.md), or a checkpoint folder",
+    )
+    sub.add_argument(
+        "data", metavar="DATA", type=Path, help="MNIST's folder, a folder of pictures, a .npy or .npz of images"
+    )
+    sub.add_argument(
+        "out", metavar="OUT", type=Path, help="the checkpoint to write; OUT.run is what a run goes on from"
+    )
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the section train, such as lr=1e-4"
+    )
+    sub.add_argument(
+        "--classes",
+        type=int,
+        metavar="N",
+        help="give a checkpoint without classes so many, the null label included; at first they change nothing",
+    )
+    sub.add_argument("--log-every", type=int, default=100, metavar="N", help="steps between lines (default 100)")
+    sub.add_argument("--save-every", type=int, default=1000, metavar="N", help="steps between saves (default 1000)")
+    sub.add_argument("--keep-last", type=int, default=2, metavar="K", help="newest saved states to keep (default 2)")
+    sub.add_argument("--keep-best", type=int, default=1, metavar="K", help="and those of least loss (default 1)")
+    sub.add_argument(
+        "--sample-every", type=int, default=0, metavar="N", help="steps between grids of samples (default: none)"
+    )
+    sub.add_argument("--sample-num", type=int, default=16, metavar="N", help="images in a grid (default 16)")
+    sub.add_argument(
+        "--devices", type=int, metavar="N", help="train on so many, the batch cut among them (default: all)"
+    )
+    sub.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="begin anew: an earlier run is moved to OUT.run.old, OUT replaced at the end",
+    )
+
+
+def _train(args: argparse.Namespace, say: Callable[[str], None]) -> int:
+    from jddim.checkpoint import check_destination
+    from jddim.train_loop import LoopConfig, train
+
+    loop = LoopConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoopConfig)})
+    task, parent, params = _begin(args.start, args.set, args.classes)
+    check_destination(args.out, overwrite=args.overwrite)
+
+    import jax
+
+    from jddim import training_data
+    from jddim.checkpoint import abstract_model, flat_params
+    from jddim.sharding import make_mesh
+    from jddim.training import make_optimizer
+
+    make_optimizer(task)  # says what to install
+    mesh = make_mesh(args.devices) if args.devices is not None or len(jax.devices()) > 1 else None
+    data = training_data.read(args.data, task.model)
+    if data.bad:
+        more = f"; and {len(data.bad) - 5} more" if len(data.bad) > 5 else ""
+        total = len(data.bad) + len(data.pixels)
+        say(f"note: {len(data.bad)} of {total} pictures are left out: {'; '.join(data.bad[:5])}{more}")
+    count = sum(leaf.size for leaf in flat_params(abstract_model(task.model)).values())
+    devices = jax.devices() if mesh is None else mesh.devices.ravel().tolist()
+    say(f"{count:,} parameters, {len(data.pixels):,} images, {len(devices)} {devices[0].platform}")
+    done = train(
+        task,
+        data,
+        args.out,
+        loop,
+        params=params,
+        parent=parent,
+        source=str(args.data),
+        mesh=mesh,
+        overwrite=args.overwrite,
+        say=say,
+    )
+    if done < task.train.steps:
+        kept = f"saved in {args.out}.run: the same command goes on" if done else "nothing was trained yet"
+        print(f"jddim: interrupted after step {done} of {task.train.steps}; {kept}", file=sys.stderr)
+        return interrupt.status()
+    say(f"wrote {args.out}: the averaged weights after {done} steps")
+    return 0
+
+
+def _begin(
+    start: Path, settings: Sequence[str], classes: int | None
+) -> tuple[Task, Metadata | None, dict[str, Any] | None]:
+    """What CONFIG or CKPT, --set and --classes say, and the checkpoint's metadata and parameters."""
+    from jddim.checkpoint import load_metadata, load_params
+    from jddim.config import from_json
+    from jddim.training import Task, TrainConfig, with_classes
+
+    told: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes KEY=VALUE, got {setting!r}")
+        try:
+            told[name] = json.loads(value)
+        except ValueError:
+            told[name] = value
+    if start.is_dir() or not start.exists():
+        parent = load_metadata(start)
+        train = from_json(TrainConfig, told)
+        model, params = parent.model, load_params(start, parent)
+        if classes is not None:
+            model, params = with_classes(model, params, classes)
+        return Task(model, parent.schedule, parent.sampler, train), parent, params
+    if classes is not None:
+        raise ValueError("--classes is for a checkpoint; a configuration has num_classes in its section model")
+    try:
+        data = json.loads(start.read_text())
+        if not isinstance(data, dict):
+            raise ValueError("it holds no object")
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{start} is neither a checkpoint folder nor a configuration in JSON ({error})") from error
+    section = data.get("train", {})
+    if told and isinstance(section, dict):
+        data = {**data, "train": {**section, **told}}
+    try:
+        task = Task.from_json(data)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{start}: {error}") from error
+    return task, None, None
