@@ -29,6 +29,8 @@ from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES
 if TYPE_CHECKING:
     import numpy as np
 
+    from jddim.pipeline import Preview
+
 SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, ddimN or N,N,..."
 PLOTS = (".png", ".svg", ".pdf")
 EXAMPLES = """\
@@ -104,9 +106,13 @@ def _sample(args: argparse.Namespace) -> int:
 
     metadata = load_metadata(args.ckpt)
     check_output(args.out, metadata.model.in_channels)
-    if args.preview is not None:
+    in_terminal = args.preview == Path("-")
+    if in_terminal and (not sys.stderr.isatty() or metadata.model.in_channels not in (1, 3)):
+        why = "stderr is no terminal" if not sys.stderr.isatty() else "pictures have 1 or 3 channels"
+        raise ValueError(f"--preview - draws in the terminal, but {why}; name a FILE.png, or leave it out")
+    if args.preview is not None and not in_terminal:
         if args.preview.suffix.lower() != ".png":
-            raise ValueError(f"--preview {args.preview}: end it in .png")
+            raise ValueError(f"--preview {args.preview}: end it in .png, or give - for the terminal")
         check_output(args.preview, metadata.model.in_channels)
 
     import jax
@@ -139,6 +145,10 @@ def _sample(args: argparse.Namespace) -> int:
     table = ddim.table(args.steps)
     keep = suffix == ".gif" or args.trajectory
     every = max(1, table.num_steps // 40) if suffix == ".gif" else 1
+
+    def to_file(now: Preview) -> None:
+        save_png(args.preview, images.grid(now.x0_hat), {})
+
     started = time.perf_counter()
     result = ddim.sample(
         jax.random.key(args.seed),
@@ -154,7 +164,7 @@ def _sample(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         trajectory_every=every if keep else None,
         progress=True,
-        on_segment=None if args.preview is None else lambda now: save_png(args.preview, images.grid(now.x0_hat), {}),
+        on_segment=None if args.preview is None else _in_terminal if in_terminal else to_file,
     )
     x_0, trajectory = result if keep else (result, None)
     x_0 = np.asarray(x_0)
@@ -202,6 +212,15 @@ def _sample(args: argparse.Namespace) -> int:
         f"  [{seconds:.1f} s with compiling, {num / seconds:.1f} images/s]"
     )
     return 0
+
+
+def _in_terminal(now: Preview) -> None:
+    from tqdm import tqdm
+
+    from jddim.terminal import blocks
+
+    width = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0 where a terminal does not know
+    tqdm.write(blocks(now.x0_hat, width), file=sys.stderr)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -614,7 +633,10 @@ def _parser() -> argparse.ArgumentParser:
     conventions.add_argument("--variance", choices=VARIANCES, help="for ddpm")
     conventions.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts")
     sub.add_argument(
-        "--preview", type=Path, metavar="FILE.png", help="what the images are going to be, drawn anew as they are made"
+        "--preview",
+        type=Path,
+        metavar="FILE.png",
+        help="what the images are going to be, drawn anew as they are made; - for the terminal",
     )
     sub.add_argument(
         "--trajectory",
