@@ -50,25 +50,13 @@ def test_one_that_is_too_wide_is_made_smaller_and_odd_heights_end_in_black() -> 
 def test_sample_draws_in_a_terminal_and_says_if_there_is_none(tmp_path: Path) -> None:
     pty = pytest.importorskip("pty", reason="terminals are tried where there are pseudo-terminals")
     ckpt = write_checkpoint(tmp_path / "ckpt")
-    words = [
-        sys.executable,
-        "-m",
-        "jddim",
-        "sample",
-        str(ckpt),
-        str(tmp_path / "x.npy"),
-        "--num",
-        "2",
-        "--preview",
-        "-",
-    ]
+    command = ["sample", str(ckpt), str(tmp_path / "x.npy"), "--num", "2", "--preview", "-"]
+    words = [sys.executable, "-m", "jddim", *command]
     environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **os.environ}
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert (
-        done.stderr
-        == "jddim: error: --preview - draws in the terminal, but stderr is no terminal; name a FILE.png, or leave it out\n"
-    )
+    assert "draws in the terminal, but stderr is no terminal; name a FILE.png" in done.stderr
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "x.npy").exists()
 
     ours, theirs = pty.openpty()
