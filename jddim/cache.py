@@ -45,7 +45,7 @@ def use() -> Path | None:
         return None
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(place)
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(LARGEST))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
     return place
 

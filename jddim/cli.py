@@ -29,6 +29,8 @@ from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES
 if TYPE_CHECKING:
     import numpy as np
 
+    from jddim.pipeline import Preview
+
 SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, ddimN or N,N,..."
 PLOTS = (".png", ".svg", ".pdf")
 EXAMPLES = """\
@@ -104,9 +106,13 @@ def _sample(args: argparse.Namespace) -> int:
 
     metadata = load_metadata(args.ckpt)
     check_output(args.out, metadata.model.in_channels)
-    if args.preview is not None:
+    in_terminal = args.preview == Path("-")
+    if in_terminal and (not sys.stderr.isatty() or metadata.model.in_channels not in (1, 3)):
+        why = "stderr is no terminal" if not sys.stderr.isatty() else "pictures have 1 or 3 channels"
+        raise ValueError(f"--preview - draws in the terminal, but {why}; name a FILE.png, or leave it out")
+    if args.preview is not None and not in_terminal:
         if args.preview.suffix.lower() != ".png":
-            raise ValueError(f"--preview {args.preview}: end it in .png")
+            raise ValueError(f"--preview {args.preview}: end it in .png, or give - for the terminal")
         check_output(args.preview, metadata.model.in_channels)
 
     import jax
@@ -114,6 +120,7 @@ def _sample(args: argparse.Namespace) -> int:
 
     import jddim
     from jddim import images
+    from jddim.batch_size import best_batch_size
 
     asked = {
         "spacing": args.spacing,
@@ -133,9 +140,15 @@ def _sample(args: argparse.Namespace) -> int:
         raise ValueError(
             "--clip-range without --clip: this checkpoint's x0 is not clipped; add --clip, or leave it out"
         )
+    if args.batch_size == "auto":
+        args.batch_size = best_batch_size(ddim, num, evaluations=1 + (args.guidance_scale is not None), say=_say)
     table = ddim.table(args.steps)
     keep = suffix == ".gif" or args.trajectory
     every = max(1, table.num_steps // 40) if suffix == ".gif" else 1
+
+    def to_file(now: Preview) -> None:
+        save_png(args.preview, images.grid(now.x0_hat), {})
+
     started = time.perf_counter()
     result = ddim.sample(
         jax.random.key(args.seed),
@@ -151,7 +164,7 @@ def _sample(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         trajectory_every=every if keep else None,
         progress=True,
-        on_segment=None if args.preview is None else lambda now: save_png(args.preview, images.grid(now.x0_hat), {}),
+        on_segment=None if args.preview is None else _in_terminal if in_terminal else to_file,
     )
     x_0, trajectory = result if keep else (result, None)
     x_0 = np.asarray(x_0)
@@ -199,6 +212,15 @@ def _sample(args: argparse.Namespace) -> int:
         f"  [{seconds:.1f} s with compiling, {num / seconds:.1f} images/s]"
     )
     return 0
+
+
+def _in_terminal(now: Preview) -> None:
+    from tqdm import tqdm
+
+    from jddim.terminal import blocks
+
+    width = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0 where a terminal does not know
+    tqdm.write(blocks(now.x0_hat, width), file=sys.stderr)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -393,6 +415,11 @@ def _load_array(path: Path | None, option: str) -> np.ndarray | None:
     return array
 
 
+def batch_size(text: str) -> int | str:
+    """`--batch-size`: a number, or auto."""
+    return text if text == "auto" else int(text)
+
+
 def _seed(text: str) -> int:
     """`--seed`: what jax.random.key tells apart."""
     seed = int(text)
@@ -545,7 +572,13 @@ def _parser() -> argparse.ArgumentParser:
         "--eta", type=float, metavar="E", help="0 deterministic, 1 as noisy as DDPM; default: the checkpoint's"
     )
     sub.add_argument("--seed", type=_seed, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0")
-    sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time (default 64)")
+    sub.add_argument(
+        "--batch-size",
+        type=batch_size,
+        default=64,
+        metavar="B",
+        help="images at a time (default 64); auto: tries which is fastest and fits",
+    )
     sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
     sub.add_argument(
         "--method",
@@ -600,7 +633,10 @@ def _parser() -> argparse.ArgumentParser:
     conventions.add_argument("--variance", choices=VARIANCES, help="for ddpm")
     conventions.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts")
     sub.add_argument(
-        "--preview", type=Path, metavar="FILE.png", help="what the images are going to be, drawn anew as they are made"
+        "--preview",
+        type=Path,
+        metavar="FILE.png",
+        help="what the images are going to be, drawn anew as they are made; - for the terminal",
     )
     sub.add_argument(
         "--trajectory",
@@ -613,7 +649,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_research.add(command, _seed, _labels)
     cli_evaluate.add(command)
     cli_doctor.add(command, _labels)
-    cli_bulk.add(command, _seed, SPACING_NAMES, _say)
+    cli_bulk.add(command, _seed, batch_size, SPACING_NAMES, _say)
     cli_export.add(command, SPACING_NAMES)
     cli_train.add(command, _say)
 

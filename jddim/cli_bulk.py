@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 def add(
     command: Callable[..., argparse.ArgumentParser],
     seed: Callable[[str], int],
+    batch_size: Callable[[str], int | str],
     spacing_names: str,
     say: Callable[[str], None],
 ) -> None:
     """Define the commands. command: `(name, run, text, examples)` -> its parser. seed: the type of `--seed`.
 
-    spacing_names: for the help. say: prints a line of progress.
+    batch_size: the type of `--batch-size`. spacing_names: for the help. say: prints a line of progress.
     """
     sub = command(
         "bulk",
@@ -53,7 +54,13 @@ def add(
     )
     sub.add_argument("--guidance-scale", type=float, metavar="W", help="as in jddim sample")
     sub.add_argument("--null-label", type=int, metavar="N", help="as in jddim sample; not among the balanced")
-    sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time (default 64)")
+    sub.add_argument(
+        "--batch-size",
+        type=batch_size,
+        default=64,
+        metavar="B",
+        help="images at a time (default 64); auto: tries which is fastest and fits, once for the set",
+    )
     sub.add_argument("--shard-size", type=int, metavar="M", help="images a shard (default: about 1024, whole batches)")
     sub.add_argument(
         "--format",
@@ -122,6 +129,10 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     from jddim.images import check_output
     from jddim.progress import Progress
 
+    automatic = args.batch_size == "auto"
+    begun = bulk.manifest_path(args.out).exists()
+    if automatic:
+        args.batch_size = bulk.read_manifest(args.out).bulk.batch_size if begun else 1
     config = bulk.BulkConfig(
         num=args.num,
         seed=args.seed,
@@ -138,20 +149,24 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         raise ValueError(f"eta is DDIM's; method {args.method!r} takes none")
     metadata = load_metadata(args.ckpt)
     cycle = bulk.label_cycle(config.labels, metadata.model.num_classes, config.null_label)
-    begun = bulk.manifest_path(args.out).exists()
     if begun:
         bulk.read_manifest(args.out)
     else:
         bulk.check_folder(args.out)
-        check_output(args.out / ("a.npz" if args.format == "npz" else "a.png"), metadata.model.in_channels)
+        # Another worker may be looking at the folder now: what is tried must look like a part of a shard.
+        check_output(args.out / ("shard-.npz" if args.format == "npz" else "shard-.png"), metadata.model.in_channels)
 
     import jax
 
     import jddim
+    from jddim.batch_size import best_batch_size
 
     asked = {"num_steps": args.steps, "eta": args.eta, "spacing": args.spacing, "clip": args.clip}
     ddim = jddim.load(args.ckpt, dtype=args.dtype)
     ddim = ddim.with_sampler(**{name: value for name, value in asked.items() if value is not None})
+    if automatic and not begun:
+        size = best_batch_size(ddim, args.num, evaluations=1 + (args.guidance_scale is not None), say=say)
+        config = dataclasses.replace(config, batch_size=size, shard_size=args.shard_size)
     manifest = bulk.Manifest(_relative(args.ckpt, args.out), metadata.sha256, config, ddim.sampler, bulk.versions())
     if not begun:
         _try(ddim, config)

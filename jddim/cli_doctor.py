@@ -47,7 +47,7 @@ def _doctor(args: argparse.Namespace) -> int:
         memory = (device.memory_stats() or {}).get("bytes_limit")
         shown = "" if memory is None else f", {memory / 2**30:.0f} GiB"
         print(f"{'device':<17} {device.platform} {device.id}: {device.device_kind}{shown}")
-    place = jax.config.read("jax_compilation_cache_dir")
+    place = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if not place:
         why = "JDDIM_CACHE or JAX_COMPILATION_CACHE_DIR is empty, or the folder cannot be written"
         print(f"{'compiled programs':<17} not kept ({why})")
@@ -93,7 +93,7 @@ def _warmup(args: argparse.Namespace, read_labels: Callable[[str | None, int], A
 
     import jddim
 
-    if not jax.config.read("jax_compilation_cache_dir"):
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         raise ValueError("compiled programs are not kept here, so there is nothing to warm: see jddim doctor")
     started = time.perf_counter()
     ddim = jddim.load(args.ckpt, dtype=args.dtype)

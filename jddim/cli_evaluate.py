@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from jddim.metrics import Moments
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -17,8 +20,9 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "evaluate",
         _evaluate,
-        "how far digits are from a reference: FD, KD, precision and recall by the features mnist-cnn-v1",
-        "samples.npz --reference ../data/mnist\nmine.npz --reference theirs.npz --json figures.json",
+        "how far images are from a reference: FD, KD, precision and recall; of digits by the features mnist-cnn-v1",
+        "samples.npz --reference ../data/mnist\nmine.npz --reference theirs.npz --json figures.json\n"
+        "pool3-of-mine.npy --reference fid_stats_cifar10.npz --features inception-pool3",
     )
     sub.add_argument("images", type=Path, help="as jddim sample writes them: .npz, .npy, a folder of PNGs, a grid")
     sub.add_argument(
@@ -27,6 +31,12 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         required=True,
         metavar="DATA",
         help="images likewise, or a folder with MNIST's train-images-idx3-ubyte and -labels (.gz too)",
+    )
+    sub.add_argument(
+        "--features",
+        metavar="NAME",
+        help="take both for features made elsewhere, .npy (n, d), or for the reference their mu and sigma, .npz; NAME "
+        "is what the figures are called by. Inception's pool3 features by the FID's own weights make FD the FID",
     )
     sub.add_argument("--json", type=Path, metavar="FILE", help="the figures, to many digits")
 
@@ -45,36 +55,65 @@ def digit_features(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _features(path: Path, *, statistics: bool) -> np.ndarray | Moments:
+    """Features `(n, d)` that were made elsewhere, .npy; or their statistics, an .npz with `mu` and `sigma`."""
     import numpy as np
 
+    from jddim.metrics import Moments
+
+    try:
+        held = np.load(path, allow_pickle=False)
+        if isinstance(held, np.ndarray):
+            if held.ndim != 2:
+                raise ValueError(f"features must be (n, d), got shape {held.shape}")
+            return held
+        if statistics and {"mu", "sigma"} <= set(held.files):
+            return Moments.given(held["mu"], held["sigma"])
+        raise ValueError(f"an .npz with {', '.join(held.files) or 'nothing'}")
+    except (ValueError, EOFError) as error:
+        wanted = "features (n, d) as .npy" + (", or .npz statistics, mu and sigma" if statistics else "")
+        raise ValueError(f"{path} does not hold {wanted}: {error}") from error
+
+
+def _evaluate(args: argparse.Namespace) -> int:
     from jddim import images, metrics, mnist_cnn
 
-    made, real = digit_features(args.images), digit_features(args.reference)
-    few = min(len(made), len(real), 10_000)
-    kernel, deviation = metrics.kernel_distance(made, real)
-    spread = None if np.isnan(deviation) else deviation
-    precision, recall = metrics.precision_recall(real[:few], made[:few])
-    figures = {
-        "features": mnist_cnn.NAME,
-        "images": len(made),
-        "reference": len(real),
-        "frechet_distance": metrics.frechet_distance(metrics.Moments.of(made), metrics.Moments.of(real)),
-        "kernel_distance": kernel,
-        "kernel_distance_std": spread,
-        "precision": precision,
-        "recall": recall,
-    }
+    if args.json is not None:
+        if args.json.suffix.lower() != ".json":
+            raise ValueError(f"--json {args.json}: end it in .json")
+        images.check_output(args.json, 1, formats=(".json",))
+    made: Any
+    real: Any
+    if args.features is None:
+        name, made, real = mnist_cnn.NAME, digit_features(args.images), digit_features(args.reference)
+    else:
+        name = args.features
+        made, real = _features(args.images, statistics=False), _features(args.reference, statistics=True)
+    figures: dict[str, Any] = {"features": name, "images": len(made)}
+    of_made = metrics.Moments.of(made)
+    if isinstance(real, metrics.Moments):
+        figures |= {"reference": None, "frechet_distance": metrics.frechet_distance(of_made, real)}
+        lines = [f"{len(made)} images against published statistics"]
+    else:
+        figures |= {"reference": len(real)}
+        lines = [f"{len(made)} images against {len(real)}"]
+        figures["frechet_distance"] = metrics.frechet_distance(of_made, metrics.Moments.of(real))
+    lines.append(f"FD ({name})         {figures['frechet_distance']:.3f}")
+    few = len(made)
+    if not isinstance(real, metrics.Moments):
+        few = min(len(made), len(real), 10_000)
+        kernel, deviation = metrics.kernel_distance(made, real)
+        spread = None if math.isnan(deviation) else deviation
+        precision, recall = metrics.precision_recall(real[:few], made[:few])
+        figures |= {"kernel_distance": kernel, "kernel_distance_std": spread, "precision": precision, "recall": recall}
+        over = "of all images at once" if spread is None else f"+- {spread:.4f} over 100 subsets"
+        lines.append(f"KD ({name})         {kernel:.4f} {over}")
+        lines.append(f"precision, recall ({name}, k = 3, {few} of each)  {precision:.3f}, {recall:.3f}")
+    lines.append("FD falls with the number of images: compare it at equal numbers only")
+    if few < 1000:
+        lines.append(f"note: {few} images are few: below 1,000 or so these figures say little")
     if args.json is not None:
         with images.atomic(args.json) as staging:
             staging.write_text(json.dumps(figures, indent=2) + "\n")
-    name = mnist_cnn.NAME
-    print(f"{len(made)} images against {len(real)}")
-    print(f"FD ({name})         {figures['frechet_distance']:.3f}")
-    over = "of all images at once" if spread is None else f"+- {spread:.4f} over 100 subsets"
-    print(f"KD ({name})         {kernel:.4f} {over}")
-    print(f"precision, recall ({name}, k = 3, {few} of each)  {precision:.3f}, {recall:.3f}")
-    print("FD falls with the number of images: compare it at equal numbers only")
-    if few < 1000:
-        print(f"note: {few} images are few: below 1,000 or so these figures say little")
+    print("\n".join(lines))
     return 0

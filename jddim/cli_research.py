@@ -138,6 +138,8 @@ def _load(args: argparse.Namespace, formats: Sequence[str]) -> DDIM:
 def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
     if (args.strength is None) == (args.mask is None):
         raise ValueError("give either --strength, to change images all over, or --mask, to fill them in")
+    if args.mask is None and (args.resample, args.jump_length) != (1, 1):
+        raise ValueError("--resample and --jump-length are RePaint's: they go with --mask, not with --strength")
     ddim = _load(args, ("", ".png", ".npz", ".npy"))
 
     import jax

@@ -5,7 +5,8 @@ and a density changes along it by the divergence (Song et al., arXiv:2011.13456,
 
     log p(y at sigma_0) = log p(y at sigma_T) + integral from sigma_0 to sigma_T of div_y eps dsigma.
 
-Both integrals are taken by Heun's rule, of second order: the error falls with the square of S.
+Both are taken by Heun's rule, of second order: y in sigma, and the divergence in log sigma, where sigma div_y eps stays
+between about 0 and the number of dimensions (in sigma it falls as 1 / sigma, from 100 of them at t = 0).
 """
 
 from __future__ import annotations
@@ -78,12 +79,15 @@ def log_likelihood(
 
     def step(carry: tuple[Array, Array], row: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
         y, integral = carry
-        t, t_next, a, a_next, h = row
+        t, t_next, a, a_next, h, weight, weight_next = row
         slope, divergence = flow(y, t, a)
         slope_next, divergence_next = flow(y + h * slope, t_next, a_next)
-        return (y + h / 2 * (slope + slope_next), integral + h / 2 * (divergence + divergence_next)), None
+        added = weight * divergence + weight_next * divergence_next
+        return (y + h / 2 * (slope + slope_next), integral + added), None
 
-    floats = [jnp.asarray(c, x_0.dtype) for c in (alpha_bar[:-1], alpha_bar[1:], np.diff(sigma))]
+    h_log = np.diff(np.log(sigma)) / 2
+    columns = (alpha_bar[:-1], alpha_bar[1:], np.diff(sigma), h_log * sigma[:-1], h_log * sigma[1:])
+    floats = [jnp.asarray(column, x_0.dtype) for column in columns]
     start = (x_0 / math.sqrt(alpha_bar[0]), jnp.zeros(x_0.shape[0], x_0.dtype))
     (y, integral), _ = lax.scan(step, start, (jnp.asarray(t[:-1]), jnp.asarray(t[1:]), *floats))
 

@@ -34,6 +34,16 @@ class Moments:
         mean = x.mean(axis=0)
         return cls(len(x), mean, (x - mean).T @ (x - mean))
 
+    @classmethod
+    def given(cls, mean: ArrayLike, covariance: ArrayLike) -> Moments:
+        """Of published statistics: mean `(d,)`, unbiased covariance `(d, d)`, of how many is not told."""
+        mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(f"statistics must be (d,) and (d, d), got shapes {mean.shape} and {covariance.shape}")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("statistics hold a NaN or infinity")
+        return cls(2, mean, covariance)  # two samples' scatter is their covariance
+
     def merged(self, other: Moments) -> Moments:
         """Of both sets together (Chan, Golub and LeVeque's update, which does not cancel)."""
         count = self.count + other.count

@@ -84,10 +84,7 @@ class Case:
 
 
 def make_case(size: str, batch: int, steps: int, precision: str = "float32") -> Case:
-    """The case of a size: the shipped weights for "mnist", random ones (seeded) for "cifar10".
-
-    The timesteps are multiples of T // S, the one spacing that all contestants have.
-    """
+    """The case of a size: the shipped weights for "mnist", random ones (seeded) for "cifar10"."""
     if size == "mnist":
         from convert.engine import fill
         from convert.families import FAMILIES
@@ -105,8 +102,12 @@ def make_case(size: str, batch: int, steps: int, precision: str = "float32") -> 
         params = random_params(config)
     shape = (batch, *config.image_size, config.in_channels)
     x_T = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
-    timesteps = (np.arange(steps, dtype=np.int64) * (schedule.num_train_timesteps // steps))[::-1].copy()
-    return Case(size, config, params, schedule, timesteps, x_T, precision)
+    return Case(size, config, params, schedule, spaced(schedule.num_train_timesteps, steps), x_T, precision)
+
+
+def spaced(T: int, steps: int) -> NDArray[np.int64]:
+    """The timesteps of a case, descending: multiples of T // S, the one spacing that all contestants have."""
+    return (np.arange(steps, dtype=np.int64) * (T // steps))[::-1].copy()
 
 
 def random_params(config: UNetConfig, seed: int = 0) -> dict[str, NDArray[np.float32]]:

@@ -27,14 +27,25 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def optimisation_of_modules(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Modules and tests marked `unoptimised` compile as fast as XLA can: many programs that each run for moments."""
+    yield from _optimisation(request)
+
+
+@pytest.fixture(autouse=True)
 def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Modules marked `unoptimised` compile as fast as XLA can, since each of their many programs runs for moments."""
+    """The same of a single test."""
+    yield from _optimisation(request)
+
+
+def _optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
     import jax
 
-    unoptimised = any(mark.name == "unoptimised" for mark in request.node.iter_markers())
-    jax.config.update("jax_disable_most_optimizations", unoptimised)
+    before = jax.config.read("jax_disable_most_optimizations")
+    if any(mark.name == "unoptimised" for mark in request.node.own_markers):
+        jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -154,6 +154,7 @@ def test_edit_keeps_what_is_black(ckpt: Path, tmp_path: Path, given: np.ndarray,
     mask[:, 4:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     options = ["--mask", tmp_path / "mask.png", "--steps", "3", "--resample", resample, "--eta", "1"]
+    options += ["--jump-length", 2] if resample == 2 else []
     run("edit", ckpt, tmp_path / "given.npy", tmp_path / "out.npy", *options)
     made = np.load(tmp_path / "out.npy")
     np.testing.assert_array_equal(made[:, :, :4], given[:, :, :4])
@@ -165,6 +166,7 @@ def test_edit_keeps_what_is_black(ckpt: Path, tmp_path: Path, given: np.ndarray,
     [
         ([], "give either --strength"),
         (["--strength", "0.5", "--mask", "m.png"], "give either --strength"),
+        (["--strength", "0.5", "--resample", "3"], "they go with --mask"),
         (["--strength", "1.5"], "strength must lie in (0, 1], got 1.5"),
         (["--strength", "0.5", "--eta", "-1"], "eta must be a finite number >= 0"),
         (["--mask", "none.png"], "none.png"),

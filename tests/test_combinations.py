@@ -170,10 +170,6 @@ def run_with(sampler: str, wrapper: Any, dtype: Any = jnp.float32) -> Any:
     return run
 
 
-# Twenty programs that each run once: not worth optimising.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 def row(name: str) -> tuple[Array, Array, Array]:
     strengths, eta, which = ROWS[name]
     return jnp.array(strengths, jnp.float32), jnp.float32(eta), KEYS[which]
@@ -183,12 +179,10 @@ def row(name: str) -> tuple[Array, Array, Array]:
 def test_jit_vmap_grad_and_keys(sampler: str) -> None:
     args = (X_T, *(jnp.stack(column) for column in zip(*map(row, ROWS), strict=True)))
     program = jax.jit(jax.vmap(jax.grad(run_with(sampler, everything), has_aux=True), (None, 0, 0, 0)))
-    made = program.lower(*args).compile(compiler_options=FAST)(*args)
+    made = program(*args)
     chex.assert_tree_all_finite(made)
     gradients, x_0 = (dict(zip(ROWS, rows, strict=True)) for rows in made)
-    _, without = (
-        jax.jit(run_with(sampler, plain)).lower(X_T, *row("none")).compile(compiler_options=FAST)(X_T, *row("none"))
-    )
+    _, without = jax.jit(run_with(sampler, plain))(X_T, *row("none"))
     chex.assert_trees_all_close(x_0["none"], without, atol=2e-5)  # float32, five steps
     assert jnp.abs(gradients["none"]).max() > 0
 

@@ -78,7 +78,7 @@ def test_converges_to_the_density_with_the_square_of_S() -> None:
         ends = np.asarray(log_density(x_T, jnp.full(NUM, SCHEDULE.alphas_cumprod[-1]))) - normal
         assert np.abs(ends).max() < 0.03
         errors.append(np.abs(np.asarray(log_p) + ends - exact).max())
-    assert errors[-1] < 0.12, errors
+    assert errors[-1] < 0.02, errors
     for coarse, fine in itertools.pairwise(errors):
         assert 1.6 < math.log2(coarse / fine) < 2.4, errors
 

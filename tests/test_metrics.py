@@ -171,3 +171,46 @@ def test_evaluate_says_what_is_wrong(
     assert main([*command, "--json", str(tmp_path / "f.json")]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "f.json").exists()
+
+
+@pytest.mark.parametrize(("name", "said"), [("f.txt", "end it in .json"), ("folder.json", "is a folder")])
+def test_evaluate_looks_at_its_output_first(tmp_path: Path, fails: Callable[..., str], name: str, said: str) -> None:
+    (tmp_path / "folder.json").mkdir()
+    absent = tmp_path / "never-read.npy"
+    assert said in fails("evaluate", absent, "--reference", absent, "--json", tmp_path / name)
+
+
+def test_evaluate_by_features_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(3)
+    made, real = rng.standard_normal((23, 5)), rng.standard_normal((31, 5)) + 1
+    np.save(tmp_path / "made.npy", made.astype(np.float32))
+    np.save(tmp_path / "real.npy", real)
+    np.savez(tmp_path / "stats.npz", mu=real.mean(axis=0), sigma=np.cov(real, rowvar=False))
+    expected = frechet_distance(Moments.of(made), Moments.of(real))
+    for reference, more in (("real.npy", {"kernel_distance", "precision"}), ("stats.npz", set())):
+        words = ["evaluate", str(tmp_path / "made.npy"), "--reference", str(tmp_path / reference)]
+        assert main([*words, "--features", "pool3", "--json", str(tmp_path / "f.json")]) == 0
+        figures = json.loads((tmp_path / "f.json").read_text())
+        assert figures["frechet_distance"] == pytest.approx(expected, rel=1e-5)  # made is float32
+        assert more <= figures.keys()
+        assert ("precision" in figures) is bool(more)
+        assert f"FD (pool3)         {expected:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("images", "reference", "said"),
+    [
+        ("four.npy", "real.npy", "features must be (n, d), got shape (2, 3, 3, 1)"),
+        ("stats.npz", "real.npy", "does not hold features (n, d) as .npy: an .npz with mu, sigma"),
+        ("real.npy", "other.npz", "or .npz statistics, mu and sigma: an .npz with arr_0"),
+        ("real.npy", "stats.npz", "statistics must be (d,) and (d, d), got shapes (5,) and (4, 4)"),
+    ],
+)
+def test_what_are_no_features(
+    tmp_path: Path, fails: Callable[..., str], images: str, reference: str, said: str
+) -> None:
+    np.save(tmp_path / "four.npy", np.zeros((2, 3, 3, 1)))
+    np.save(tmp_path / "real.npy", np.ones((7, 5)))
+    np.savez(tmp_path / "other.npz", np.zeros(3))
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(5), sigma=np.eye(4))
+    assert said in fails("evaluate", tmp_path / images, "--reference", tmp_path / reference, "--features", "pool3")

@@ -33,6 +33,7 @@ def test_each_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(bool(jax.numpy.isfinite(found["x_0"]).all()) for found in names)
 
 
+@pytest.mark.unoptimised
 def test_the_inversion_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "inversion.md").read_text(), re.S)
     write_checkpoint(tmp_path / "mnist")
@@ -43,6 +44,7 @@ def test_the_inversion_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Mon
     assert found["error"].shape == (3,)
 
 
+@pytest.mark.unoptimised
 def test_the_research_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"channel_mults": (1,), "attention_levels": ()}  # some forty programs are compiled
     write_checkpoint(tmp_path / "ckpt", class_embedding="learned", num_classes=5, **small)
@@ -51,12 +53,8 @@ def test_the_research_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(blocks) == 16
     monkeypatch.setattr("jddim.solvers.SOLVERS", dict(SOLVERS))  # the page registers one
     found: dict = {}
-    jax.config.update("jax_disable_most_optimizations", True)  # each program runs once
-    try:
-        for block in blocks:
-            exec(block, found)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    for block in blocks:
+        exec(block, found)
     shapes = {"rows": (3, 3), "by_scale": (3, 3), "seeds": (2, 3), "guided": (3,), "filled": (3,), "edited": (3,)}
     assert {name: found[name].shape[:-3] for name in shapes} == shapes
     for name in ("filled", "by_unipc"):  # the left half of 10 columns
@@ -67,13 +65,14 @@ def test_the_research_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert after.mean() > before.mean()
 
 
+@pytest.mark.unoptimised
 def test_the_scale_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"channel_mults": (1,), "attention_levels": ()}
     write_checkpoint(tmp_path / "cifar10", in_channels=3, out_channels=3, **small)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scale.md").read_text(), re.S)
     found: dict = {}
-    for block in blocks[:-1]:  # the last one is test_export.py's
+    for block in blocks[:-1]:  # the last one is test_export_sampler.py's
         exec(block, found)
     assert found["images"].shape == (11, 6, 10, 3)
     assert found["x_0"].shape == (found["num"], 6, 10, 3)

@@ -17,56 +17,37 @@ from jddim.sharding import CHANNELS, REPLICATED, Sharded, make_mesh, param_shard
 EIGHT = """
 import re
 import jax, numpy as np
-import jax.numpy as jnp
-from flax import nnx
 from tiny import random_model, small_config
 from jddim.config import SamplerConfig
 from jddim.pipeline import DDIM
 from jddim.schedule import linear_schedule
 from jddim.sharding import CHANNELS, REPLICATED, Sharded, lower, make_mesh
 
-class Convolutions(nnx.Module):
-    '''Two, and t: a network whose programs compile at once.'''
-
-    def __init__(self):
-        self.config, self.dtype = small_config(), jnp.float32
-        self.conv_in = nnx.Conv(1, 8, (3, 3), rngs=nnx.Rngs(0))
-        self.conv_out = nnx.Conv(8, 1, (3, 3), rngs=nnx.Rngs(1))
-
-    def __call__(self, x, t):
-        return self.conv_out(nnx.silu(self.conv_in(x) + t[:, None, None, None] / 100))
-
-key, how = jax.random.key(3), {"eta": 0.7, "clip": True}
-ddim = DDIM(Convolutions(), linear_schedule(100), SamplerConfig(num_steps=3))
-one = np.asarray(ddim.sample(key, 24, batch_size=3, **how))
+config = small_config(channel_mults=(1,), attention_levels=(), middle=False, class_embedding="learned", num_classes=5)
+ddim = DDIM(random_model(config), linear_schedule(100), SamplerConfig(num_steps=3))
+key, labels, how = jax.random.key(3), np.arange(24) % 5, {"eta": 0.7, "clip": True}
+one = np.asarray(ddim.sample(key, 24, labels=labels, batch_size=3, **how))
 for n in (1, 2, 8):  # three images a device and call, as in `one`
     sharded = Sharded(ddim, make_mesh(n))
-    parts = [sharded.sample(key, 3 * n, start=i, **how) for i in range(0, 24, 3 * n)]
+    parts = [sharded.sample(key, 3 * n, start=i, labels=labels[i : i + 3 * n], **how) for i in range(0, 24, 3 * n)]
     assert len(parts[0].sharding.device_set) == n
     np.testing.assert_array_equal(np.concatenate(parts), one, err_msg=f"{n} devices")
-compiled = lower(ddim, make_mesh(4), REPLICATED, 12, tuple(sorted(how.items()))).compile()
+try:
+    sharded.sample(key, 8, labels=np.arange(8))
+except ValueError as error:
+    assert "labels must lie in 0..4, got 5" in str(error)
+else:
+    raise AssertionError
+compiled = lower(ddim, make_mesh(4), REPLICATED, 12, tuple(sorted(how.items())), labelled=True).compile()
 firsts = np.arange(12, 24, 3, dtype=np.uint32)
-np.testing.assert_array_equal(compiled(ddim.model, key, firsts, None), one[12:])
+np.testing.assert_array_equal(compiled(ddim.model, key, firsts, labels[12:]), one[12:])
 assert not re.search("all-(reduce|gather|to-all)|collective-permute|reduce-scatter", compiled.as_text())
 
 wide = Sharded(ddim, make_mesh(2, 2), CHANNELS)
 kernel = wide.ddim.model.conv_in.kernel.get_value()
 assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 1, 4)}, kernel.shape
-# sums over channels are cut in two: rounding
-np.testing.assert_allclose(wide.sample(key, 24, **how), one, atol=1e-5)
-
-config = small_config(channel_mults=(1,), attention_levels=(), middle=False, class_embedding="learned", num_classes=5)
-ddim = DDIM(random_model(config), linear_schedule(100), SamplerConfig(num_steps=3))
-labels = np.arange(24) % 5
-one = np.asarray(ddim.sample(key, 24, labels=labels, batch_size=3, **how))
-eight = Sharded(ddim, make_mesh(8))
-np.testing.assert_array_equal(eight.sample(key, 24, labels=labels, **how), one)
-try:
-    eight.sample(key, 8, labels=np.arange(8))
-except ValueError as error:
-    assert "labels must lie in 0..4, got 5" in str(error)
-else:
-    raise AssertionError
+# sums over channels are cut in two: rounding, which three steps of an untrained network leave below this
+np.testing.assert_allclose(wide.sample(key, 24, labels=labels, **how), one, atol=1e-3)
 print("equal")
 """
 

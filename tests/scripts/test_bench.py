@@ -118,6 +118,18 @@ def test_report(tmp_path: Path):
     assert rows["torch"]["time_over_jddim"] == pytest.approx(sum(ratios) / 2, rel=1e-12)
 
 
+def test_memory_is_measured_on_timesteps_that_every_contestant_takes(
+    bench: ModuleType, case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("diffusers", reason="it takes its own timesteps alone: pip install diffusers")
+    run = subprocess.CompletedProcess([], 0, stdout='{"peak_mib": 1.0}\n', stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: run)
+    bench.add_memory({"rows": [{"name": "diffusers"}]}, case, "cpu", 1, tmp_path)
+    small = contestants.Case.load(tmp_path / "case.npz")
+    assert small.timesteps.tolist() == [150, 0]
+    bench.CONTESTANTS["diffusers"].build(small, "cpu")()  # it raises for another spacing
+
+
 @pytest.mark.parametrize("name", ["torch", "torch-nhwc", "diffusers", "diffusers-nhwc"])
 def test_contestants_make_the_same_images(bench: ModuleType, case, name: str):
     if name.startswith("diffusers"):

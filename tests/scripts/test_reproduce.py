@@ -18,6 +18,7 @@ import jddim
 from jddim import images, metrics, mnist_cnn
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.py"
+pytestmark = pytest.mark.unoptimised
 RNG = np.random.default_rng(0)
 SIZES = [
     word
@@ -66,9 +67,7 @@ def reproduce(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(__import__("sys").modules, "reproduce", module)  # dataclasses look it up
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "LONG", 4)  # in place of 1000
-    jax.config.update("jax_disable_most_optimizations", True)  # each program runs a few times
     yield module
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", None)
 
 

@@ -1,0 +1,74 @@
+"""The batch size that is found: what pays, and what fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+from tiny import random_model, small_config, write_checkpoint
+
+from jddim import batch_size, bulk
+from jddim.batch_size import best_batch_size, free_memory
+from jddim.cli import main
+from jddim.config import SamplerConfig
+from jddim.pipeline import DDIM
+from jddim.schedule import linear_schedule
+
+pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
+
+
+@pytest.fixture(scope="module")
+def ddim() -> DDIM:
+    return DDIM(random_model(small_config()), linear_schedule(100), SamplerConfig())
+
+
+class Device:
+    """Networks that take seconds[size], and 10 bytes an image."""
+
+    def __init__(self, seconds: dict[int, float]):
+        self.seconds, self.tried = seconds, []
+
+    def network(self, ddim: DDIM, size: int) -> tuple[int, int]:
+        self.tried.append(size)
+        return size, 10 * size
+
+
+@pytest.mark.parametrize(
+    ("seconds", "num", "memory", "expected", "tried"),
+    [
+        ({8: 1.0, 16: 1.1, 32: 2.3}, 100, None, 16, [8, 16, 32]),  # 32 is slower a second
+        ({8: 1.0, 16: 1.95}, 100, None, 8, [8, 16]),  # 2.6 % are not worth the memory
+        ({8: 1.0, 16: 1.0, 32: 1.0}, 100, 319, 16, [8, 16, 32]),  # 32 does not fit
+        ({8: 1.0, 11: 1.1}, 11, None, 11, [8, 11]),  # never more than there are
+        ({5: 1.0}, 5, None, 5, [5]),
+        ({2: 1.0}, 100, 39, 2, [8, 4, 2]),
+    ],
+)
+def test_the_largest_that_pays_and_fits(
+    ddim: DDIM, monkeypatch: pytest.MonkeyPatch, seconds: dict, num: int, memory: int | None, expected: int, tried: list
+) -> None:
+    device = Device(seconds)
+    monkeypatch.setattr(batch_size, "_network", device.network)
+    monkeypatch.setattr(batch_size, "_seconds", lambda size: device.seconds[size])
+    assert best_batch_size(ddim, num, memory=memory if memory is not None else 10**6) == expected
+    assert device.tried == tried
+
+
+def test_the_network_is_run_and_its_memory_grows_with_the_batch(ddim: DDIM) -> None:
+    (run, small), (_, large) = batch_size._network(ddim, 3), batch_size._network(ddim, 6)
+    assert jax.block_until_ready(run()).shape == (3, 6, 10, 1)
+    assert 1.5 * small < large < 2.5 * small
+    assert free_memory() > 10 * large
+    with pytest.raises(MemoryError, match="does not hold one image"):
+        best_batch_size(ddim, 3, memory=100)
+
+
+def test_a_set_keeps_the_size_it_was_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt = write_checkpoint(tmp_path / "ckpt")
+    words = ["bulk", str(ckpt), str(tmp_path / "set"), "--num", "5", "--steps", "2", "--batch-size", "auto"]
+    monkeypatch.setattr(batch_size, "best_batch_size", lambda *_, **__: 3)
+    assert main(words) == 0
+    assert bulk.read_manifest(tmp_path / "set").bulk.batch_size == 3
+    monkeypatch.setattr(batch_size, "best_batch_size", lambda *_, **__: 4)
+    assert main(words) == 0
