@@ -15,7 +15,7 @@ from jddim.config import SamplerConfig
 from jddim.pipeline import DDIM
 from jddim.schedule import linear_schedule
 
-pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
+pytestmark = pytest.mark.unoptimised
 
 
 @pytest.fixture(scope="module")

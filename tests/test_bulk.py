@@ -20,7 +20,7 @@ from tiny import tree
 from jddim import bulk, shards
 from jddim.shards import FORMATS, Layout
 
-pytestmark = pytest.mark.quick
+pytestmark = pytest.mark.unoptimised
 
 
 @pytest.fixture(scope="module")

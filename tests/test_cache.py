@@ -13,7 +13,7 @@ from tiny import write_checkpoint
 
 from jddim import cache
 
-pytestmark = pytest.mark.quick
+pytestmark = pytest.mark.unoptimised
 ROOT = Path(__file__).parent.parent
 
 

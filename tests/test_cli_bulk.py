@@ -20,7 +20,7 @@ from jddim.cli import main
 from jddim.images import read_metadata, save_png, to_uint8
 from jddim.shards import decode
 
-pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
+pytestmark = pytest.mark.unoptimised
 
 NUMBERS = {"num": 13, "batch-size": 3, "shard-size": 6, "seed": 5, "eta": 0.5, "null-label": 4, "guidance-scale": 1.5}
 SETTINGS = ["--labels", "balanced", *(word for name, value in NUMBERS.items() for word in (f"--{name}", str(value)))]

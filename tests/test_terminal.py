@@ -15,7 +15,7 @@ from tiny import write_checkpoint
 from jddim.images import to_uint8
 from jddim.terminal import RESET, UPPER_HALF, blocks
 
-pytestmark = pytest.mark.quick
+pytestmark = pytest.mark.unoptimised
 ROOT = Path(__file__).parent.parent
 CELL = re.compile(r"\x1b\[38;2;(\d+);(\d+);(\d+);48;2;(\d+);(\d+);(\d+)m" + UPPER_HALF)
 

@@ -20,7 +20,7 @@ from jddim.ddim import add_noise
 from jddim.schedule import make_schedule
 from jddim.training import Draws, Task, TrainConfig
 
-pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
+pytestmark = pytest.mark.unoptimised
 
 draw = jax.jit(training.draw, static_argnums=(1, 2, 3))
 SMALLEST: dict[str, Any] = {"channel_mults": (1,), "attention_levels": (), "middle": False}

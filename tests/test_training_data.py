@@ -14,7 +14,7 @@ from tiny import SIZE, small_config
 from jddim import training_data
 from jddim.training_data import Data, Order, batches, read
 
-pytestmark = pytest.mark.quick
+pytestmark = pytest.mark.unoptimised
 
 RNG = np.random.default_rng(3)
 PIXELS = RNG.integers(0, 256, (7, *SIZE, 1), dtype=np.uint8)
