@@ -27,8 +27,10 @@ def best_batch_size(
     What is timed is the network alone, which nearly all of sampling's time goes to; each size tried is compiled.
     memory: bytes that may be used; None: what the device has left. evaluations: images the network sees for each one
     that is made (2 with classifier-free guidance). say: told of each size tried.
-    Raises MemoryError if one image does not fit.
+    Raises ValueError if num is below 1, MemoryError if one image does not fit.
     """
+    if num < 1:
+        raise ValueError(f"num must be at least 1, got {num}")
     memory = free_memory() if memory is None else memory
     best, best_rate, size = 0, 0.0, min(8, num)
     while size:

@@ -423,13 +423,15 @@ def versions() -> dict[str, Any]:
     """What the bits of an image depend on beside the settings."""
     import jax
 
-    from jddim import __version__
+    from jddim import __version__, cache
 
+    on_cpu = jax.default_backend() == "cpu"  # its kernels, and so rounding, depend on the processor's instructions
     return {
         "jddim": __version__,
         "jax": jax.__version__,
+        "jaxlib": jax.lib.__version__,
         "platform": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
+        "device": f"cpu {cache.processor()}" if on_cpu else jax.devices()[0].device_kind,
         "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
     }
 

@@ -27,7 +27,7 @@ def folder() -> Path | None:
         return None
     home = Path("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
     base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or home) / "jddim"
-    return base.expanduser() / f"jaxlib-{metadata.version('jaxlib')}-{_processor()}"
+    return base.expanduser() / f"jaxlib-{metadata.version('jaxlib')}-{processor()}"
 
 
 def use() -> Path | None:
@@ -50,7 +50,7 @@ def use() -> Path | None:
     return place
 
 
-def _processor() -> str:
+def processor() -> str:
     """The instructions of this machine's processor, as a short word."""
     told = platform.machine() + platform.processor()
     try:

@@ -131,6 +131,11 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
 
     automatic = args.batch_size == "auto"
     begun = bulk.manifest_path(args.out).exists()
+    if automatic and not begun and (args.shard != (0, 1) or args.shard_size is not None):
+        raise ValueError(
+            "--batch-size auto tries sizes that workers would not agree on, nor a --shard-size fit: begin the set "
+            "without them, or give a number"
+        )
     if automatic:
         args.batch_size = bulk.read_manifest(args.out).bulk.batch_size if begun else 1
     config = bulk.BulkConfig(
@@ -149,6 +154,10 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         raise ValueError(f"eta is DDIM's; method {args.method!r} takes none")
     metadata = load_metadata(args.ckpt)
     cycle = bulk.label_cycle(config.labels, metadata.model.num_classes, config.null_label)
+    classes = metadata.model.num_classes
+    outside = [] if cycle is None or classes is None else [int(label) for label in cycle if not 0 <= label < classes]
+    if outside:
+        raise ValueError(f"--labels {args.labels}: labels must lie in 0..{(classes or 1) - 1}, got {outside[0]}")
     if begun:
         bulk.read_manifest(args.out)
     else:
@@ -272,7 +281,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         try:
             said = read_metadata(args.source)
             manifest, index = bulk.Manifest.of(said), said["index"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{args.source} is no picture that jddim bulk wrote: it does not say how") from error
         if args.index not in (None, index):
             raise ValueError(f"{args.source} is image {index}, not {args.index}")

@@ -26,6 +26,7 @@ def add(command: Callable[..., argparse.ArgumentParser], read_labels: Callable[[
     )
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
     sub.add_argument("--num", type=int, default=64, metavar="N", help="images a call, as sample's (default 64)")
+    sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="as sample's (default 64)")
     sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
     sub.add_argument("--eta", type=float, metavar="E", help="0 and above 0 are two programs; default: the checkpoint's")
     sub.add_argument("--spacing", metavar="NAME", help="only where it makes another number of steps")
@@ -78,6 +79,7 @@ def _trial() -> dict[str, Any]:
     def program(x: Any) -> Any:
         return jax.lax.fori_loop(0, 3, lambda i, y: jnp.sort(jnp.cos(y @ y) + own), x)
 
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # this program is a quick one
     jax.clear_caches()
     jax.monitoring.register_event_listener(count)
     started = time.perf_counter()
@@ -97,14 +99,16 @@ def _warmup(args: argparse.Namespace, read_labels: Callable[[str | None, int], A
         raise ValueError("compiled programs are not kept here, so there is nothing to warm: see jddim doctor")
     started = time.perf_counter()
     ddim = jddim.load(args.ckpt, dtype=args.dtype)
+    num = min(args.num, args.batch_size)  # all batches of a run have one program, the last included
+    labels = read_labels(args.labels, args.num)
     ddim.sample(
         jax.random.key(0),
-        args.num,
+        num,
         steps=args.steps,
         spacing=args.spacing,
         eta=args.eta,
-        labels=read_labels(args.labels, args.num),
+        labels=None if labels is None else labels[:num],
         progress=True,  # cut into segments, as sample is
     )
-    print(f"ready for {args.num} images a call [{time.perf_counter() - started:.1f} s]")
+    print(f"ready for {num} images a call [{time.perf_counter() - started:.1f} s]")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ def _features(path: Path, *, statistics: bool) -> np.ndarray | Moments:
         if statistics and {"mu", "sigma"} <= set(held.files):
             return Moments.given(held["mu"], held["sigma"])
         raise ValueError(f"an .npz with {', '.join(held.files) or 'nothing'}")
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         wanted = "features (n, d) as .npy" + (", or .npz statistics, mu and sigma" if statistics else "")
         raise ValueError(f"{path} does not hold {wanted}: {error}") from error
 

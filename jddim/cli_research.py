@@ -252,6 +252,7 @@ def _distance(args: argparse.Namespace, ddim: DDIM) -> tuple[Callable[[Any], flo
 
     from jddim import metrics, mnist_cnn
     from jddim.cli_evaluate import digit_features
+    from jddim.images import from_uint8, to_uint8
 
     config = ddim.model.config
     if (*config.image_size, config.in_channels) != (28, 28, 1):
@@ -262,7 +263,8 @@ def _distance(args: argparse.Namespace, ddim: DDIM) -> tuple[Callable[[Any], flo
     if args.num < 2:
         raise ValueError(f"--reference needs --num of at least 2, got {args.num}")
     real = metrics.Moments.of(digit_features(args.reference))
-    far = lambda x: metrics.frechet_distance(metrics.Moments.of(mnist_cnn.features(x)), real)  # noqa: E731
+    seen = lambda x: mnist_cnn.features(from_uint8(to_uint8(x)))  # noqa: E731  # as the files would be evaluated
+    far = lambda x: metrics.frechet_distance(metrics.Moments.of(seen(x)), real)  # noqa: E731
     return far, f"FD ({mnist_cnn.NAME})"
 
 

@@ -26,7 +26,7 @@ def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], No
         "it was stopped",
         "mnist.json DATA mnist --sample-every 1000\nmnist faces tuned --set steps=5000 --set lr=2e-5 "
         "--set warmup_steps=100\nmnist DATA guided --classes 11 --set label_dropout=0.1 --set null_label=10 "
-        "--set steps=5000",
+        "--set steps=5000 --set warmup_steps=100",
     )
     sub.add_argument(
         "start",

@@ -205,7 +205,7 @@ def _files(path: Path, layout: Layout) -> dict[str, bytes]:
     """What `encode` gave, as it lies there. What is in a folder and is no file has no bytes."""
     if layout.format == "png":
         return {file.name: file.read_bytes() if file.is_file() else b"" for file in path.iterdir()}
-    return {"": path.read_bytes() if path.is_file() else b""}
+    return {"": b"" if path.is_dir() else path.read_bytes()}
 
 
 def _digest(files: Mapping[str, bytes]) -> tuple[int, str]:

@@ -123,6 +123,11 @@ def train(
             )
             state = jax.device_put(begun, placed)
         else:
+            if latest > task.train.steps:
+                raise TrainError(
+                    f"{folder} is after step {latest} already, beyond the {task.train.steps} asked for: ask for more, "
+                    "choose another OUT, or begin anew with --overwrite"
+                )
             state = _restore(saved, latest, abstract)
             say(f"going on after step {latest} of {folder}")
         run = _Run(task, loop, folder, saved, say, int(state.step))
@@ -352,6 +357,8 @@ def _claimed(folder: Path, about: Mapping[str, Any], overwrite: bool, say: Calla
                 )
                 folder.rename(aside)
                 say(f"beginning anew; the run that was there is now {aside}")
+            if folder.exists():
+                check_run(folder, about)  # again: another may have begun since
             folder.mkdir(exist_ok=True)
             with images.atomic(folder / "run.json") as staging:
                 staging.write_text(json.dumps(about, indent=2) + "\n")

@@ -37,7 +37,7 @@ from jddim.config import (
     from_json,
     to_json,
 )
-from jddim.ddim import add_noise, per_sample, predict_both
+from jddim.ddim import add_noise, per_sample, predict_both, sampler_table
 from jddim.denoisers import with_scaled_time
 from jddim.models import MODELS, build, wiring_of
 from jddim.models.layers import at_least_float32
@@ -129,8 +129,12 @@ class TrainConfig:
                 value = getattr(self, name)
                 if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)) or not holds(value):
                     problems.append(f"{name} must be {says}, got {value!r}")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+        number = isinstance(self.clip_norm, (int, float)) and not isinstance(self.clip_norm, bool)
+        if self.clip_norm is not None and not (number and 0 < self.clip_norm < math.inf):
             problems.append(f"clip_norm must be above 0, or null for none, got {self.clip_norm!r}")
+        whole = isinstance(self.null_label, int) and not isinstance(self.null_label, bool)
+        if self.null_label is not None and not (whole and self.null_label >= 0):
+            problems.append(f"null_label must be one of the labels, or null for none, got {self.null_label!r}")
         if not problems:
             if self.steps % self.accumulate:
                 problems.append(f"steps must be a multiple of accumulate={self.accumulate}, got {self.steps}")
@@ -173,6 +177,10 @@ class Task:
         if model.out_channels != wanted:
             problems.append(f"out_channels must be {wanted} with variance {self.sampler.variance}: {model.in_channels}")
             problems[-1] += f" of x_t{', and as many of the variance' if self.learns_variance else ''}"
+        try:
+            sampler_table(schedule, self.sampler)
+        except ValueError as error:
+            problems.append(f"sampler: {error}")
         if self.learns_variance and schedule.num_train_timesteps < 2:
             problems.append("a learned variance needs at least two timesteps")
         if self.sampler.self_condition:

@@ -147,6 +147,8 @@ def _decode(path: Path, size: tuple[int, int], channels: int) -> NDArray[np.uint
     with Image.open(path) as image:
         if "A" in image.getbands() or "transparency" in image.info:
             raise ValueError("transparent in places: flatten it first")
+        if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):  # 16 bits would be clipped, not scaled
+            raise ValueError(f"pictures have 8 bits a channel, this one is {image.mode}: save it so")
         whole = image.convert("L" if channels == 1 else "RGB")
     if whole.size != size:
         whole = ImageOps.fit(whole, size, Image.Resampling.BICUBIC)

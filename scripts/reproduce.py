@@ -346,7 +346,7 @@ def reference(data: Path, store: Store) -> NDArray[Any]:
 
 
 def reconstruction(args: argparse.Namespace, steps: int) -> dict[str, Any]:
-    return {"steps": steps, "num": args.table2_num}
+    return {"steps": steps, "images": args.digits}
 
 
 def interpolation(args: argparse.Namespace) -> dict[str, Any]:
@@ -391,7 +391,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--interpolation-steps", type=int, default=50, metavar="S", help="default 50")
     add("--seed", type=int, default=0, metavar="I", help="default 0")
     add("--full", action="store_true", help="10,000 images a cell, every eta at every S and spacing")
-    add("--dry-run", action="store_true", help="say what is to be made, and make nothing")
+    add("--dry-run", action="store_true", help="say what is to be made, and convert the checkpoint, no more")
     args = parser.parse_args(argv)
     args.given = argv
     if args.full:
@@ -422,6 +422,7 @@ def main(argv: list[str] | None = None) -> int:
     ddim = load_or_convert(args.ckpt, args.out)
     store = Store(args.out / "cells", ddim.metadata.sha256)
     digits = mnist_cnn.read_mnist(args.data, "t10k")[0][: args.table2_num]
+    args.digits = hashlib.sha256(digits.tobytes()).hexdigest()
 
     # (work in evaluations of the network, file, what it is, how to make it)
     tasks: list[tuple[float, Path, str, Any]] = []

@@ -62,6 +62,8 @@ def test_the_network_is_run_and_its_memory_grows_with_the_batch(ddim: DDIM) -> N
     assert free_memory() > 10 * large
     with pytest.raises(MemoryError, match="does not hold one image"):
         best_batch_size(ddim, 3, memory=100)
+    with pytest.raises(ValueError, match="num must be at least 1, got 0"):
+        best_batch_size(ddim, 0)
 
 
 def test_a_set_keeps_the_size_it_was_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

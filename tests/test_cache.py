@@ -69,19 +69,25 @@ def test_runs_at_once_share_it_and_a_damaged_entry_costs_only_time(tmp_path: Pat
 def test_warmup_leaves_nothing_to_compile_and_doctor_says_whether_it_works(tmp_path: Path) -> None:
     ckpt, programs = write_checkpoint(tmp_path / "ckpt"), tmp_path / "programs"
     options = ("--num", 3, "--steps", 2, "--eta", 0.5)
+    options += ("--batch-size", 2)  # fewer than the images
     run = started("warmup", ckpt, *options, JDDIM_CACHE=str(programs))
     assert run.wait(300) == 0, run.stderr.read()
-    assert run.stdout.read().startswith("ready for 3 images a call")
-    entries = sorted(programs.glob("*/*-cache"))
+    assert run.stdout.read().startswith("ready for 2 images a call")
+    large = sorted(programs.glob("*/jit__steps-*-cache"))  # the network's; what joins batches compiles in no time
+    assert len(large) == 1
     run = started("sample", ckpt, tmp_path / "a.npy", *options, JDDIM_CACHE=str(programs))
     assert run.wait(300) == 0, run.stderr.read()
-    assert sorted(programs.glob("*/*-cache")) == entries
+    assert sorted(programs.glob("*/jit__steps-*-cache")) == large
+    entries = sorted(programs.glob("*/*-cache"))
 
     run = started("doctor", JDDIM_CACHE=str(programs))
     told, errors = run.communicate(timeout=300)
     assert run.returncode == 0, told + errors
     for expected in ("jax ", "cpu 0: ", f"{len(entries)}, ", "works: compiled in"):
         assert expected in told
+    run = started("doctor", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))  # with jax's own limits on what is kept
+    told, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, told + errors
     run = started("doctor", JDDIM_CACHE="")
     told, errors = run.communicate(timeout=300)
     assert run.returncode == 1

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 from tiny import tree, write_checkpoint
 
 import jddim
@@ -102,6 +103,11 @@ def test_what_is_wrong_is_one_line(folder: Path, tmp_path: Path, fails: Callable
         (["--num", 9], "class-conditional: give labels"),
         (["--num", 9, "--labels", "7"], "labels must lie in 0..4, got 7"),
         (["--num", 9, "--labels", "1", "--method", "ddpm", "--eta", 1], "eta is DDIM's"),
+        (
+            ["--num", 9, "--labels", "2:6", "--batch-size", 3],
+            "labels must lie in 0..4, got 5",
+        ),  # not in its first batch
+        (["--num", 9, "--labels", 1, "--batch-size", "auto", "--shard", "0/2"], "that workers would not agree on"),
         (["--num", 9, "--shard-size", 65], "multiple of the batch size 64"),
     ]
     for options, message in bad:
@@ -117,6 +123,10 @@ def test_what_is_wrong_is_one_line(folder: Path, tmp_path: Path, fails: Callable
     (out / "shard-00001.npz").write_bytes(b"")
     assert "shard-00001.npz has 0 bytes" in fails("check", out)
     assert "shard-00001.npz has 0 bytes" in fails("collect", out, tmp_path / "all.npz")
+    (out / "shard-00001.npz").unlink()
+    assert "shard-00001.npz is missing" in fails("check", out)
+    Image.new("L", (5, 5)).save(tmp_path / "a.jpg")
+    assert "no picture that jddim bulk wrote" in fails("reproduce", tmp_path / "a.jpg")
 
 
 TERMINATE = """

@@ -203,6 +203,7 @@ def test_evaluate_by_features_made_elsewhere(tmp_path: Path, capsys: pytest.Capt
         ("four.npy", "real.npy", "features must be (n, d), got shape (2, 3, 3, 1)"),
         ("stats.npz", "real.npy", "does not hold features (n, d) as .npy: an .npz with mu, sigma"),
         ("real.npy", "other.npz", "or .npz statistics, mu and sigma: an .npz with arr_0"),
+        ("real.npy", "cut.npz", "does not hold features"),
         ("real.npy", "stats.npz", "statistics must be (d,) and (d, d), got shapes (5,) and (4, 4)"),
     ],
 )
@@ -213,4 +214,5 @@ def test_what_are_no_features(
     np.save(tmp_path / "real.npy", np.ones((7, 5)))
     np.savez(tmp_path / "other.npz", np.zeros(3))
     np.savez(tmp_path / "stats.npz", mu=np.zeros(5), sigma=np.eye(4))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "stats.npz").read_bytes()[:-30])
     assert said in fails("evaluate", tmp_path / images, "--reference", tmp_path / reference, "--features", "pool3")

@@ -203,6 +203,14 @@ def test_nothing_is_overwritten_silently(tmp_path: Path, run: Callable[..., list
     ):
         with pytest.raises(TrainError, match=f"another training: {message}"):
             run(task, out, loop, data)
+    other = train_loop._about(job(steps=4, seed=6), DATA, "", None)
+    claimed = train_loop._claimed(train_loop.run_folder(out), other, False, print)
+    with pytest.raises(TrainError, match="another training"), claimed:  # one that began between its check and its lock
+        pass
+    run(job(steps=4), out, loop)  # further
+    out.rename(tmp_path / "further")
+    with pytest.raises(TrainError, match="is after step 4 already, beyond the 2 asked for"):
+        run(job(steps=2), out, loop)
     (tmp_path / "kept").rename(out)
     before = (train_loop.run_folder(out) / "log.jsonl").read_text()
     said = run(job(steps=2, seed=6), out, loop, overwrite=True)
@@ -309,6 +317,8 @@ def test_mistakes_are_one_line(tmp_path: Path, fails: Callable[..., str], monkey
     assert "no such file or folder" in fails(*words[:2], tmp_path / "absent", out)
     assert "--set takes KEY=VALUE" in fails(*words, out, "--set", "lr")
     assert "lr must be above 0, got -1" in fails(*words, out, "--set", "lr=-1")
+    assert "clip_norm must be above 0, or null for none, got 'none'" in fails(*words, out, "--set", "clip_norm=none")
+    assert "null_label must be one of the labels, or null" in fails(*words, out, "--set", 'null_label="abc"')
     assert "save_every must be at least 1" in fails(*words, out, "--save-every", 0)
     assert "--classes is for a checkpoint" in fails(*words, out, "--classes", 3)
     assert "is not a jddim checkpoint" in fails(*words, tmp_path / "data.npz", "--overwrite")

@@ -256,3 +256,5 @@ def test_tasks_round_trip_and_say_all_that_is_wrong() -> None:
             schedule=ScheduleConfig("linear", 50, 1e-3, 0.2, zero_terminal_snr=True),
             null_label=4,
         )
+    with pytest.raises(ValueError, match=r"sampler: num_steps .* must lie in 1..50"):
+        task(sampler={"num_steps": 51})  # the result could not be sampled as it says

@@ -49,9 +49,10 @@ def test_pictures_of_all_kinds_and_bad_ones_by_name(tmp_path: Path) -> None:
     (tmp_path / "b" / "cut.png").write_bytes((tmp_path / "b" / "0.png").read_bytes()[:-30])
     (tmp_path / "b" / "text.png").write_text("no picture")
     Image.new("LA", (10, 6)).save(tmp_path / "a" / "clear.png")
+    Image.fromarray(np.full((6, 10), 40_000, np.uint16)).save(tmp_path / "b" / "deep.png")
     (tmp_path / "notes.txt").write_text("not a picture, nor taken for one")
     found = read(tmp_path, small_config(**CLASSES))
-    assert [name.split(" (")[0] for name in found.bad] == ["a/clear.png", "b/cut.png", "b/text.png"]
+    assert [name.split(" (")[0] for name in found.bad] == ["a/clear.png", "b/cut.png", "b/deep.png", "b/text.png"]
     assert found.labels is not None
     assert found.labels.tolist() == [0, 0, 1, 1]
     assert found.pixels.shape == (4, *SIZE, 1)
@@ -59,7 +60,7 @@ def test_pictures_of_all_kinds_and_bad_ones_by_name(tmp_path: Path) -> None:
     assert (found.pixels[3] == 200).all()
     for path in [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg")]:
         path.write_text("no picture")
-    with pytest.raises(ValueError, match="none of 7 pictures can be read: "):
+    with pytest.raises(ValueError, match="none of 8 pictures can be read: "):
         read(tmp_path, small_config())
 
 
