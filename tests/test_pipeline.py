@@ -98,6 +98,7 @@ def test_the_shipped_checkpoints_images_are_equal_to_the_bit_whatever_the_batch(
     chex.assert_trees_all_equal(in_two, whole)
 
 
+@pytest.mark.unoptimised
 def test_it_is_sample_loop_with_the_checkpoints_defaults(ddim: jddim.DDIM) -> None:
     keys = jddim.sample_keys(KEY, 3)
     x_T = jddim.initial_noise(keys, (*SIZE, 2))
@@ -110,6 +111,7 @@ def test_it_is_sample_loop_with_the_checkpoints_defaults(ddim: jddim.DDIM) -> No
     chex.assert_trees_all_close(ddim.sample(KEY, 3, eta=0.4, clip=False), unclipped, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.unoptimised
 def test_given_noise_is_used_and_padded_batches_do_not_leak(ddim: jddim.DDIM) -> None:
     rng = np.random.default_rng(0)
     x_T = rng.standard_normal((5, *SIZE, 2), dtype=np.float32)
@@ -185,6 +187,7 @@ def test_one_program_for_every_eta_seed_and_weights(ddim: jddim.DDIM) -> None:
     assert pipeline._steps.on_cpu._cache_size() == compiled
 
 
+@pytest.mark.unoptimised
 def test_jit_vmap_and_grad_go_through(ddim: jddim.DDIM) -> None:
     light = toy(SEVEN)
     etas = jnp.array([0.0, 0.6])
@@ -204,6 +207,7 @@ def test_jit_vmap_and_grad_go_through(ddim: jddim.DDIM) -> None:
         assert jnp.abs(gradient).max() > 0
 
 
+@pytest.mark.unoptimised
 def test_bfloat16_computes_in_bfloat16_and_returns_float32(ddim: jddim.DDIM) -> None:
     half = dataclasses.replace(ddim, model=random_model(ddim.model.config, dtype=jnp.bfloat16))
     images = half.sample(KEY, 3, eta=0.5)
@@ -284,6 +288,7 @@ def test_labels_reach_the_network_one_an_image(ddim: jddim.DDIM) -> None:
         ddim.sample(KEY, 3, labels=labels)
 
 
+@pytest.mark.unoptimised
 def test_every_convention_reaches_the_loop() -> None:
     conventions = dataclasses.replace(UNUSUAL, self_condition=True)
     keys = jddim.sample_keys(KEY, 3)
@@ -367,6 +372,7 @@ def test_no_warning_is_logged_while_sampling(ddim: jddim.DDIM, caplog: pytest.Lo
     assert not caplog.records
 
 
+@pytest.mark.unoptimised
 def test_the_denoiser_and_its_conventions_are_what_sample_runs(ddim: jddim.DDIM) -> None:
     x_T = np.asarray(jax.random.normal(KEY, (3, *SIZE, 2)))
     for conventions in (

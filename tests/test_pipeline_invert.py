@@ -90,6 +90,7 @@ def test_progress_is_bit_equal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "100%" in capsys.readouterr().err
 
 
+@pytest.mark.unoptimised
 def test_jit_vmap_grad_and_one_program_for_all_weights() -> None:
     config = UNetConfig(SIZE, 2, 2, channels=6, channel_mults=(1, 2), num_res_blocks=1, norm_groups=3)
     ddim = jddim.DDIM(random_model(config), linear_schedule(300), UNCLIPPED)

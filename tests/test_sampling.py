@@ -47,6 +47,7 @@ def run(x_T, table, eta, key, every=None, clip=True, rederive=False):
     )
 
 
+@pytest.mark.unoptimised
 def test_sample_i_is_a_function_of_seed_and_i_alone() -> None:
     key = jax.random.key(3)
     keys = sample_keys(key, 16)
