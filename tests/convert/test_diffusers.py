@@ -32,6 +32,8 @@ from jddim.cli import main  # noqa: E402
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, to_json  # noqa: E402
 from jddim.schedule import make_schedule  # noqa: E402
 
+pytestmark = pytest.mark.unoptimised
+
 NETWORK: dict[str, Any] = {
     **{"_class_name": "UNet2DModel", "_diffusers_version": "0.30.0", "sample_size": 6, "in_channels": 1},
     **{"out_channels": 1, "block_out_channels": [4, 8], "norm_num_groups": 2, "layers_per_block": 1},

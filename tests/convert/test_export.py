@@ -16,6 +16,8 @@ from convert.export import export, formats  # noqa: E402
 from convert.reference.unet import ReferenceUNet  # noqa: E402
 from jddim.cli import main  # noqa: E402
 
+pytestmark = pytest.mark.unoptimised
+
 
 def converted(folder: Path, settings: dict[str, str], **changes: object) -> Path:
     """A jddim checkpoint from a pesser-like file of SMALL with `changes`."""

@@ -22,6 +22,8 @@ from convert.families.lucidrains import buffers, infer, open_source, plan  # noq
 from jddim.config import LucidrainsConfig, SamplerConfig, ScheduleConfig  # noqa: E402
 from jddim.schedule import make_schedule  # noqa: E402
 
+pytestmark = pytest.mark.unoptimised
+
 CONFIG = small_config()
 
 

@@ -25,6 +25,8 @@ from jddim.cli import main  # noqa: E402
 from jddim.config import SamplerConfig, ScheduleConfig  # noqa: E402
 from jddim.schedule import make_schedule  # noqa: E402
 
+pytestmark = pytest.mark.unoptimised
+
 # 32 channels: the sources' group norms have 32 groups. Two heads, so that the order of q, k and v matters.
 SMALL: dict[str, Any] = {
     "in_channels": 1,

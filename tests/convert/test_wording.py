@@ -15,6 +15,8 @@ from convert.families.base import Wording
 from jddim.cli import main
 from jddim.diff import diff
 
+pytestmark = pytest.mark.unoptimised
+
 NETWORK: dict[str, Any] = {
     **{"in_channels": 1, "out_channels": 1, "block_out_channels": [8], "norm_num_groups": 2, "sample_size": 6},
     **{"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},

@@ -19,6 +19,8 @@ from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import linear_schedule, make_schedule
 from jddim.timesteps import make_timesteps, previous_timesteps
 
+pytestmark = pytest.mark.unoptimised
+
 # -- the published sums -----------------------------------------------------------------------------------------------
 
 COUNT = 4 * 3 * 8 * 8

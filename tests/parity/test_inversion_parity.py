@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from in_float64 import errors_in_float64
 
+pytestmark = pytest.mark.unoptimised
+
 # Each case compiles a program of its own, so a draw of them; every value of every option is in it.
 NAMES = sorted(name for name, case in cases.DIFFUSERS_CASES.items() if not cases.divides_by_zero(case))
 DRAWN = [NAMES[i] for i in np.random.default_rng(0).permutation(len(NAMES))[:36]]

@@ -17,7 +17,7 @@ from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import NoiseSchedule, cosine_schedule, linear_schedule
 from jddim.timesteps import make_timesteps
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
 
 SHAPE = (3, 5, 7, 2)  # b, h, w, c
 RNG = np.random.default_rng(0)
