@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jddim import shards
-from jddim.config import METHODS, SamplerConfig, did_you_mean, from_json, to_json
+from jddim.config import METHODS, SamplerConfig, did_you_mean, first_few, from_json, to_json
 from jddim.images import atomic, to_uint8
 from jddim.shards import Layout
 
@@ -123,7 +123,7 @@ class Manifest:
     @property
     def run(self) -> str:
         """The run's identity: a digest of `settings`."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        return _sha256(self.settings)
 
     def text(self) -> str:
         """The file's contents, whose last entry is a digest of the rest."""
@@ -477,8 +477,9 @@ def collect(folders: Sequence[str | os.PathLike[str]], target: str | os.PathLike
         if whole:
             home[k] = whole[0]
     if wrong:
-        told = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise BulkError(f"{len(wrong)} of {layout.count} shards: {told}. Run jddim bulk again, it makes them")
+        raise BulkError(
+            f"{len(wrong)} of {layout.count} shards: {first_few(wrong, 8)}. Run jddim bulk again, it makes them"
+        )
     seen: set[bytes] = set()
     labels: list[NDArray[np.int32]] = []
 

@@ -415,7 +415,7 @@ def _load_array(path: Path | None, option: str) -> np.ndarray | None:
     return array
 
 
-def batch_size(text: str) -> int | str:
+def _batch_size(text: str) -> int | str:
     """`--batch-size`: a number, or auto."""
     return text if text == "auto" else int(text)
 
@@ -574,7 +574,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=_seed, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0")
     sub.add_argument(
         "--batch-size",
-        type=batch_size,
+        type=_batch_size,
         default=64,
         metavar="B",
         help="images at a time (default 64); auto: tries which is fastest and fits",
@@ -649,7 +649,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_research.add(command, _seed, _labels)
     cli_evaluate.add(command)
     cli_doctor.add(command, _labels)
-    cli_bulk.add(command, _seed, batch_size, SPACING_NAMES, _say)
+    cli_bulk.add(command, _seed, _batch_size, SPACING_NAMES, _say)
     cli_export.add(command, SPACING_NAMES)
     cli_train.add(command, _say)
 

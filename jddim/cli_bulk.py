@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jddim.config import METHODS
+from jddim.config import METHODS, first_few
 
 if TYPE_CHECKING:
     from jddim.bulk import Make, Manifest
@@ -254,8 +254,7 @@ def _check(args: argparse.Namespace) -> int:
     manifest = bulk.read_manifest(args.out)
     wrong = bulk.problems(args.out)
     if wrong:
-        told = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise ValueError(f"{args.out}: {told}. Run jddim bulk again, it makes them anew")
+        raise ValueError(f"{args.out}: {first_few(wrong, 8)}. Run jddim bulk again, it makes them anew")
     print(f"{manifest.bulk.layout.count} shards, {manifest.bulk.num} images: every checksum agrees", flush=True)
     if args.resample < 1:
         return 0

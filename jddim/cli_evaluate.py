@@ -90,18 +90,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     else:
         name = args.features
         made, real = _features(args.images, statistics=False), _features(args.reference, statistics=True)
+    published = isinstance(real, metrics.Moments)
+    of_real = real if published else metrics.Moments.of(real)
+    distance = metrics.frechet_distance(metrics.Moments.of(made), of_real)
     figures: dict[str, Any] = {"features": name, "images": len(made)}
-    of_made = metrics.Moments.of(made)
-    if isinstance(real, metrics.Moments):
-        figures |= {"reference": None, "frechet_distance": metrics.frechet_distance(of_made, real)}
-        lines = [f"{len(made)} images against published statistics"]
-    else:
-        figures |= {"reference": len(real)}
-        lines = [f"{len(made)} images against {len(real)}"]
-        figures["frechet_distance"] = metrics.frechet_distance(of_made, metrics.Moments.of(real))
-    lines.append(f"FD ({name})         {figures['frechet_distance']:.3f}")
+    figures |= {"reference": None if published else len(real), "frechet_distance": distance}
+    against = "published statistics" if published else len(real)
+    lines = [f"{len(made)} images against {against}", f"FD ({name})         {distance:.3f}"]
     few = len(made)
-    if not isinstance(real, metrics.Moments):
+    if not published:  # which have no samples to compare with
         few = min(len(made), len(real), 10_000)
         kernel, deviation = metrics.kernel_distance(made, real)
         spread = None if math.isnan(deviation) else deviation

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jddim import interrupt
+from jddim.config import first_few
 
 if TYPE_CHECKING:
     from jddim.checkpoint import Metadata
@@ -86,9 +87,8 @@ def _train(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     mesh = make_mesh(args.devices) if args.devices is not None or len(jax.devices()) > 1 else None
     data = training_data.read(args.data, task.model)
     if data.bad:
-        more = f"; and {len(data.bad) - 5} more" if len(data.bad) > 5 else ""
         total = len(data.bad) + len(data.pixels)
-        say(f"note: {len(data.bad)} of {total} pictures are left out: {'; '.join(data.bad[:5])}{more}")
+        say(f"note: {len(data.bad)} of {total} pictures are left out: {first_few(data.bad, 5)}")
     count = sum(leaf.size for leaf in flat_params(abstract_model(task.model)).values())
     devices = jax.devices() if mesh is None else mesh.devices.ravel().tolist()
     say(f"{count:,} parameters, {len(data.pixels):,} images, {len(devices)} {devices[0].platform}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -465,6 +465,12 @@ def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
     if problems:
         raise ValueError(f"{cls.__name__}: " + "; ".join(problems))
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+def first_few(words: Sequence[str], most: int) -> str:
+    """The first `most` of a list, and how many more there are, for a message of one line."""
+    more = f"; and {len(words) - most} more" if len(words) > most else ""
+    return "; ".join(words[:most]) + more
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from jddim import __version__, images, interrupt, training
 from jddim.checkpoint import CheckpointError, Metadata, build_model, check_destination, flat_params, save_checkpoint
+from jddim.config import first_few
 from jddim.diff import diff_mappings
 from jddim.pipeline import DDIM
 from jddim.schedule import make_schedule
@@ -336,10 +337,9 @@ def check_run(folder: Path, about: Mapping[str, Any]) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainError(f"{folder} exists and is no run of this jddim ({error}): remove it, or rename OUT") from error
     if rows:
-        told = "; ".join(f"{row.name} was {row.a}, now {row.b}" for row in rows[:5])
-        more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
+        told = first_few([f"{row.name} was {row.a}, now {row.b}" for row in rows], 5)
         raise TrainError(
-            f"{folder} is a run of another training: {told}{more}. Choose another OUT, or begin anew with --overwrite"
+            f"{folder} is a run of another training: {told}. Choose another OUT, or begin anew with --overwrite"
         )
 
 

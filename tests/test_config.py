@@ -6,7 +6,15 @@ import json
 
 import pytest
 
-from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, from_json, levels_at_resolutions, to_json
+from jddim.config import (
+    SamplerConfig,
+    ScheduleConfig,
+    UNetConfig,
+    first_few,
+    from_json,
+    levels_at_resolutions,
+    to_json,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -66,3 +74,7 @@ def test_attention_by_resolution_becomes_levels() -> None:
     assert levels_at_resolutions(28, 3, [7]) == (2,)
     assert levels_at_resolutions(256, 6, [16, 64]) == (2, 4)
     assert levels_at_resolutions(32, 4, [15]) == ()
+
+
+def test_lists_in_a_message_end_somewhere() -> None:
+    assert [first_few(["a", "b", "c"][:n], 2) for n in range(4)] == ["", "a", "a; b", "a; b; and 1 more"]
