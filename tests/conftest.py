@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,25 +27,25 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def optimisation_of_modules(request: pytest.FixtureRequest) -> Iterator[None]:
+def optimisation_of_modules(request: pytest.FixtureRequest) -> None:
     """Modules and tests marked `unoptimised` compile as fast as XLA can: many programs that each run for moments."""
-    yield from _optimisation(request)
+    _optimise(request)
 
 
 @pytest.fixture(autouse=True)
-def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
+def optimisation(request: pytest.FixtureRequest) -> None:
     """The same of a single test."""
-    yield from _optimisation(request)
+    _optimise(request)
 
 
-def _optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
+def _optimise(request: pytest.FixtureRequest) -> None:
     import jax
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    if any(mark.name == "unoptimised" for mark in request.node.own_markers):
-        jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    unoptimised = request.node.get_closest_marker("unoptimised") is not None
+    if jax.config.read("jax_disable_most_optimizations") and not unoptimised:
+        # jit finds programs whatever the flag was: a test that compares bits would get one of each kind.
+        jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", unoptimised)
 
 
 @pytest.fixture(scope="session")
