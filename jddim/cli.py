@@ -327,6 +327,18 @@ def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={value}" + (f" ({told[name]})" if name in told else "") for name, value in facts.items())
 
 
+def _cite(args: argparse.Namespace) -> int:
+    from jddim.cite import bibtex, citations
+
+    provenance = None
+    if args.ckpt is not None:
+        from jddim.checkpoint import load_metadata
+
+        provenance = load_metadata(args.ckpt).provenance
+    print(bibtex(*citations(provenance)), end="")
+    return 0
+
+
 def _diff(args: argparse.Namespace) -> int:
     from jddim.diff import diff, table
 
@@ -686,6 +698,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("a", type=Path, help="a checkpoint folder, .npy or .npz samples, .json or .png settings")
     sub.add_argument("b", type=Path, help="another of the same kind")
+
+    sub = command(
+        "cite",
+        _cite,
+        "BibTeX of the method, the software and, of a checkpoint, where it comes from",
+        "> jddim.bib\nmnist > mnist.bib",
+    )
+    sub.add_argument("ckpt", type=Path, nargs="?", help="a checkpoint folder; without one: the method and the software")
 
     sub = command(
         "info",
