@@ -77,6 +77,7 @@ def _convert(args: argparse.Namespace) -> int:
         weights=args.weights,
         variant=args.variant,
         revision=args.revision,
+        license=args.license,
         verify=args.verify,
         overwrite=args.overwrite,
         say=_say,
@@ -548,6 +549,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("dst", type=Path, help="folder to write")
     source_options(sub)
     sub.add_argument("--weights", choices=("ema", "raw"), help="default: ema where there are any")
+    sub.add_argument(
+        "--license", metavar="NAME", help="the weights', such as MIT: recorded, and said by the model card"
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a jddim checkpoint")
     sub.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch (recorded)")
 
