@@ -1,7 +1,7 @@
 """The documentation site: MyST Markdown that GitHub shows as well, and a reference made from docstrings.
 
-`scripts/docs` builds it. The pages' Python is run by tests/test_readme.py, the notebook's by tests/test_notebook.py;
-JDDIM_DOCS_EXECUTE=force runs the notebook while building, for its pictures.
+`scripts/docs` builds it. The pages' Python is run by tests/test_readme.py and test_tutorials.py, the notebook's by
+test_notebook.py; JDDIM_DOCS_EXECUTE=force runs the notebook while building, for its pictures.
 """
 
 import argparse
