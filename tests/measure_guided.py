@@ -30,7 +30,7 @@ def main() -> None:
         digits = ddim.sample(jax.random.key(0), guidance_scale=scale, **how)
         probabilities = mnist_cnn.predict(judge, digits)
         right = float((probabilities.argmax(-1) == labels).mean())
-        print(f"scale {scale:g}: {right:.1%} are the digit asked for, {mnist_cnn.confident(probabilities):.1%} confident")
+        print(f"scale {scale:g}: {right:.1%} as asked for; {mnist_cnn.confident(probabilities):.1%} confident")
 
 
 if __name__ == "__main__":
