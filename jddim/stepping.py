@@ -236,10 +236,6 @@ class Inversion:
         """The picture on its way to x_T, `(1, h, w, c)`."""
         return self.picture if self.state is None else np.asarray(self.state.x_t, np.float32)
 
-    def x0_hat(self) -> Floats:
-        """The picture: what its way began from."""
-        return self.picture
-
 
 class Inverted:
     """A picture inverted, then sampled from the x_T found: `sampling` is made by `then(x_T)`, `(1, h, w, c)`."""
@@ -265,10 +261,8 @@ class Inverted:
         return np.repeat(self.inversion.x_t(), self.sampling.num, axis=0)
 
     def x0_hat(self) -> Floats:
-        """The picture going up, and what is predicted going down."""
-        if self.sampling.done:
-            return self.sampling.x0_hat()
-        return np.repeat(self.inversion.x0_hat(), self.sampling.num, axis=0)
+        """The picture on its way up, and what is predicted on the way down."""
+        return self.sampling.x0_hat() if self.sampling.done else self.x_t()
 
 
 class Between:

@@ -152,7 +152,7 @@ class Site:
             try:
                 run = program()
                 run.step()
-                run.x_t(), run.x0_hat()
+                run.x_t()
                 self.compiled.add(key)
                 self.say(f"compiled {i} of {self.total}: {self.now} [{time.perf_counter() - before:.1f} s]")
             except Exception as error:
@@ -255,7 +255,7 @@ class Site:
                     yield _event("status", now)
                 else:
                     yield ":\n\n"  # whether anyone still listens
-                if not job.finished:
+                if not job.finished and "images" in now:
                     await asyncio.sleep(0.08)  # at most 12 previews a second: drawing them takes the browser time
                 with contextlib.suppress(asyncio.TimeoutError):
                     if not job.finished:

@@ -6,6 +6,7 @@ not written; what it lacks is said instead.
 
 from __future__ import annotations
 
+import json
 import shlex
 from typing import Any
 
@@ -19,7 +20,7 @@ def python(request: Asked, ddim: DDIM, path: str) -> str:
     config = ddim.model.config
     seed, num = request.seed, request.num
     head, size = ["import jax", "import jddim"], config.image_size
-    load = f"ddim = jddim.load({path!r})"
+    load = f"ddim = jddim.load({json.dumps(path)})"
     etas = {"strip": f"jnp.linspace(0, 1, {num})", "invert": f"jnp.linspace(0, {request.eta!r}, {num})"}
     match request.mode:
         case "strip":
@@ -60,7 +61,7 @@ def python(request: Asked, ddim: DDIM, path: str) -> str:
                 "keep = 1 - (mask[0].mean(axis=-1, keepdims=True) + 1) / 2",
                 f"keys = jddim.sample_keys(jax.random.key({seed}), len(known))",
                 "x_T = jddim.initial_noise(keys, known.shape[1:])",
-                f"table = ddim.table({request.steps}, {request.spacing!r})",
+                f"table = ddim.table({request.steps}, {json.dumps(request.spacing)})",
                 f"how = dict(eta={request.eta!r}, key=keys, **ddim.conventions())",
                 f"x_0 = inpaint_loop(ddim.denoiser({labels}), x_T, table, jnp.asarray(known), keep, **how)",
             ]
@@ -110,11 +111,11 @@ def _arguments(request: Asked, ddim: DDIM) -> dict[str, str]:
     """What all methods of DDIM take, as Python."""
     how = {"steps": repr(request.steps)}
     if request.spacing != ddim.sampler.spacing:
-        how["spacing"] = repr(request.spacing)
+        how["spacing"] = json.dumps(request.spacing)
     if request.method == "ddim":
         how["eta"] = repr(request.eta)
     else:
-        how["method"] = repr(request.method)
+        how["method"] = json.dumps(request.method)
     if request.label == "each":
         how["labels"] = f"[i % {ddim.model.config.num_classes} for i in range({request.num})]"
     elif request.label is not None:

@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ import jddim
 
 @contextlib.contextmanager
 def serving(
-    paths: Mapping[str, Path], methods: tuple[str, ...] = ("ddim",), **options: Any
+    paths: Mapping[str, Path],
+    methods: tuple[str, ...] = ("ddim",),
+    *,
+    needed: Callable[[tuple[str, str, bool]], bool] = lambda key: True,
+    **options: Any,
 ) -> Iterator[tuple[Any, int]]:
-    """(the Site, its port), everything compiled. options: Site's."""
+    """(the Site, its port), compiled. needed: which programs a test uses, by their keys. options: Site's."""
     import uvicorn
 
     from jddim.web import Site, loopback
@@ -27,6 +31,8 @@ def serving(
     served = {name: jddim.load(path) for name, path in paths.items()}
     options = {"methods": methods, "say": lambda line: None} | options
     site = Site(served, {name: str(path) for name, path in paths.items()}, **options)
+    site.compiling = [(key, program) for key, program in site.compiling if needed(key)]
+    site.total = len(site.compiling)
     site.compile()
     assert not site.refused
     listening = socket.create_server(("127.0.0.1", 0))

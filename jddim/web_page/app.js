@@ -18,6 +18,7 @@ const MODES = {
 };
 
 let about, current, running, result, table, tableRun, timer;
+let runs = 0;
 const pad = new Pad($("pad"), () => changed());
 
 function mode() {
@@ -258,6 +259,7 @@ function take(i) {
 
 async function done(data, first, all) {
   result = data;
+  runs += 1;
   const now = mode();
   const captions = data.etas.map((eta, i) => {
     const said = [];
@@ -282,6 +284,7 @@ async function done(data, first, all) {
   $("python").textContent = data.python;
   $("command").textContent = data.command ?? `None: ${data.no_command}.`;
   document.querySelector("[data-copy=command]").disabled = !data.command;
+  $("results").dataset.runs = runs;
 }
 
 // -- controls ----------------------------------------------------------------------------------------------------
@@ -312,7 +315,7 @@ function listen() {
     $(name).addEventListener("input", () => ($(`${name}-slider`).value = $(name).value));
   }
   for (const name of [...NUMBERS, "method", "label", "spacing", "guided"]) {
-    $(name).addEventListener("input", () => {
+    $(name).addEventListener(NUMBERS.includes(name) ? "input" : "change", () => {
       arrange();
       changed();
     });
