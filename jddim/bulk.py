@@ -32,6 +32,8 @@ from jddim.images import atomic, to_uint8
 from jddim.shards import Layout
 
 if TYPE_CHECKING:
+    import jax
+
     from jddim.pipeline import DDIM, Preview
 
 FORMAT_VERSION = 1
@@ -419,6 +421,51 @@ def sampler(ddim: DDIM, bulk: BulkConfig, on_segment: Callable[[Preview], Any] |
     return make
 
 
+def sampler_on(devices: Sequence[jax.Device], ddim: DDIM, bulk: BulkConfig, worker: tuple[int, int] = (0, 1)) -> Make:
+    """`make` for `run` on several devices: as many batches of worker i of n at a time, one on each.
+
+    Every batch is computed as on one device of the kind, and those ahead are kept until they are asked for.
+    """
+    import jax
+
+    from jddim.sharding import Sharded, make_mesh
+
+    key, size, sharded = jax.random.key(bulk.seed), bulk.batch_size, Sharded(ddim, make_mesh(devices=devices))
+    cycle = label_cycle(bulk.labels, ddim.model.config.num_classes, bulk.null_label)
+    held: dict[int, NDArray[np.uint8]] = {}
+
+    def make(first: int) -> NDArray[np.uint8]:
+        if first not in held:
+            firsts = following(bulk, first, len(devices), worker)
+            labels = [labels_of(cycle, range(f, f + size)) for f in firsts]
+            images = sharded.sample_parts(
+                key,
+                firsts,
+                size,
+                labels=None if cycle is None else np.concatenate(labels),  # type: ignore[arg-type]
+                method=bulk.method,
+                guidance_scale=bulk.guidance_scale,
+                null_label=bulk.null_label,
+            )
+            held.clear()
+            held.update(zip(firsts, to_uint8(images).reshape(len(firsts), size, *images.shape[1:]), strict=True))
+        return held.pop(first)
+
+    return make
+
+
+def following(bulk: BulkConfig, first: int, count: int, worker: tuple[int, int] = (0, 1)) -> list[int]:
+    """The first images of `count` batches that worker i of n makes from `first` on; past its last, the last again."""
+    layout, firsts = bulk.layout, [first]
+    while len(firsts) < count:
+        k = firsts[-1] // layout.size
+        after = firsts[-1] + bulk.batch_size
+        if after >= layout.images(k).stop:
+            after = layout.images(k + worker[1]).start if k + worker[1] < layout.count else firsts[-1]
+        firsts.append(after)
+    return firsts
+
+
 def versions() -> dict[str, Any]:
     """What the bits of an image depend on beside the settings."""
     import jax
@@ -431,7 +478,7 @@ def versions() -> dict[str, Any]:
         "jax": jax.__version__,
         "jaxlib": jax.lib.__version__,
         "platform": jax.default_backend(),
-        "device": f"cpu {cache.processor()}" if on_cpu else jax.devices()[0].device_kind,
+        "device": f"cpu {cache.processor()}" if on_cpu else jax.local_devices()[0].device_kind,
         "matmul_precision": jax.config.jax_default_matmul_precision,  # type: ignore[attr-defined]
     }
 

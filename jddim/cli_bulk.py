@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jddim import distributed
 from jddim.config import METHODS, first_few
 
 if TYPE_CHECKING:
@@ -76,6 +77,14 @@ def add(
         metavar="I/N",
         help="as worker I of 0..N-1, who make every N-th shard each; in one folder, or in one each (see collect)",
     )
+    sub.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,N,I",
+        help="as process I of N that jax.distributed joins, none of which goes on if one dies; without a value: as "
+        "SLURM, Open MPI or a TPU pod says",
+    )
 
     sub = command(
         "collect",
@@ -129,6 +138,10 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     from jddim.images import check_output
     from jddim.progress import Progress
 
+    if args.distributed is not None:
+        if args.shard != (0, 1):
+            raise ValueError("--distributed says which worker this is: leave --shard out")
+        args.shard = _join(args.distributed, say)
     automatic = args.batch_size == "auto"
     begun = bulk.manifest_path(args.out).exists()
     if automatic and not begun and (args.shard != (0, 1) or args.shard_size is not None):
@@ -177,22 +190,38 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
         size = best_batch_size(ddim, args.num, evaluations=1 + (args.guidance_scale is not None), say=say)
         config = dataclasses.replace(config, batch_size=size, shard_size=args.shard_size)
     manifest = bulk.Manifest(_relative(args.ckpt, args.out), metadata.sha256, config, ddim.sampler, bulk.versions())
+    if args.distributed is not None:
+        distributed.check_same(manifest.run)
     if not begun:
         _try(ddim, config)
     (i, n), layout = args.shard, config.layout
+    devices = jax.local_devices()
     total = sum(len(layout.images(k)) for k in range(i, layout.count, n))
     started = time.perf_counter()
     with Progress(total, f"{ddim.table().num_steps} steps") as bar:
-        # Between segments, signals are heard: a batch may take minutes.
-        make = bulk.sampler(ddim, config, on_segment=lambda now: jax.block_until_ready(now.x_t))
+        if len(devices) > 1:
+            make = bulk.sampler_on(devices, ddim, config, args.shard)
+        else:  # between segments, signals are heard: a batch may take minutes
+            make = bulk.sampler(ddim, config, on_segment=lambda now: jax.block_until_ready(now.x_t))
         done = bulk.run(args.out, manifest, make, cycle, worker=args.shard, say=say, made=bar.add)
     seconds = time.perf_counter() - started
+    if args.distributed is not None:
+        distributed.wait_for_all()  # or the first to end would end the others
     which = "" if n == 1 else f", worker {i} of {n}"
     print(
         f"{args.out}: {done.shards} shards whole, {done.whole} of them before{which}"
         + (f"  [{done.images} images in {seconds:.1f} s, {done.images / seconds:.1f} images/s]" if done.images else "")
     )
     return 0
+
+
+def _join(where: str, say: Callable[[str], None]) -> tuple[int, int]:
+    i, n = distributed.join(where)
+    say(
+        f"process {i} of {n}; should one die, jax ends the others within {distributed.HEARTBEAT} s (SIGABRT), and the "
+        "same command goes on, with as many processes as you like"
+    )
+    return i, n
 
 
 class _BegunError(Exception):

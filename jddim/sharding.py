@@ -106,17 +106,31 @@ class Sharded:
         otherwise. options: those of `DDIM.sample` in `OPTIONS`, as numbers, names and tuples; they are compiled in.
         Raises ValueError as it does, and FloatingPointError if a NaN or infinity appears.
         """
+        parts = self.mesh.shape["data"]
+        if num < 1 or num % parts:
+            raise ValueError(f"sample: num must be a multiple of {parts}, the data axis, got {num}")
+        size = num // parts
+        return self.sample_parts(key, range(start, start + num, size), size, labels=labels, **options)
+
+    def sample_parts(
+        self, key: Array, firsts: Sequence[int], size: int, *, labels: ArrayLike | None = None, **options: Any
+    ) -> Array:
+        """Images f..f+size-1 of the seed for each f of `firsts`, one of which each device of the data axis takes.
+
+        `(len(firsts) * size, h, w, c)`, in this order, and labels likewise. As `sample` otherwise.
+        """
+        num = len(firsts) * size
         rows = None if labels is None else jnp.asarray(labels)
         if rows is not None and rows.shape != (num,):
             raise ValueError(f"labels must have shape ({num},), one an image, got {rows.shape}")
         self.ddim.denoiser(rows)  # raises if they are not this network's
         run = self._program(num, rows is not None, tuple(sorted(options.items())))
-        firsts = start + jnp.arange(0, num, num // self.mesh.shape["data"], dtype=jnp.uint32)
-        images = run(self.ddim.model, key, firsts, rows)
+        images = run(self.ddim.model, key, jnp.asarray(firsts, jnp.uint32), rows)
         bad = ~jnp.isfinite(images).reshape(num, -1).all(axis=1)
         if bad.any():
+            part, place = divmod(int(jnp.argmax(bad)), size)
             raise FloatingPointError(
-                f"a NaN or infinity appeared in image {start + int(jnp.argmax(bad))}, in {int(bad.sum())} of {num}; "
+                f"a NaN or infinity appeared in image {firsts[part] + place}, in {int(bad.sum())} of {num}; "
                 "DDIM.sample says at which step"
             )
         return images

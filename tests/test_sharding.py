@@ -43,6 +43,14 @@ firsts = np.arange(12, 24, 3, dtype=np.uint32)
 np.testing.assert_array_equal(compiled(ddim.model, key, firsts, labels[12:]), one[12:])
 assert not re.search("all-(reduce|gather|to-all)|collective-permute|reduce-scatter", compiled.as_text())
 
+from jddim import bulk
+config = bulk.BulkConfig(num=40, batch_size=3, shard_size=6, seed=3, labels="balanced")
+ddim = ddim.with_sampler(**how)
+make, made = bulk.sampler(ddim, config), bulk.sampler_on(jax.devices(), ddim, config, (1, 3))
+assert bulk.following(config, 9, 8, (1, 3)) == [9, 24, 27, *[27] * 5]
+for first in (6, 9, 24, 27):
+    np.testing.assert_array_equal(made(first), make(first))
+
 wide = Sharded(ddim, make_mesh(2, 2), CHANNELS)
 kernel = wide.ddim.model.conv_in.kernel.get_value()
 assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 1, 4)}, kernel.shape
