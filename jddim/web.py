@@ -98,7 +98,7 @@ class Site:
         self.compiling: list[tuple[tuple[str, str, bool], Callable[[], Any]]] = self._programs()
         self.total = len(self.compiling)
         self.now = ""
-        self.refused: dict[str, str] = {}
+        self.refused: dict[tuple[str, str, bool], str] = {}
         self._kept: collections.OrderedDict[str, Result] = collections.OrderedDict()
         self._lock = threading.Lock()
         pixels = max(h * w * (c + 1) for h, w, c in map(_shape, self.served.values()))
@@ -158,7 +158,7 @@ class Site:
             except Exception as error:
                 if method in self.methods[name]:
                     self.methods[name].remove(method)
-                self.refused[f"{name}/{method}"] = str(error)
+                self.refused[key] = str(error)
                 self.say(f"left out {i} of {self.total}: {self.now}: {error}")
             self.queue.wake()
         self.now = ""
@@ -227,6 +227,9 @@ class Site:
     async def run(self, http: Request) -> Response:
         """Put a run in the queue; its events, until it is done. To close the connection drops it."""
         request = await self._asked(http)
+        needs = self.needs(request)
+        if why := [self.refused[key] for key in needs & self.refused.keys()]:
+            raise Refused({"mode": f"{request.mode} is not to be had of this checkpoint: {why[0]}"})
         run = await asyncio.to_thread(run_of, request, self.served[request.checkpoint])
         loop, news = asyncio.get_running_loop(), asyncio.Event()
 
@@ -234,8 +237,7 @@ class Site:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(news.set)
 
-        needs = self.needs(request)
-        job = Job(run, changed, lambda: needs <= self.compiled)
+        job = Job(run, changed, lambda: needs <= self.compiled | self.refused.keys())
         try:
             self.queue.submit(job)
         except Busy as error:

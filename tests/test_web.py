@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import dataclasses
 import io
 import json
 import shlex
@@ -18,14 +19,20 @@ import pytest
 from PIL import Image
 from tiny import SIZE, write_checkpoint
 
+import jddim
 from jddim import cli
+from jddim.config import ScheduleConfig
 from jddim.images import load_images, read_metadata, to_uint8
+from jddim.schedule import make_schedule
 from jddim.web_jobs import FRAMES
+from jddim.web_request import Refused, parse
 
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason=f"jddim serve needs {package}: pip install 'jddim[web]'")
 
 from web_server import events, made, post, send, serving  # noqa: E402
+
+from jddim.web import Site  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised
 
@@ -252,3 +259,20 @@ def test_who_hangs_up_is_not_worked_for_and_a_full_queue_says_so(port: int, serv
         assert time.monotonic() < deadline, site.queue.counts()
         time.sleep(0.02)
     assert made(port, steps=2, num=1, label=0)["images"]
+
+
+def test_what_a_checkpoint_has_not_is_left_out_not_waited_for(checkpoint: Path) -> None:
+    ddim = jddim.load(checkpoint)
+    schedule = make_schedule(ScheduleConfig(zero_terminal_snr=True))  # where a solver in sigma / alpha has no step
+    zero = dataclasses.replace(ddim.with_sampler(spacing="linspace"), schedule=schedule)
+    said: list[str] = []
+    site = Site({"zero": zero}, {"zero": "zero"}, methods=["ddim", "heun"], say=said.append)
+    site.compiling = [(key, program) for key, program in site.compiling if key[1] == "heun"]
+    site.compile()
+    site.queue.close()
+    assert site.methods == {"zero": ["ddim"]}
+    assert all("no step from alpha_bar_t = 0" in why for why in site.refused.values())
+    assert site.refused.keys() == {("zero", "heun", False), ("zero", "heun", True)}
+    assert said[0].startswith("left out 1 of ")
+    with pytest.raises(Refused, match="method: must be one of ddim; got 'heun'"):
+        parse({"method": "heun", "label": 0}, site.served, site.methods, site.bounds)
