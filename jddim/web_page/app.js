@@ -186,11 +186,13 @@ async function run() {
         first ??= since();
         $("progress").value = data.done / data.total;
         mark($("plot"), data.done / data.total);
+        $("said").ariaLive = "off"; // not read out: the end is
         $("said").textContent = `evaluation ${data.done} of ${data.total}`;
         await show(data.images);
       }
     }
   } catch (error) {
+    $("said").ariaLive = "polite";
     if (mine.signal.aborted) {
       if (running === mine) $("said").textContent = "Stopped.";
     } else {
@@ -273,6 +275,7 @@ async function done(data, first, all) {
   await show($("noise").checked ? data.x_T : data.images, captions);
   $("progress").value = 1;
   mark($("plot"), 1);
+  $("said").ariaLive = "polite";
   const error = data.error === undefined ? "" : `; mean squared error of the first ${data.error.toExponential(1)}`;
   $("said").textContent = `${data.etas.length} images in ${all}, the first to be seen after ${first ?? all}${error}`;
   $("below").hidden = false;

@@ -25,7 +25,7 @@ export function draw(place, table) {
   svg.append(make("polyline", { points, class: "curve" }));
   svg.append(text(LEFT + 6, TOP + 10, "log SNR", "start"));
   const most = Math.max(...table.sigma.map((value) => value ?? 0));
-  if (most > 0) svg.append(text(W - RIGHT, bottom - BARS + 10, `σ, at most ${most.toPrecision(2)}`, "end"));
+  if (most > 0) svg.append(text(W - RIGHT, bottom - BARS - 2, `σ, at most ${most.toPrecision(2)}`, "end"));
   table.visited.forEach((t, i) => {
     const height = most > 0 ? ((table.sigma[i] ?? 0) / most) * (BARS - 4) : 0;
     svg.append(make("line", { x1: x(t), x2: x(t), y1: bottom, y2: bottom - height, class: "bar" }));
