@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jddim.config import METHODS
 
@@ -103,12 +104,18 @@ def _serve(args: argparse.Namespace) -> int:
         access_log=False,
         server_header=False,
         limit_concurrency=256,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=5,
     )
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            site.stopping = True  # or it would wait for the runs that are being watched
+            super().handle_exit(sig, frame)
+
     compiling = threading.Thread(target=site.compile, name="jddim compile", daemon=True)
     compiling.start()
     try:
-        uvicorn.Server(settings).run(sockets=[listening])
+        Server(settings).run(sockets=[listening])
     except KeyboardInterrupt:
         pass
     finally:

@@ -77,7 +77,7 @@ class Result:
 class Site:
     """The checkpoints served, by name, the queue, what is compiled, and results for a while.
 
-    paths: how each is named in what is copied from the page. say: for the terminal.
+    paths: how each is named in what is copied from the page. say: for the terminal. stopping: set, runs end soon.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Site:
         self.compiling: list[tuple[tuple[str, str, bool], Callable[[], Any]]] = self._programs()
         self.total = len(self.compiling)
         self.now = ""
+        self.stopping = False
         self.refused: dict[tuple[str, str, bool], str] = {}
         self._kept: collections.OrderedDict[str, Result] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -249,6 +250,9 @@ class Site:
         try:
             while not job.finished:
                 news.clear()
+                if self.stopping:
+                    yield _event("failed", {"error": "the server was stopped"})
+                    return
                 now = status(job, self.queue)
                 if now != said:
                     said = dict(now)

@@ -17,13 +17,13 @@ from tiny import write_checkpoint
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason=f"jddim serve needs {package}: pip install 'jddim[web]'")
 
-from web_server import made, send  # noqa: E402
+from web_server import events, made, post, send  # noqa: E402
 
 
 def test_it_serves_until_ctrl_c(tmp_path: Path) -> None:
     small = {"channel_mults": (1,), "attention_levels": (), "middle": False}
     checkpoint = write_checkpoint(tmp_path / "tiny", **small)
-    words = ["serve", str(checkpoint), "--port", "0", "--methods", "ddim", "--max-steps", "9", "--host", "0.0.0.0"]
+    words = ["serve", str(checkpoint), "--port", "0", "--methods", "ddim", "--max-steps", "200", "--host", "0.0.0.0"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen([sys.executable, "-m", "jddim", *words], text=True, **pipes)
     try:
@@ -32,17 +32,21 @@ def test_it_serves_until_ctrl_c(tmp_path: Path) -> None:
         assert address.startswith("http://0.0.0.0:")
         port = int(address.split("/")[2].partition(":")[2])
         about = json.loads(send(port, "GET", "/api/about").read())
-        assert about["bounds"] == {"steps": 9, "num": 16}
+        assert about["bounds"] == {"steps": 200, "num": 16}
         assert [one["name"] for one in about["checkpoints"]] == ["tiny"]
         data = made(port, steps=3, num=2)  # waits for its program
         assert 'jddim.load("tiny")' in data["python"]  # where it lies is nobody else's business
         for host, status in (("192.168.0.7", 200), ("evil.example", 403), (socket.gethostname(), 200)):
             assert send(port, "GET", "/api/about", Host=host).status == status
+        watched = events(post(port, "/api/run", {"steps": 200, "num": 16}))
+        next(watched)
         process.send_signal(signal.SIGINT)
+        assert [name for name, _ in watched][-1] == "failed"  # told, not cut off
         out, error = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0, error
+    assert error.count("\n") == 1
     assert "warning: --host 0.0.0.0: whoever can reach this machine can use the page" in error
     assert "compiled 1 of 3: ddim (tiny)" in out
     assert out.endswith("stopped\n")

@@ -278,6 +278,19 @@ def test_a_stopped_run_and_one_left_behind_are_dropped(page: Page, site: tuple[A
     page.wait(lambda: counts() == {"running": 0, "waiting": 0})
 
 
+def test_a_server_that_stops_is_said(page: Page, site: tuple[Any, str]) -> None:
+    page.open(START).first()
+    page.type("num", "16")
+    page.type("steps", "250")
+    page.wait(lambda: "of 1000" in page.find("said").text)
+    site[0].stopping = True
+    page.wait(lambda: page.problems() == {"request": "the server was stopped"})
+    site[0].stopping = False
+    page.type("num", "2")
+    page.done(lambda: page.type("steps", "3"))
+    assert page.problems() == {}
+
+
 def test_narrow_wide_light_and_dark(page: Page) -> None:
     page.open(START)
     colours = set()

@@ -170,15 +170,17 @@ async function run() {
   $("stop").disabled = false;
   $("images").classList.add("old");
   const pressed = performance.now();
-  let first = null;
+  let first = null, finished = false;
   const since = () => `${((performance.now() - pressed) / 1000).toFixed(2)} s`;
   plot();
   try {
     for await (const { name, data } of events("/api/run", withPicture(asked()), mine.signal)) {
       complain();
       if (name === "failed") throw new Error(data.error);
-      if (name === "done") await done(data, first, since());
-      else if (data.state !== "running") {
+      if (name === "done") {
+        finished = true;
+        await done(data, first, since());
+      } else if (data.state !== "running") {
         $("said").textContent = data.state === "compiling"
           ? "Waiting for its program to be compiled."
           : `Waiting: ${data.before} before this.`;
@@ -191,13 +193,15 @@ async function run() {
         await show(data.images);
       }
     }
+    if (!finished) throw new Error("the server broke off");
   } catch (error) {
     $("said").ariaLive = "polite";
     if (mine.signal.aborted) {
       if (running === mine) $("said").textContent = "Stopped.";
     } else {
       complain(error.fields ?? { request: "" });
-      if (!error.fields) $("request-problem").textContent = error.message;
+      const silent = error instanceof TypeError ? "the server does not answer" : error.message;
+      if (!error.fields) $("request-problem").textContent = silent;
       $("said").textContent = "Not run.";
       $("progress").value = 0;
     }
