@@ -50,6 +50,7 @@ def convert(
     weights: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    license: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
     say: Say = lambda line: None,
@@ -60,13 +61,16 @@ def convert(
     config: the source's config file or files; those that lie where the family has them are used for the rest.
     settings: facts under the family's own names, over the config's. preset: a name of the family's for a whole set of
     settings, which `settings` override. weights: "ema" or "raw"; by default the EMA's where there are any. variant:
-    such as "fp16", of a folder's files. revision: of a hub id. verify: compare with the PyTorch reference, refuse
-    above `convert.verify.TOLERANCE`; where PyTorch is not installed, say and record that it was not done. say: told
-    what is found, line by line. Returns the metadata written.
+    such as "fp16", of a folder's files. revision: of a hub id. license: the weights', for the record: no
+    file tells it. verify: compare with the PyTorch reference, refuse above `convert.verify.TOLERANCE`; where PyTorch is
+    not installed, say and record that it was not done. say: told what is found, line by line. Returns the metadata
+    written.
 
     Raises ConversionError or CheckpointError, each with all that is wrong; nothing is then written.
     """
     check_destination(dst, overwrite=overwrite)
+    if license is not None and not (license.strip() and license.isprintable() and len(license) <= 200):
+        raise ConversionError(f"a licence is a line of 1 to 200 characters, such as MIT; got {license[:50]!r}")
     origin = find(src, weights, variant, revision)
     opened = _open(origin, config, settings or {}, preset, weights, say)
     family, source, plan = opened.family, opened.source, opened.plan
@@ -111,6 +115,7 @@ def convert(
         "reference_options": dict(plan.reference_options),
         "verification": figure,
         "versions": _versions(),
+        **({} if license is None else {"license": license.strip()}),
     }
     metadata = save_checkpoint(
         dst, params, Metadata(plan.model, plan.schedule, plan.sampler, provenance), overwrite=overwrite

@@ -1,7 +1,8 @@
 """jddim's checkpoints: an Orbax folder of parameters with JSON metadata beside them.
 
 The folder holds two Orbax items, `params` (a nested dict of float32 arrays) and `metadata` (JSON: model config,
-schedule, sampler defaults, where the weights came from), and whatever reports are put beside them (`verify.json`).
+schedule, sampler defaults, where the weights came from), a model card (`README.md`: the metadata for people, never read
+back), and whatever reports are put beside them (`verify.json`).
 It is written under another name and renamed when whole, and it carries digests of its own contents, so a folder
 that loads is the folder that was written.
 """
@@ -29,6 +30,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jddim import interrupt
+from jddim.card import NAME, card
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, did_you_mean, from_json, to_json
 from jddim.models import MODELS, Network, build, wiring_of
 
@@ -166,6 +168,7 @@ def save_checkpoint(
                     metadata=ocp.args.JsonSave({**metadata.to_json(), "sha256": metadata.sha256}),
                 ),
             )
+        (staging / NAME).write_text(card(metadata, sum(value.size for value in params.values())), encoding="utf-8")
         if target.exists():
             target.rename(retired)
         staging.rename(target)

@@ -78,6 +78,7 @@ def _convert(args: argparse.Namespace) -> int:
         weights=args.weights,
         variant=args.variant,
         revision=args.revision,
+        license=args.license,
         verify=args.verify,
         overwrite=args.overwrite,
         say=_say,
@@ -328,6 +329,18 @@ def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={value}" + (f" ({told[name]})" if name in told else "") for name, value in facts.items())
 
 
+def _cite(args: argparse.Namespace) -> int:
+    from jddim.cite import bibtex, citations
+
+    provenance = None
+    if args.ckpt is not None:
+        from jddim.checkpoint import load_metadata
+
+        provenance = load_metadata(args.ckpt).provenance
+    print(bibtex(*citations(provenance)), end="")
+    return 0
+
+
 def _diff(args: argparse.Namespace) -> int:
     from jddim.diff import diff, table
 
@@ -537,6 +550,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("dst", type=Path, help="folder to write")
     source_options(sub)
     sub.add_argument("--weights", choices=("ema", "raw"), help="default: ema where there are any")
+    sub.add_argument(
+        "--license", metavar="NAME", help="the weights', such as MIT: recorded, and said by the model card"
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a jddim checkpoint")
     sub.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch (recorded)")
 
@@ -688,6 +704,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("a", type=Path, help="a checkpoint folder, .npy or .npz samples, .json or .png settings")
     sub.add_argument("b", type=Path, help="another of the same kind")
+
+    sub = command(
+        "cite",
+        _cite,
+        "BibTeX of the method, the software and, of a checkpoint, where it comes from",
+        "> jddim.bib\nmnist > mnist.bib",
+    )
+    sub.add_argument("ckpt", type=Path, nargs="?", help="a checkpoint folder; without one: the method and the software")
 
     sub = command(
         "info",

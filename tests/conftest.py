@@ -28,7 +28,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def optimisation_of_modules(request: pytest.FixtureRequest) -> None:
-    """Modules and tests marked `unoptimised` compile as fast as XLA can: many programs that each run for moments."""
+    """Modules and tests marked `unoptimised` compile as fast as XLA can: many programs that each run for moments.
+
+    Tests in such modules that compare bits are marked `optimised`, and stand first: programs are not kept across.
+    """
     _optimise(request)
 
 
@@ -41,7 +44,8 @@ def optimisation(request: pytest.FixtureRequest) -> None:
 def _optimise(request: pytest.FixtureRequest) -> None:
     import jax
 
-    unoptimised = request.node.get_closest_marker("unoptimised") is not None
+    marked = request.node.get_closest_marker
+    unoptimised = marked("unoptimised") is not None and marked("optimised") is None
     if jax.config.read("jax_disable_most_optimizations") and not unoptimised:
         # jit finds programs whatever the flag was: a test that compares bits would get one of each kind.
         jax.clear_caches()

@@ -38,11 +38,11 @@ def test_checkpoints_by_entry_and_block(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_other_shapes(tmp_path: Path) -> None:
-    a = write_checkpoint(tmp_path / "a", attention_levels=(1,))
+    a = write_checkpoint(tmp_path / "a", attention_levels=(0,))
     b = write_checkpoint(tmp_path / "b", attention_levels=())
     rows = {row.name: row for row in diff(a, b)}
-    assert rows["model.attention_levels"][1:] == ("[1]", "[]")
-    assert rows["weights.down.1.attentions.0.q"].b == "(absent)"
+    assert rows["model.attention_levels"][1:] == ("[0]", "[]")
+    assert rows["weights.down.0.attentions.0.q"].b == "(absent)"
 
 
 def test_samples(tmp_path: Path) -> None:

@@ -20,6 +20,30 @@ from jddim.timesteps import linspace_timesteps
 
 SCHEDULE = linear_schedule(300)
 KEY = jax.random.key(2)
+pytestmark = pytest.mark.unoptimised
+
+
+def memory(ddim: jddim.DDIM, steps: int, *, remat: bool) -> int:
+    """Bytes that the gradient with respect to x_T and the model needs beside its arguments and results."""
+    table = ddim.table(steps)
+
+    def loss(model, x_T):
+        denoise = dataclasses.replace(ddim, model=model).denoiser()
+        return sample_loop(jax.checkpoint(denoise) if remat else denoise, x_T, table).sum()
+
+    x_T = jax.ShapeDtypeStruct((5, 14, 14, 1), jnp.float32)
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True)).lower(ddim.model, x_T).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.optimised
+def test_memory_is_flat_in_the_number_of_steps() -> None:
+    model = random_model(small_config(image_size=(14, 14), channels=16, channel_mults=(1,), attention_levels=()))
+    ddim = jddim.DDIM(model, SCHEDULE, SamplerConfig())
+    ten, hundred = (memory(ddim, steps, remat=True) for steps in (10, 100))
+    assert hundred <= 1.3 * ten, (ten, hundred)
+    without = memory(ddim, 100, remat=False)
+    assert without > 3 * hundred, (without, hundred)  # so that it is the checkpoint that keeps it flat
 
 
 @pytest.mark.parametrize("clip_range", [None, (-1.0, 1.0)])
@@ -45,28 +69,6 @@ def test_against_finite_differences(clip_range) -> None:
             along = float((gradients[i] * direction).sum())
             assert along == pytest.approx(float(up - down) / (2 * h), rel=1e-6)  # h^2, and 1e-16 / h
             assert abs(along) > 1e-3
-
-
-def memory(ddim: jddim.DDIM, steps: int, *, remat: bool) -> int:
-    """Bytes that the gradient with respect to x_T and the model needs beside its arguments and results."""
-    table = ddim.table(steps)
-
-    def loss(model, x_T):
-        denoise = dataclasses.replace(ddim, model=model).denoiser()
-        return sample_loop(jax.checkpoint(denoise) if remat else denoise, x_T, table).sum()
-
-    x_T = jax.ShapeDtypeStruct((5, 14, 14, 1), jnp.float32)
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True)).lower(ddim.model, x_T).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
-
-
-def test_memory_is_flat_in_the_number_of_steps() -> None:
-    model = random_model(small_config(image_size=(14, 14), channels=16, channel_mults=(1,), attention_levels=()))
-    ddim = jddim.DDIM(model, SCHEDULE, SamplerConfig())
-    ten, hundred = (memory(ddim, steps, remat=True) for steps in (10, 100))
-    assert hundred <= 1.3 * ten, (ten, hundred)
-    without = memory(ddim, 100, remat=False)
-    assert without > 3 * hundred, (without, hundred)  # so that it is the checkpoint that keeps it flat
 
 
 def test_checkpointing_changes_no_gradient() -> None:

@@ -77,7 +77,8 @@ def test_torch_is_imported_where_it_is_meant_to_be() -> None:
         ("jddim.inversion", {"config", "ddim", "sampling"}),
         ("jddim.models.layers", set()),
         ("jddim.models.unet", {"config", "models"}),
-        ("jddim.checkpoint", {"config", "interrupt", "models"}),
+        ("jddim.checkpoint", {"card", "config", "interrupt", "models"}),
+        ("jddim.card", {"config"}),
         (
             "jddim.training",
             {"checkpoint", "compiling", "config", "ddim", "denoisers", "models", "sampling", "schedule"},

@@ -20,7 +20,7 @@ from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import linear_schedule, zero_terminal_snr
 from jddim.timesteps import make_timesteps
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
 
 SIZE = (6, 10)
 
@@ -77,6 +77,7 @@ def ddim() -> jddim.DDIM:
 KEY = jax.random.key(5)
 
 
+@pytest.mark.optimised
 def test_any_batch_size_gives_the_same_images(ddim: jddim.DDIM) -> None:
     whole = ddim.sample(KEY, 16, eta=0.7)
     chex.assert_shape(whole, (16, *SIZE, 2))
@@ -91,6 +92,7 @@ def test_any_batch_size_gives_the_same_images(ddim: jddim.DDIM) -> None:
     assert jnp.abs(whole - ddim.sample(jax.random.key(6), 16, eta=0.7)).max() > 0.1
 
 
+@pytest.mark.optimised
 def test_the_shipped_checkpoints_images_are_equal_to_the_bit_whatever_the_batch(mnist_checkpoint: Path) -> None:
     mnist = jddim.load(mnist_checkpoint)
     whole = mnist.sample(KEY, 16, steps=5, eta=0.7)
@@ -98,7 +100,37 @@ def test_the_shipped_checkpoints_images_are_equal_to_the_bit_whatever_the_batch(
     chex.assert_trees_all_equal(in_two, whole)
 
 
-@pytest.mark.unoptimised
+@pytest.mark.optimised
+def test_progress_is_bit_equal_and_shows_compiling_then_rate(
+    ddim: jddim.DDIM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = ddim.sample(KEY, 3, steps=16, eta=0.7)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with_bar = ddim.sample(KEY, 3, steps=16, eta=0.7, progress=True)
+    chex.assert_trees_all_equal(with_bar, whole)
+    shown = capsys.readouterr().err
+    assert "compiling 16 steps" in shown
+    assert "100%" in shown
+    assert "image/s" in shown
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("every", [None, 3])
+def test_previews_change_nothing_and_end_at_the_images(ddim: jddim.DDIM, every: int | None) -> None:
+    seen: list[jddim.Preview] = []
+    options = {"steps": 16, "eta": 0.7, "batch_size": 2, "trajectory_every": every}
+    whole = ddim.sample(KEY, 3, **options)
+    chex.assert_trees_all_equal(ddim.sample(KEY, 3, on_segment=seen.append, **options), whole)
+    assert [(now.start, now.done) for now in seen] == [(low, n) for low in (0, 2) for n in range(2, 17, 2)]
+    assert {now.total for now in seen} == {16}
+    images = whole if every is None else whole[0]
+    chex.assert_trees_all_equal(seen[7].x_t, images[:2])
+    chex.assert_trees_all_equal(seen[15].x_t, images[2:])
+    _, way = ddim.sample(KEY, 3, **{**options, "trajectory_every": 1})
+    for now in seen[:8]:
+        chex.assert_trees_all_close(now.x0_hat, way.x0_hat[now.done - 1, :2], atol=1e-5)
+
+
 def test_it_is_sample_loop_with_the_checkpoints_defaults(ddim: jddim.DDIM) -> None:
     keys = jddim.sample_keys(KEY, 3)
     x_T = jddim.initial_noise(keys, (*SIZE, 2))
@@ -111,7 +143,6 @@ def test_it_is_sample_loop_with_the_checkpoints_defaults(ddim: jddim.DDIM) -> No
     chex.assert_trees_all_close(ddim.sample(KEY, 3, eta=0.4, clip=False), unclipped, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.unoptimised
 def test_given_noise_is_used_and_padded_batches_do_not_leak(ddim: jddim.DDIM) -> None:
     rng = np.random.default_rng(0)
     x_T = rng.standard_normal((5, *SIZE, 2), dtype=np.float32)
@@ -129,35 +160,6 @@ def test_given_noise_is_used_and_padded_batches_do_not_leak(ddim: jddim.DDIM) ->
 def test_another_image_size_and_an_explicit_timetable(ddim: jddim.DDIM) -> None:
     images = ddim.sample(KEY, 2, image_size=(4, 14), spacing=[250, 100, 3])
     chex.assert_shape(images, (2, 4, 14, 2))
-
-
-def test_progress_is_bit_equal_and_shows_compiling_then_rate(
-    ddim: jddim.DDIM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = ddim.sample(KEY, 3, steps=16, eta=0.7)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with_bar = ddim.sample(KEY, 3, steps=16, eta=0.7, progress=True)
-    chex.assert_trees_all_equal(with_bar, whole)
-    shown = capsys.readouterr().err
-    assert "compiling 16 steps" in shown
-    assert "100%" in shown
-    assert "image/s" in shown
-
-
-@pytest.mark.parametrize("every", [None, 3])
-def test_previews_change_nothing_and_end_at_the_images(ddim: jddim.DDIM, every: int | None) -> None:
-    seen: list[jddim.Preview] = []
-    options = {"steps": 16, "eta": 0.7, "batch_size": 2, "trajectory_every": every}
-    whole = ddim.sample(KEY, 3, **options)
-    chex.assert_trees_all_equal(ddim.sample(KEY, 3, on_segment=seen.append, **options), whole)
-    assert [(now.start, now.done) for now in seen] == [(low, n) for low in (0, 2) for n in range(2, 17, 2)]
-    assert {now.total for now in seen} == {16}
-    images = whole if every is None else whole[0]
-    chex.assert_trees_all_equal(seen[7].x_t, images[:2])
-    chex.assert_trees_all_equal(seen[15].x_t, images[2:])
-    _, way = ddim.sample(KEY, 3, **{**options, "trajectory_every": 1})
-    for now in seen[:8]:
-        chex.assert_trees_all_close(now.x0_hat, way.x0_hat[now.done - 1, :2], atol=1e-5)
 
 
 def test_a_preview_may_end_the_run(ddim: jddim.DDIM) -> None:
@@ -187,7 +189,6 @@ def test_one_program_for_every_eta_seed_and_weights(ddim: jddim.DDIM) -> None:
     assert pipeline._steps.on_cpu._cache_size() == compiled
 
 
-@pytest.mark.unoptimised
 def test_jit_vmap_and_grad_go_through(ddim: jddim.DDIM) -> None:
     light = toy(SEVEN)
     etas = jnp.array([0.0, 0.6])
@@ -207,7 +208,6 @@ def test_jit_vmap_and_grad_go_through(ddim: jddim.DDIM) -> None:
         assert jnp.abs(gradient).max() > 0
 
 
-@pytest.mark.unoptimised
 def test_bfloat16_computes_in_bfloat16_and_returns_float32(ddim: jddim.DDIM) -> None:
     half = dataclasses.replace(ddim, model=random_model(ddim.model.config, dtype=jnp.bfloat16))
     images = half.sample(KEY, 3, eta=0.5)
@@ -288,7 +288,6 @@ def test_labels_reach_the_network_one_an_image(ddim: jddim.DDIM) -> None:
         ddim.sample(KEY, 3, labels=labels)
 
 
-@pytest.mark.unoptimised
 def test_every_convention_reaches_the_loop() -> None:
     conventions = dataclasses.replace(UNUSUAL, self_condition=True)
     keys = jddim.sample_keys(KEY, 3)
@@ -372,7 +371,6 @@ def test_no_warning_is_logged_while_sampling(ddim: jddim.DDIM, caplog: pytest.Lo
     assert not caplog.records
 
 
-@pytest.mark.unoptimised
 def test_the_denoiser_and_its_conventions_are_what_sample_runs(ddim: jddim.DDIM) -> None:
     x_T = np.asarray(jax.random.normal(KEY, (3, *SIZE, 2)))
     for conventions in (

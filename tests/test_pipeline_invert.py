@@ -20,8 +20,31 @@ from jddim.config import SamplerConfig, UNetConfig
 from jddim.inversion import invert_loop, reconstruction_error
 from jddim.schedule import linear_schedule
 
+pytestmark = pytest.mark.unoptimised
 IMAGES = np.random.default_rng(3).uniform(-0.9, 0.9, (3, *SIZE, 2)).astype(np.float32)
 UNCLIPPED = dataclasses.replace(SEVEN, clip=False)
+
+
+@pytest.mark.optimised
+def test_progress_is_bit_equal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    model = toy(UNCLIPPED)
+    whole = model.invert(IMAGES, steps=16, refine=1)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    chex.assert_trees_all_equal(model.invert(IMAGES, steps=16, refine=1, progress=True), whole)
+    assert "100%" in capsys.readouterr().err
+
+
+@pytest.mark.optimised
+def test_the_shipped_checkpoints_digits_survive_as_measured(mnist_checkpoint: Path) -> None:
+    """The first row of docs/inversion.md's table, on samples of the model: S = 10, and refinement there."""
+    mnist = jddim.load(mnist_checkpoint)
+    x_0 = mnist.sample(jax.random.key(0), 3, steps=10)
+    plain, refined = (
+        float(reconstruction_error(x_0, mnist.sample(x_T=mnist.invert(x_0, steps=10, refine=k), steps=10)).mean())
+        for k in (0, 5)
+    )
+    assert 5e-3 < plain < 5e-2
+    assert refined < plain / 50
 
 
 def test_every_convention_reaches_the_loop() -> None:
@@ -82,15 +105,6 @@ def test_sampling_leads_back_and_refinement_leads_nearer(conventions: SamplerCon
     assert means[-1] < 1e-11  # float32: 1e-6 a number, squared
 
 
-def test_progress_is_bit_equal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    model = toy(UNCLIPPED)
-    whole = model.invert(IMAGES, steps=16, refine=1)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    chex.assert_trees_all_equal(model.invert(IMAGES, steps=16, refine=1, progress=True), whole)
-    assert "100%" in capsys.readouterr().err
-
-
-@pytest.mark.unoptimised
 def test_jit_vmap_grad_and_one_program_for_all_weights() -> None:
     config = UNetConfig(SIZE, 2, 2, channels=6, channel_mults=(1, 2), num_res_blocks=1, norm_groups=3)
     ddim = jddim.DDIM(random_model(config), linear_schedule(300), UNCLIPPED)
@@ -163,15 +177,3 @@ def test_networks_that_cannot_be_inverted() -> None:
     assert jnp.isfinite(predicts_x0.invert(IMAGES, convention="openai")).all()
     with pytest.raises(ValueError, match=r"class-conditional: give labels, one an image, integers in 0\.\.4"):
         toy(UNCLIPPED, class_embedding="learned", num_classes=5).invert(IMAGES)
-
-
-def test_the_shipped_checkpoints_digits_survive_as_measured(mnist_checkpoint: Path) -> None:
-    """The first row of docs/inversion.md's table, on samples of the model: S = 10, and refinement there."""
-    mnist = jddim.load(mnist_checkpoint)
-    x_0 = mnist.sample(jax.random.key(0), 3, steps=10)
-    plain, refined = (
-        float(reconstruction_error(x_0, mnist.sample(x_T=mnist.invert(x_0, steps=10, refine=k), steps=10)).mean())
-        for k in (0, 5)
-    )
-    assert 5e-3 < plain < 5e-2
-    assert refined < plain / 50

@@ -120,7 +120,8 @@ def test_the_training_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert bool(jax.numpy.isfinite(found["said"]["loss"]))
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+OTHERS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+PAGES = [*OTHERS, *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES)

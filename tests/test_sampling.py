@@ -23,7 +23,7 @@ from jddim.sampling import (
 from jddim.schedule import linear_schedule
 from jddim.timesteps import linspace_timesteps
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
 
 T, S = 300, 13
 TABLE = step_table(linear_schedule(T), linspace_timesteps(T, S))
@@ -47,7 +47,28 @@ def run(x_T, table, eta, key, every=None, clip=True, rederive=False):
     )
 
 
-@pytest.mark.unoptimised
+@pytest.mark.optimised
+@pytest.mark.parametrize("every", [1, 4, 13, 100])
+@pytest.mark.parametrize("at_least", [2, 5, 13])
+def test_segments_equal_the_whole_to_the_bit(every: int, at_least: int) -> None:
+    table = step_table(linear_schedule(T), linspace_timesteps(T, 30))
+    x_T, key = start(3), jax.random.key(2)
+
+    @jax.jit
+    def segment(state, rows):
+        return ddim_steps(denoise, state, rows, eta=0.6, key=key, clip_range=(-1.0, 1.0), trajectory_every=every)
+
+    cut = segments(table, at_least)
+    assert len({rows.num_steps for rows in cut}) == 1
+    assert len(cut) >= at_least
+    assert np.concatenate([rows.t for rows in cut]).tolist() == table.t.tolist()
+    state = init_state(x_T, table, every)
+    for rows in cut:
+        state = segment(state, rows)
+    whole = segment(init_state(x_T, table, every), table)
+    chex.assert_trees_all_equal(state, whole)
+
+
 def test_sample_i_is_a_function_of_seed_and_i_alone() -> None:
     key = jax.random.key(3)
     keys = sample_keys(key, 16)
@@ -77,27 +98,6 @@ def test_eta_zero_as_a_number_needs_neither_key_nor_noise() -> None:
         run(start(3), TABLE, 0.0, jax.random.key(0)),
         atol=1e-5,
     )
-
-
-@pytest.mark.parametrize("every", [1, 4, 13, 100])
-@pytest.mark.parametrize("at_least", [2, 5, 13])
-def test_segments_equal_the_whole_to_the_bit(every: int, at_least: int) -> None:
-    table = step_table(linear_schedule(T), linspace_timesteps(T, 30))
-    x_T, key = start(3), jax.random.key(2)
-
-    @jax.jit
-    def segment(state, rows):
-        return ddim_steps(denoise, state, rows, eta=0.6, key=key, clip_range=(-1.0, 1.0), trajectory_every=every)
-
-    cut = segments(table, at_least)
-    assert len({rows.num_steps for rows in cut}) == 1
-    assert len(cut) >= at_least
-    assert np.concatenate([rows.t for rows in cut]).tolist() == table.t.tolist()
-    state = init_state(x_T, table, every)
-    for rows in cut:
-        state = segment(state, rows)
-    whole = segment(init_state(x_T, table, every), table)
-    chex.assert_trees_all_equal(state, whole)
 
 
 def test_the_trajectory_is_the_way_taken() -> None:
