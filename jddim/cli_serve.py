@@ -8,17 +8,18 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jddim.config import METHODS
 
 
-def add(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Define the command. command: `(name, run, text, examples)` -> its parser."""
+def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], None]) -> None:
+    """Define the command. command: `(name, run, text, examples)` -> its parser. say: prints a line of progress."""
     sub = command(
         "serve",
-        _serve,
+        partial(_serve, say=say),
         "a page in the browser: sliders, previews while it runs, eta strips, drawn digits (docs/serve.md; needs "
         "jddim[web])",
         "mnist\nmnist cifar10 --port 8123 --methods ddim,dpm++2m\nmnist --host 0.0.0.0",
@@ -51,7 +52,7 @@ def _methods(text: str) -> tuple[str, ...]:
     return given
 
 
-def _serve(args: argparse.Namespace) -> int:
+def _serve(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     for option, value in (("--max-steps", args.max_steps), ("--max-num", args.max_num), ("--queue", args.queue)):
         if value < 2:
             raise ValueError(f"{option} must be at least 2, got {value}")
@@ -83,7 +84,7 @@ def _serve(args: argparse.Namespace) -> int:
     local = loopback(args.host.lower())
     paths = {name: str(path) if local else name for name, path in zip(names, args.ckpt, strict=True)}
     bounds = Bounds(args.max_steps, args.max_num)
-    site = Site(served, paths, methods=args.methods, bounds=bounds, waiting=args.queue, say=_say)
+    site = Site(served, paths, methods=args.methods, bounds=bounds, waiting=args.queue, say=say)
 
     def allowed(name: str) -> bool:
         own = {args.host.lower(), socket.gethostname().lower()}
@@ -97,7 +98,7 @@ def _serve(args: argparse.Namespace) -> int:
             "unencrypted",
             file=sys.stderr,
         )
-    _say(f"http://{shown}:{port}/  (Ctrl-C ends it; the first images can be had once ddim is compiled)")
+    say(f"http://{shown}:{port}/  (Ctrl-C ends it; the first images can be had once ddim is compiled)")
     settings = uvicorn.Config(
         site.app(allowed),
         log_level="warning",
@@ -120,7 +121,7 @@ def _serve(args: argparse.Namespace) -> int:
         pass
     finally:
         site.queue.close()
-    _say("stopped")
+    say("stopped")
     if compiling.is_alive():  # in XLA, which does not survive the interpreter's end in another thread
         os._exit(0)
     return 0
@@ -137,7 +138,3 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise OSError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
     return listening
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -112,10 +112,8 @@ class Site:
         programs: list[tuple[tuple[str, str, bool], Callable[[], Any]]] = []
         for name, ddim in self.served.items():
             classes = ddim.model.config.num_classes
-            shape = _shape(ddim)
-            picture = np.zeros(shape, np.float32)
-            # Classes of their own: a plain network has only unguided programs.
-            for guided in [False] if classes is None else [False, True]:
+            picture = np.zeros(_shape(ddim), np.float32)
+            for guided in [False] if classes is None else [False, True]:  # guidance is between classes
                 how: dict[str, Any] = {"steps": 2, "spacing": spacings(ddim)[0]}
                 if guided:
                     how |= {"guidance_scale": 1.0, "null_label": 0}
@@ -204,6 +202,9 @@ class Site:
     async def table(self, http: Request) -> Response:
         """Log SNR over t, the timesteps visited, and each step's noise."""
         request = await self._asked(http)
+        return JSONResponse(await asyncio.to_thread(self._table, request))
+
+    def _table(self, request: Asked) -> dict[str, Any]:
         ddim = self.served[request.checkpoint]
         table = ddim.table(request.steps, request.spacing, np.float64)
         alpha_bar = np.asarray(ddim.schedule.alphas_cumprod)
@@ -211,19 +212,19 @@ class Site:
             log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
         shown = np.unique(np.linspace(0, len(alpha_bar) - 1, 200).round().astype(int))
         visited = np.asarray(table.t)
-        sigma = np.asarray(ddim_sigma(np.asarray(table.alpha_bar_t), np.asarray(table.alpha_bar_prev), request.eta))
-        return JSONResponse(
-            {
-                "train_timesteps": len(alpha_bar),
-                "t": shown.tolist(),
-                "log_snr": _finite(log_snr[shown]),
-                "visited": visited.tolist(),
-                "visited_log_snr": _finite(log_snr[visited]),
-                "sigma": _finite(sigma),
-                "largest_eta": _finite(np.array([largest_eta(table)]))[0],
-                "notes": traps(table, ddim.schedule, ddim.sampler.prediction_type),
-            }
-        )
+        # Of one length for all tables: jax compiles for each.
+        a_t, a_prev = (np.resize(column, self.bounds.steps) for column in (table.alpha_bar_t, table.alpha_bar_prev))
+        sigma = np.asarray(ddim_sigma(a_t, a_prev, request.eta))[: table.num_steps]
+        return {
+            "train_timesteps": len(alpha_bar),
+            "t": shown.tolist(),
+            "log_snr": _finite(log_snr[shown]),
+            "visited": visited.tolist(),
+            "visited_log_snr": _finite(log_snr[visited]),
+            "sigma": _finite(sigma),
+            "largest_eta": _finite(np.array([largest_eta(table)]))[0],
+            "notes": traps(table, ddim.schedule, ddim.sampler.prediction_type),
+        }
 
     async def run(self, http: Request) -> Response:
         """Put a run in the queue; its events, until it is done. To close the connection drops it."""

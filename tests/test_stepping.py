@@ -1,6 +1,6 @@
 """Sampling row by row: equal to `DDIM.sample`, with no program compiled for another S, eta, seed, label or scale.
 
-One x_T at several etas, noises between two seeds and inverted pictures are compared in test_web.py.
+Guidance, one x_T at several etas, noises between two seeds and inverted pictures are compared in test_web.py.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ def made(run: Run) -> np.ndarray:
     ("method", "how"),
     [
         ("ddim", {"steps": 3, "eta": 0.7}),
-        ("ddim", {"steps": 3, "eta": 0.0, "spacing": "linspace", "guidance_scale": 1.7, "null_label": 4}),
         ("heun", {"steps": 1, "spacing": "linspace"}),  # remembers one prediction, where longer tables remember two
     ],
 )
