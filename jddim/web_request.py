@@ -60,7 +60,7 @@ class Asked:
     spacing: str = "linspace"
     seed: int = 0
     seed_to: int = 1
-    num: int = 8
+    num: int = 4
     label: int | str | None = None
     guidance_scale: float | None = None
     null_label: int | None = None
@@ -111,7 +111,7 @@ def parse(data: Any, served: Mapping[str, DDIM], methods: Mapping[str, Sequence[
         "spacing": choice("spacing", spacings(ddim), spacings(ddim)[0]),
         "seed": number("seed", 0, 2**32 - 1, 0),
         "seed_to": number("seed_to", 0, 2**32 - 1, 1),
-        "num": number("num", 2 if mode in ("strip", "slerp") else 1, bounds.num, min(8, bounds.num)),
+        "num": number("num", 2 if mode in ("strip", "slerp") else 1, bounds.num, min(4, bounds.num)),
     }
     if method != "ddim" and asked["eta"]:
         problems["eta"] = f"eta is DDIM's; method {method} takes none: 0, got {_shown(data.get('eta'))}"

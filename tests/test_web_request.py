@@ -34,7 +34,7 @@ def ask(served: dict[str, DDIM], **data: Any) -> Any:
 
 def test_defaults_and_every_field(served: dict[str, DDIM]) -> None:
     plain = ask(served)
-    assert (plain.checkpoint, plain.mode, plain.steps, plain.num, plain.label) == ("plain", "sample", 20, 7, None)
+    assert (plain.checkpoint, plain.mode, plain.steps, plain.num, plain.label) == ("plain", "sample", 20, 4, None)
     assert plain.spacing == "uniform"  # the checkpoint's own
     asked: dict[str, Any] = {
         "checkpoint": "classes",

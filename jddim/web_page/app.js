@@ -402,7 +402,7 @@ async function start() {
   $("checkpoint").replaceChildren(...about.checkpoints.map((one) => new Option(one.name, one.name)));
   Object.assign($("steps"), { value: 20 });
   Object.assign($("eta"), { value: 0 });
-  Object.assign($("num"), { value: Math.min(8, about.bounds.num) });
+  Object.assign($("num"), { value: Math.min(4, about.bounds.num) });
   Object.assign($("seed"), { value: 0 });
   Object.assign($("seed_to"), { value: 1 });
   Object.assign($("guidance_scale"), { value: 2 });
