@@ -150,7 +150,7 @@ def test_each_control_changes_what_it_should(page: Page) -> None:
         seen.add(images.tobytes())
 
     dots = lambda: len(page.driver.find_elements(By.CSS_SELECTOR, "#plot .dot"))  # noqa: E731
-    assert dots() == 4
+    page.wait(lambda: dots() == 4)
     changes(lambda: page.find("steps-slider").send_keys(Keys.ARROW_RIGHT), "steps=5")
     page.wait(lambda: dots() == 5)
     changes(lambda: page.find("eta-slider").send_keys(Keys.ARROW_RIGHT), "eta=0.05")
