@@ -487,7 +487,9 @@ def _printable(line: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in line)
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a mistake in one line."""
+
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print the usage as well."""
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -495,7 +497,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="jddim",
         description="DDIM sampling in JAX for diffusion models trained in PyTorch.",
         epilog=EXAMPLES,

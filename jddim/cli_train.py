@@ -129,7 +129,9 @@ def _begin(
             told[name] = json.loads(value)
         except ValueError:
             told[name] = value
-    if start.is_dir() or not start.exists():
+    if not start.exists():
+        raise ValueError(f"there is no configuration and no checkpoint at {start}")
+    if start.is_dir():
         parent = load_metadata(start)
         train = from_json(TrainConfig, told)
         model, params = parent.model, load_params(start, parent)

@@ -44,7 +44,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,7 @@ if str(ROOT) not in sys.path:  # so that it also runs where jddim is not install
     sys.path.insert(0, str(ROOT))
 
 import jddim  # noqa: E402
+from jddim.cli import OneLineParser  # noqa: E402
 from jddim.config import to_json  # noqa: E402
 from scripts.contestants import (  # noqa: E402
     CONTESTANTS,
@@ -411,13 +412,6 @@ def shape_of(case: Mapping[str, Any]) -> tuple[int, int, int]:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
 def number(low: int, high: int | None = None) -> Callable[[str], int]:
     """An argparse type: a whole number in low..high."""
 
@@ -467,7 +461,7 @@ def destination(text: str) -> Path:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options, checked."""
     summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = Parser(
+    parser = OneLineParser(
         prog="scripts/bench",
         description=summary,
         epilog=details,

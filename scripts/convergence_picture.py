@@ -33,7 +33,7 @@ def variance(alpha_bar):
 
 
 def perfect(x_t, t):
-    """eps of the perfect network."""
+    """What the perfect network says."""
     a = jnp.asarray(SCHEDULE.alphas_cumprod, x_t.dtype)[t][:, None]
     return jnp.sqrt(1 - a) * x_t / variance(a)
 

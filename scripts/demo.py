@@ -6,7 +6,6 @@ keeps the converted checkpoint in out/demo/mnist for the next run.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shlex
@@ -26,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import jddim
 from jddim.checkpoint import CheckpointError
+from jddim.cli import OneLineParser
 from jddim.images import grid, save_gif, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +91,7 @@ def labelled(rows: NDArray[np.uint8], labels: list[str], width: int = 110) -> ND
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/demo", description=(__doc__ or "").split("\n\n")[0])
+    parser = OneLineParser(prog="scripts/demo", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0, metavar="I", help="other digits (default 0)")
     args = parser.parse_args(argv)
 

@@ -13,7 +13,6 @@ anything behind, or what was written cannot be loaded. What failed is kept, and 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
 import io
@@ -62,6 +61,7 @@ from jddim.checkpoint import (
     load_params,
     save_checkpoint,
 )
+from jddim.cli import OneLineParser
 from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
 
 MEMORY = 1_500_000_000
@@ -513,7 +513,7 @@ def _address_space() -> int:
 
 def main() -> NoReturn:
     """Parse, run, report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = OneLineParser(prog="scripts/fuzz", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jddim.cli import OneLineParser
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm" / "ckpt.pth"
 ETAS = ("0", "0.2", "0.5", "1", "sigma-hat")
@@ -367,7 +369,7 @@ def etas(text: str) -> list[str]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     first, _, examples = (__doc__ or "").partition("Examples:\n")
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="scripts/reproduce",
         description=first.strip(),
         epilog="examples:\n" + examples,

@@ -15,13 +15,14 @@ They are estimates of a compiler, not measurements. Padding waste is not among w
 
 from __future__ import annotations
 
-import argparse
 import collections
 import os
 import re
 import sys
 import time
 from typing import Any, NamedTuple
+
+from jddim.cli import OneLineParser
 
 FLOPS_PER_CYCLE = {"v5e": 4 * 128 * 128 * 2}
 """What a chip's matrix units do in a cycle in bfloat16: v5e has four of 128 x 128, 197 TFLOP/s at 1.5 GHz."""
@@ -128,7 +129,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/tpu_compile", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="scripts/tpu_compile", description=__doc__.split("\n")[0])
     parser.add_argument("--topology", nargs="+", default=["v5e:2x2"], metavar="NAME", help="default v5e:2x2")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--network", default="cifar10", choices=NETWORKS, help="default cifar10")

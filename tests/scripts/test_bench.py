@@ -253,14 +253,15 @@ def test_bad_options(bench: ModuleType, capsys: pytest.CaptureFixture[str], opti
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert captured.err.startswith(f"scripts/bench: {said}")
+    assert captured.err.startswith(f"scripts/bench: error: {said}")
 
 
 def test_bad_option_of_the_command():
     done = command("--steps", "none")
     assert done.returncode == 2
     assert done.stderr == (
-        "scripts/bench: argument --steps: must be a whole number in 1..1000, got 'none' (see --help)\n"
+        "scripts/bench: error: argument --steps: must be a whole number in 1..1000, got 'none' "
+        "(see scripts/bench --help)\n"
     )
 
 
