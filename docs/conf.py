@@ -85,7 +85,7 @@ def _signature(
 
 
 NOT_PUBLIC = {"__init__", "__main__", "cache", "interrupt", "models.__init__", "progress", "terminal"}
-"""Modules that the reference leaves out, beside the command's, cli*: the command's own, and what re-exports."""
+"""Modules that the reference leaves out, beside the command's, cli* and web*: its own, and what re-exports."""
 
 
 def _others(app: Sphinx, docname: str, content: list[str]) -> None:
@@ -95,7 +95,7 @@ def _others(app: Sphinx, docname: str, content: list[str]) -> None:
     placed = set(re.findall(r"automodule:: jddim\.([\w.]+)", content[0])) | NOT_PUBLIC
     for path in sorted((ROOT / "jddim").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT / "jddim").with_suffix("").parts)
-        if name not in placed and not name.startswith("cli"):
+        if name not in placed and not name.startswith(("cli", "web")):
             content[0] += f"\n### jddim.{name}\n\n```{{eval-rst}}\n.. automodule:: jddim.{name}\n   :members:\n```\n"
 
 

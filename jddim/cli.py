@@ -21,6 +21,7 @@ from jddim import (
     cli_export,
     cli_invert,
     cli_research,
+    cli_serve,
     cli_train,
     interrupt,
 )
@@ -670,6 +671,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_bulk.add(command, _seed, _batch_size, SPACING_NAMES, _say)
     cli_export.add(command, SPACING_NAMES)
     cli_train.add(command, _say)
+    cli_serve.add(command, _say)
 
     sub = command("verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth")
     sub.add_argument("ckpt", type=Path)

@@ -100,6 +100,9 @@ def add(
         metavar="A,B[,C,D]",
         help="of this seed: the ends of a line, or the corners of a grid by row (default 0,1)",
     )
+    sub.add_argument(
+        "--seeds", type=_numbers(seed), metavar="A,B[,C,D]", help="instead: the first image of each of these seeds"
+    )
     sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
 
 
@@ -269,8 +272,9 @@ def _distance(args: argparse.Namespace, ddim: DDIM) -> tuple[Callable[[Any], flo
 
 
 def _interpolate(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
-    if len(args.images) not in (2, 4):
-        raise ValueError(f"--images takes two numbers, or four, got {len(args.images)}")
+    for option, given in (("--images", args.images), ("--seeds", args.seeds)):
+        if given is not None and len(given) not in (2, 4):
+            raise ValueError(f"{option} takes two numbers, or four, got {len(given)}")
     _check_num(args.num, 2)
     if min(args.images) < 0:
         raise ValueError(f"--images are numbered from 0, got {min(args.images)}")
@@ -284,9 +288,10 @@ def _interpolate(args: argparse.Namespace, read_labels: Callable[[str | None, in
     from jddim.sampling import initial_noise, sample_keys
 
     c = ddim.model.config
-    keys = jax.numpy.stack([sample_keys(jax.random.key(args.seed), 1, i)[0] for i in args.images])
+    named = [(args.seed, i) for i in args.images] if args.seeds is None else [(seed, 0) for seed in args.seeds]
+    keys = jax.numpy.stack([sample_keys(jax.random.key(seed), 1, i)[0] for seed, i in named])
     ends = initial_noise(keys, (*c.image_size, c.in_channels))
-    if len(args.images) == 2:
+    if len(named) == 2:
         x_T = slerp_line(ends[0], ends[1], args.num)
     else:
         corners = ends.reshape(2, 2, *ends.shape[1:])
@@ -302,7 +307,10 @@ def _interpolate(args: argparse.Namespace, read_labels: Callable[[str | None, in
         case _:
             with images.atomic(args.out) as staging:
                 np.savez(staging, x_0=x_0, x_T=np.asarray(x_T))
-    print(f"{len(x_0)} images between {', '.join(map(str, args.images))} of seed {args.seed} -> {args.out}")
+    which = f"{', '.join(map(str, args.images))} of seed {args.seed}"
+    if args.seeds is not None:
+        which = f"the first of seeds {', '.join(map(str, args.seeds))}"
+    print(f"{len(x_0)} images between {which} -> {args.out}")
     return 0
 
 

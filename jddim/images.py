@@ -29,8 +29,9 @@ def to_uint8(images: ArrayLike) -> NDArray[np.uint8]:
 
 
 def grid(images: ArrayLike, columns: int | None = None, border: int = 2) -> NDArray[np.uint8]:
-    """`(n, h, w, c)` in [-1, 1], c 1 or 3 -> one uint8 picture `(H, W, c)`, row by row, as square as n allows."""
-    pixels = to_uint8(images)
+    """`(n, h, w, c)` in [-1, 1], or uint8, c 1 or 3 -> one uint8 picture `(H, W, c)`, by row, as square as n allows."""
+    pixels = np.asarray(images)
+    pixels = pixels if pixels.dtype == np.uint8 else to_uint8(pixels)
     n, h, w, c = pixels.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -230,16 +231,8 @@ def save_gif(
     hold: int = 1500,
 ) -> None:
     """Write uint8 pictures as an endless GIF that rests `hold` milliseconds on the last, whole or not at all."""
-    first, *rest = [_to_pillow(picture) for picture in pictures]
     with atomic(Path(path)) as staging:
-        first.save(
-            staging,
-            save_all=True,
-            append_images=rest,
-            duration=[milliseconds] * len(rest) + [hold],
-            loop=0,
-            comment=json.dumps(metadata).encode(),
-        )
+        staging.write_bytes(encode_gif(pictures, metadata, milliseconds=milliseconds, hold=hold))
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -278,6 +271,24 @@ def encode_png(picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> bytes
     text, encoded = PngImagePlugin.PngInfo(), io.BytesIO()
     text.add_text("jddim", json.dumps(metadata))
     _to_pillow(picture).save(encoded, "PNG", pnginfo=text)
+    return encoded.getvalue()
+
+
+def encode_gif(
+    pictures: Sequence[NDArray[np.uint8]], metadata: Mapping[str, Any], *, milliseconds: int = 80, hold: int = 1500
+) -> bytes:
+    """What `save_gif` writes."""
+    first, *rest = [_to_pillow(picture) for picture in pictures]
+    encoded = io.BytesIO()
+    first.save(
+        encoded,
+        "GIF",
+        save_all=True,
+        append_images=rest,
+        duration=[milliseconds] * len(rest) + [hold],
+        loop=0,
+        comment=json.dumps(metadata).encode(),
+    )
     return encoded.getvalue()
 
 

@@ -205,6 +205,8 @@ def test_interpolate_draws(ckpt: Path, tmp_path: Path, suffix: str) -> None:
         (["sweep", "CKPT", "OUT.png", "--rows-at-once", "0"], "rows_at_once must be at least 1", 1),
         (["sweep", "none", "OUT.png"], "none", 1),
         (["interpolate", "CKPT", "OUT.png", "--images", "3"], "--images takes two numbers, or four, got 1", 1),
+        (["interpolate", "CKPT", "OUT.png", "--seeds", "3,4,5"], "--seeds takes two numbers, or four, got 3", 1),
+        (["interpolate", "CKPT", "OUT.png", "--seeds", "3,-4"], "-4 is not in 0..4294967295", 2),
         (["interpolate", "CKPT", "OUT.png", "--images", "3,-1"], "numbered from 0, got -1", 1),
         (["interpolate", "CKPT", "OUT.png", "--num", "1"], "--num must be at least 2, both ends, got 1", 1),
         (["interpolate", "CKPT", "OUT.npy"], "end OUT in .png or .npz or .gif", 1),

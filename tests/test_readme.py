@@ -79,6 +79,17 @@ def test_the_scale_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["doubles"] == 0
 
 
+@pytest.mark.unoptimised
+def test_the_serve_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "mnist", channel_mults=(1,), attention_levels=(), prediction_type="v_prediction")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serve.md").read_text(), re.S)
+    found: dict = {}
+    exec(block, found)
+    expected = found["ddim"].sample(jax.random.key(7), 5, steps=4, eta=0.5)  # as its comment says
+    np.testing.assert_allclose(found["x_0"], np.asarray(expected), atol=1e-5)  # of images of about 1
+
+
 def test_the_training_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jddim.config import UNetConfig
     from jddim.training import Task

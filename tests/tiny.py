@@ -77,12 +77,14 @@ def write_checkpoint(
     *,
     edit: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
     seed: int = 0,
+    prediction_type: str = "epsilon",
     **fields: Any,
 ) -> Path:
     """A jddim checkpoint with random parameters, made without torch.
 
-    edit: (dotted name, array) -> what to store instead. fields: of `small_config`, over one level with attention: what
-    reads a checkpoint does not care, and compiling takes half the time.
+    edit: (dotted name, array) -> what to store instead. prediction_type: what the random network is taken to predict;
+    as eps its images reach hundreds, as v ("v_prediction") they stay about 1. fields: of `small_config`, over one level
+    with attention: what reads a checkpoint does not care, and compiling takes half the time.
     """
     from jddim.checkpoint import Metadata, abstract_model, flat_params, save_checkpoint
 
@@ -93,7 +95,7 @@ def write_checkpoint(
         name: edit(name, (name.endswith("scale") + 0.2 * rng.standard_normal(leaf.shape)).astype(np.float32))
         for name, leaf in flat_params(abstract_model(config)).items()
     }
-    sampler = SamplerConfig(spacing="uniform", num_steps=5, clip=False)
+    sampler = SamplerConfig(spacing="uniform", num_steps=5, clip=False, prediction_type=prediction_type)
     save_checkpoint(path, params, Metadata(config, ScheduleConfig(), sampler, {"family": "ho", "source": {}}))
     return path
 

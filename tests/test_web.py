@@ -1,0 +1,278 @@
+"""The page's server, asked over HTTP: runs, files, what is copied from it; refusals; sessions side by side."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import dataclasses
+import io
+import json
+import shlex
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import SIZE, write_checkpoint
+
+import jddim
+from jddim import cli
+from jddim.config import ScheduleConfig
+from jddim.images import load_images, read_metadata, to_uint8
+from jddim.schedule import make_schedule
+from jddim.web_jobs import FRAMES
+from jddim.web_request import Refused, parse
+
+for package in ("starlette", "uvicorn"):
+    pytest.importorskip(package, reason=f"jddim serve needs {package}: pip install 'jddim[web]'")
+
+from web_server import events, made, post, send, serving  # noqa: E402
+
+from jddim.web import Site  # noqa: E402
+
+pytestmark = pytest.mark.unoptimised
+
+SMALL: dict[str, Any] = {
+    "channel_mults": (1,),
+    "attention_levels": (),
+    "middle": False,
+    "prediction_type": "v_prediction",  # so that pixels are not all black or white
+}
+PICTURE = np.random.default_rng(3).integers(0, 256, (*SIZE, 1), dtype=np.uint8)
+MASK = np.random.default_rng(4).integers(0, 2, (*SIZE, 1), dtype=np.uint8) * 255
+TEXTS = {"picture": base64.b64encode(PICTURE.tobytes()).decode(), "mask": base64.b64encode(MASK.tobytes()).decode()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("web")
+    return write_checkpoint(folder / "classes", class_embedding="learned", num_classes=5, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[tuple[Any, int]]:
+    guided = {("ddim", True)}
+    needed = lambda key: not key[2] or key[1:] in guided  # noqa: E731
+    with serving({"classes": checkpoint}, ("ddim", "dpm++2m"), needed=needed, waiting=12) as found:
+        yield found
+
+
+@pytest.fixture
+def port(server: tuple[Any, int]) -> int:
+    return server[1]
+
+
+def file(port: int, data: dict[str, Any], name: str) -> bytes:
+    response = send(port, "GET", f"/api/results/{data['id']}/{name}")
+    assert response.status == 200
+    assert response.headers["content-disposition"] == f'attachment; filename="{name}"'
+    return response.read()
+
+
+def pixels(sprite: str) -> np.ndarray:
+    """The images `(num, h, w, 1)` of an event's picture."""
+    with Image.open(io.BytesIO(base64.b64decode(sprite))) as image:
+        return np.stack(np.split(np.asarray(image), image.width // SIZE[1], axis=1))[..., None]
+
+
+def test_a_run_shows_itself_until_it_is_done(port: int) -> None:
+    asked = {"steps": 100, "num": 5, "eta": 0.5, "seed": 3, "label": "each"}
+    *on_the_way, (name, data) = events(post(port, "/api/run", asked))
+    assert name == "done"
+    running = [said for _, said in on_the_way if said["state"] == "running" and said["done"]]
+    assert running
+    for said in running:
+        assert said["total"] == data["calls"] == 200  # two groups of images
+        assert pixels(said["images"]).shape == (5, *SIZE, 1)
+    assert [said["done"] for said in running] == sorted({said["done"] for said in running})
+    assert data["labels"] == [0, 1, 2, 3, 4]
+    with np.load(io.BytesIO(file(port, data, "images.npz"))) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], pixels(data["images"]))
+        np.testing.assert_array_equal(to_uint8(arrays["x_0"]), arrays["arr_0"])
+        np.testing.assert_array_equal(to_uint8(arrays["x_T"]), pixels(data["x_T"]))
+        assert json.loads(str(arrays["settings"]))["seed"] == 3
+    with Image.open(io.BytesIO(file(port, data, "images.gif"))) as gif:
+        assert 2 < gif.n_frames <= 1 + FRAMES  # x_T, and its way; Pillow merges what looks the same
+        assert gif.info["duration"] == 80
+    assert send(port, "GET", f"/api/results/{data['id']}/mask.png").status == 404
+
+
+RUNS: list[dict[str, Any]] = [
+    {"mode": "sample", "eta": 0.6, "label": "each"},
+    {"mode": "sample", "method": "dpm++2m", "label": 2, "spacing": "linspace"},
+    {"mode": "sample", "label": 1, "guidance_scale": 1.5, "null_label": 4},
+    {"mode": "strip", "label": 1},
+    {"mode": "slerp", "seed_to": 9, "label": 0},
+    {"mode": "invert", "label": 3, "num": 1, **TEXTS},
+    {"mode": "invert", "label": "each", "eta": 0.5, **TEXTS},
+    {"mode": "inpaint", "label": 2, "eta": 0.6, **TEXTS},
+]
+TRIED = [RUNS[0], RUNS[3], RUNS[4], RUNS[7]]
+"""Those whose commands are run too."""
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(map(str, list(run.values())[:3])))
+def test_what_is_copied_makes_the_images_again(
+    port: int, run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"steps": 3, "seed": 7, "num": 3} | run
+    asked = {name: value for name, value in asked.items() if name != "mask" or run["mode"] == "inpaint"}
+    data = made(port, **asked)
+    images = pixels(data["images"])
+    for name in data["files"]:
+        (tmp_path / name).write_bytes(file(port, data, name))
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(data["python"], found)
+    close = {"atol": 1}  # of 255: a rounding may fall on the other side of a step
+    np.testing.assert_allclose(to_uint8(found["x_0"]).astype(int), images.astype(int), **close)
+    assert read_metadata("images.png")["steps"] == 3
+    assert (data["command"] is None) == (data["no_command"] is not None)
+    if data["command"] is None:
+        assert run.get("eta") == 0.5  # back at other etas than 0
+        return
+    assert ("error" in data) == (run["mode"] == "invert")
+    words = shlex.split(data["command"])
+    assert words.pop(0) == "jddim"
+    cli._parser().parse_args(words)
+    if run not in TRIED:  # each compiles another program
+        return
+    assert cli.main(words) == 0
+    out = {"sample": "images.png", "strip": "strip.png", "slerp": "line.png", "inpaint": "filled.png"}
+    if run["mode"] == "strip":  # with the etas written beside
+        with Image.open(out["strip"]) as picture:
+            drawn = np.asarray(picture)[:, -SIZE[1] - 2 : -2]
+            again = np.stack([drawn[2 + i * (SIZE[0] + 2) :][: SIZE[0]] for i in range(3)])[..., None]
+    else:
+        again = to_uint8(load_images(out[run["mode"]], SIZE))
+    np.testing.assert_allclose(again.astype(int), images.astype(int), **close)
+
+
+def test_the_timetable(port: int) -> None:
+    said = json.loads(post(port, "/api/table", {"steps": 4, "spacing": "linspace", "eta": 1, "label": 0}).read())
+    assert said["visited"] == [999, 749, 499, 249]
+    assert said["sigma"][-1] == 0 < said["sigma"][0]
+    assert said["log_snr"][0] > 0 > said["log_snr"][-1]
+    assert said["t"][-1] == 999
+    curve = np.interp(said["visited"], said["t"], said["log_snr"])
+    np.testing.assert_allclose(said["visited_log_snr"], curve, atol=0.05)  # drawn at 200 points
+
+
+def test_mistakes_are_all_said_by_their_controls(port: int) -> None:
+    response = post(port, "/api/run", {"steps": 0, "num": 99, "label": 5})
+    assert response.status == 400
+    said = json.loads(response.read())
+    assert said["fields"].keys() == {"steps", "num", "label"}
+    assert "steps: must be a whole number in 1..250, got 0" in said["error"]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "problem"),
+    [
+        (b"{", "application/json", "is not JSON"),
+        (b"[" * 5000, "application/json", "is not JSON"),
+        (b"{}", "text/plain", "must be application/json"),  # all that another site's page can send
+        (b" " * 10**6, "application/json", "is longer than"),
+    ],
+)
+def test_bodies_that_are_refused(port: int, body: bytes, kind: str, problem: str) -> None:
+    response = send(port, "POST", "/api/run", body, Content_Type=kind)
+    assert response.status == 400
+    assert problem in json.loads(response.read())["error"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "[::1]:80"}, 200),
+        ({"Host": "127.0.0.1"}, 200),
+        ({"Host": "evil.example"}, 403),  # DNS rebinding
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "192.168.0.7"}, 403),
+        ({"Host": "localhost", "Origin": "http://localhost"}, 200),
+        ({"Host": "localhost", "Origin": "http://evil.example"}, 403),
+        ({"Host": "localhost", "Origin": "null"}, 403),
+    ],
+)
+def test_only_this_machines_pages_are_answered(port: int, headers: dict[str, str], status: int) -> None:
+    response = send(port, "GET", "/api/about", **headers)
+    assert response.status == status
+    assert "access-control-allow-origin" not in response.headers
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/..%2f..%2fetc/passwd",
+        "/../pyproject.toml",
+        "/app.py",
+        "/api/results/../../x",
+        "/api/results/x/%2e%2e",
+        "//etc",
+    ],
+)
+def test_no_path_reaches_the_disk(port: int, path: str) -> None:
+    assert send(port, "GET", path).status == 404
+
+
+def test_the_page_needs_nothing_from_elsewhere(port: int) -> None:
+    page = send(port, "GET", "/").read().decode()
+    names = ["style.css", "app.js", "stream.js", "draw.js", "plot.js"]
+    files = [send(port, "GET", f"/{name}").read().decode() for name in names]
+    for text in [page, *files]:
+        assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+        assert "https://" not in text
+        assert "style=" not in text  # which the page's own policy would refuse
+    for name in names[:2]:
+        assert f'"/{name}"' in page
+
+
+def test_ten_sessions_at_once_all_finish(port: int, server: tuple[Any, int]) -> None:
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        runs = [pool.submit(made, port, seed=seed, steps=7, num=2, label=1) for seed in range(10)]
+        results = [run.result(timeout=60) for run in runs]
+    assert len({result["images"] for result in results}) == 10
+    for seed in (0, 9):
+        assert results[seed]["images"] == made(port, seed=seed, steps=7, num=2, label=1)["images"]
+
+
+def test_who_hangs_up_is_not_worked_for_and_a_full_queue_says_so(port: int, server: tuple[Any, int]) -> None:
+    site = server[0]
+    started = site.queue.at_once
+    long = {"steps": 250, "num": 16, "label": 0}
+    responses = [post(port, "/api/run", long) for _ in range(started + 12)]
+    assert all(response.status == 200 for response in responses)
+    refused = post(port, "/api/run", long)
+    assert refused.status == 503
+    assert "12 runs are waiting already" in json.loads(refused.read())["error"]
+    assert json.loads(send(port, "GET", "/api/about").read())["queue"] == {"running": started, "waiting": 12}
+    for response in responses:
+        response.fp.raw._sock.shutdown(socket.SHUT_RDWR)  # what a closed tab does
+    deadline = time.monotonic() + 20
+    while any(site.queue.counts().values()):
+        assert time.monotonic() < deadline, site.queue.counts()
+        time.sleep(0.02)
+    assert made(port, steps=2, num=1, label=0)["images"]
+
+
+def test_what_a_checkpoint_has_not_is_left_out_not_waited_for(checkpoint: Path) -> None:
+    ddim = jddim.load(checkpoint)
+    schedule = make_schedule(ScheduleConfig(zero_terminal_snr=True))  # where a solver in sigma / alpha has no step
+    zero = dataclasses.replace(ddim.with_sampler(spacing="linspace"), schedule=schedule)
+    said: list[str] = []
+    site = Site({"zero": zero}, {"zero": "zero"}, methods=["ddim", "heun"], say=said.append)
+    site.compiling = [(key, program) for key, program in site.compiling if key[1] == "heun"]
+    site.compile()
+    site.queue.close()
+    assert site.methods == {"zero": ["ddim"]}
+    assert all("no step from alpha_bar_t = 0" in why for why in site.refused.values())
+    assert site.refused.keys() == {("zero", "heun", False), ("zero", "heun", True)}
+    assert said[0].startswith("left out 1 of ")
+    with pytest.raises(Refused, match="method: must be one of ddim; got 'heun'"):
+        parse({"method": "heun", "label": 0}, site.served, site.methods, site.bounds)
