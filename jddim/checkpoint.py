@@ -70,7 +70,7 @@ class Metadata:
             "model": {"type": wiring_of(self.model), **to_json(self.model)},
             "schedule": to_json(self.schedule),
             "sampler": to_json(self.sampler),
-            "provenance": self.provenance,
+            "provenance": dict(self.provenance),
             "params_sha256": self.params_sha256,
         }
 

@@ -96,7 +96,6 @@ def add(
     sub.add_argument(
         "--images",
         type=_numbers(int),
-        default=[0, 1],
         metavar="A,B[,C,D]",
         help="of this seed: the ends of a line, or the corners of a grid by row (default 0,1)",
     )
@@ -272,11 +271,15 @@ def _distance(args: argparse.Namespace, ddim: DDIM) -> tuple[Callable[[Any], flo
 
 
 def _interpolate(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
+    if args.images is not None and args.seeds is not None:
+        raise ValueError("give either --images, of one seed, or --seeds, the first image of each")
+    if args.images is None and args.seeds is None:
+        args.images = [0, 1]
     for option, given in (("--images", args.images), ("--seeds", args.seeds)):
         if given is not None and len(given) not in (2, 4):
             raise ValueError(f"{option} takes two numbers, or four, got {len(given)}")
     _check_num(args.num, 2)
-    if min(args.images) < 0:
+    if args.images is not None and min(args.images) < 0:
         raise ValueError(f"--images are numbered from 0, got {min(args.images)}")
     ddim = _load(args, (".png", ".npz", ".gif"))
 
@@ -307,8 +310,9 @@ def _interpolate(args: argparse.Namespace, read_labels: Callable[[str | None, in
         case _:
             with images.atomic(args.out) as staging:
                 np.savez(staging, x_0=x_0, x_T=np.asarray(x_T))
-    which = f"{', '.join(map(str, args.images))} of seed {args.seed}"
-    if args.seeds is not None:
+    if args.seeds is None:
+        which = f"{', '.join(map(str, args.images))} of seed {args.seed}"
+    else:
         which = f"the first of seeds {', '.join(map(str, args.seeds))}"
     print(f"{len(x_0)} images between {which} -> {args.out}")
     return 0
@@ -329,6 +333,8 @@ def _settings(args: argparse.Namespace, ddim: DDIM) -> dict[str, Any]:
         for name, value in vars(args).items()
         if name not in ("run", "ckpt", "out")
     }
+    used = ddim.sampler
+    asked |= {"steps": args.steps or used.num_steps, "spacing": args.spacing or used.spacing, "clip": used.clip}
     return {"checkpoint_sha256": ddim.metadata.sha256, "jddim": __version__, **asked}
 
 

@@ -57,9 +57,18 @@ def labelled(picture: NDArray[np.uint8], labels: Sequence[str]) -> NDArray[np.ui
     return np.concatenate([beside, picture], axis=1)
 
 
+def _all_levels() -> NDArray[np.float32]:
+    levels = (np.arange(256) / 127.5 - 1).astype(np.float32)
+    # Rounding puts 63 of them below what `to_uint8` cuts at: read and written again, they would darken.
+    return np.where(to_uint8(levels) == np.arange(256), levels, np.nextafter(levels, np.float32(2)))
+
+
+_FROM_UINT8 = _all_levels()
+
+
 def from_uint8(pixels: ArrayLike) -> NDArray[np.float32]:
-    """0..255 -> [-1, 1]: pixels / 127.5 - 1, as OpenAI's loaders do."""
-    return (np.asarray(pixels) / 127.5 - 1).astype(np.float32)
+    """0..255 -> [-1, 1]: pixels / 127.5 - 1, as OpenAI's loaders do; its last bit such that `to_uint8` leads back."""
+    return _FROM_UINT8[np.asarray(pixels)]
 
 
 def cut_grid(picture: NDArray[np.uint8], size: tuple[int, int], border: int = 2) -> NDArray[np.uint8] | None:
@@ -128,9 +137,13 @@ def load_images(path: str | os.PathLike[str], size: tuple[int, int]) -> NDArray[
 def _read_png(path: Path) -> NDArray[np.uint8]:
     """`(h, w, 1 or 3)`."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as opened:
+            image: Image.Image = opened
             if "A" in image.getbands() or "transparency" in image.info:
-                raise ValueError(f"{path} is transparent in places: flatten it first")
+                if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+                    raise ValueError(f"{path} is transparent in places: flatten it first")
+                if "A" in image.getbands():
+                    image = image.convert("L" if image.mode == "LA" else "RGB")
             grey = image.mode in ("1", "L")
             if not grey and image.mode not in ("P", "RGB"):
                 raise ValueError(f"{path} has the mode {image.mode}; convert it to 8-bit grey or RGB")

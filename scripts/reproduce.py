@@ -234,9 +234,11 @@ def floor(data: Path, cells: list[Cell], real: NDArray[Any]) -> str:
     moments, said = metrics.Moments.of(real), []
     for n in sorted({cell.num for cell in cells}, reverse=True):
         parts = [features[i : i + n] for i in range(0, len(features) - n + 1, n)][:20]
+        if n < 2 or not parts:
+            continue
         fd = [metrics.frechet_distance(metrics.Moments.of(part), moments) for part in parts]
         said.append(f"{np.mean(fd):.2f} +- {np.std(fd):.2f} ({n} images)")
-    return ", ".join(said)
+    return ", ".join(said) or "no meaning: too few"
 
 
 def draw(out: Path, cells: list[Cell], images: dict[Cell, NDArray[np.uint8]], between: NDArray[np.float32]) -> None:

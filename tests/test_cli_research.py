@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,8 @@ def test_interpolate_draws(ckpt: Path, tmp_path: Path, suffix: str) -> None:
     with Image.open(tmp_path / f"a.{suffix}") as picture:
         assert picture.size == ((50, 10) if suffix == "png" else (10, 6))
         assert getattr(picture, "n_frames", 1) == (1 if suffix == "png" else 4)
+        said = json.loads(picture.text["jddim"] if suffix == "png" else picture.info["comment"])
+    assert [said[name] for name in ("images", "steps", "spacing", "clip")] == [[0, 1], 2, "uniform", False]
 
 
 @pytest.mark.parametrize(
@@ -205,6 +208,11 @@ def test_interpolate_draws(ckpt: Path, tmp_path: Path, suffix: str) -> None:
         (["sweep", "CKPT", "OUT.png", "--rows-at-once", "0"], "rows_at_once must be at least 1", 1),
         (["sweep", "none", "OUT.png"], "none", 1),
         (["interpolate", "CKPT", "OUT.png", "--images", "3"], "--images takes two numbers, or four, got 1", 1),
+        (
+            ["interpolate", "CKPT", "OUT.png", "--seeds", "3,4", "--images", "0,1"],
+            "either --images, of one seed, or --seeds",
+            1,
+        ),
         (["interpolate", "CKPT", "OUT.png", "--seeds", "3,4,5"], "--seeds takes two numbers, or four, got 3", 1),
         (["interpolate", "CKPT", "OUT.png", "--seeds", "3,-4"], "-4 is not in 0..4294967295", 2),
         (["interpolate", "CKPT", "OUT.png", "--images", "3,-1"], "numbered from 0, got -1", 1),

@@ -152,3 +152,23 @@ def test_what_holds_no_images_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises((ValueError, OSError), match=message):
             load_images(tmp_path / name, (7, 11))
+
+
+def test_bytes_read_and_written_again_are_the_same() -> None:
+    levels = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_uint8(from_uint8(levels)), levels)
+    np.testing.assert_allclose(from_uint8(levels), levels / 127.5 - 1, atol=1.2e-7)  # a bit of float32
+    assert from_uint8(levels)[[0, 255]].tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_an_alpha_channel_that_hides_nothing_is_dropped(tmp_path: Path, mode: str) -> None:
+    picture = Image.new(mode, (5, 3), 200)
+    picture.putalpha(255)
+    picture.save(tmp_path / "opaque.png")
+    images = load_images(tmp_path / "opaque.png", (3, 5))
+    assert images.shape == (1, 3, 5, 3 if mode == "RGBA" else 1)
+    picture.putalpha(254)
+    picture.save(tmp_path / "hazy.png")
+    with pytest.raises(ValueError, match="transparent in places"):
+        load_images(tmp_path / "hazy.png", (3, 5))

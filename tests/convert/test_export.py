@@ -81,7 +81,7 @@ def test_pessers_file_is_a_bare_state_dict(tmp_path: Path) -> None:
             {"num_heads": 2, "scale_shift": True, "symmetric_padding": True},
             ["num_heads is 2, there always 1", "scale_shift is True", "symmetric_padding is True"],
         ),
-        ({"up_attention_levels": (0,)}, ["attention is at levels (1,) down and (0,) up"]),
+        ({"up_attention_levels": ()}, ["attention is at levels (0,) down and () up"]),
         ({"downsample": ("resnet",)}, ["resampling is ('resnet',) and ('conv',)"]),
         ({"channel_mults": (1, 1.5)}, ["channel_mults is (1, 1.5), there integers"]),
         ({}, ["image size is 6x10, there square"]),

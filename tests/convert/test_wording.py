@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from convert.convert import convert
 from convert.families import diffusers_config, ho
 from convert.families.base import Wording
+from jddim.checkpoint import load_metadata
 from jddim.cli import main
 from jddim.diff import diff
 
@@ -51,6 +52,7 @@ def test_info_says_it_below_our_names_and_marks_what_was_told(
         "  in ho         skip_type=quad (--set), timesteps=50, eta=0.0, var_type=fixedlarge (--preset cifar10)"
     )
     assert not any(line.startswith("wording") for line in lines)
+    assert f"{'sha256':<15} {load_metadata(tmp_path / 'out').sha256}" in lines  # wording, not shown, is part of it
 
 
 def test_a_config_files_values_are_the_sources_own_and_bear_no_mark(tmp_path: Path, source: Path) -> None:
