@@ -22,7 +22,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "evaluate",
         _evaluate,
         "how far images are from a reference: FD, KD, precision and recall; of digits by the features mnist-cnn-v1",
-        "samples.npz --reference ../data/mnist\nmine.npz --reference theirs.npz --json figures.json\n"
+        "samples.npz --reference ../shared/data/mnist\nmine.npz --reference theirs.npz --json figures.json\n"
         "pool3-of-mine.npy --reference fid_stats_cifar10.npz --features inception-pool3",
     )
     sub.add_argument("images", type=Path, help="as jddim sample writes them: .npz, .npy, a folder of PNGs, a grid")

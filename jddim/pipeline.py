@@ -444,7 +444,10 @@ class DDIM:
         if key is None and (x_T is None or (noise is None and needs_noise)):
             what = "x_T" if x_T is None else "the noise of each step (eta > 0)"
             problems.append(f"a key is needed for {what}: jax.random.key(seed)")
-        if key is not None and key.shape not in ((), (num,)):
+        if key is not None and not (isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+            got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else repr(key)
+            problems.append(f"key must be jax.random.key(seed), got {got}")
+        elif key is not None and key.shape not in ((), (num,)):
             problems.append(f"key must be one key, or one per image ({num},), got shape {key.shape}")
         low, high = self.sampler.clip_range
         if self.sampler.clip and not low < high:

@@ -7,7 +7,7 @@ beside it.
 
 Examples:
   scripts/reproduce                     # the default size
-  scripts/reproduce --dry-run           # what is to be made, and what is there already
+  scripts/reproduce --dry-run           # how much is to be made, and how much is there already
   scripts/reproduce --num 1000          # more images a cell; those of the default are kept
   scripts/reproduce --full              # 10,000 images a cell, every eta at every S
 

@@ -238,6 +238,8 @@ def test_a_nan_names_the_image_and_the_step(ddim: jddim.DDIM) -> None:
         ({"num": 0}, ["num must be at least 1, got 0"]),
         ({"num": None}, ["num must be at least 1, got None"]),
         ({"num": 3, "key": None}, ["a key is needed for x_T"]),
+        ({"key": 7}, ["key must be jax.random.key(seed), got 7"]),
+        ({"key": np.zeros(3, np.uint32)}, ["key must be jax.random.key(seed), got array"]),
         (
             {"key": None, "x_T": np.zeros((3, *SIZE, 2), np.float32), "eta": 0.5},
             ["a key is needed for the noise of each step (eta > 0)"],
