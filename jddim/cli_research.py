@@ -150,7 +150,7 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
 
     from jddim.compiling import compiler_options
     from jddim.ddim import add_noise
-    from jddim.editing import inpaint_loop, tail
+    from jddim.editing import inpaint_loop, keep_of, tail
     from jddim.images import load_images, save_images
     from jddim.pipeline import eta_problems
     from jddim.sampling import initial_noise, sample_keys, sample_loop
@@ -182,7 +182,7 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
         mask = load_images(args.mask, config.image_size)
         if len(mask) != 1 or mask.shape[1:3] != config.image_size:
             raise ValueError(f"--mask {args.mask} must be one picture of {config.image_size}, got {mask.shape[:3]}")
-        keep = 1 - (mask[0].mean(axis=-1, keepdims=True) + 1) / 2
+        keep = keep_of(mask[0])
 
         def run(model: Any) -> Any:
             denoise = dataclasses.replace(ddim, model=model).denoiser(labels)

@@ -126,6 +126,11 @@ def inpaint_loop(
     )
 
 
+def keep_of(mask: np.ndarray) -> np.ndarray:
+    """A mask picture `(h, w, c)` in [-1, 1], white where images are made anew -> how much stays, `(h, w, 1)`."""
+    return 1 - (mask.mean(axis=-1, keepdims=True) + 1) / 2
+
+
 def keep_known(update: Update, known: Array, keep: ArrayLike, known_noise: Array) -> Update:
     """A step that ends with `known`, noised to where the step ends by always the same noise, wherever `keep` is 1.
 

@@ -27,7 +27,7 @@ from jddim.ddim import StepTable
 from jddim.images import atomic
 from jddim.models.layers import at_least_float32, cast_kernels
 from jddim.pipeline import DDIM, _initial_noise, _steps
-from jddim.sampling import ddim_update, init_state
+from jddim.sampling import ddim_update, init_state, numbered_keys
 from jddim.solvers import cast, memory_of
 
 FORMAT_VERSION = 1
@@ -79,7 +79,7 @@ def export_sampler(
 
     def sample(weights: dict[str, Array], seed: Array, numbers: Array, *rest: Array) -> Array:
         given = dict(zip(names[3:], rest, strict=True))
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
+        keys = numbered_keys(jax.random.key(seed), numbers)
         x_T = _initial_noise(keys, shape, dtype)
         state = init_state(x_T, table, self_condition=ddim.sampler.self_condition)
         state = state if program.solver is None else state._replace(memory=memory_of(table, x_T))

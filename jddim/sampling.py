@@ -62,7 +62,12 @@ class State(NamedTuple):
 
 def sample_keys(key: Array, num: int, start: int = 0) -> Array:
     """The keys `(num,)` of samples start..start+num-1 of a seed: `fold_in(key, i)`."""
-    return jax.vmap(partial(jax.random.fold_in, key))(start + jnp.arange(num, dtype=jnp.uint32))
+    return numbered_keys(key, start + jnp.arange(num, dtype=jnp.uint32))
+
+
+def numbered_keys(key: Array, numbers: Array) -> Array:
+    """The keys `(b,)` of the samples of a seed with these numbers, uint32 `(b,)`: `fold_in(key, i)`."""
+    return jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
 
 def initial_noise(keys: Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> Array:

@@ -107,10 +107,7 @@ class Sharded:
         Raises ValueError as it does, and FloatingPointError if a NaN or infinity appears.
         """
         parts = self.mesh.shape["data"]
-        if num < 1 or num % parts:
-            raise ValueError(f"sample: num must be a multiple of {parts}, the data axis, got {num}")
-        size = num // parts
-        return self.sample_parts(key, range(start, start + num, size), size, labels=labels, **options)
+        return self._sample(key, num, [start + i * (num // parts) for i in range(parts)], labels, options)
 
     def sample_parts(
         self, key: Array, firsts: Sequence[int], size: int, *, labels: ArrayLike | None = None, **options: Any
@@ -119,7 +116,11 @@ class Sharded:
 
         `(len(firsts) * size, h, w, c)`, in this order, and labels likewise. As `sample` otherwise.
         """
-        num = len(firsts) * size
+        return self._sample(key, len(firsts) * size, firsts, labels, options)
+
+    def _sample(
+        self, key: Array, num: int, firsts: Sequence[int], labels: ArrayLike | None, options: dict[str, Any]
+    ) -> Array:
         rows = None if labels is None else jnp.asarray(labels)
         if rows is not None and rows.shape != (num,):
             raise ValueError(f"labels must have shape ({num},), one an image, got {rows.shape}")
@@ -128,7 +129,7 @@ class Sharded:
         images = run(self.ddim.model, key, jnp.asarray(firsts, jnp.uint32), rows)
         bad = ~jnp.isfinite(images).reshape(num, -1).all(axis=1)
         if bad.any():
-            part, place = divmod(int(jnp.argmax(bad)), size)
+            part, place = divmod(int(jnp.argmax(bad)), num // len(firsts))
             raise FloatingPointError(
                 f"a NaN or infinity appeared in image {firsts[part] + place}, in {int(bad.sum())} of {num}; "
                 "DDIM.sample says at which step"

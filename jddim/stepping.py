@@ -25,7 +25,7 @@ from jddim.editing import keep_known, slerp
 from jddim.inversion import inversion_table
 from jddim.models.layers import at_least_float32
 from jddim.pipeline import DDIM, _initial_noise, _invert_steps, _label_problems, _raise_if_bad, _steps, eta_problems
-from jddim.sampling import State, check_prediction, init_state
+from jddim.sampling import State, check_prediction, init_state, numbered_keys
 from jddim.solvers import SolverTable, cast, memory_of
 
 GROUP = 4
@@ -308,11 +308,7 @@ def _wide(table: SolverTable) -> SolverTable:
     )
 
 
-@jax.jit
-def _image_keys(key: Array, numbers: Array) -> Array:
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
-
-
+_image_keys = jax.jit(numbered_keys)
 _slerp = jax.jit(slerp)
 
 

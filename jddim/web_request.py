@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jddim import editing
 from jddim.config import did_you_mean
 from jddim.images import from_uint8
 from jddim.pipeline import DDIM
@@ -167,7 +168,7 @@ def picture_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
 def keep_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
     """What `jddim edit --mask` makes of the mask: `(h, w, 1)`, 1 where the picture stays."""
     pixels = np.frombuffer(request.mask or b"", np.uint8).reshape(*ddim.model.config.image_size, 1)
-    return (1 - (from_uint8(pixels) + 1) / 2).astype(np.float32)
+    return editing.keep_of(from_uint8(pixels))
 
 
 def run_of(request: Asked, ddim: DDIM) -> Sampling | Between | Inverted:

@@ -53,12 +53,12 @@ def python(request: Asked, ddim: DDIM, path: str) -> str:
             ]
         case "inpaint":
             head.insert(1, "import jax.numpy as jnp")
-            head += ["from jddim.editing import inpaint_loop", "from jddim.images import load_images"]
+            head += ["from jddim.editing import inpaint_loop, keep_of", "from jddim.images import load_images"]
             labels = how.get("labels", "")
             body = [
                 f'known = load_images("picture.png", {size})  # as often as there are images',
                 f'mask = load_images("mask.png", {size})',
-                "keep = 1 - (mask[0].mean(axis=-1, keepdims=True) + 1) / 2",
+                "keep = keep_of(mask[0])",
                 f"keys = jddim.sample_keys(jax.random.key({seed}), len(known))",
                 "x_T = jddim.initial_noise(keys, known.shape[1:])",
                 f"table = ddim.table({request.steps}, {json.dumps(request.spacing)})",

@@ -30,18 +30,12 @@ from jddim.web_request import Refused, parse
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason=f"jddim serve needs {package}: pip install 'jddim[web]'")
 
-from web_server import events, made, post, send, serving  # noqa: E402
+from web_server import SMALL, events, made, post, send, serving  # noqa: E402
 
 from jddim.web import Site  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised
 
-SMALL: dict[str, Any] = {
-    "channel_mults": (1,),
-    "attention_levels": (),
-    "middle": False,
-    "prediction_type": "v_prediction",  # so that pixels are not all black or white
-}
 PICTURE = np.random.default_rng(3).integers(0, 256, (*SIZE, 1), dtype=np.uint8)
 MASK = np.random.default_rng(4).integers(0, 2, (*SIZE, 1), dtype=np.uint8) * 255
 TEXTS = {"picture": base64.b64encode(PICTURE.tobytes()).decode(), "mask": base64.b64encode(MASK.tobytes()).decode()}

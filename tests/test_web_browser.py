@@ -25,16 +25,9 @@ from selenium import webdriver  # noqa: E402
 from selenium.webdriver import ActionChains, Keys  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
-from web_server import serving  # noqa: E402
+from web_server import SMALL, serving  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised
-
-SMALL: dict[str, Any] = {
-    "channel_mults": (1,),
-    "attention_levels": (),
-    "middle": False,
-    "prediction_type": "v_prediction",  # so that pixels are not all black or white
-}
 
 
 @pytest.fixture(scope="module")

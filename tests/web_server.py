@@ -14,6 +14,14 @@ from typing import Any
 
 import jddim
 
+SMALL: dict[str, Any] = {
+    "channel_mults": (1,),
+    "attention_levels": (),
+    "middle": False,
+    "prediction_type": "v_prediction",  # so that pixels are not all black or white
+}
+"""Of `tiny.write_checkpoint`: the network of the checkpoints that are served."""
+
 
 @contextlib.contextmanager
 def serving(

@@ -1,13 +1,7 @@
 // Server-sent events of a POST: an EventSource can only GET. To abort the signal closes the connection, which the
 // server takes as "drop this run".
 export async function* events(url, data, signal) {
-  const response = await fetch(url, {
-    method: "POST",
-    headers: { "content-type": "application/json" },
-    body: JSON.stringify(data),
-    signal,
-  });
-  if (!response.ok) throw await problem(response);
+  const response = await ask(url, data, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
@@ -25,6 +19,10 @@ export async function* events(url, data, signal) {
 }
 
 export async function post(url, data, signal) {
+  return (await ask(url, data, signal)).json();
+}
+
+async function ask(url, data, signal) {
   const response = await fetch(url, {
     method: "POST",
     headers: { "content-type": "application/json" },
@@ -32,7 +30,7 @@ export async function post(url, data, signal) {
     signal,
   });
   if (!response.ok) throw await problem(response);
-  return response.json();
+  return response;
 }
 
 async function problem(response) {
