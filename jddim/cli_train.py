@@ -36,7 +36,11 @@ def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], No
         help="a .json with the sections model, schedule, sampler and train (docs/training.md), or a checkpoint folder",
     )
     sub.add_argument(
-        "data", metavar="DATA", type=Path, help="MNIST's folder, a folder of pictures, a .npy or .npz of images"
+        "data",
+        metavar="DATA",
+        type=Path,
+        help="MNIST's folder, a folder of pictures, a .npy or .npz of images, or hf:NAME[#CONFIG][@SPLIT] of "
+        "Hugging Face (jddim[datasets])",
     )
     sub.add_argument(
         "out", metavar="OUT", type=Path, help="the checkpoint to write; OUT.run is what a run goes on from"
@@ -58,6 +62,12 @@ def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], No
         "--sample-every", type=int, default=0, metavar="N", help="steps between grids of samples (default: none)"
     )
     sub.add_argument("--sample-num", type=int, default=16, metavar="N", help="images in a grid (default 16)")
+    sub.add_argument("--csv", action="store_true", help="write OUT.run/log.csv too; log.jsonl is always there")
+    sub.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write OUT.run/tensorboard too, figures and samples (jddim[tensorboard])",
+    )
     sub.add_argument(
         "--devices", type=int, metavar="N", help="train on so many, the batch cut among them (default: all)"
     )

@@ -1,8 +1,8 @@
 """Training from the first step to a checkpoint, in a folder that a run goes on from, however it ended.
 
-`OUT.run` holds run.json (what is trained, on what), steps/ (Orbax: the last and the best states), log.jsonl and
-samples/. A step is a function of the state, the data and (seed, step), so what goes on from a saved step does, to the
-bit on a CPU, what an undisturbed run would have done.
+`OUT.run` holds run.json (what is trained, on what), steps/ (Orbax: the last and the best states), logs and samples/. A
+step is a function of the state, the data and (seed, step), so what goes on from a saved step does, to the bit on a CPU,
+what an undisturbed run would have done.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import time
@@ -31,6 +32,7 @@ from jddim.config import first_few
 from jddim.diff import diff_mappings
 from jddim.pipeline import DDIM
 from jddim.schedule import make_schedule
+from jddim.train_logs import open_logs
 from jddim.training import Params, Task, TrainState
 from jddim.training_data import Data, batches
 
@@ -47,6 +49,7 @@ class LoopConfig:
 
     log_every, save_every, sample_every: steps between lines, saved states and grids of samples; 0: no samples.
     keep_last, keep_best: how many saved states remain, the newest and those of least loss. sample_num: in a grid.
+    csv, tensorboard: whether log.csv and tensorboard/ are written beside log.jsonl.
     """
 
     log_every: int = 100
@@ -55,9 +58,11 @@ class LoopConfig:
     keep_last: int = 2
     keep_best: int = 1
     sample_num: int = 16
+    csv: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for numbers that cannot be."""
+        """Raise ValueError for numbers that cannot be, ModuleNotFoundError where tensorboard is asked for in vain."""
         problems = [
             f"{name} must be at least {least}, got {getattr(self, name)}"
             for name, least in (
@@ -68,6 +73,8 @@ class LoopConfig:
         ]
         if problems:
             raise ValueError("; ".join(problems))
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ModuleNotFoundError("--tensorboard needs tensorboard: pip install 'jddim[tensorboard]'")
 
 
 def run_folder(out: Path) -> Path:
@@ -131,8 +138,10 @@ def train(
                 )
             state = _restore(saved, latest, abstract)
             say(f"going on after step {latest} of {folder}")
-        run = _Run(task, loop, folder, saved, say, int(state.step))
-        with interrupt.deferred() as stopped:
+        with (
+            contextlib.closing(_Run(task, loop, folder, saved, say, int(state.step))) as run,
+            interrupt.deferred() as stopped,
+        ):
             for batch in feed(start=run.step):
                 if run.step >= task.train.steps or stopped():
                     break
@@ -157,8 +166,7 @@ class _Run:
         self.norm = math.nan
         self.pending: list[dict[str, Any]] = []
         self.logged, self.since, self.seconds = step, time.perf_counter(), 0.0
-        self.log = folder / "log.jsonl"
-        _cut_log(self.log, step)
+        self.logs = open_logs(folder, step, csv=loop.csv, tensorboard=loop.tensorboard)
 
     def after(self, state: TrainState, said: dict[str, Any]) -> None:
         """Take note of the step that made `state`, which may still be computing."""
@@ -206,8 +214,8 @@ class _Run:
         )
         record = {"step": self.step, "images": self.step * config.batch_size, "loss": self.loss, "grad_norm": self.norm}
         record |= {"lr": lr, "images_per_s": round(speed, 2), "seconds": round(self.seconds, 2)}
-        with self.log.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        for log in self.logs:
+            log.write(record)
         self.losses, self.logged, self.since = [], self.step, time.perf_counter()
 
     def save(self, state: TrainState) -> None:
@@ -240,8 +248,15 @@ class _Run:
             try:
                 drawn_images = ddim.sample(jax.random.key(self.task.train.seed), self.loop.sample_num, labels=labels)
                 images.save_png(path, images.grid(drawn_images), {"step": self.step})
+                for log in self.logs:
+                    log.picture(self.step, path)
             except FloatingPointError as error:
                 self.say(f"no samples at step {self.step}: {error}")
+
+    def close(self) -> None:
+        """End the logs."""
+        for log in self.logs:
+            log.close()
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:
@@ -405,19 +420,6 @@ def _restore(saved: Any, step: int, abstract: TrainState) -> TrainState:
             f"in {saved.directory} to go on from the one before"
         ) from error
     return TrainState(**restored)
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Leave out what was logged after the step that is gone on from."""
-    if not path.exists():
-        return
-    lines = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # the last one, cut short
-            if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
-    with images.atomic(path) as staging:
-        staging.write_text("".join(lines))
 
 
 def _orbax() -> Any:

@@ -8,9 +8,10 @@ which pixels that lie in one array have no use for.)
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from jddim.mnist_cnn import read_mnist
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 MNIST = "train-images-idx3-ubyte"
+HUB = "hf:"
 
 
 class Data(NamedTuple):
@@ -40,14 +42,17 @@ def read(path: str | os.PathLike[str], config: ModelConfig) -> Data:
 
     A folder of MNIST's IDX files (the training part); a folder of pictures, below it at any depth; `.npy`, mapped and
     not read, or `.npz` with `arr_0`: uint8, or floats in [-1, 1], of the network's size. Pictures of another size are
-    scaled, the shorter side to fit, and cut in the middle; they are kept as uint8.
+    scaled, the shorter side to fit, and cut in the middle; they are kept as uint8. "hf:NAME", with "#CONFIG" and
+    "@SPLIT" ("train") after it if needed: what `datasets.load_dataset` finds under that name, which is downloaded.
 
     Labels, if the network has classes: MNIST's, a picture's folder (the folders' names in order are 0, 1, ...), `arr_1`
-    of an `.npz`. Pictures that cannot be read are left out and named in `bad`. Raises ValueError, or OSError, if there
-    is no image left, or if the images do not fit the network.
+    of an `.npz`, a dataset's column of classes. Pictures that cannot be read are left out and named in `bad`. Raises
+    ValueError, or OSError, if there is no image left, or if the images do not fit the network.
     """
     target = Path(path)
-    if target.is_dir():
+    if str(path).startswith(HUB):
+        found = _hub_dataset(str(path).removeprefix(HUB), config)
+    elif target.is_dir():
         if (target / MNIST).exists() or (target / f"{MNIST}.gz").exists():
             images, digits = read_mnist(target, "train")
             found = Data(((images + 1) * 127.5).round().astype(np.uint8), digits.astype(np.int32))
@@ -114,37 +119,45 @@ def _pictures(folder: Path, config: ModelConfig) -> Data:
         raise ValueError(f"{folder}: neither MNIST's {MNIST} nor pictures ({', '.join(SUFFIXES)})")
     classes = sorted({file.relative_to(folder).parts[0] for file in files if file.parent != folder})
     labelled = all(file.parent != folder for file in files)
-    height, width = config.image_size
-    channels = config.in_channels
-    if channels not in (1, 3):
-        raise ValueError(f"{folder}: pictures have 1 or 3 channels, the network takes {channels}; use .npy")
-    pixels = np.empty((len(files), height, width, channels), np.uint8)
-
-    def decode(i: int) -> str | None:
-        try:
-            pixels[i] = _decode(files[i], (width, height), channels)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UnidentifiedImageError) as error:
-            return (
-                f"{files[i].relative_to(folder)} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-            )
-        return None
-
-    with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(decode, range(len(files))))
-    bad = tuple(problem for problem in problems if problem is not None)
-    if len(bad) == len(files):
-        raise ValueError(f"{folder}: none of {len(files)} pictures can be read: {'; '.join(bad[:3])}")
-    good = np.flatnonzero([problem is None for problem in problems])
     labels = None
     if labelled:
         number = {name: i for i, name in enumerate(classes)}
-        labels = np.array([number[files[i].relative_to(folder).parts[0]] for i in good], np.int32)
-    return Data(pixels if len(good) == len(files) else pixels[good], labels, bad)
+        labels = np.array([number[file.relative_to(folder).parts[0]] for file in files], np.int32)
+    return decoded(str(folder), [(str(file.relative_to(folder)), file) for file in files], labels, config)
 
 
-def _decode(path: Path, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
+def decoded(
+    where: str, pictures: Sequence[tuple[str, Path | bytes]], labels: NDArray[np.int32] | None, config: ModelConfig
+) -> Data:
+    """Pictures, (name, file or its bytes), as this network takes them. Raises ValueError if none can be read."""
+    height, width = config.image_size
+    channels = config.in_channels
+    if channels not in (1, 3):
+        raise ValueError(f"{where}: pictures have 1 or 3 channels, the network takes {channels}; use .npy")
+    pixels = np.empty((len(pictures), height, width, channels), np.uint8)
+
+    def decode(i: int) -> str | None:
+        name, file = pictures[i]
+        try:
+            pixels[i] = _decode(io.BytesIO(file) if isinstance(file, bytes) else file, (width, height), channels)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UnidentifiedImageError) as error:
+            return f"{name} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        problems = list(pool.map(decode, range(len(pictures))))
+    bad = tuple(problem for problem in problems if problem is not None)
+    if len(bad) == len(pictures):
+        raise ValueError(f"{where}: none of {len(pictures)} pictures can be read: {'; '.join(bad[:3])}")
+    if bad:
+        good = np.flatnonzero([problem is None for problem in problems])
+        pixels, labels = pixels[good], None if labels is None else labels[good]
+    return Data(pixels, labels, bad)
+
+
+def _decode(file: Path | io.BytesIO, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
     """One picture as `(h, w, channels)`; size: (width, height), as Pillow has it."""
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         if "A" in image.getbands() or "transparency" in image.info:
             raise ValueError("transparent in places: flatten it first")
         if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):  # 16 bits would be clipped, not scaled
@@ -153,6 +166,34 @@ def _decode(path: Path, size: tuple[int, int], channels: int) -> NDArray[np.uint
     if whole.size != size:
         whole = ImageOps.fit(whole, size, Image.Resampling.BICUBIC)
     return np.asarray(whole).reshape(size[1], size[0], channels)
+
+
+def _hub_dataset(wanted: str, config: ModelConfig) -> Data:
+    """NAME[#CONFIG][@SPLIT] of Hugging Face datasets: its first column of pictures, and of classes."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{HUB}{wanted} needs datasets: pip install 'jddim[datasets]'") from error
+    name, _, split = wanted.partition("@")
+    name, _, subset = name.partition("#")
+    try:
+        rows = datasets.load_dataset(name, subset or None, split=split or "train")
+    except Exception as error:  # of many kinds: not there, no such split, no network, no permission
+        told = str(error).strip().splitlines()
+        raise ValueError(
+            f"{HUB}{wanted} cannot be loaded ({type(error).__name__}: {told[0] if told else ''}): "
+            f"give {HUB}NAME, or {HUB}NAME#CONFIG@SPLIT"
+        ) from error
+    pictures, classes = (
+        [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+        for kind in (datasets.Image, datasets.ClassLabel)
+    )
+    if not pictures:
+        raise ValueError(f"{HUB}{wanted} has no column of pictures, its columns are {', '.join(rows.features)}")
+    encoded = rows.cast_column(pictures[0], datasets.Image(decode=False))[pictures[0]]
+    files = [(f"row {i}", row["bytes"] or Path(row["path"])) for i, row in enumerate(encoded)]
+    labels = np.array(rows[classes[0]], np.int32) if classes else None
+    return decoded(f"{HUB}{wanted}", files, labels, config)
 
 
 # -- the order --------------------------------------------------------------------------------------------------------

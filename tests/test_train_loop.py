@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
@@ -21,7 +22,7 @@ from PIL import Image
 from tiny import random_model, small_config
 
 import jddim
-from jddim import train_loop, training
+from jddim import train_logs, train_loop, training
 from jddim.checkpoint import build_model, flat_params, load_metadata, load_params
 from jddim.cli import main
 from jddim.config import SamplerConfig, ScheduleConfig
@@ -120,7 +121,7 @@ def test_going_on_is_as_if_nothing_had_stopped_it(tmp_path: Path, run: Callable[
     log = train_loop.run_folder(tmp_path / "b") / "log.jsonl"
     with log.open("a") as file:  # what a killed run had logged beyond its last saved state
         file.write('{"step": 10, "loss": 0}\n{"step": 1')
-    again = run(job(steps=14), tmp_path / "b", loop)
+    again = run(job(steps=14), tmp_path / "b", dataclasses.replace(loop, csv=True))
     a, b = states(tmp_path / "a"), states(tmp_path / "b")
     assert sorted(a) == sorted(b) == [12, 14]
     assert_same_bits(a, b)
@@ -130,6 +131,9 @@ def test_going_on_is_as_if_nothing_had_stopped_it(tmp_path: Path, run: Callable[
     assert "0 s left" in straight[-1]
     logs = [json.loads(line) for line in log.read_text().splitlines()]
     expected = (train_loop.run_folder(tmp_path / "a") / "log.jsonl").read_text().splitlines()
+    with (train_loop.run_folder(tmp_path / "b") / "log.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [{k: float(v) for k, v in row.items()} for row in table] == logs  # the steps before --csv was given too
     for mine, theirs in zip(logs, map(json.loads, expected), strict=True):
         assert {k: mine[k] for k in ("step", "images", "loss", "grad_norm", "lr")} == {
             k: theirs[k] for k in ("step", "images", "loss", "grad_norm", "lr")
@@ -138,6 +142,36 @@ def test_going_on_is_as_if_nothing_had_stopped_it(tmp_path: Path, run: Callable[
     assert [path.name for path in pictures] == [f"step-{step:08d}.png" for step in (6, 12)]
     with Image.open(pictures[0]) as picture:
         assert picture.size == (3 * 12 + 2, 2 * 8 + 2)  # 5 of 10 x 6, in 3 columns
+
+
+def test_tensorboard_shows_what_the_log_has(tmp_path: Path, run: Callable[..., list[str]]) -> None:
+    pytest.importorskip("tensorboard", reason="reading TensorBoard's files needs tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loop = LoopConfig(log_every=2, save_every=3, sample_every=4, sample_num=2, tensorboard=True)
+    run(job(steps=4), tmp_path / "out", loop)
+    (tmp_path / "out").rename(tmp_path / "first")
+    folder = train_loop.run_folder(tmp_path / "out")
+    beyond = train_logs.TensorBoard(folder / "tensorboard", 4)  # what a killed run said beyond its last saved state
+    beyond.write({"step": 6, "loss": 7.0})
+    beyond.close()
+    run(job(steps=6), tmp_path / "out", loop)
+    shown = EventAccumulator(str(folder / "tensorboard"))
+    shown.Reload()
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "grad_norm", "lr", "images_per_s"):
+        assert [(event.step, event.value) for event in shown.Scalars(name)] == [
+            (record["step"], np.float32(record[name])) for record in logged
+        ]
+    (picture,) = shown.Images("samples")
+    assert picture.step == 4
+    assert picture.encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_tensorboard_asked_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'jddim\[tensorboard\]'"):
+        LoopConfig(tensorboard=True)
 
 
 def test_what_comes_out_is_a_checkpoint_and_the_best_state_is_kept(

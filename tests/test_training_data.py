@@ -75,6 +75,29 @@ def test_mnists_own_files(tmp_path: Path) -> None:
     assert found.labels.tolist() == [3, 1, 4, 1, 5]
 
 
+def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="reading Hugging Face datasets needs datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    rows = {"label": [2, 0, 1], "image": [Image.fromarray(pixels[..., 0]) for pixels in PIXELS[:3]]}
+    features = datasets.Features({"label": datasets.ClassLabel(3), "image": datasets.Image()})
+    (tmp_path / "digits").mkdir()
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "digits" / "train-0.parquet")
+    found = read(f"hf:{tmp_path}/digits", small_config(**CLASSES))
+    np.testing.assert_array_equal(found.pixels, PIXELS[:3])
+    assert found.labels is not None
+    assert found.labels.tolist() == [2, 0, 1]
+    assert read(Path(f"hf:{tmp_path}/digits@train[1:]"), small_config()).pixels.shape == (2, *SIZE, 1)
+    for name, says in (("digits@test", "cannot be loaded .ValueError: Unknown split"), ("none", "cannot be loaded")):
+        with pytest.raises(ValueError, match=says):
+            read(f"hf:{tmp_path}/{name}", small_config())
+    (tmp_path / "words").mkdir()
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "words" / "train-0.parquet")
+    with pytest.raises(ValueError, match="no column of pictures, its columns are text"):
+        read(f"hf:{tmp_path}/words", small_config())
+
+
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", PIXELS)
     np.save(tmp_path / "far.npy", np.full((2, *SIZE, 1), 1.5, np.float32))
