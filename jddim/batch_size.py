@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jddim.compiling import compiler_options
+from jddim.compiling import compiler_options, faster
 from jddim.pipeline import DDIM
 
 WORTH = 1.05
@@ -76,7 +76,7 @@ def _network(ddim: DDIM, size: int) -> tuple[Callable[[], Array], int]:
         "identity": jnp.zeros((size, getattr(config, "time_width", 1)), jnp.float32),
     }[config.class_embedding]
     given = (ddim.model, x_t, t) if labels is None else (ddim.model, x_t, t, labels)
-    program = jax.jit(lambda model, *inputs: model(*inputs)).lower(*given).compile(compiler_options())
+    program = jax.jit(lambda model, *inputs: faster(model)(*inputs)).lower(*given).compile(compiler_options())
     sizes: Any = program.memory_analysis()  # None where a device's compiler does not say
     needed = 0 if sizes is None else sizes.temp_size_in_bytes + sizes.output_size_in_bytes
     return lambda: program(*given), needed + x_t.nbytes

@@ -148,7 +148,7 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
     import jax.numpy as jnp
     import numpy as np
 
-    from jddim.compiling import compiler_options
+    from jddim.compiling import compiler_options, faster
     from jddim.ddim import add_noise
     from jddim.editing import inpaint_loop, keep_of, tail
     from jddim.images import load_images, save_images
@@ -176,7 +176,7 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
         x_t = add_noise(jnp.asarray(known), noise, rest.alpha_bar_t[0])
 
         def run(model: Any) -> Any:
-            return sample_loop(dataclasses.replace(ddim, model=model).denoiser(labels), x_t, rest, **options)
+            return sample_loop(dataclasses.replace(ddim, model=faster(model)).denoiser(labels), x_t, rest, **options)
 
     else:
         mask = load_images(args.mask, config.image_size)
@@ -185,7 +185,7 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
         keep = keep_of(mask[0])
 
         def run(model: Any) -> Any:
-            denoise = dataclasses.replace(ddim, model=model).denoiser(labels)
+            denoise = dataclasses.replace(ddim, model=faster(model)).denoiser(labels)
             again = {"resample": args.resample, "jump_length": args.jump_length}
             return inpaint_loop(denoise, noise, table, jnp.asarray(known), keep, **again, **options)
 

@@ -2,18 +2,27 @@
 
 On a CPU, XLA gives convolutions to YNNPACK, whose 3x3 ones are slower than Eigen's at nearly all sizes in a UNet.
 Medians of two runs, jax 0.10.2, 2 cores, one evaluation, milliseconds without and with the option: MNIST's network at
-batch 64 449 -> 262 and 408 -> 244, at 16 106 -> 76 and 115 -> 72; CIFAR-10's at 8 803 -> 583 and 789 -> 591. Tried and
-left out: Winograd's F(2x2, 3x3) is 1.3 times as fast again from 256 channels on, slower below 128, and takes half a
-second to compile for each shape.
+batch 64 449 -> 262 and 408 -> 244, at 16 106 -> 76 and 115 -> 72; CIFAR-10's at 8 803 -> 583 and 789 -> 591.
+
+From 128 channels on `jddim.winograd` is faster again: CIFAR-10's at 8 524 -> 407 and 508 -> 400, medians of ten
+interleaved calls, for 4 s more of compiling; 1.1 to 1.9 times for single convolutions of 128 to 512 channels and at
+least 8 rows, batches of 1, 8 and 64. In MNIST's network, which has 64, it would be 1.02 to 1.06. Tried and left out,
+since the whole network was not faster: group norms as sums over pixels by channel (0.98 to 1.07), q, k and v in one
+product (0.98, 1.01), Eigen's products of matrices instead of YNNPACK's (0.99 to 1.02), and, of Winograd's, the
+two-dimensional F(2x2) and F(4x4), input rows put together without padding (0.9), all six products as one convolution in
+groups (0.7).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jddim.winograd import with_winograd
 
 CPU_OPTIONS: dict[str, bool | str] = {
     # Products of matrices stay with YNNPACK; convolutions do not go there.
@@ -26,16 +35,28 @@ def compiler_options(platform: str | None = None) -> dict[str, bool | str]:
     return dict(CPU_OPTIONS) if (platform or jax.default_backend()) == "cpu" else {}
 
 
+def faster(tree: Any, platform: str | None = None) -> Any:
+    """A model, or whatever holds models, with layers that are faster there, equal to rounding; on a CPU `Winograd`.
+
+    To be called where a program begins, before its loop. platform: by default jax's own.
+    """
+    return with_winograd(tree) if (platform or jax.default_backend()) == "cpu" else tree
+
+
 class Jit:
-    """`jax.jit` with `compiler_options` for the device of its arguments.
+    """`jax.jit` with `compiler_options` and `faster` for the device of its arguments.
 
     jax takes options for a whole program only: under a transformation of the caller's the function is a plain `jit`, a
     part of the caller's program, which has the caller's options.
     """
 
     def __init__(self, function: Callable[..., Any], static_argnames: Sequence[str]):
+        @functools.wraps(function)
+        def tuned(*args: Any, **kwargs: Any) -> Any:
+            return function(*faster(args, "cpu"), **kwargs)
+
         self.plain = jax.jit(function, static_argnames=static_argnames)
-        self.on_cpu = jax.jit(function, static_argnames=static_argnames, compiler_options=CPU_OPTIONS)
+        self.on_cpu = jax.jit(tuned, static_argnames=static_argnames, compiler_options=CPU_OPTIONS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = jax.tree.leaves((args, kwargs))

@@ -21,7 +21,7 @@ from jax import Array, export, lax
 
 from jddim import __version__
 from jddim.checkpoint import build_model, flat_params
-from jddim.compiling import compiler_options
+from jddim.compiling import compiler_options, faster
 from jddim.config import to_json
 from jddim.ddim import StepTable
 from jddim.images import atomic
@@ -96,6 +96,8 @@ def export_sampler(
         )
         state, rows, etas, keys, limits, guidance = lax.optimization_barrier(values)
         model, labels = build_model(config, weights, ddim.model.dtype), given.get("labels")
+        if platforms == ("cpu",):  # as `sample` has it there
+            model = faster(model, "cpu")
         return _steps(model, state, rows, etas, keys, None, limits, labels, guidance, program=program).x_t
 
     batch = _batch(batch_size)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jddim.compiling import compiler_options
+from jddim.compiling import compiler_options, faster
 from jddim.config import did_you_mean
 from jddim.models import Network
 from jddim.pipeline import DDIM
@@ -163,9 +163,10 @@ def program(
     if problems:
         raise ValueError("sample: " + "; ".join(problems))
     data, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    platform = mesh.devices.flat[0].platform
 
     def part(model: Any, key: Array, first: Array, labels: Array | None) -> Array:
-        own: Any = dataclasses.replace(ddim, model=model)
+        own: Any = dataclasses.replace(ddim, model=faster(model, platform))
         return own.sample(key, num // parts, start=first[0], labels=labels, **dict(options))
 
     run = jax.shard_map(
@@ -177,8 +178,7 @@ def program(
         check_vma=False,  # it would have the loop's carry, constants at first, vary from the start
     )
     places = (param_shardings(ddim.model, mesh, rules), whole, data, data if labelled else None)
-    options_of_xla = compiler_options(mesh.devices.flat[0].platform)
-    return jax.jit(run, in_shardings=places, out_shardings=data, compiler_options=options_of_xla)
+    return jax.jit(run, in_shardings=places, out_shardings=data, compiler_options=compiler_options(platform))
 
 
 def lower(
