@@ -52,7 +52,7 @@ def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], No
         "--classes",
         type=int,
         metavar="N",
-        help="give a checkpoint without classes so many, the null label included; at first they change nothing",
+        help="give a checkpoint without classes so many, the null label included, with which it starts as it was",
     )
     sub.add_argument("--log-every", type=int, default=100, metavar="N", help="steps between lines (default 100)")
     sub.add_argument("--save-every", type=int, default=1000, metavar="N", help="steps between saves (default 1000)")
@@ -146,7 +146,7 @@ def _begin(
         train = from_json(TrainConfig, told)
         model, params = parent.model, load_params(start, parent)
         if classes is not None:
-            model, params = with_classes(model, params, classes)
+            model, params = with_classes(model, params, classes, null_label=train.null_label, seed=train.seed)
         return Task(model, parent.schedule, parent.sampler, train), parent, params
     if classes is not None:
         raise ValueError("--classes is for a checkpoint; a configuration has num_classes in its section model")

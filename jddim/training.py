@@ -434,18 +434,24 @@ def fresh_params(config: ModelConfig, seed: int) -> Params:
 
 
 def with_classes(
-    config: ModelConfig, params: Mapping[str, Any], num_classes: int
+    config: ModelConfig, params: Mapping[str, Any], num_classes: int, *, null_label: int | None = None, seed: int = 0
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """A network without classes and its parameters, given a table of classes that is 0: for every label what it was.
+    """A network without classes and its parameters, given a table of classes: N(0, 1), as PyTorch has embeddings.
 
-    Training then tells the classes apart. Raises ValueError for a network that has classes, or cannot have any.
+    null_label's row is 0: with it the network is what it was. (Were all rows 0, it would be so with every label, and
+    training would hardly tell them apart: 900 steps on MNIST moved the table by 0.01, and guidance did nothing.)
+    Raises ValueError for a network that has classes, or cannot have any, and for a null_label that is none of them.
     """
     if not isinstance(config, UNetConfig) or config.class_embedding is not None:
         what = "this wiring takes none" if not isinstance(config, UNetConfig) else "this network has classes"
         raise ValueError(f"classes cannot be added: {what}")
     if num_classes < 1:
         raise ValueError(f"classes must be at least 1, got {num_classes}")
-    table = np.zeros((num_classes, config.time_width), np.float32)
+    if null_label is not None and not 0 <= null_label < num_classes:
+        raise ValueError(f"null_label must be one of the {num_classes} classes, 0..{num_classes - 1}, got {null_label}")
+    table = np.random.default_rng(seed).standard_normal((num_classes, config.time_width), np.float32)
+    if null_label is not None:
+        table[null_label] = 0
     wider = dataclasses.replace(config, class_embedding="learned", num_classes=num_classes)
     return wider, {**params, "class_embed.embedding": table}
 

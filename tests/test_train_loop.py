@@ -325,17 +325,22 @@ def test_classes_are_given_to_a_checkpoint_that_has_none(tmp_path: Path) -> None
     about = train_loop._about(before, Data(PIXELS, None), "", None)
     train_loop.write_checkpoint(ckpt, before, flat_params(random_model(plain)), 7, about, None)
     metadata = load_metadata(ckpt)
-    model, params = training.with_classes(metadata.model, load_params(ckpt, metadata), 4)
+    model, params = training.with_classes(metadata.model, load_params(ckpt, metadata), 4, null_label=2)
     x, t = RNG.standard_normal((3, 6, 10, 1), dtype=np.float32), np.array([3, 999, 41])
-    labelled = jax.jit(lambda m, *rest: m(*rest))(build_model(model, params), x, t, np.array([0, 3, 1]))
-    np.testing.assert_array_equal(labelled, jax.jit(lambda m, *rest: m(*rest))(jddim.load(ckpt).model, x, t))
+    labelled = jax.jit(lambda m, *rest: m(*rest))(build_model(model, params), x, t, np.array([2, 3, 1]))
+    unlabelled = jax.jit(lambda m, *rest: m(*rest))(jddim.load(ckpt).model, x, t)
+    np.testing.assert_array_equal(labelled[0], unlabelled[0])
+    # Labels must matter from the start, or training has nothing to begin with.
+    assert (np.abs(labelled[1:] - unlabelled[1:]).max(axis=(1, 2, 3)) > 1e-3).all()
 
     words = [write_config(tmp_path)[0], str(ckpt), str(tmp_path / "data.npz"), str(tmp_path / "out"), "--classes", "4"]
     settings = {**TRAIN, "flip": "true", "steps": 4}
     assert main([*words, *(w for name, value in settings.items() for w in ("--set", f"{name}={value}"))]) == 0
     table = load_params(tmp_path / "out", load_metadata(tmp_path / "out"))["class_embed.embedding"]
     assert table.shape == (4, 32)
-    assert np.abs(table[3]).max() > 0  # the null label's, which no image of the data has
+    assert 0 < np.abs(table[3]).max() < 0.1  # the null label's, which no image of the data has: 0 but for training
+    with pytest.raises(ValueError, match=r"null_label must be one of the 4 classes, 0\.\.3, got 4"):
+        training.with_classes(plain, params, 4, null_label=4)
     with pytest.raises(ValueError, match="this network has classes"):
         training.with_classes(model, params, 5)
 
