@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -494,6 +495,16 @@ class OneLineParser(argparse.ArgumentParser):
         """One line, where argparse would print the usage as well."""
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Nothing is left over: argparse would leave a command's unknown options for the whole program to refuse."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        if rest:
+            known = [name for action in self._actions for name in action.option_strings]
+            close = difflib.get_close_matches(rest[0].split("=")[0], known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return namespace, rest
 
 
 def _parser() -> argparse.ArgumentParser:

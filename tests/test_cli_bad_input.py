@@ -247,5 +247,14 @@ def test_damaged_checkpoint_folders(tmp_path: Path, fails: Callable[..., str], m
         assert message in fails("sample", copy, tmp_path / "a.npy")
 
 
+def test_an_unknown_option_is_its_commands_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["sample", "ckpt", "a.png", "--setps=3", "--loud"])
+    assert capsys.readouterr().err == (
+        "jddim sample: error: unrecognized arguments: --setps=3 --loud; did you mean --steps? "
+        "(see jddim sample --help)\n"
+    )
+
+
 def test_unknown_words_exit_with_two(tmp_path: Path, fails: Callable[..., str]) -> None:
     assert "--help" in fails("sample", "a", "b.png", "--stepz", "3", status=2)
