@@ -8,14 +8,17 @@ For each topology and dtype, a row of what the compiler reports of one sampling 
 - % of peak: FLOPs over cycles times what the chip's matrix units do in one, in bfloat16. float32 products are done in
   bfloat16 by default, so that is the peak for both.
 - Memory of a chip: arguments (weights), temporaries, results and code.
+- Padding: how much larger the results of the loop body's operations are in memory for lying in tiles (8 x 128, ...)
+  that their shapes do not fill, over what they hold.
 - Collectives in the program: sampling in data parallel has none.
 
-They are estimates of a compiler, not measurements. Padding waste is not among what it reports.
+They are estimates of a compiler, not measurements.
 """
 
 from __future__ import annotations
 
 import collections
+import math
 import os
 import re
 import sys
@@ -24,8 +27,9 @@ from typing import Any, NamedTuple
 
 from jddim.cli import OneLineParser
 
-FLOPS_PER_CYCLE = {"v5e": 4 * 128 * 128 * 2}
-"""What a chip's matrix units do in a cycle in bfloat16: v5e has four of 128 x 128, 197 TFLOP/s at 1.5 GHz."""
+FLOPS_PER_CYCLE = {"v5e": 4 * 128 * 128 * 2, "v5p": 2 * 4 * 128 * 128 * 2}
+"""What a chip's matrix units do in a cycle in bfloat16: v5e has four of 128 x 128, 197 TFLOP/s at 1.5 GHz; v5p two
+cores with as many each, 459 TFLOP/s at 1.75 GHz."""
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "cifar10": {
@@ -54,6 +58,7 @@ class Row(NamedTuple):
     flops: float
     cycles: int
     memory: int
+    padding: float
     collectives: dict[str, int]
     seconds: float
 
@@ -64,22 +69,48 @@ class Row(NamedTuple):
         return None if peak is None else self.flops / self.cycles / peak
 
 
-def body_cycles(hlo: str) -> int:
-    """The estimated cycles of the program's longest loop body, added up over its operations.
+def loop_body(hlo: str) -> list[tuple[int, str]]:
+    """The operations of the program's costliest loop body, as (estimated cycles, line).
 
     hlo: the compiled program's text, in which each computation is a block and each operation a line.
     """
     bodies = set(re.findall(r"body=%?([\w.\-]+)", hlo))
-    sums: collections.Counter[str] = collections.Counter()
-    name = ""
+    inside: dict[str, list[tuple[int, str]]] = {}
+    lines: list[tuple[int, str]] = []
     for line in hlo.splitlines():
         if found := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = found[1]
-        sums[name] += sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', line)))
-    inside = {name: cycles for name, cycles in sums.items() if name in bodies}
-    if not any(inside.values()):
+            lines = []
+            if found[1] in bodies:
+                inside[found[1]] = lines
+        lines.append((sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', line))), line))
+    costliest = max(inside.values(), key=cycles_of, default=[])
+    if not cycles_of(costliest):
         raise ValueError("the compiled program says no estimated cycles of a loop: this libtpu writes it otherwise")
-    return max(inside.values())
+    return costliest
+
+
+def cycles_of(body: list[tuple[int, str]]) -> int:
+    """The estimated cycles of its operations, added up."""
+    return sum(cycles for cycles, _ in body)
+
+
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+def padding(body: list[tuple[int, str]]) -> float:
+    """The bytes of padding in the results of operations that cost cycles, over the bytes that they hold."""
+    held = padded = 0
+    for cycles, line in body:
+        result = re.split(r" [\w\-]+\(", line.partition(" = ")[2])[0] if cycles else ""
+        for dtype, shape, order, tile in re.findall(r"(\w+)\[([\d,]+)\]\{([\d,]+):T\(([\d,]+)\)", result):
+            sizes = [int(size) for size in shape.split(",")]
+            tiled = [*sizes]
+            minor_first = [int(axis) for axis in order.split(",")]
+            for axis, size in zip(minor_first, map(int, reversed(tile.split(","))), strict=False):
+                tiled[axis] = -(-sizes[axis] // size) * size
+            held += WIDTHS[dtype] * math.prod(sizes)
+            padded += WIDTHS[dtype] * math.prod(tiled)
+    return padded / held - 1 if held else 0.0
 
 
 def collectives(hlo: str) -> dict[str, int]:
@@ -109,21 +140,23 @@ def compile_for(topology: str, network: str, images: int, dtype: str, steps: int
     parts = ("argument", "temp", "output", "generated_code")
     total = sum(getattr(memory, f"{part}_size_in_bytes") for part in parts)
     flops = compiled.cost_analysis()["flops"]
-    return Row(topology, len(devices), dtype, flops, body_cycles(hlo), total, collectives(hlo), seconds)
+    body = loop_body(hlo)
+    return Row(topology, len(devices), dtype, flops, cycles_of(body), total, padding(body), collectives(hlo), seconds)
 
 
 def table(rows: list[Row]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| topology | chips | dtype | GFLOP a step | Mcycles a step | % of bf16 peak | MiB a chip | collectives |",
-        "|---|---:|---|---:|---:|---:|---:|---|",
+        "| topology | chips | dtype | GFLOP a step | Mcycles a step | % of bf16 peak | MiB a chip | padding "
+        "| collectives |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
         of_peak = "-" if row.of_peak is None else f"{100 * row.of_peak:.1f}"
         sent = ", ".join(f"{count} {kind}" for kind, count in row.collectives.items()) or "none"
         lines.append(
             f"| {row.topology} | {row.chips} | {row.dtype} | {row.flops / 1e9:.2f} | {row.cycles / 1e6:.2f} "
-            f"| {of_peak} | {row.memory / 2**20:.0f} | {sent} |"
+            f"| {of_peak} | {row.memory / 2**20:.0f} | {row.padding:.1%} | {sent} |"
         )
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "tpu_compile.py"
 HLO = """\
 HloModule jit_run
 %body.1 (a: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %fusion.1 = f32[8] fusion(%a), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"1200"}
+  %fusion.1 = (f32[3,5]{0,1:T(8,128)S(1)}, bf16[256,32,8]{0,1,2:T(8,128)(2,1)}) fusion(%a), {"estimated_cycles":"1200"}
   %convolution.2 = f32[8] fusion(%fusion.1), kind=kOutput, calls=%g, backend_config={"estimated_cycles":"34"}
 }
 %small.2 (a: s32[]) -> s32[] {
@@ -33,16 +33,21 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_the_cycles_are_those_of_the_loops_body() -> None:
-    assert tpu_compile.body_cycles(HLO) == 1234
+    body = tpu_compile.loop_body(HLO)
+    assert tpu_compile.cycles_of(body) == 1234
+    full = 2 * 256 * 32 * 8  # bytes: fills its tiles
+    assert tpu_compile.padding(body) == pytest.approx((full + 4 * 8 * 128) / (full + 4 * 3 * 5) - 1)
     assert tpu_compile.collectives(HLO) == {"all-reduce": 1, "all-gather": 1}
     with pytest.raises(ValueError, match="no estimated cycles"):
-        tpu_compile.body_cycles(HLO.replace("estimated_cycles", "cycles"))
+        tpu_compile.loop_body(HLO.replace("estimated_cycles", "cycles"))
 
 
 def test_the_share_of_the_peak() -> None:
-    row = tpu_compile.Row("v5e:2x2", 4, "bfloat16", 131072 * 500.0, 1000, 3 * 2**20, {}, 1.0)
+    row = tpu_compile.Row("v5e:2x2", 4, "bfloat16", 131072 * 500.0, 1000, 3 * 2**20, 0.015, {}, 1.0)
     assert row.of_peak == 0.5
-    assert tpu_compile.table([row]).splitlines()[-1] == "| v5e:2x2 | 4 | bfloat16 | 0.07 | 0.00 | 50.0 | 3 | none |"
+    assert (
+        tpu_compile.table([row]).splitlines()[-1] == "| v5e:2x2 | 4 | bfloat16 | 0.07 | 0.00 | 50.0 | 3 | 1.5% | none |"
+    )
     assert row._replace(topology="v9:1x1").of_peak is None
 
 
@@ -55,4 +60,5 @@ def test_a_small_sampler_compiles_for_four_chips() -> None:
     assert row[1] == "4"
     assert float(row[4]) > 0
     assert 0 < float(row[5]) < 100
+    assert row[-2].endswith("%")
     assert row[-1] == "none |"
