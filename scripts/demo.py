@@ -30,6 +30,8 @@ from jddim.images import grid, save_gif, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm"
+GUIDED = ROOT / "scripts" / "assets" / "mnist-guided"
+ASKED = ("--num", "10", "--labels", "0:10", "--guidance-scale", "3", "--null-label", "10")
 OUT = ROOT / "out" / "demo"
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STEPS = 30
@@ -130,7 +132,9 @@ Pictures:
    {shown(OUT / "eta-strip.png")}   the same noise with more and more of it added on the way (top: eta 0)
    {shown(OUT / "trajectory.gif")}  left x_t, right the digit predicted from it, step by step
 Sample it yourself:
-   $ {shlex.join([*command, "--eta", "0.5", "--seed", "1"])}""")
+   $ {shlex.join([*command, "--eta", "0.5", "--seed", "1"])}
+Digits that you ask for, by a checkpoint trained further with jddim train:
+   $ {shlex.join([command[0], "sample", shown(GUIDED), "asked.png", *ASKED])}""")
     return 0
 
 
