@@ -34,6 +34,7 @@ from jddim.shards import Layout
 if TYPE_CHECKING:
     import jax
 
+    from jddim.checkpoint import Metadata
     from jddim.pipeline import DDIM, Preview
 
 FORMAT_VERSION = 1
@@ -398,12 +399,17 @@ def label_cycle(labels: str | None, num_classes: int | None, null_label: int | N
     return np.array(given, np.int32)
 
 
+def null_label_of(bulk: BulkConfig, metadata: Metadata | None) -> int | None:
+    """The label that means none, and so is not among the balanced."""
+    return metadata.null_label if bulk.null_label is None and metadata is not None else bulk.null_label
+
+
 def sampler(ddim: DDIM, bulk: BulkConfig, on_segment: Callable[[Preview], Any] | None = None) -> Make:
     """`make` for `run`: batches of `ddim`, whose conventions are the run's. on_segment: as in `DDIM.sample`."""
     import jax
 
     key, size = jax.random.key(bulk.seed), bulk.batch_size
-    cycle = label_cycle(bulk.labels, ddim.model.config.num_classes, bulk.null_label)
+    cycle = label_cycle(bulk.labels, ddim.model.config.num_classes, null_label_of(bulk, ddim.metadata))
 
     def make(first: int) -> NDArray[np.uint8]:
         images = ddim.sample(
@@ -431,7 +437,7 @@ def sampler_on(devices: Sequence[jax.Device], ddim: DDIM, bulk: BulkConfig, work
     from jddim.sharding import Sharded, make_mesh
 
     key, size, sharded = jax.random.key(bulk.seed), bulk.batch_size, Sharded(ddim, make_mesh(devices=devices))
-    cycle = label_cycle(bulk.labels, ddim.model.config.num_classes, bulk.null_label)
+    cycle = label_cycle(bulk.labels, ddim.model.config.num_classes, null_label_of(bulk, ddim.metadata))
     held: dict[int, NDArray[np.uint8]] = {}
 
     def make(first: int) -> NDArray[np.uint8]:

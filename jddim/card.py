@@ -29,7 +29,7 @@ def card(metadata: Metadata, parameters: int) -> str:
         + ("trained by it." if trained else "converted from PyTorch."),
         "",
         "```",
-        "jddim sample CKPT samples.png       # CKPT: this folder",
+        f"jddim sample CKPT samples.png{_labels(metadata)}       # CKPT: this folder",
         "jddim info CKPT                     # all that is recorded of it",
         "jddim cite CKPT                     # what to cite",
         "```",
@@ -43,6 +43,16 @@ def card(metadata: Metadata, parameters: int) -> str:
         f"- SHA-256 of this checkpoint, as `jddim info` prints it: {_code(metadata.sha256)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _labels(metadata: Metadata) -> str:
+    """The options that a network with classes needs."""
+    classes, null_label = metadata.model.num_classes, metadata.null_label
+    if classes is None:
+        return ""
+    if null_label is None or null_label != classes - 1:
+        return " --labels 0"
+    return f" --num {null_label} --labels 0:{null_label} --guidance-scale 3"
 
 
 def _title(metadata: Metadata) -> str:

@@ -62,6 +62,11 @@ class Metadata:
         """The checkpoint's identity: a digest of all metadata and, through `params_sha256`, all parameters."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
+    @property
+    def null_label(self) -> int | None:
+        """The label that meant none in `jddim train`; None where there was none, or another code trained."""
+        return (self.provenance.get("training") or {}).get("null_label")
+
     def to_json(self) -> dict[str, Any]:
         """As stored in the `metadata` item (which adds `sha256` over this)."""
         return {

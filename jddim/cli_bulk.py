@@ -166,7 +166,7 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     if args.method != "ddim" and args.eta is not None:
         raise ValueError(f"eta is DDIM's; method {args.method!r} takes none")
     metadata = load_metadata(args.ckpt)
-    cycle = bulk.label_cycle(config.labels, metadata.model.num_classes, config.null_label)
+    cycle = bulk.label_cycle(config.labels, metadata.model.num_classes, bulk.null_label_of(config, metadata))
     classes = metadata.model.num_classes
     outside = [] if cycle is None or classes is None else [int(label) for label in cycle if not 0 <= label < classes]
     if outside:

@@ -102,6 +102,8 @@ def _train(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     count = sum(leaf.size for leaf in flat_params(abstract_model(task.model)).values())
     devices = jax.devices() if mesh is None else mesh.devices.ravel().tolist()
     say(f"{count:,} parameters, {len(data.pixels):,} images, {len(devices)} {devices[0].platform}")
+    if task.model.class_embedding is not None and not (task.train.label_dropout and task.train.null_label is not None):
+        say("note: no label is dropped, so the result is not for guidance: --set label_dropout=0.1 --set null_label=N")
     done = train(
         task,
         data,

@@ -64,6 +64,7 @@ def export_sampler(
     config, dtype = ddim.model.config, at_least_float32(ddim.model.dtype)
     shape = (*config.image_size, config.in_channels)
     labelled = config.class_embedding is not None
+    null_label = ddim.null_label_for(guidance_scale, null_label)
     guided: dict[str, Any] = {"guidance_scale": guidance_scale, "null_label": null_label}
 
     def check() -> Array:  # traced with one image, what `sample` has against the settings is raised

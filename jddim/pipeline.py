@@ -147,9 +147,9 @@ class DDIM:
             rederive_eps: use the clipped x0's eps in the direction term.
         labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1 (or what its
             `class_embedding` takes, one row an image).
-        guidance_scale: classifier-free guidance between `null_label`, the label that meant none in training (scale 0),
-            and `labels` (1), or beyond; a scalar or one value per image. Twice the evaluations. `jddim.guidance` has
-            other kinds.
+        guidance_scale: classifier-free guidance between `null_label`, the label that meant none in training (scale 0;
+            by default what `jddim train` recorded), and `labels` (1), or beyond; a scalar or one value per image. Twice
+            the evaluations. `jddim.guidance` has other kinds.
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
         image_size: (height, width) other than the checkpoint's. batch_size: images per compiled call, default all.
         trajectory_every: k returns `(images, Trajectory)` with every k-th step. progress: run in segments,
@@ -191,6 +191,7 @@ class DDIM:
         if num is not None and num >= 1:
             problems += eta_problems(eta, num, table) if method == "ddim" else []
             problems += _label_problems(ddim.model.config, labels, num)
+            null_label = ddim.null_label_for(guidance_scale, null_label)
             problems += ddim._guidance_problems(guidance_scale, null_label, num, method)
         if problems:
             raise ValueError("sample: " + "; ".join(problems))
@@ -296,6 +297,7 @@ class DDIM:
             None, num, table, images, None, shape, batch_size, dtype, needs_noise=False, start="images"
         )
         problems += _label_problems(config, labels, num) + _range_problems(images)
+        null_label = ddim.null_label_for(guidance_scale, null_label)
         problems += ddim._guidance_problems(guidance_scale, null_label, num, "ddim")
         if not _is_zero(eta):
             problems.append(f"inversion is deterministic, so eta must be 0, got {eta}: added noise cannot be undone")
@@ -349,6 +351,7 @@ class DDIM:
         num = 1 if labels is None or labels.ndim == 0 else labels.shape[0]
         problems = _label_problems(self.model.config, labels, num)
         scale = 1.0 if callable(guidance_scale) else guidance_scale
+        null_label = self.null_label_for(guidance_scale, null_label)
         problems += self._guidance_problems(scale, null_label, num, "ddim")
         if problems:
             raise ValueError("denoiser: " + "; ".join(problems))
@@ -366,6 +369,12 @@ class DDIM:
             **self._limits(dtype),
         }
         return options | ({"self_condition": True} if self.sampler.self_condition else {})
+
+    def null_label_for(self, guidance_scale: Any, null_label: int | None) -> int | None:
+        """The null label to guide with: the one given, else, where there is guidance, the checkpoint's own."""
+        if guidance_scale is None or null_label is not None or self.metadata is None:
+            return null_label
+        return self.metadata.null_label
 
     def _guidance_problems(self, scale: ArrayLike | None, null_label: int | None, num: int, method: str) -> list[str]:
         if scale is None:

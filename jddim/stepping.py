@@ -84,6 +84,7 @@ class Sampling:
         dtype = at_least_float32(ddim.model.dtype)
         self.program = ddim._program(method, _ONE_SLOT)
         table: Any = ddim.table(steps, spacing, np.float64 if self.program.solver else dtype)
+        null_label = ddim.null_label_for(guidance_scale, null_label)
         problems = ddim._guidance_problems(guidance_scale, null_label, self.num, method)
         given = None if labels is None else jnp.asarray(labels)
         problems += _label_problems(ddim.model.config, given, self.num)
@@ -196,6 +197,7 @@ class Inversion:
         null_label: int | None = None,
     ):
         labels = None if label is None else np.full(1, label, np.int32)
+        null_label = ddim.null_label_for(guidance_scale, null_label)
         problems = ddim._guidance_problems(guidance_scale, null_label, 1, "ddim")
         problems += _label_problems(ddim.model.config, None if labels is None else jnp.asarray(labels), 1)
         if ddim.sampler.self_condition:

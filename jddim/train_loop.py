@@ -14,7 +14,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -386,6 +386,29 @@ def _claimed(folder: Path, about: Mapping[str, Any], overwrite: bool, say: Calla
         raise TrainError(f"another process is training in {folder}") from error
 
 
+class _Best:
+    """Which saved states are among the n of least loss: Orbax's BestN, but for states that an earlier process saved.
+
+    Of those Orbax knows no metrics, and keeps all; their loss stands in their own item "about".
+    """
+
+    def __init__(self, folder: Path, n: int):
+        self.folder, self.n = folder, n
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        losses = {info.step: self._loss(info) for info in checkpoints}
+        best = sorted(losses, key=lambda step: losses[step])[: self.n]
+        return [info.step in best for info in checkpoints]
+
+    def _loss(self, info: Any) -> float:
+        if info.metrics:
+            return float(info.metrics["loss"])
+        try:
+            return float(json.loads((self.folder / f"step_{info.step:08d}" / "about" / "metadata").read_text())["loss"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return math.inf  # a damaged one is no best
+
+
 @contextlib.contextmanager
 def _saved_steps(folder: Path, loop: LoopConfig) -> Iterator[Any]:
     ocp = _orbax()
@@ -393,7 +416,7 @@ def _saved_steps(folder: Path, loop: LoopConfig) -> Iterator[Any]:
 
     kept: list[Any] = [managers.LatestN(loop.keep_last)]
     if loop.keep_best:
-        kept.append(managers.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=loop.keep_best))
+        kept.append(_Best(folder / "steps", loop.keep_best))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy(kept),
         step_prefix="step",

@@ -421,14 +421,28 @@ class TrainState(NamedTuple):
 
 
 def fresh_params(config: ModelConfig, seed: int) -> Params:
-    """Flax's initial parameters for this network, float32, in one compiled program."""
+    """A network's initial parameters, float32, in one compiled program: distributed as PyTorch's defaults are.
+
+    Kernels and their biases are uniform within 1 / sqrt(fan_in), embeddings N(0, 1), norms 1 and 0. Flax's kernels are
+    1.7 times as large and its biases 0, with which the loss on MNIST is 17 % above PyTorch's after 400 steps.
+    """
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
     def make(key: Array) -> Params:
         model = build(config, dtype=jnp.float32, rngs=_Keys(key))
-        return {
+        params = {
             ".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
         }
+        for i, name in enumerate(sorted(params)):
+            layer, _, kind = name.rpartition(".")
+            own, shape = jax.random.fold_in(key, 2**31 + i), params[name].shape
+            kernel = params.get(f"{layer}.kernel")
+            if kind == "embedding":
+                params[name] = jax.random.normal(own, shape)
+            elif kind in ("kernel", "bias") and kernel is not None and kernel.ndim > 1:
+                bound = math.prod(kernel.shape[:-1]) ** -0.5
+                params[name] = jax.random.uniform(own, shape, minval=-bound, maxval=bound)
+        return params
 
     return make(jax.random.fold_in(jax.random.key(seed), 2**32 - 1))  # no step's key
 

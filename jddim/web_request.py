@@ -140,6 +140,13 @@ def spacings(ddim: DDIM) -> tuple[str, ...]:
     return (*([own] if own in SPACINGS else []), *(name for name in SPACINGS if name != own))
 
 
+def classes_in_turn(ddim: DDIM) -> int | None:
+    """How many classes "each" goes through: all, but for a last one that means no label."""
+    classes = ddim.model.config.num_classes
+    last = ddim.metadata is not None and classes is not None and ddim.metadata.null_label == classes - 1
+    return classes - 1 if last and classes is not None else classes
+
+
 def labels_of(request: Asked, num_classes: int | None) -> NDArray[np.int32] | None:
     """One label an image."""
     if request.label is None:
@@ -174,7 +181,7 @@ def keep_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
 def run_of(request: Asked, ddim: DDIM) -> Sampling | Between | Inverted:
     """The run of a request. Raises Refused for what only the table tells."""
     strip = request.mode == "strip"
-    labels = labels_of(request, ddim.model.config.num_classes)
+    labels = labels_of(request, classes_in_turn(ddim))
     guidance: dict[str, Any] = {"guidance_scale": request.guidance_scale, "null_label": request.null_label}
     table: dict[str, Any] = {"steps": request.steps, "spacing": request.spacing}
     inpainting: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import shlex
 from typing import Any
 
 from jddim.pipeline import DDIM
-from jddim.web_request import REFINE, Asked
+from jddim.web_request import REFINE, Asked, classes_in_turn
 
 
 def python(request: Asked, ddim: DDIM, path: str) -> str:
@@ -76,7 +76,7 @@ def command(request: Asked, ddim: DDIM, path: str) -> tuple[str | None, str | No
     if request.spacing != ddim.sampler.spacing:
         options += ["--spacing", request.spacing]
     if request.label is not None:
-        options += ["--labels", f"0:{ddim.model.config.num_classes}" if request.label == "each" else request.label]
+        options += ["--labels", f"0:{classes_in_turn(ddim)}" if request.label == "each" else request.label]
     guidance: list[Any] = []
     if request.guidance_scale is not None:
         guidance = ["--guidance-scale", repr(request.guidance_scale), "--null-label", request.null_label]
@@ -117,7 +117,7 @@ def _arguments(request: Asked, ddim: DDIM) -> dict[str, str]:
     else:
         how["method"] = json.dumps(request.method)
     if request.label == "each":
-        how["labels"] = f"[i % {ddim.model.config.num_classes} for i in range({request.num})]"
+        how["labels"] = f"[i % {classes_in_turn(ddim)} for i in range({request.num})]"
     elif request.label is not None:
         how["labels"] = f"[{request.label}] * {request.num}"
     if request.guidance_scale is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
 import jddim
-from jddim import mnist_cnn
+from jddim import bulk, mnist_cnn
+from jddim.web_request import classes_in_turn
 
 pytestmark = pytest.mark.unoptimised
 
@@ -17,10 +20,30 @@ def test_guidance_makes_the_digits_asked_for() -> None:
     ddim = jddim.load(ROOT / "scripts" / "assets" / "mnist-guided")
     assert ddim.model.config.num_classes == 11
     labels = jnp.arange(20) % 10
-    how = {"num": 20, "steps": 10, "eta": 0.0, "null_label": 10, "labels": labels}
+    how = {"num": 20, "steps": 10, "eta": 0.0, "labels": labels}
     right = {}
     for scale in (0.0, 3.0):
         digits = ddim.sample(jax.random.key(1), guidance_scale=scale, **how)
         right[scale] = int((mnist_cnn.predict(mnist_cnn.load(), digits).argmax(-1) == labels).sum())
     assert right[0.0] <= 8, right  # without labels a digit is right one time in ten
     assert right[3.0] >= 19, right  # 99.3 of 100 (docs/training.md)
+
+
+def test_what_training_recorded_is_the_null_label() -> None:
+    folder = ROOT / "scripts" / "assets" / "mnist-guided"
+    ddim = jddim.load(folder)
+    assert ddim.metadata is not None
+    assert ddim.metadata.null_label == 10
+    assert (ddim.null_label_for(3.0, None), ddim.null_label_for(3.0, 4), ddim.null_label_for(None, None)) == (
+        10,
+        4,
+        None,
+    )
+    config = bulk.BulkConfig(num=13, seed=0, batch_size=13, shard_size=13, labels="balanced")
+    cycle = bulk.label_cycle("balanced", 11, bulk.null_label_of(config, ddim.metadata))
+    assert cycle is not None
+    assert cycle.tolist() == list(range(10))
+    assert classes_in_turn(ddim) == 10
+    command = re.findall("^jddim (sample CKPT .*?) +#", (folder / "README.md").read_text(), re.MULTILINE)
+    assert command == ["sample CKPT samples.png --num 10 --labels 0:10 --guidance-scale 3"]
+    assert "/" not in "".join(path.read_text() for path in folder.rglob("commit_success.txt"))  # a machine's paths

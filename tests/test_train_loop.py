@@ -144,6 +144,16 @@ def test_going_on_is_as_if_nothing_had_stopped_it(tmp_path: Path, run: Callable[
         assert picture.size == (3 * 12 + 2, 2 * 8 + 2)  # 5 of 10 x 6, in 3 columns
 
 
+def test_no_more_states_are_kept_however_often_it_was_stopped(tmp_path: Path, run: Callable[..., list[str]]) -> None:
+    loop = LoopConfig(log_every=1, save_every=1, keep_last=1, keep_best=1)
+    for steps in (4, 8, 12):
+        run(job(steps=steps), tmp_path / "out", loop)
+        (tmp_path / "out").rename(tmp_path / f"after-{steps}")
+    log = (train_loop.run_folder(tmp_path / "out") / "log.jsonl").read_text().splitlines()
+    best = 1 + int(np.argmin([json.loads(line)["loss"] for line in log]))
+    assert sorted(states(tmp_path / "out")) == sorted({12, best})
+
+
 def test_tensorboard_shows_what_the_log_has(tmp_path: Path, run: Callable[..., list[str]]) -> None:
     pytest.importorskip("tensorboard", reason="reading TensorBoard's files needs tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
