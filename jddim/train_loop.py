@@ -107,6 +107,12 @@ def train(
     """
     loop = loop or LoopConfig()
     check_destination(out, overwrite=overwrite)
+    null_label = task.train.null_label
+    if null_label is not None and data.labels is not None and (found := int((data.labels == null_label).sum())):
+        raise TrainError(
+            f"null_label {null_label} is the label of {found} images, and must be one that none has: "
+            f"give the network a class more, and that as null_label"
+        )
     folder = run_folder(out)
     about = _about(task, data, source, parent)
     if folder.exists() and not overwrite:

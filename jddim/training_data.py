@@ -119,6 +119,9 @@ def _pictures(folder: Path, config: ModelConfig) -> Data:
         raise ValueError(f"{folder}: neither MNIST's {MNIST} nor pictures ({', '.join(SUFFIXES)})")
     classes = sorted({file.relative_to(folder).parts[0] for file in files if file.parent != folder})
     labelled = all(file.parent != folder for file in files)
+    if config.class_embedding is not None and classes and not labelled:
+        loose = next(file for file in files if file.parent == folder)
+        raise ValueError(f"{loose} lies beside the folders of classes, and so has no label: move it into one, or away")
     labels = None
     if labelled:
         number = {name: i for i, name in enumerate(classes)}
@@ -176,6 +179,10 @@ def _hub_dataset(wanted: str, config: ModelConfig) -> Data:
         raise ModuleNotFoundError(f"{HUB}{wanted} needs datasets: pip install 'jddim[datasets]'") from error
     name, _, split = wanted.partition("@")
     name, _, subset = name.partition("#")
+    if not name:
+        raise ValueError(f"{HUB}{wanted} names no dataset: give {HUB}NAME, or {HUB}NAME#CONFIG@SPLIT")
+    if name[0] in "./~" and not Path(name).exists():
+        raise FileNotFoundError(f"{HUB}{wanted}: no such file or folder: {name}")
     try:
         rows = datasets.load_dataset(name, subset or None, split=split or "train")
     except Exception as error:  # of many kinds: not there, no such split, no network, no permission
@@ -190,6 +197,11 @@ def _hub_dataset(wanted: str, config: ModelConfig) -> Data:
     )
     if not pictures:
         raise ValueError(f"{HUB}{wanted} has no column of pictures, its columns are {', '.join(rows.features)}")
+    if config.class_embedding is not None and not classes:
+        raise ValueError(
+            f"{HUB}{wanted} has no column of classes (ClassLabel), and the network has classes; its columns are "
+            + ", ".join(rows.features)
+        )
     encoded = rows.cast_column(pictures[0], datasets.Image(decode=False))[pictures[0]]
     files = [(f"row {i}", row["bytes"] or Path(row["path"])) for i, row in enumerate(encoded)]
     labels = np.array(rows[classes[0]], np.int32) if classes else None

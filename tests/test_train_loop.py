@@ -178,6 +178,12 @@ def test_tensorboard_shows_what_the_log_has(tmp_path: Path, run: Callable[..., l
     assert picture.encoded_image_string.startswith(b"\x89PNG")
 
 
+def test_a_null_label_that_images_have(tmp_path: Path, run: Callable[..., list[str]]) -> None:
+    with pytest.raises(TrainError, match=rf"null_label 1 is the label of {(CLASSES == 1).sum()} images, and must be"):
+        run(job(null_label=1), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_tensorboard_asked_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'jddim\[tensorboard\]'"):

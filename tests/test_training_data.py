@@ -58,6 +58,11 @@ def test_pictures_of_all_kinds_and_bad_ones_by_name(tmp_path: Path) -> None:
     assert found.pixels.shape == (4, *SIZE, 1)
     np.testing.assert_array_equal(found.pixels[2], PIXELS[0])
     assert (found.pixels[3] == 200).all()
+    Image.fromarray(PIXELS[0, ..., 0]).save(tmp_path / "loose.png")
+    assert read(tmp_path, small_config()).labels is None
+    with pytest.raises(ValueError, match=r"loose\.png lies beside the folders of classes, and so has no label"):
+        read(tmp_path, small_config(**CLASSES))
+    (tmp_path / "loose.png").unlink()
     for path in [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jpg")]:
         path.write_text("no picture")
     with pytest.raises(ValueError, match="none of 8 pictures can be read: "):
@@ -89,9 +94,19 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found.labels is not None
     assert found.labels.tolist() == [2, 0, 1]
     assert read(Path(f"hf:{tmp_path}/digits@train[1:]"), small_config()).pixels.shape == (2, *SIZE, 1)
-    for name, says in (("digits@test", "cannot be loaded .ValueError: Unknown split"), ("none", "cannot be loaded")):
-        with pytest.raises(ValueError, match=says):
-            read(f"hf:{tmp_path}/{name}", small_config())
+    with pytest.raises(ValueError, match=r"cannot be loaded .ValueError: Unknown split"):
+        read(f"hf:{tmp_path}/digits@test", small_config())
+    with pytest.raises(FileNotFoundError, match="no such file or folder: "):
+        read(f"hf:{tmp_path}/none", small_config())
+    with pytest.raises(ValueError, match="hf:@test names no dataset: give hf:NAME, "):
+        read("hf:@test", small_config())
+    (tmp_path / "numbers").mkdir()
+    datasets.Dataset.from_dict(rows, datasets.Features({**features, "label": datasets.Value("int64")})).to_parquet(
+        tmp_path / "numbers" / "train-0.parquet"
+    )
+    assert read(f"hf:{tmp_path}/numbers", small_config()).labels is None
+    with pytest.raises(ValueError, match=r"no column of classes \(ClassLabel\), .* its columns are label, image"):
+        read(f"hf:{tmp_path}/numbers", small_config(**CLASSES))
     (tmp_path / "words").mkdir()
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "words" / "train-0.parquet")
     with pytest.raises(ValueError, match="no column of pictures, its columns are text"):
