@@ -137,9 +137,9 @@ class Site:
                     programs.append(((name, "edits", guided), edits))
                 if not ddim.sampler.self_condition:
                     programs.append(((name, "invert", guided), inversion))
-        # Of all checkpoints the plainest first, and a method's two kinds together.
+        # What the page begins with comes first, for every checkpoint, without guidance and with it.
         order = {"ddim": 0, "edits": 1, "invert": 2}
-        return sorted(programs, key=lambda program: (program[0][2], order.get(program[0][1], 3)))
+        return sorted(programs, key=lambda program: (order.get(program[0][1], 3), program[0][2]))
 
     def compile(self) -> None:
         """Compile everything, one after the other; a method that a checkpoint does not take is left out from then."""
