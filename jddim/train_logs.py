@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
@@ -22,14 +22,17 @@ Record = Mapping[str, float]
 """What a line says: step, images, loss, grad_norm, lr, images_per_s, seconds."""
 
 
-class Log(Protocol):
-    """One place for records, and for pictures if it shows them."""
+class Log:
+    """One place for records, and for pictures if it shows them. `write` comes every `log_every` steps."""
 
-    def write(self, record: Record) -> None: ...
+    def write(self, record: Record) -> None:
+        raise NotImplementedError
 
-    def picture(self, step: int, path: Path) -> None: ...
+    def picture(self, step: int, path: Path) -> None:
+        """A grid of samples was written to `path`: nothing to do for a log of figures."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The run has ended: nothing to do for a log whose file is closed after each record."""
 
 
 def open_logs(folder: Path, step: int, *, csv: bool, tensorboard: bool) -> list[Log]:
@@ -43,7 +46,7 @@ def open_logs(folder: Path, step: int, *, csv: bool, tensorboard: bool) -> list[
     return logs
 
 
-class JsonLines:
+class JsonLines(Log):
     """One record a line. records: those of the file that are not after `step`."""
 
     def __init__(self, path: Path, step: int):
@@ -62,14 +65,8 @@ class JsonLines:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def picture(self, step: int, path: Path) -> None:
-        pass
 
-    def close(self) -> None:
-        pass
-
-
-class Csv:
+class Csv(Log):
     """A table with a header; it begins with the records that log.jsonl has, whether or not there was a table before."""
 
     def __init__(self, path: Path, records: list[Record]):
@@ -79,12 +76,6 @@ class Csv:
 
     def write(self, record: Record) -> None:
         _append(self.path, [record])
-
-    def picture(self, step: int, path: Path) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def _append(path: Path, records: list[Record]) -> None:
@@ -96,7 +87,7 @@ def _append(path: Path, records: list[Record]) -> None:
             table.writerow(record)
 
 
-class TensorBoard:
+class TensorBoard(Log):
     """Scalars and grids for `tensorboard --logdir`, by tensorboard's own writer, which needs no TensorFlow."""
 
     def __init__(self, folder: Path, step: int):
