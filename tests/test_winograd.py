@@ -15,8 +15,11 @@ from tiny import random_model, small_config
 
 import jddim
 from jddim import winograd
+from jddim.batch_size import _network
 from jddim.compiling import faster
+from jddim.export import export_sampler
 from jddim.models.layers import conv
+from jddim.sharding import Sharded, make_mesh
 from jddim.winograd import INPUT, KERNEL, OUTPUT, Winograd, convolve, pays, transformed, with_winograd
 
 pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
@@ -118,3 +121,39 @@ def test_the_sampler_has_them_and_a_callers_program_does_not(monkeypatch: pytest
     assert not heights
     # Every convolution is another sum here, in a network with random weights: 2e-6 in one evaluation, more in three.
     chex.assert_trees_all_close(own, plain, rtol=0, atol=1e-4)
+
+
+def test_what_is_exported_for_a_cpu_alone_and_what_is_sharded_have_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jddim[export]'")
+    monkeypatch.setattr(winograd, "pays", lambda conv, height: True)
+    calls: list[int] = []
+    monkeypatch.setattr(winograd, "convolve", lambda x, kernels: calls.append(x.shape[1]) or convolve(x, kernels))
+    config = small_config(channel_mults=(1,), attention_levels=(), middle=False)
+    sampler = jddim.SamplerConfig(spacing="uniform", num_steps=2, clip=True)
+    ddim = jddim.DDIM(random_model(config), jddim.linear_schedule(50), sampler)
+    own = ddim.sample(jax.random.key(5), 3, eta=0.7)
+    taken = len(calls)
+    assert taken
+
+    exported = export_sampler(ddim, batch_size=3, platforms=("cpu",))
+    arguments = (exported.weights, np.uint32(5), np.arange(3, dtype=np.uint32), np.float32(0.7))
+    run = jax.jit(exported.program.call, compiler_options=exported.about["compiler_options"]["cpu"])
+    np.testing.assert_array_equal(run(*arguments), own)
+    assert len(calls) == 2 * taken
+    export_sampler(ddim, batch_size=3, platforms=("cpu", "cuda"))  # for a GPU they would be slower
+    assert len(calls) == 2 * taken
+
+    np.testing.assert_array_equal(Sharded(ddim, make_mesh(1)).sample(jax.random.key(5), 3, eta=0.7), own)
+    assert len(calls) == 3 * taken
+
+
+def test_the_batch_size_is_chosen_with_them_and_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_level = small_config(channel_mults=(1,), attention_levels=(), middle=False)
+    ddim = jddim.DDIM(random_model(one_level), jddim.linear_schedule(50), jddim.SamplerConfig())
+    _, plain = _network(ddim, 2)
+    monkeypatch.setattr(winograd, "pays", lambda conv, height: True)
+    _, needed = _network(ddim, 2)
+    kernels = [leaf for leaf in jax.tree.leaves(ddim.model) if leaf.shape[:2] == (3, 3)]
+    transformed_bytes = sum(2 * kernel.nbytes for kernel in kernels)  # 18 rows where there were 9
+    assert needed >= transformed_bytes
+    assert needed > plain
