@@ -31,7 +31,7 @@ from jddim.images import grid, save_gif, save_png
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm"
 GUIDED = ROOT / "scripts" / "assets" / "mnist-guided"
-ASKED = ("--num", "10", "--labels", "0:10", "--guidance-scale", "3", "--null-label", "10")
+ASKED = ("--num", "10", "--labels", "0:10", "--guidance-scale", "3")
 OUT = ROOT / "out" / "demo"
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STEPS = 30
