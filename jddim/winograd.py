@@ -64,7 +64,7 @@ def convolve(x: Array, kernels: Sequence[Array]) -> Array:
     """The convolution of x `(b, h, w, in)` with zeros around it, like x: `(b, h, w, out)`. kernels: `transformed`."""
     b, h, w, _ = x.shape
     count = -(-h // ROWS)  # of groups of four rows, the last filled up with zeros
-    padded = lax.optimization_barrier(jnp.pad(x, ((0, 0), (1, count * ROWS - h + 1), (0, 0), (0, 0))))
+    padded = jnp.pad(x, ((0, 0), (1, count * ROWS - h + 1), (0, 0), (0, 0)))
     last = (count - 1) * ROWS + 1
     rows = [lax.slice_in_dim(padded, i, i + last, ROWS, axis=1) for i in range(len(KERNEL))]
     products = [
@@ -72,7 +72,7 @@ def convolve(x: Array, kernels: Sequence[Array]) -> Array:
         for row, kernel in zip(_sums(INPUT, rows), kernels, strict=True)
     ]
     groups = jnp.stack(_sums(OUTPUT, products), axis=2)
-    return lax.optimization_barrier(groups.reshape(b, count * ROWS, w, -1)[:, :h])
+    return groups.reshape(b, count * ROWS, w, -1)[:, :h]
 
 
 def _sums(matrix: np.ndarray, terms: list[Array]) -> list[Array]:
