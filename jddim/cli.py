@@ -500,7 +500,8 @@ class OneLineParser(argparse.ArgumentParser):
         """Nothing is left over: argparse would leave a command's unknown options for the whole program to refuse."""
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
-            known = [name for action in self._actions for name in action.option_strings]
+            shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+            known = [name for action in shown for name in action.option_strings]
             close = difflib.get_close_matches(rest[0].split("=")[0], known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from jddim.checkpoint import CheckpointError, load_metadata, load_params
-from jddim.cli import main
+from jddim.cli import OneLineParser, main
 
 torch = pytest.importorskip("torch", reason="most bad input is a bad PyTorch file")
 
@@ -254,6 +255,14 @@ def test_an_unknown_option_is_its_commands_mistake(capsys: pytest.CaptureFixture
         "jddim sample: error: unrecognized arguments: --setps=3 --loud; did you mean --steps? "
         "(see jddim sample --help)\n"
     )
+
+
+def test_an_option_that_help_hides_is_not_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = OneLineParser(prog="it")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--fast"])
+    assert capsys.readouterr().err == "it: error: unrecognized arguments: --fast (see it --help)\n"
 
 
 def test_unknown_words_exit_with_two(tmp_path: Path, fails: Callable[..., str]) -> None:
