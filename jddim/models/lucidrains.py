@@ -20,7 +20,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jddim.config import LucidrainsConfig, size_problems
-from jddim.models.layers import at_least_float32, conv, nearest, timestep_embedding
+from jddim.models.layers import at_least_float32, conv, linear, nearest, timestep_embedding
 
 
 class RMSNorm(nnx.Module):
@@ -57,8 +57,8 @@ class TimeMLP(nnx.Module):
     """Linear, exact (erf) gelu, linear: `(b, in)` -> `(b, out)`."""
 
     def __init__(self, channels_in: int, channels_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(channels_in, channels_out, dtype=dtype, rngs=rngs)
-        self.linear_2 = nnx.Linear(channels_out, channels_out, dtype=dtype, rngs=rngs)
+        self.linear_1 = linear(channels_in, channels_out, dtype=dtype, rngs=rngs)
+        self.linear_2 = linear(channels_out, channels_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, features: Array) -> Array:
         return self.linear_2(jax.nn.gelu(self.linear_1(features), approximate=False))
@@ -70,11 +70,11 @@ class Block(nnx.Module):
     def __init__(self, channels_in: int, channels_out: int, *, time_channels: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.conv1 = conv(channels_in, channels_out, 3, dtype=dtype, rngs=rngs)
         self.norm1 = RMSNorm(channels_out, dtype=dtype)
-        self.time_proj = nnx.Linear(time_channels, 2 * channels_out, dtype=dtype, rngs=rngs)
+        self.time_proj = linear(time_channels, 2 * channels_out, dtype=dtype, rngs=rngs)
         self.conv2 = conv(channels_out, channels_out, 3, dtype=dtype, rngs=rngs)
         self.norm2 = RMSNorm(channels_out, dtype=dtype)
         self.shortcut = (
-            None if channels_in == channels_out else nnx.Linear(channels_in, channels_out, dtype=dtype, rngs=rngs)
+            None if channels_in == channels_out else linear(channels_in, channels_out, dtype=dtype, rngs=rngs)
         )
 
     def __call__(self, x: Array, time: Array) -> Array:
@@ -95,8 +95,8 @@ class Attention(nnx.Module):
         self.dtype = dtype
         self.norm = RMSNorm(channels, dtype=dtype)
         self.mem_kv = nnx.Param(jax.random.normal(rngs.params(), (2, heads, memory, head_channels), jnp.float32))
-        self.qkv = nnx.Linear(channels, 3 * heads * head_channels, use_bias=False, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(heads * head_channels, channels, dtype=dtype, rngs=rngs)
+        self.qkv = linear(channels, 3 * heads * head_channels, use_bias=False, dtype=dtype, rngs=rngs)
+        self.out = linear(heads * head_channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         b, h, w, _ = x.shape
@@ -120,8 +120,8 @@ class LinearAttention(nnx.Module):
         self.dtype = dtype
         self.norm = RMSNorm(channels, dtype=dtype)
         self.mem_kv = nnx.Param(jax.random.normal(rngs.params(), (2, heads, head_channels, memory), jnp.float32))
-        self.qkv = nnx.Linear(channels, 3 * heads * head_channels, use_bias=False, dtype=dtype, rngs=rngs)
-        self.out_proj = nnx.Linear(heads * head_channels, channels, dtype=dtype, rngs=rngs)
+        self.qkv = linear(channels, 3 * heads * head_channels, use_bias=False, dtype=dtype, rngs=rngs)
+        self.out_proj = linear(heads * head_channels, channels, dtype=dtype, rngs=rngs)
         self.out_norm = RMSNorm(channels, dtype=dtype)
 
     def __call__(self, x: Array) -> Array:
@@ -142,7 +142,7 @@ class Downsample(nnx.Module):
     """Each 2x2 square's pixels side by side in the channels, then a 1x1: `(b, h, w, in)` -> `(b, h/2, w/2, out)`."""
 
     def __init__(self, channels_in: int, channels_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(4 * channels_in, channels_out, dtype=dtype, rngs=rngs)
+        self.proj = linear(4 * channels_in, channels_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         b, h, w, c = x.shape
@@ -236,7 +236,7 @@ class LucidrainsUNet(nnx.Module):
         self.mid = Middle(block(deepest, deepest), middle, block(deepest, deepest))
         self.up = nnx.List(up)  # in the order computed, as in the source: up[0] is the lowest resolution
         self.block_out = block(2 * config.stem, config.stem)
-        self.conv_out = nnx.Linear(config.stem, config.out_channels, dtype=dtype, rngs=rngs)
+        self.conv_out = linear(config.stem, config.out_channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_t: Array, t: Array, labels: Array | None = None) -> Array:
         *_, (_, output) = self.activations(x_t, t, labels)

@@ -239,7 +239,7 @@ def _time_projection(config: UNetConfig, rngs: nnx.Rngs) -> FourierFeatures | nn
         return FourierFeatures(config.channels, rngs=rngs)
     if config.time_embedding == "learned":
         assert config.num_timesteps is not None
-        return nnx.Embed(config.num_timesteps, config.channels, rngs=rngs)
+        return nnx.Embed(config.num_timesteps, config.channels, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
     return None
 
 
@@ -247,4 +247,5 @@ def _class_table(config: UNetConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Em
     if config.class_embedding != "learned":
         return None
     assert config.num_classes is not None
-    return nnx.Embed(config.num_classes, config.time_width, dtype=dtype, rngs=rngs)
+    normal = nnx.initializers.normal(1.0)
+    return nnx.Embed(config.num_classes, config.time_width, embedding_init=normal, dtype=dtype, rngs=rngs)
