@@ -51,5 +51,6 @@ def export(
         try:
             known[format](metadata, params, staging)
         except ConversionError as error:
-            raise ConversionError(f"{ckpt} cannot be written as {format}: {error}") from error
+            others = ", ".join(name for name in known if name != format)
+            raise ConversionError(f"{ckpt} cannot be written as {format}: {error} (other formats: {others})") from error
     return format

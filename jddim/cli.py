@@ -26,7 +26,7 @@ from jddim import (
     cli_train,
     interrupt,
 )
-from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES
+from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES, counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -211,8 +211,8 @@ def _sample(args: argparse.Namespace) -> int:
         print(f"note: {ddim.sampler.spacing} spacing makes {table.num_steps} steps of {args.steps}, as its source does")
     how = {"ddim": f", eta {eta}", "ddpm": f", {ddim.sampler.variance}"}.get(args.method, "")
     print(
-        f"{num} images in {table.num_steps} {args.method} steps ({ddim.sampler.spacing}{how}) -> {args.out}"
-        f"  [{seconds:.1f} s with compiling, {num / seconds:.1f} images/s]"
+        f"{counted(num, 'image')} in {counted(table.num_steps, f'{args.method} step')} "
+        f"({ddim.sampler.spacing}{how}) -> {args.out}  [{seconds:.1f} s with compiling, {num / seconds:.1f} images/s]"
     )
     return 0
 
@@ -391,6 +391,8 @@ def _labels(text: str | None, num: int) -> np.ndarray | None:
     """One label an image, from "3,977" (one each, or one for all) or "0:10" (0 to 9, over and over)."""
     if text is None:
         return None
+    if num < 1:
+        raise ValueError(f"--num must be at least 1, got {num}")
     import numpy as np
 
     try:

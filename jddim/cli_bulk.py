@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jddim import distributed
-from jddim.config import METHODS, first_few
+from jddim.config import METHODS, counted, first_few
 
 if TYPE_CHECKING:
     from jddim.bulk import Make, Manifest
@@ -208,10 +208,9 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     if args.distributed is not None:
         distributed.wait_for_all()  # or the first to end would end the others
     which = "" if n == 1 else f", worker {i} of {n}"
-    print(
-        f"{args.out}: {done.shards} shards whole, {done.whole} of them before{which}"
-        + (f"  [{done.images} images in {seconds:.1f} s, {done.images / seconds:.1f} images/s]" if done.images else "")
-    )
+    speed = f"  [{counted(done.images, 'image')} in {seconds:.1f} s, {done.images / seconds:.1f} images/s]"
+    whole = f"{counted(done.shards, 'shard')} whole, {done.whole} of them before{which}"
+    print(f"{args.out}: {whole}{speed if done.images else ''}")
     return 0
 
 
@@ -273,7 +272,7 @@ def _collect(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.target}: the evaluators' file ends in .npz")
     num, doubles = bulk.collect(args.folders, args.target)
     note = f"; {doubles} of them equal an earlier one in every pixel" if doubles else ""
-    print(f"{num} images -> {args.target}{note}")
+    print(f"{counted(num, 'image')} -> {args.target}{note}")
     return 0
 
 
@@ -284,7 +283,8 @@ def _check(args: argparse.Namespace) -> int:
     wrong = bulk.problems(args.out)
     if wrong:
         raise ValueError(f"{args.out}: {first_few(wrong, 8)}. Run jddim bulk again, it makes them anew")
-    print(f"{manifest.bulk.layout.count} shards, {manifest.bulk.num} images: every checksum agrees", flush=True)
+    made = f"{counted(manifest.bulk.layout.count, 'shard')}, {counted(manifest.bulk.num, 'image')}"
+    print(f"{made}: every checksum agrees", flush=True)
     if args.resample < 1:
         return 0
     make, elsewhere = _maker(manifest, args.out, args.ckpt)

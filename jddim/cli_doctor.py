@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jddim.config import counted
+
 PACKAGES = ("jddim", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "torch", "diffusers")
 
 
@@ -31,6 +33,8 @@ def add(command: Callable[..., argparse.ArgumentParser], read_labels: Callable[[
     sub.add_argument("--eta", type=float, metavar="E", help="0 and above 0 are two programs; default: the checkpoint's")
     sub.add_argument("--spacing", metavar="NAME", help="only where it makes another number of steps")
     sub.add_argument("--labels", metavar="LIST", help="as sample's, for a class-conditional checkpoint")
+    sub.add_argument("--guidance-scale", type=float, metavar="W", help="any: all share a program, none has another")
+    sub.add_argument("--null-label", type=int, metavar="L", help="as sample's")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
 
 
@@ -108,7 +112,9 @@ def _warmup(args: argparse.Namespace, read_labels: Callable[[str | None, int], A
         spacing=args.spacing,
         eta=args.eta,
         labels=None if labels is None else labels[:num],
+        guidance_scale=args.guidance_scale,
+        null_label=args.null_label,
         progress=True,  # cut into segments, as sample is
     )
-    print(f"ready for {num} images a call [{time.perf_counter() - started:.1f} s]")
+    print(f"ready for {counted(num, 'image')} a call [{time.perf_counter() - started:.1f} s]")
     return 0

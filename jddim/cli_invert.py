@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jddim import __version__
+from jddim.config import counted
 
 
 def add(
@@ -98,8 +99,9 @@ def _invert(args: argparse.Namespace, labels: Callable[[str | None, int], Any]) 
     save_images(args.out, np.asarray(x_T), {})
     steps = ddim.table(args.steps, args.spacing).num_steps
     print(
-        f"{len(images)} images in {steps} steps ({args.spacing or ddim.sampler.spacing}, {args.convention}, refine "
-        f"{args.refine}) -> {args.out}  [{seconds:.1f} s with compiling]"
+        f"{counted(len(images), 'image')} in {counted(steps, 'step')} "
+        f"({args.spacing or ddim.sampler.spacing}, {args.convention}, refine {args.refine}) -> {args.out}  "
+        f"[{seconds:.1f} s with compiling]"
     )
     if again is not None:
         sampler = dataclasses.asdict(ddim.sampler) | {"num_steps": steps, "eta": 0.0}

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jddim.config import counted
+
 if TYPE_CHECKING:
     from jddim.pipeline import DDIM
 
@@ -121,6 +123,8 @@ def _sampling(sub: argparse.ArgumentParser, seed: Callable[[str], int]) -> None:
     sub.add_argument("--seed", type=seed, default=0, metavar="I", help="as in jddim sample; default 0")
     sub.add_argument("--spacing", metavar="NAME", help="as in jddim sample; default: the checkpoint's")
     sub.add_argument("--labels", metavar="LABELS", help="of a class-conditional model, as in jddim sample")
+    sub.add_argument("--guidance-scale", type=float, metavar="W", help="as in jddim sample")
+    sub.add_argument("--null-label", type=int, metavar="L", help="as in jddim sample")
     sub.add_argument("--clip", action=argparse.BooleanOptionalAction, help="as in jddim sample")
 
 
@@ -171,12 +175,14 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
     noise = initial_noise(keys, known.shape[1:])
     options = {"eta": args.eta, "key": keys, **ddim.conventions()}
     labels = read_labels(args.labels, len(known))
+    guidance = {"guidance_scale": args.guidance_scale, "null_label": args.null_label}
     if args.mask is None:
         rest = tail(table, args.strength)
         x_t = add_noise(jnp.asarray(known), noise, rest.alpha_bar_t[0])
 
         def run(model: Any) -> Any:
-            return sample_loop(dataclasses.replace(ddim, model=faster(model)).denoiser(labels), x_t, rest, **options)
+            denoise = dataclasses.replace(ddim, model=faster(model)).denoiser(labels, **guidance)
+            return sample_loop(denoise, x_t, rest, **options)
 
     else:
         mask = load_images(args.mask, config.image_size)
@@ -185,7 +191,7 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
         keep = keep_of(mask[0])
 
         def run(model: Any) -> Any:
-            denoise = dataclasses.replace(ddim, model=faster(model)).denoiser(labels)
+            denoise = dataclasses.replace(ddim, model=faster(model)).denoiser(labels, **guidance)
             again = {"resample": args.resample, "jump_length": args.jump_length}
             return inpaint_loop(denoise, noise, table, jnp.asarray(known), keep, **again, **options)
 
@@ -193,7 +199,7 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
     if not np.isfinite(x_0).all():
         raise FloatingPointError(f"a NaN or infinity appeared in image {np.argwhere(~np.isfinite(x_0))[0][0]}")
     save_images(args.out, x_0, _settings(args, ddim))
-    print(f"{len(x_0)} images of {args.images} edited -> {args.out}")
+    print(f"{counted(len(x_0), 'image')} of {args.images} edited -> {args.out}")
     return 0
 
 
@@ -217,10 +223,14 @@ def _sweep(args: argparse.Namespace, read_labels: Callable[[str | None, int], An
     tables = [ddim.table(S, args.spacing) for S in steps]  # all, before the first is run
     options: dict[str, Any] = {"rows_at_once": args.rows_at_once, "spacing": args.spacing}
     options["labels"] = read_labels(args.labels, args.num)
+    options |= {"guidance_scale": args.guidance_scale, "null_label": args.null_label}
     distance, name = _distance(args, ddim)
     made: list[Any] = []
     for S, table in zip(steps, tables, strict=True):
-        print(f"{table.num_steps} steps, {len(args.eta)} etas, {args.num} images each", flush=True)
+        print(
+            f"{counted(table.num_steps, 'step')}, {counted(len(args.eta), 'eta')}, {counted(args.num, 'image')} each",
+            flush=True,
+        )
         asked = (ddim, jax.random.key(args.seed), args.num, args.eta)
         if as_atlas:
             made.append(atlas.survey(*asked, S, distance=distance, **options))
@@ -241,7 +251,7 @@ def _sweep(args: argparse.Namespace, read_labels: Callable[[str | None, int], An
             picture = images.grid(made[0].reshape(-1, *made[0].shape[2:]), columns=args.num)
             labels = [f"eta {eta:g}" for eta in args.eta]
             images.save_png(args.out, images.labelled(picture, labels), _settings(args, ddim))
-    print(f"{len(steps) * len(args.eta) * args.num} images -> {args.out}")
+    print(f"{counted(len(steps) * len(args.eta) * args.num, 'image')} -> {args.out}")
     if name is not None and args.num < 1000:
         print(f"note: {args.num} images are few: below 1,000 or so {name} says little, and it falls with their number")
     return 0
@@ -300,6 +310,7 @@ def _interpolate(args: argparse.Namespace, read_labels: Callable[[str | None, in
         corners = ends.reshape(2, 2, *ends.shape[1:])
         x_T = slerp_grid(corners, args.num, args.num).reshape(-1, *ends.shape[1:])
     sample = {"steps": args.steps, "spacing": args.spacing, "eta": 0.0, "batch_size": 64, "progress": True}
+    sample |= {"guidance_scale": args.guidance_scale, "null_label": args.null_label}
     x_0 = np.asarray(ddim.sample(x_T=x_T, labels=read_labels(args.labels, len(x_T)), **sample))
     match args.out.suffix.lower():
         case ".png":

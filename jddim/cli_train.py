@@ -79,12 +79,11 @@ def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], No
 
 
 def _train(args: argparse.Namespace, say: Callable[[str], None]) -> int:
-    from jddim.checkpoint import check_destination
-    from jddim.train_loop import LoopConfig, train
+    from jddim.train_loop import LoopConfig, check_out, train
 
     loop = LoopConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoopConfig)})
     task, parent, params = _begin(args.start, args.set, args.classes)
-    check_destination(args.out, overwrite=args.overwrite)
+    check_out(args.out, overwrite=args.overwrite)
 
     import jax
 
@@ -156,7 +155,12 @@ def _begin(
         data = json.loads(start.read_text())
         if not isinstance(data, dict):
             raise ValueError("it holds no object")
-    except (UnicodeDecodeError, ValueError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{start} is no text, so no configuration in JSON; if it is a PyTorch checkpoint, convert it first: "
+            f"jddim convert {start} CKPT"
+        ) from error
+    except ValueError as error:
         raise ValueError(f"{start} is neither a checkpoint folder nor a configuration in JSON ({error})") from error
     section = data.get("train", {})
     if told and isinstance(section, dict):
@@ -164,5 +168,6 @@ def _begin(
     try:
         task = Task.from_json(data)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{start}: {error}") from error
+        said = f" with --set {' '.join(settings)}" if settings else ""
+        raise ValueError(f"{start}{said}: {error}") from error
     return task, None, None

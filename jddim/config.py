@@ -467,6 +467,11 @@ def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `3 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def first_few(words: Sequence[str], most: int) -> str:
     """The first `most` of a list, and how many more there are, for a message of one line."""
     more = f"; and {len(words) - most} more" if len(words) > most else ""

@@ -138,7 +138,7 @@ def section_timesteps(num_train_timesteps: int, counts: Sequence[int]) -> Timest
     if not counts or any(not 1 <= count <= size for count, size in zip(counts, sizes, strict=True)):
         raise ValueError(
             f"sections {','.join(map(str, counts)) or '(none)'} of T = {T}: each count must lie in 1..its section's "
-            f"length {sizes}"
+            f"length {sizes} (a list of timesteps is for Python: spacing=[999, 500, 0])"
         )
     table: list[int] = []
     start = 0

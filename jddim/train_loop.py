@@ -106,7 +106,7 @@ def train(
     cannot be used, and FloatingPointError if a loss or gradient is not finite; nothing of that step is saved.
     """
     loop = loop or LoopConfig()
-    check_destination(out, overwrite=overwrite)
+    check_out(out, overwrite=overwrite)
     null_label = task.train.null_label
     if null_label is not None and data.labels is not None and (found := int((data.labels == null_label).sum())):
         raise TrainError(
@@ -125,10 +125,6 @@ def train(
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes)
     feed = partial(batches, data, batch_size=task.train.batch_size, seed=task.train.seed, flip=task.train.flip)
     example = jax.device_put(next(feed()), cut)
-    started = time.perf_counter()
-    program = train_step.lower(abstract, example, key).compile()
-    say(f"compiled in {time.perf_counter() - started:.1f} s")
-
     with _claimed(folder, about, overwrite, say), _saved_steps(folder, loop) as saved:
         latest = saved.latest_step()
         if latest is None:
@@ -144,6 +140,9 @@ def train(
                 )
             state = _restore(saved, latest, abstract)
             say(f"going on after step {latest} of {folder}")
+        started = time.perf_counter()
+        program = train_step.lower(abstract, example, key).compile()
+        say(f"compiled in {time.perf_counter() - started:.1f} s")
         with (
             contextlib.closing(_Run(task, loop, folder, saved, say, int(state.step))) as run,
             interrupt.deferred() as stopped,
@@ -337,6 +336,16 @@ def _about(task: Task, data: Data, source: str, parent: Metadata | None) -> dict
         "parent": None if parent is None else {"sha256": parent.sha256, "family": parent.provenance.get("family")},
         "versions": {"jddim": __version__, "jax": jax.__version__, "optax": optax.__version__},
     }
+
+
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError if the result may not be written to `out`."""
+    if out.exists() and run_folder(out).exists() and not overwrite:
+        raise CheckpointError(
+            f"{out} exists, the result of {run_folder(out)}: move it away to go on with that run, with more steps, or "
+            "begin anew with --overwrite"
+        )
+    check_destination(out, overwrite=overwrite)
 
 
 def _identity(about: Mapping[str, Any]) -> dict[str, Any]:

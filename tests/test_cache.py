@@ -67,14 +67,16 @@ def test_runs_at_once_share_it_and_a_damaged_entry_costs_only_time(tmp_path: Pat
 
 
 def test_warmup_leaves_nothing_to_compile_and_doctor_says_whether_it_works(tmp_path: Path) -> None:
-    ckpt, programs = write_checkpoint(tmp_path / "ckpt"), tmp_path / "programs"
-    options = ("--num", 3, "--steps", 2, "--eta", 0.5)
+    ckpt = write_checkpoint(tmp_path / "ckpt", class_embedding="learned", num_classes=3)
+    programs = tmp_path / "programs"
+    options = ("--num", 3, "--steps", 2, "--eta", 0.5, "--labels", 1, "--null-label", 2)
     options += ("--batch-size", 2)  # fewer than the images
-    run = started("warmup", ckpt, *options, JDDIM_CACHE=str(programs))
+    run = started("warmup", ckpt, *options, "--guidance-scale", 2, JDDIM_CACHE=str(programs))
     assert run.wait(300) == 0, run.stderr.read()
     assert run.stdout.read().startswith("ready for 2 images a call")
     large = sorted(programs.glob("*/jit__steps-*-cache"))  # the network's; what joins batches compiles in no time
     assert len(large) == 1
+    options += ("--guidance-scale", 3)  # no other program
     run = started("sample", ckpt, tmp_path / "a.npy", *options, JDDIM_CACHE=str(programs))
     assert run.wait(300) == 0, run.stderr.read()
     assert sorted(programs.glob("*/jit__steps-*-cache")) == large

@@ -133,6 +133,27 @@ def test_labels(tmp_path: Path) -> None:
         np.testing.assert_array_equal(file["x_0"], ddim.sample(x_T=file["x_T"], labels=[1] * 3, steps=2, eta=0.0))
 
 
+def test_guidance(tmp_path: Path) -> None:
+    conditional = write_checkpoint(tmp_path / "ckpt", class_embedding="learned", num_classes=3)
+    ddim, guided = jddim.load(conditional), {"guidance_scale": 1.5, "null_label": 2}
+    options = ["--labels", "1", "--steps", "2", "--guidance-scale", "1.5", "--null-label", "2"]
+    run("sweep", conditional, tmp_path / "a.npz", "--eta", "0.5", "--num", "2", *options)
+    with np.load(tmp_path / "a.npz") as file:
+        expected = sweep(ddim, jax.random.key(0), 2, [0.5], steps=2, labels=[1, 1], **guided)
+        np.testing.assert_array_equal(file["x_0"][0], expected)
+    run("interpolate", conditional, tmp_path / "b.npz", "--num", "2", *options)
+    with np.load(tmp_path / "b.npz") as file:
+        made = ddim.sample(x_T=file["x_T"], labels=[1, 1], steps=2, eta=0.0, **guided)
+        np.testing.assert_array_equal(file["x_0"], made)
+    known = np.random.default_rng(0).uniform(-1, 1, (2, 6, 10, 1)).astype(np.float32)
+    np.save(tmp_path / "known.npy", known)
+    run("edit", conditional, tmp_path / "known.npy", tmp_path / "c.npy", "--strength", "1", *options)
+    noise = initial_noise(sample_keys(jax.random.key(0), 2), known.shape[1:])
+    x_T = add_noise(known, noise, ddim.table(2).alpha_bar_t[0])
+    made = ddim.sample(x_T=x_T, labels=[1, 1], steps=2, eta=0.0, **guided)
+    chex.assert_trees_all_close(np.load(tmp_path / "c.npy"), made, atol=1e-5)  # another program: rounding
+
+
 @pytest.fixture
 def given(tmp_path: Path) -> np.ndarray:
     known = np.random.default_rng(0).uniform(-1, 1, (3, 6, 10, 1)).astype(np.float32)

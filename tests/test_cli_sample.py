@@ -101,6 +101,7 @@ def test_a_spacing_that_makes_another_number_of_steps_says_so(
         ("--labels 1,2", "--labels names 2 labels for 3 images"),
         ("--labels cat", "--labels takes integers, 3,977 or a range, 0:10; got 'cat'"),
         ("--labels 3:3", "--labels takes integers"),
+        ("--labels 3 --num -1", "--num must be at least 1, got -1"),
         ("--labels 1 --method ddpm --eta 1", "eta is DDIM's"),
         ("--labels 1 --threshold 2 1", "threshold_ratio must lie in (0, 1], got 2.0"),
         ("--labels 1 --clip --clip-range 1 -1", "low < high"),

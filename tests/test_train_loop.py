@@ -126,7 +126,7 @@ def test_going_on_is_as_if_nothing_had_stopped_it(tmp_path: Path, run: Callable[
     assert sorted(a) == sorted(b) == [12, 14]
     assert_same_bits(a, b)
     assert load_metadata(tmp_path / "a").params_sha256 == load_metadata(tmp_path / "b").params_sha256
-    assert again[1] == f"going on after step 8 of {train_loop.run_folder(tmp_path / 'b')}"
+    assert again[0] == f"going on after step 8 of {train_loop.run_folder(tmp_path / 'b')}"
     assert straight[-1].startswith("step 14/14  loss ")
     assert "0 s left" in straight[-1]
     logs = [json.loads(line) for line in log.read_text().splitlines()]
@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_stops_it_and_the_last_good_state_is_named(
 def test_nothing_is_overwritten_silently(tmp_path: Path, run: Callable[..., list[str]]) -> None:
     out, loop = tmp_path / "out", LoopConfig()
     run(job(steps=2), out, loop)
-    with pytest.raises(ValueError, match="out exists; choose another name, or pass --overwrite"):
+    with pytest.raises(ValueError, match=r"out exists, the result of .*out\.run: move it away to go on with that run"):
         run(job(steps=4), out, loop)
     out.rename(tmp_path / "kept")
     for task, data, message in (
@@ -367,11 +367,13 @@ def test_mistakes_are_one_line(tmp_path: Path, fails: Callable[..., str], monkey
     (tmp_path / "bad.json").write_text('{"model": {}')
     (tmp_path / "typo.json").write_text(json.dumps({**job(steps=2).to_json(), "train": {"lrr": 1}}))
     assert "unknown key 'lrr' (did you mean 'lr'" in fails("train", tmp_path / "typo.json", words[2], out)
+    (tmp_path / "weights.pt").write_bytes(b"PK\x03\x04\x80\x02")
+    assert "convert it first: jddim convert" in fails("train", tmp_path / "weights.pt", words[2], out)
     assert "nor a configuration in JSON" in fails("train", tmp_path / "bad.json", words[2], out)
     assert "no checkpoint at" in fails("train", tmp_path / "absent", words[2], out)
     assert "no such file or folder" in fails(*words[:2], tmp_path / "absent", out)
     assert "--set takes KEY=VALUE" in fails(*words, out, "--set", "lr")
-    assert "lr must be above 0, got -1" in fails(*words, out, "--set", "lr=-1")
+    assert "config.json with --set lr=-1: train: lr must be above 0, got -1" in fails(*words, out, "--set", "lr=-1")
     assert "clip_norm must be above 0, or null for none, got 'none'" in fails(*words, out, "--set", "clip_norm=none")
     assert "null_label must be one of the labels, or null" in fails(*words, out, "--set", 'null_label="abc"')
     assert "save_every must be at least 1" in fails(*words, out, "--save-every", 0)
