@@ -96,7 +96,7 @@ def test_what_the_source_cannot_hold_is_refused_with_every_reason(
         export(checkpoint, tmp_path / "deep" / "out", "ermongroup")
     for reason in reasons:
         assert reason in str(caught.value)
-    assert "(other formats: diffusers, " in str(caught.value)
+    assert "(other formats: pesser, diffusers, " in str(caught.value)
     assert tree(tmp_path) == before
 
 
