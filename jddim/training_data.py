@@ -63,7 +63,9 @@ def read(path: str | os.PathLike[str], config: ModelConfig) -> Data:
     shape = (*config.image_size, config.in_channels)
     problems = []
     if found.pixels.shape[1:] != shape:
-        problems.append(f"images are {_by(found.pixels.shape[1:])}, the network's are {_by(shape)}")
+        turned = found.pixels.shape[1:] == (shape[2], *shape[:2])
+        hint = ": channels come last, array.transpose(0, 2, 3, 1)" if turned else ""
+        problems.append(f"images are {_by(found.pixels.shape[1:])}, the network's are {_by(shape)}{hint}")
     if not len(found.pixels):
         problems.append("there is no image")
     labels = found.labels
@@ -76,7 +78,10 @@ def read(path: str | os.PathLike[str], config: ModelConfig) -> Data:
     elif len(labels) != len(found.pixels):
         problems.append(f"{len(labels)} labels for {len(found.pixels)} images")
     elif len(labels) and not 0 <= labels.min() <= labels.max() < (config.num_classes or 0):
-        problems.append(f"labels must lie in 0..{(config.num_classes or 0) - 1}, got {labels.min()}..{labels.max()}")
+        problems.append(
+            f"labels must lie in 0..{(config.num_classes or 0) - 1}, got {labels.min()}..{labels.max()}: the network "
+            f"has {config.num_classes} classes (in a folder of pictures each folder is one)"
+        )
     if problems:
         raise ValueError(f"{path}: " + "; ".join(problems))
     return found._replace(labels=labels)
@@ -109,7 +114,8 @@ def _array(path: Path) -> Data:
             outside = ~(np.abs(part) <= 1.0 + 1e-6).reshape(len(part), -1).all(axis=1)
             if outside.any():
                 first = start + int(outside.argmax())
-                raise ValueError(f"{path}: floats must lie in [-1, 1]; those of image {first} do not")
+                hint = "; save pixels of 0..255 as uint8" if part.min() >= 0 and part.max() > 2 else ""
+                raise ValueError(f"{path}: floats must lie in [-1, 1]; those of image {first} do not{hint}")
     return Data(pixels, None if labels is None else labels.astype(np.int32))
 
 

@@ -116,6 +116,8 @@ def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", PIXELS)
     np.save(tmp_path / "far.npy", np.full((2, *SIZE, 1), 1.5, np.float32))
+    np.save(tmp_path / "bytes.npy", PIXELS.astype(np.float32))
+    np.save(tmp_path / "torch.npy", PIXELS.transpose(0, 3, 1, 2))
     np.savez(tmp_path / "b.npz", PIXELS, np.full(7, 3))
     (tmp_path / "empty").mkdir()
     for name, fields, message in (
@@ -124,8 +126,10 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
             {"in_channels": 3, **CLASSES},
             r"images are 6x10x1, the network's are 6x10x3; the network has classes",
         ),
-        ("far.npy", {}, r"floats must lie in \[-1, 1\]; those of image 0"),
-        ("b.npz", CLASSES, r"labels must lie in 0..2, got 3..3"),
+        ("far.npy", {}, r"floats must lie in \[-1, 1\]; those of image 0 do not$"),
+        ("bytes.npy", {}, r"floats must lie in \[-1, 1\]; those of image 0 do not; save pixels of 0..255 as uint8$"),
+        ("torch.npy", {}, r"images are 1x6x10, the network's are 6x10x1: channels come last, array.transpose"),
+        ("b.npz", CLASSES, r"labels must lie in 0..2, got 3..3: the network has 3 classes"),
         ("empty", {}, r"neither MNIST's"),
     ):
         with pytest.raises(ValueError, match=message):
