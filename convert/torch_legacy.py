@@ -24,7 +24,7 @@ class NotTorchError(UnreadableError):
 def check(path: Path) -> None:
     """Raise unless the file has this format, holds tensors and plain values only, and is as long as it says.
 
-    Raises NotTorchError, PickleError (RefusedGlobal among them), DamagedFileError or NotNumbersError.
+    Raises NotTorchError, PickleError (RefusedGlobalError among them), DamagedFileError or NotNumbersError.
     """
     stream = MappedFile.open(path).buffer
     storages: dict[str, Storage] = {}

@@ -31,7 +31,7 @@ class Verification:
     """What was compared and how far apart it was.
 
     blocks: name -> largest absolute error over the reference block's largest magnitude, in forward order; the last
-    is the network's output. t, batch, image_size, seed: the inputs. torch, jax: versions.
+    is the network's output. t, image_size, seed: the inputs. torch, jax: versions.
     """
 
     blocks: Mapping[str, float]

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -419,7 +420,7 @@ def _load_array(path: Path | None, option: str) -> np.ndarray | None:
 
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         told = " (it is cut short)" if path.stat().st_size and "pickle" not in str(error) else ""
         raise ValueError(f"{option} {path} is not an .npy file of numbers{told}; numpy.save writes one") from error
     if not isinstance(array, np.ndarray):
@@ -629,9 +630,11 @@ def _parser() -> argparse.ArgumentParser:
         "--guidance-scale",
         type=float,
         metavar="W",
-        help="classifier-free guidance: 0 without the label, 1 with it, above 1 beyond; needs --null-label",
+        help="classifier-free guidance: 0 without the label, 1 with it, above 1 beyond; needs a null label",
     )
-    sub.add_argument("--null-label", type=int, metavar="N", help="the label that meant none when the model was trained")
+    sub.add_argument(
+        "--null-label", type=int, metavar="N", help="what meant no label in training; default: as recorded"
+    )
     sub.add_argument(
         "--x-T", dest="x_T", type=Path, metavar="FILE.npy", help="start from this noise, (N, H, W, C) float32"
     )

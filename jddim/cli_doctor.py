@@ -30,7 +30,7 @@ def add(command: Callable[..., argparse.ArgumentParser], read_labels: Callable[[
     sub.add_argument("--num", type=int, default=64, metavar="N", help="images a call, as sample's (default 64)")
     sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="as sample's (default 64)")
     sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
-    sub.add_argument("--eta", type=float, metavar="E", help="0 and above 0 are two programs; default: the checkpoint's")
+    sub.add_argument("--eta", type=float, metavar="E", help="any: all share a program")
     sub.add_argument("--spacing", metavar="NAME", help="only where it makes another number of steps")
     sub.add_argument("--labels", metavar="LIST", help="as sample's, for a class-conditional checkpoint")
     sub.add_argument("--guidance-scale", type=float, metavar="W", help="any: all share a program, none has another")

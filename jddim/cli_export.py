@@ -55,7 +55,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     metadata = load_metadata(args.ckpt)
-    check_output(args.out.with_suffix(".npz"), metadata.model.in_channels)
+    check_output(args.out, metadata.model.in_channels, formats=(".jddim",))
 
     import jddim
     from jddim import export

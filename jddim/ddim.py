@@ -169,7 +169,7 @@ def ddim_step(
     """One DDIM update, Eq. 12 of arXiv:2010.02502, with sigma from Eq. 16.
 
     x_t, x0, eps, noise: `(b, ...)`; noise ~ N(0, I), unused where eta = 0 or alpha_bar_prev = 1.
-    alpha_bar_t in (0, 1), alpha_bar_prev in (alpha_bar_t, 1], eta >= 0: scalars or `(b,)`.
+    alpha_bar_t in [0, 1), alpha_bar_prev in [alpha_bar_t, 1], eta >= 0: scalars or `(b,)`.
     Returns x_prev, `(b, ...)`; NaN where eta is so large that sigma^2 > 1 - alpha_bar_prev (never for eta <= 1).
 
     >>> float(ddim_step(jnp.ones(1), jnp.zeros(1), jnp.ones(1), 0.0, alpha_bar_t=0.5, alpha_bar_prev=0.75, eta=0.0)[0])

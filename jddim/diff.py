@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,7 +107,11 @@ def _diff_samples(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> l
         x, y = a.get(name), b.get(name)
         if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype:
             rows.append(Difference(name, *(ABSENT if v is None else f"{v.dtype} {v.shape}" for v in (x, y))))
-        elif not np.array_equal(x, y, equal_nan=x.dtype.kind == "f"):
+        elif np.array_equal(x, y, equal_nan=x.dtype.kind == "f"):
+            continue
+        elif x.ndim == 0 or x.dtype.kind not in "biuf":
+            rows.append(Difference(name, _shown(str(x)), _shown(str(y))))
+        else:
             apart = np.abs(x.astype(np.float64) - y.astype(np.float64))
             same = sum(np.array_equal(u, v) for u, v in zip(x, y, strict=True))
             rows.append(
@@ -120,8 +125,10 @@ def _diff_samples(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> l
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         contents = np.load(path, allow_pickle=False)
-        return {name: contents[name] for name in contents} if path.suffix == ".npz" else {"samples": contents}
-    except (ValueError, EOFError, OSError) as error:
+        if isinstance(contents, np.ndarray):
+            return {"samples": contents}
+        return {name: contents[name] for name in contents}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} holds no arrays of numbers ({error})") from error
 
 
@@ -133,7 +140,7 @@ def _pixels(path: Path) -> np.ndarray:
 def _settings(path: Path) -> dict[str, Any]:
     try:
         settings = read_metadata(path) if path.suffix.lower() == ".png" else json.loads(path.read_text())
-    except (KeyError, OSError, ValueError) as error:
+    except (KeyError, OSError, ValueError, AttributeError) as error:  # the last: of another kind, by its contents
         raise ValueError(f"{path} holds no settings ({type(error).__name__}: {error})") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings: expected a JSON object")

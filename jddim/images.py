@@ -249,7 +249,7 @@ def save_gif(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings that a PNG of ours was made with."""
+    """The settings that a PNG of ours was made with. Raises KeyError for a PNG without, AttributeError for no PNG."""
     with Image.open(path) as image:
         return json.loads(image.text["jddim"])  # type: ignore[attr-defined]
 

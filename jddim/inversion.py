@@ -56,9 +56,7 @@ def inversion_table(table: StepTable, convention: str = "diffusers") -> StepTabl
             t_next = np.append(up.t[1:], up.t[-1:] + 1)
             alpha_bar_next = np.append(up.alpha_bar_t[1:], np.zeros_like(up.alpha_bar_t[:1]))
             return StepTable(step, up.t, t_next, up.alpha_bar_t, alpha_bar_next)
-    raise ValueError(
-        f"unknown convention {convention!r}{did_you_mean(convention, CONVENTIONS)} (allowed: {', '.join(CONVENTIONS)})"
-    )
+    raise ValueError(f"unknown convention {convention!r}{did_you_mean(convention, CONVENTIONS)}")
 
 
 def invert_step(x0: Array, eps: Array, *, alpha_bar_next: ArrayLike) -> Array:

@@ -404,7 +404,7 @@ class DDIM:
         c = self.sampler
         return _Program(
             method=method,
-            solver=None if method in ("ddim", "ddpm") else find(method),
+            solver=None if method in ("ddim", "ddpm") else find(method, also=("ddpm",)),
             prediction_type=c.prediction_type,
             timestep_scale=c.timestep_scale,
             rederive_eps=c.rederive_eps,

@@ -28,7 +28,7 @@ from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 
 from jddim import ddim
-from jddim.config import METHODS, did_you_mean
+from jddim.config import did_you_mean
 from jddim.ddim import Column, StepTable
 from jddim.sampling import Denoiser, Update, check_prediction, limiter, update_loop
 
@@ -145,12 +145,12 @@ def memory_of(table: SolverTable, x_T: Array) -> tuple[Array, Array]:
     return jnp.zeros_like(x_T), jnp.zeros((table.step_history.shape[1] - 1, *x_T.shape), x_T.dtype)
 
 
-def find(solver: str | Solver) -> Solver:
-    """The solver of that name, or the one given."""
+def find(solver: str | Solver, also: tuple[str, ...] = ()) -> Solver:
+    """The solver of that name, or the one given. Raises ValueError for another; also: what else it could have been."""
     if isinstance(solver, Solver):
         return solver
     if solver not in SOLVERS:
-        raise ValueError(f"unknown method {solver!r}{did_you_mean(solver, METHODS)} (allowed: {', '.join(SOLVERS)})")
+        raise ValueError(f"unknown method {solver!r}{did_you_mean(solver, (*SOLVERS, *also))}")
     return SOLVERS[solver]
 
 

@@ -112,11 +112,6 @@ class Sampling:
         self.starts: list[Any] = [None] * len(self.lows)
         self.done, self.total = 0, table.num_steps * len(self.lows)
 
-    @property
-    def rows_done(self) -> int:
-        """How many rows all images have taken."""
-        return self.done // len(self.lows)
-
     def step(self) -> None:
         """The next row for the next group: all groups take a row before any takes the next."""
         i, g = divmod(self.done, len(self.lows))

@@ -42,7 +42,7 @@ def uniform_timesteps(num_train_timesteps: int, num_steps: int) -> Timesteps:
     """Ermongroup's "uniform": range(0, T, T // S), reversed.
 
     num_steps: S in 1..T. The stride is an integer, so there are S entries only if it fits: T = 1000 gives 31 at
-    S = 30 and 1000 at S = 600, as in the source. The first t is below T-1 for every S < T.
+    S = 30 and 1000 at S = 600, as in the source. The first t is T-1 only where T // S divides it; at S = 30 it is 990.
 
     >>> uniform_timesteps(1000, 4)
     array([750, 500, 250,   0])

@@ -5,7 +5,6 @@ A run that goes on from a saved step leaves out of each what came after it: they
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -53,11 +52,11 @@ class JsonLines(Log):
         self.path = path
         self.records: list[Record] = []
         if path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # the last one, cut short
-                    record = json.loads(line)
-                    if record["step"] <= step:
-                        self.records.append(record)
+            lines = path.read_text().split("\n")[:-1]  # the last may be cut short
+            try:
+                self.records = [record for record in map(json.loads, lines) if record["step"] <= step]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is damaged: move it away, and the run goes on with a new one") from error
             with atomic(path) as staging:
                 staging.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 

@@ -27,7 +27,16 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jddim import __version__, images, interrupt, training
-from jddim.checkpoint import CheckpointError, Metadata, build_model, check_destination, flat_params, save_checkpoint
+from jddim.checkpoint import (
+    CheckpointError,
+    Metadata,
+    _orbax,
+    abstract_model,
+    build_model,
+    check_destination,
+    flat_params,
+    save_checkpoint,
+)
 from jddim.config import first_few
 from jddim.diff import diff_mappings
 from jddim.pipeline import DDIM
@@ -282,8 +291,6 @@ def _duration(seconds: float) -> str:
 
 
 def _zeros(task: Task) -> Params:
-    from jddim.checkpoint import abstract_model
-
     return {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in flat_params(abstract_model(task.model)).items()}
 
 
@@ -458,9 +465,3 @@ def _restore(saved: Any, step: int, abstract: TrainState) -> TrainState:
             f"in {saved.directory} to go on from the one before"
         ) from error
     return TrainState(**restored)
-
-
-def _orbax() -> Any:
-    from jddim.checkpoint import _orbax
-
-    return _orbax()

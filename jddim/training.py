@@ -55,7 +55,9 @@ DTYPES = ("float32", "bfloat16", "float64")
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How a network is trained; JSON by `jddim.config.to_json`. The defaults are Ho et al.'s for CIFAR-10.
+    """How a network is trained; JSON by `jddim.config.to_json`.
+
+    The defaults are Ho et al.'s for CIFAR-10, but theirs mirror images, have dropout, and no warm-up of the average.
 
     steps: batches in all, of `batch_size` images each; every `accumulate` of them are one update of the weights.
     seed: of fresh weights, the order of the images, flips, timesteps, noise and dropped labels.
@@ -71,7 +73,7 @@ class TrainConfig:
     ema_decay: of the weights' average; with ema_warmup update n of 1, 2, ... has min(ema_decay, (1 + n) / (10 + n)).
     dtype: what the network computes in (float64 needs jax's x64 mode). remat: keep only the outputs of convolutions
         and matrix products for the backward pass, and compute the rest again.
-    flip: mirror every other image, at random.
+    flip: mirror each image with probability 1/2.
     """
 
     steps: int = 800_000
@@ -313,7 +315,7 @@ def draw(key: Array, task: Task, shape: tuple[int, ...], dtype: Any) -> Draws:
 
 
 def antithetic(t: Array, T: int) -> Array:
-    """T `(b,)` with the second half T - 1 minus the first; of an odd b, the middle one is alone.
+    """T `(b,)` in 0..T-1 with the second half T - 1 minus the first; of an odd b, the middle one is alone.
 
     ermongroup's pairs, but all of them: it draws b // 2 + 1 and leaves two of an even batch alone.
     """

@@ -116,7 +116,7 @@ def parse(data: Any, served: Mapping[str, DDIM], methods: Mapping[str, Sequence[
     }
     if method != "ddim" and asked["eta"]:
         problems["eta"] = f"eta is DDIM's; method {method} takes none: 0, got {_shown(data.get('eta'))}"
-    asked |= _classes(data, config.num_classes, number, problems)
+    asked |= _classes(data, ddim, number, problems)
     if mode == "inpaint" and asked["guidance_scale"] is not None:
         problems["guidance_scale"] = "inpainting goes without guidance here"
     if mode in ("invert", "inpaint"):
@@ -220,8 +220,9 @@ def _check_table(ddim: DDIM, request: Asked, bounds: Bounds) -> None:
         raise Refused({"steps": f"{request.spacing} makes {rows} steps of {request.steps}; at most {bounds.steps}"})
 
 
-def _classes(data: Mapping[str, Any], classes: int | None, number: Any, problems: dict[str, str]) -> dict[str, Any]:
+def _classes(data: Mapping[str, Any], ddim: DDIM, number: Any, problems: dict[str, str]) -> dict[str, Any]:
     """label, guidance_scale and null_label."""
+    classes = ddim.model.config.num_classes
     found: dict[str, Any] = {"label": None, "guidance_scale": None, "null_label": None}
     if classes is None:
         problems |= {name: "this network has no classes" for name in found if data.get(name) is not None}
@@ -229,7 +230,7 @@ def _classes(data: Mapping[str, Any], classes: int | None, number: Any, problems
     found["label"] = "each" if data.get("label") == "each" else number("label", 0, classes - 1, 0)
     if data.get("guidance_scale") is not None:
         found["guidance_scale"] = number("guidance_scale", 0, 100, 1.0, whole=False)
-        found["null_label"] = number("null_label", 0, classes - 1, classes - 1)
+        found["null_label"] = number("null_label", 0, classes - 1, ddim.null_label_for(1.0, None))
     return found
 
 

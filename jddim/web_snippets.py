@@ -80,9 +80,6 @@ def command(request: Asked, ddim: DDIM, path: str) -> tuple[str | None, str | No
     guidance: list[Any] = []
     if request.guidance_scale is not None:
         guidance = ["--guidance-scale", repr(request.guidance_scale), "--null-label", request.null_label]
-        if request.mode in ("strip", "slerp"):
-            name = {"strip": "sweep", "slerp": "interpolate"}[request.mode]
-            return None, f"jddim {name} has no guidance; Python has"
     seed = ["--seed", request.seed]
     match request.mode:
         case "strip":

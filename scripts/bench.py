@@ -357,7 +357,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         f"`{report['command']}`: eta 0, medians of {settings['repeats']} interleaved calls. Time/jddim above "
         "1 means that jddim is faster (median of the rounds' ratios). First call: with compilation. Difference: the "
-        "largest of x_0 from jddim's, over jddim's largest magnitude; but for float32, root mean squares of both.",
+        "largest of x_0 from jddim's, over jddim's largest magnitude; outside float32, of root mean squares.",
     ]
     if machine["load"] > 0.25 * machine["cores"]:
         lines += [

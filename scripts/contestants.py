@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.rules import source_of
 from jddim.config import ScheduleConfig, UNetConfig, from_json, to_json
 from jddim.schedule import make_schedule
 
@@ -168,15 +167,13 @@ def torch_reference(case: Case, device: str) -> Any:
     """The PyTorch reference with the case's weights, on the device."""
     import torch
 
+    from convert.engine import source_tensors
     from convert.families.ho import reference, rules
 
     model = reference(case.config)
-    shapes, table = {name: value.shape for name, value in model.state_dict().items()}, rules(case.config)
-    state = {}
-    for name, value in case.params.items():
-        source = source_of(name, table)
-        turned = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T  # to torch's layout, one axis or two
-        state[source] = torch.from_numpy(turned.reshape(shapes[source]).copy())
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    tensors = source_tensors(case.params, rules(case.config), shapes)
+    state = {name: torch.from_numpy(np.array(value, order="C")) for name, value in tensors.items()}
     model.load_state_dict(state, strict=True)
     return model.eval().requires_grad_(False).to(torch_device(device), torch_dtype(case))
 

@@ -48,8 +48,7 @@ from convert.convert import _open, convert
 from convert.engine import ConversionError, fill, source_tensors
 from convert.export import export
 from convert.families import openai
-from convert.families.ho import rules
-from convert.rules import source_of
+from convert.families.ho import source_shapes
 from convert.sources import find
 from convert.writers import state_shapes
 from jddim.checkpoint import (
@@ -129,15 +128,7 @@ class Forbidden(BaseException):
 
 def arrays() -> dict[str, np.ndarray]:
     """A whole network's tensors under the source's names, all equal numbers: small files are damaged more often."""
-    tensors = {}
-    for leaf, abstract in flat_params(abstract_model(MODEL)).items():
-        name, shape = source_of(leaf, rules(MODEL)), abstract.shape
-        if len(shape) == 4:
-            shape = (shape[3], shape[2], shape[0], shape[1])
-        elif len(shape) == 2:
-            shape = (shape[1], shape[0]) + ((1, 1) if ".attn" in name or "nin_shortcut" in name else ())
-        tensors[name] = np.full(shape, 0.5, np.float32)
-    return tensors
+    return {name: np.full(shape, 0.5, np.float32) for name, shape in source_shapes(MODEL).items()}
 
 
 class Runs:

@@ -1,6 +1,6 @@
 """How much memory and time a large checkpoint's conversion takes, against torch.load + torch.save of the same file.
 
-    .venv/bin/python scripts/measure_conversion.py [FOLDER] [--channels 256] [--no-verify]
+    .venv/bin/python scripts/measure_conversion.py [FOLDER] [--channels 288] [--no-verify]
 
 Writes a file of this family with random weights (608M parameters by default) into FOLDER, which needs three times its
 2.4 GB, and runs both in processes of their own. Memory is the peak of the resident set, mapped pages included, above
@@ -62,9 +62,7 @@ def write_source(path: Path, channels: int) -> None:
     import numpy as np
     import torch
 
-    from convert.families.ho import rules
-    from convert.rules import source_of
-    from jddim.checkpoint import abstract_model, flat_params
+    from convert.families.ho import source_shapes
     from jddim.config import UNetConfig
 
     config = UNetConfig(
@@ -78,12 +76,7 @@ def write_source(path: Path, channels: int) -> None:
     )
     rng = np.random.default_rng(0)
     state = {}
-    for leaf, abstract in flat_params(abstract_model(config)).items():
-        name, shape = source_of(leaf, rules(config)), abstract.shape
-        if len(shape) == 4:
-            shape = (shape[3], shape[2], shape[0], shape[1])
-        elif len(shape) == 2:
-            shape = (shape[1], shape[0]) + ((1, 1) if ".attn" in name or "nin_shortcut" in name else ())
+    for name, shape in source_shapes(config).items():
         scale = 1 / np.sqrt(max(np.prod(shape[1:]), 1))
         state[name] = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32) * np.float32(scale))
     torch.save(state, path)

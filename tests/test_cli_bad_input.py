@@ -178,10 +178,12 @@ def test_noise_files_that_hold_no_array(
     np.savez(tmp_path / "x.npz", first=np.zeros(3), second=np.zeros(3))
     np.save(tmp_path / "number.npy", np.float32(3))
     (tmp_path / "text.npy").write_text("noise")
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04, and no more")
     for name, message in (
         ("x.npz", "archive of first, second; save one array as .npy"),
         ("number.npy", "must have shape ("),
         ("text.npy", "is not an .npy file of numbers; numpy.save writes one"),
+        ("zip.npy", "is not an .npy file of numbers"),
     ):
         assert message in fails("sample", mnist_checkpoint, tmp_path / "a.npy", option, tmp_path / name)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import write_checkpoint
 
 from jddim.cli import main
@@ -59,6 +60,13 @@ def test_samples(tmp_path: Path) -> None:
     assert row[1:] == ("float32 (5, 3, 7, 1)", "float64 (5, 3, 7, 1)")
 
 
+def test_entries_that_are_no_arrays_of_numbers(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        np.savez(tmp_path / f"{name}.npz", x=np.zeros(3), seed=seed, settings=json.dumps({"seed": seed}))
+    rows = [("seed", "1", "2"), ("settings", '{"seed": 1}', '{"seed": 2}')]
+    assert diff(tmp_path / "a.npz", tmp_path / "b.npz") == rows
+
+
 def test_settings_in_pictures_and_json(tmp_path: Path) -> None:
     for name, eta in (("a", 0.0), ("b", 0.25)):
         save_images(tmp_path / f"{name}.png", np.zeros((2, 3, 5, 1)), {"eta": eta, "seed": 7})
@@ -92,11 +100,15 @@ def test_entries_of_one_side() -> None:
         ("bad.json", "s.json", "holds no settings"),
         ("list.json", "s.json", "expected a JSON object"),
         (".", "x.npy", "is a checkpoint, "),
+        ("zip.npy", "x.npy", "holds no arrays"),
+        ("photo.png", "s.json", "holds no settings"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path: Path, a: str, b: str, message: str) -> None:
     np.save(tmp_path / "x.npy", np.zeros(3))
     (tmp_path / "bad.npy").write_bytes(b"not numpy")
+    (tmp_path / "zip.npy").write_bytes(b"PK\x03\x04, and no more")
+    Image.new("L", (3, 5)).save(tmp_path / "photo.png", "JPEG")
     for name, text in (("s.json", "{}"), ("bad.json", "{"), ("list.json", "[]"), ("x.txt", "")):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ import pytest
 
 import jddim
 from jddim import mnist_cnn as classifier
+from jddim.checkpoint import load_metadata
 
 # What measure_digits.py wrote, of 512 digits of each sampler, S = 30, x0 clipped, no noise in common:
 #          named with confidence >= 0.9        rarest class
@@ -47,6 +48,10 @@ def test_the_512_are_named_as_often_as_pytorchs(eta: str) -> None:
         # A tenth, give or take 1.3 points; a mode that is lost or takes over is far outside.
         assert shares.min() >= 0.065
         assert shares.max() <= 0.15
+
+
+def test_the_shipped_checkpoint_is_the_same_network_in_jax(mnist_checkpoint: Path) -> None:
+    assert load_metadata(mnist_checkpoint).provenance["verification"]["output_error"] < 1e-6  # 4e-7 to 7e-7
 
 
 @pytest.mark.parametrize("eta", ETAS)

@@ -92,7 +92,7 @@ def test_torch_is_imported_where_it_is_meant_to_be() -> None:
 )
 def test_layers_look_downwards_only(module: str, allowed: set[str]) -> None:
     own = {name.split(".")[1] for name in JDDIM[module] if name.startswith("jddim.")}
-    assert own <= allowed | {"ddim"} if module == "jddim.sampling" else own <= allowed
+    assert own <= allowed
 
 
 @pytest.mark.parametrize("graph", [JDDIM, CONVERT], ids=["jddim", "convert"])

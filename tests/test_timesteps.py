@@ -76,7 +76,7 @@ def test_every_table_descends_within_range(spacing: str) -> None:
             if spacing in ("linspace", "trailing"):
                 assert table[0] == T - 1
             previous = previous_timesteps(table, spacing, T)
-            assert (previous[:-1] < T).all()
+            assert (previous >= -1).all()
             assert (previous <= table).all()
             # diffusers' "trailing" may end short of the clean image: at T = 1000 and S = 28, at t = 0
             assert previous[-1] == -1 or (spacing == "trailing" and T % S)

@@ -126,6 +126,9 @@ def test_going_on_is_as_if_nothing_had_stopped_it(tmp_path: Path, run: Callable[
     assert sorted(a) == sorted(b) == [12, 14]
     assert_same_bits(a, b)
     assert load_metadata(tmp_path / "a").params_sha256 == load_metadata(tmp_path / "b").params_sha256
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl is damaged: move it away"):
+        train_logs.JsonLines(tmp_path / "log.jsonl", 3)
     assert again[0] == f"going on after step 8 of {train_loop.run_folder(tmp_path / 'b')}"
     assert straight[-1].startswith("step 14/14  loss ")
     assert "0 s left" in straight[-1]

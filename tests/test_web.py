@@ -101,11 +101,13 @@ RUNS: list[dict[str, Any]] = [
     {"mode": "sample", "label": 1, "guidance_scale": 1.5, "null_label": 4},
     {"mode": "strip", "label": 1},
     {"mode": "slerp", "seed_to": 9, "label": 0},
+    {"mode": "strip", "label": 3, "guidance_scale": 1.5, "null_label": 4},
+    {"mode": "slerp", "seed_to": 9, "label": 2, "guidance_scale": 1.5, "null_label": 4},
     {"mode": "invert", "label": 3, "num": 1, **TEXTS},
     {"mode": "invert", "label": "each", "eta": 0.5, **TEXTS},
     {"mode": "inpaint", "label": 2, "eta": 0.6, **TEXTS},
 ]
-TRIED = [RUNS[0], RUNS[3], RUNS[4], RUNS[7]]
+TRIED = [RUNS[0], RUNS[3], RUNS[4], RUNS[5], RUNS[9]]
 """Those whose commands are run too."""
 
 

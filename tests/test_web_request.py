@@ -54,6 +54,15 @@ def test_defaults_and_every_field(served: dict[str, DDIM]) -> None:
     assert {name: got[name] for name in asked} == asked
 
 
+def test_the_null_label_is_the_recorded_one(served: dict[str, DDIM]) -> None:
+    metadata = served["classes"].metadata
+    assert metadata is not None
+    trained = dataclasses.replace(metadata, provenance=metadata.provenance | {"training": {"null_label": 3}})
+    served = served | {"classes": dataclasses.replace(served["classes"], metadata=trained)}
+    assert ask(served, checkpoint="classes", guidance_scale=2).null_label == 3
+    assert ask(served, checkpoint="classes", guidance_scale=2, null_label=1).null_label == 1
+
+
 @pytest.mark.parametrize(
     ("data", "problems"),
     [
@@ -81,7 +90,8 @@ def test_defaults_and_every_field(served: dict[str, DDIM]) -> None:
         ({"label": 1}, {"label": "no classes"}),
         ({"guidance_scale": 2}, {"guidance_scale": "no classes"}),
         ({"checkpoint": "classes", "label": 5}, {"label": "0..4"}),
-        ({"checkpoint": "classes", "guidance_scale": 101}, {"guidance_scale": "0..100"}),
+        ({"checkpoint": "classes", "guidance_scale": 101, "null_label": 4}, {"guidance_scale": "0..100"}),
+        ({"checkpoint": "classes", "guidance_scale": 1}, {"null_label": "0..4, got nothing"}),
         ({"checkpoint": "classes", "guidance_scale": 1, "null_label": 5}, {"null_label": "0..4"}),
         ({"mode": "invert"}, {"picture": "6x10x1 bytes in base64, got nothing"}),
         ({"mode": "invert", "picture": "AAAA"}, {"picture": "got 3"}),

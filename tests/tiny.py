@@ -55,21 +55,11 @@ def arrays(config: UNetConfig | None = None, seed: int = 1) -> dict[str, np.ndar
 
     test_families_ho.py compares its names and shapes with the PyTorch reference's.
     """
-    from convert.families.ho import rules
-    from convert.rules import source_of
-    from jddim.checkpoint import abstract_model, flat_params
+    from convert.families.ho import source_shapes
 
     config = config or small_config()
     rng = np.random.default_rng(seed)
-    tensors = {}
-    for leaf, abstract in flat_params(abstract_model(config)).items():
-        name, shape = source_of(leaf, rules(config)), abstract.shape
-        if len(shape) == 4:
-            shape = (shape[3], shape[2], shape[0], shape[1])
-        elif len(shape) == 2:
-            shape = (shape[1], shape[0]) + ((1, 1) if ".attn" in name or "nin_shortcut" in name else ())
-        tensors[name] = rng.standard_normal(shape, dtype=np.float32)
-    return tensors
+    return {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in source_shapes(config).items()}
 
 
 def write_checkpoint(
@@ -101,8 +91,8 @@ def write_checkpoint(
 
 
 def random_model(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Any:
-    """The network that `config` describes with every parameter random: flax starts biases at 0 and norm scales at 1,
-    which would hide mistakes. (Its own initialisers would compile a program for every shape, too.)
+    """The network that `config` describes with every parameter random: norms start at 1 and 0, which would hide
+    mistakes. (Its own initialisers would compile a program for every shape, too.)
     """
     from jddim.checkpoint import abstract_model, build_model, flat_params
 

@@ -19,9 +19,9 @@ import yaml
 from convert.engine import ConversionError, cannot_hold, shortened, source_tensors
 from convert.families.base import Family, Plan, Source, Wording, check_sampler
 from convert.families.values import boolean, integer, literal, number, positive
-from convert.rules import Rules
+from convert.rules import Rules, source_of
 from convert.writers import save_torch, state_shapes
-from jddim.checkpoint import Metadata
+from jddim.checkpoint import Metadata, abstract_model, flat_params
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions
 from jddim.schedule import LARGEST_T, make_schedule, schedule_config_from_betas
 
@@ -395,6 +395,19 @@ _PLACES: Iterable[tuple[str, str, str]] = (
 )
 
 
+def source_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
+    """The source's tensors, name -> shape, without building its network: for files that tests make up."""
+    shapes = {}
+    for leaf, abstract in flat_params(abstract_model(config)).items():
+        name, shape = source_of(leaf, rules(config)), abstract.shape
+        if len(shape) == 4:
+            shape = (shape[3], shape[2], shape[0], shape[1])
+        elif len(shape) == 2:
+            shape = (shape[1], shape[0]) + ((1, 1) if ".attn" in name or "nin_shortcut" in name else ())
+        shapes[name] = shape
+    return shapes
+
+
 def rules(config: UNetConfig) -> Rules:
     """The rename table. The shortcut's source name depends on its kernel: nin_shortcut 1x1, conv_shortcut 3x3."""
     shortcut = {"conv_shortcut" if config.conv_shortcut else "nin_shortcut": "shortcut"}
@@ -492,8 +505,15 @@ def _config_problems(metadata: Metadata) -> list[str]:
         problems.append(f"image size is {height}x{width}, there square")
     if _source_schedule(metadata.schedule) is None:
         problems.append(f"the schedule is {metadata.schedule.name}, there linear, quad, const or sigmoid")
-    if metadata.sampler.prediction_type != "epsilon":
-        problems.append(f"prediction_type is {metadata.sampler.prediction_type}, there epsilon")
+    sampler = metadata.sampler
+    if sampler.prediction_type != "epsilon":
+        problems.append(f"prediction_type is {sampler.prediction_type}, there epsilon")
+    if sampler.timestep_scale != 1:
+        problems.append(f"the network is given t times {sampler.timestep_scale:g}, there t itself")
+    if sampler.variance not in ("fixed_small", "fixed_large"):
+        problems.append(f"variance is {sampler.variance}, there fixed_small or fixed_large")
+    if sampler.self_condition:
+        problems.append("self_condition is True, there always False")
     return problems
 
 

@@ -629,6 +629,8 @@ def write_trainer(metadata: Metadata, params: Tensors, path: Path) -> None:
         problems.append("GaussianDiffusion refuses a Unet with learned or random features of t; use lucidrains-unet")
     if metadata.schedule.zero_terminal_snr:
         problems.append("the schedule ends at alpha_bar = 0, which GaussianDiffusion divides by")
+    if metadata.sampler.timestep_scale != 1:
+        problems.append(f"the network is given t times {metadata.sampler.timestep_scale:g}, there t itself")
     if problems:
         raise ConversionError("; ".join(problems))
     objective = next(name for name, kind in OBJECTIVES.items() if kind == metadata.sampler.prediction_type)

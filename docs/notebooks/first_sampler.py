@@ -1,7 +1,7 @@
 # %% [markdown]
 # # From a PyTorch checkpoint to a sampler of your own
 #
-# Ten cells, a minute on a CPU. Run it in a clone of jddim, with `pip install '.[convert-core]'` done (or
+# Eight pieces of code, a minute on a CPU. Run it in a clone of jddim, with `pip install '.[convert-core]'` done (or
 # `'.[convert]'`, to have the conversion verified against PyTorch).
 
 # %%

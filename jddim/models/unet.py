@@ -61,8 +61,8 @@ class UNet(nnx.Module):
     Returns `(b, h, w, out_channels)` in x_t's dtype: eps, or whatever the network was trained to predict. Fully
     convolutional: h and w need not be the config's, but must be multiples of 2^(levels - 1); others raise ValueError.
 
-    dtype: the compute dtype; norms and softmax are never below float32. Fresh parameters are flax's defaults, for
-    training from scratch; `jddim.load` fills them from a checkpoint.
+    dtype: the compute dtype; norms and softmax are never below float32. Fresh parameters are distributed as
+    PyTorch's defaults, for training from scratch; `jddim.load` fills them from a checkpoint.
     """
 
     def __init__(self, config: UNetConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):

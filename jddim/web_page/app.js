@@ -66,7 +66,7 @@ function offer() {
   $("steps-slider").max = Math.min(100, bounds.steps, T);
   $("num-slider").max = bounds.num;
   if ($("null_label").value === "" || Number($("null_label").value) >= classes) {
-    $("null_label").value = Math.max(classes - 1, 0);
+    $("null_label").value = current.null_label ?? "";
   }
   $("summary").textContent = current.summary;
   const invert = document.querySelector("input[name=mode][value=invert]");

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import SETTINGS, SMALL, state_dict, tree, write_checkpoint
@@ -14,6 +16,7 @@ from convert.convert import convert  # noqa: E402
 from convert.engine import ConversionError  # noqa: E402
 from convert.export import export, formats  # noqa: E402
 from convert.reference.unet import ReferenceUNet  # noqa: E402
+from jddim.checkpoint import load_metadata, load_params, save_checkpoint  # noqa: E402
 from jddim.cli import main  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised
@@ -98,6 +101,25 @@ def test_what_the_source_cannot_hold_is_refused_with_every_reason(
         assert reason in str(caught.value)
     assert "(other formats: pesser, diffusers, " in str(caught.value)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"timestep_scale": 2.5}, "the network is given t times 2.5, there t itself"),
+        ({"variance": "learned_range"}, "variance is learned_range, there fixed_small or fixed_large"),
+        ({"prediction_type": "v_prediction"}, "prediction_type is v_prediction, there epsilon"),
+    ],
+)
+def test_what_ermongroups_sampler_does_not_do_is_refused(tmp_path: Path, said: dict[str, Any], reason: str) -> None:
+    square = write_checkpoint(tmp_path / "ckpt", image_size=(8, 8), middle=True)
+    metadata = load_metadata(square)
+    other = dataclasses.replace(metadata, sampler=dataclasses.replace(metadata.sampler, **said))
+    save_checkpoint(tmp_path / "other", load_params(square, metadata), other)
+    export(square, tmp_path / "file", "ermongroup")
+    with pytest.raises(ConversionError, match=reason):
+        export(tmp_path / "other", tmp_path / "out", "ermongroup")
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_use_gets_one_line_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,7 +144,6 @@ UNET_CASES: dict[str, UNetCase] = {
         norm_epsilon=1e-3,
     ),
 }
-BLOCKS_CASE = "three levels, all attention"
 SAMPLER_CONFIG = UNetConfig(
     (6, 10), 3, 3, channels=8, channel_mults=(1, 2), num_res_blocks=1, attention_levels=(1,), norm_groups=1
 )
