@@ -53,7 +53,7 @@ def small_config(**changes: Any) -> UNetConfig:
 def arrays(config: UNetConfig | None = None, seed: int = 1) -> dict[str, np.ndarray]:
     """A state dict as NumPy arrays, as `convert.readers.read` gives it, made without torch.
 
-    test_families_ho.py compares its names and shapes with the PyTorch reference's.
+    Names and shapes are compared with the PyTorch reference's in test_families_ho.py.
     """
     from convert.families.ho import source_shapes
 
