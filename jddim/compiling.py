@@ -1,5 +1,11 @@
 """How the programs of `sample` and `invert` are compiled: what XLA does not choose by itself, in one place.
 
+On a TPU nothing was run; of v5e XLA's compiler says (`scripts/tpu_compile`: CIFAR-10's network, 256 images a chip,
+bfloat16, Mcycles a step) 48.97 as the network stands, 44.89 with upsampling and its convolution as one, 39.2 with the
+decoder's norms by parts as well (`jddim.tpu_layers`), and 37.0 with twice the scoped memory; four times it, 36.7, takes
+twice as long to compile. Tried and left out: q, k and v in one product (0.14 less), upsampling as four convolutions (2.4
+more than as it stands).
+
 On a CPU, XLA gives convolutions to YNNPACK, whose 3x3 ones are slower than Eigen's at nearly all sizes in a UNet.
 Medians of two runs, jax 0.10.2, 2 cores, one evaluation, milliseconds without and with the option: MNIST's network at
 batch 64 449 -> 262 and 408 -> 244, at 16 106 -> 76 and 115 -> 72; CIFAR-10's at 8 803 -> 583 and 789 -> 591.
@@ -28,6 +34,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jddim.tpu_layers import with_tpu_layers
 from jddim.winograd import with_winograd
 
 CPU_OPTIONS: dict[str, bool | str] = {
@@ -36,17 +43,35 @@ CPU_OPTIONS: dict[str, bool | str] = {
 }
 
 
-def compiler_options(platform: str | None = None) -> dict[str, bool | str]:
-    """What to pass to `jax.jit(..., compiler_options=...)` around a sampling loop; platform: by default jax's own."""
-    return dict(CPU_OPTIONS) if (platform or jax.default_backend()) == "cpu" else {}
+TPU_OPTIONS: dict[str, bool | str] = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
+"""Twice the memory on the chip that a fused operation may use. For `LARGE_VMEM` alone: others may not have as much."""
+
+LARGE_VMEM = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
+"""Kinds of TPU, as jax names them (v5e, v5p, v6e), with 64 MiB of that memory or more."""
+
+
+def compiler_options(platform: str | None = None, kind: str = "") -> dict[str, bool | str]:
+    """What to pass to `jax.jit(..., compiler_options=...)` around a sampling loop.
+
+    platform, kind: a device's `platform` and `device_kind`; by default those of jax's first.
+    """
+    if platform is None:
+        platform, kind = jax.default_backend(), jax.devices()[0].device_kind
+    if platform == "tpu" and kind in LARGE_VMEM:
+        return dict(TPU_OPTIONS)
+    return dict(CPU_OPTIONS) if platform == "cpu" else {}
+
+
+FASTER: dict[str, Callable[[Any], Any]] = {"cpu": with_winograd, "tpu": with_tpu_layers}
+"""platform -> what `faster` does there."""
 
 
 def faster(tree: Any, platform: str | None = None) -> Any:
-    """A model, or whatever holds models, with layers that are faster there, equal to rounding; on a CPU `Winograd`.
+    """A model, or whatever holds models, with layers that are faster there, equal to rounding.
 
     To be called where a program begins, before its loop. platform: by default jax's own.
     """
-    return with_winograd(tree) if (platform or jax.default_backend()) == "cpu" else tree
+    return FASTER.get(platform or jax.default_backend(), lambda tree: tree)(tree)
 
 
 class Jit:
@@ -57,16 +82,28 @@ class Jit:
     """
 
     def __init__(self, function: Callable[..., Any], static_argnames: Sequence[str]):
-        @functools.wraps(function)
-        def tuned(*args: Any, **kwargs: Any) -> Any:
-            return function(*faster(args, "cpu"), **kwargs)
-
+        self.function, self.static_argnames = function, static_argnames
         self.plain = jax.jit(function, static_argnames=static_argnames)
-        self.on_cpu = jax.jit(tuned, static_argnames=static_argnames, compiler_options=CPU_OPTIONS)
+        self.on = functools.cache(self._on)
+
+    def _on(self, platform: str, kind: str) -> Any:
+        """The program for a kind of device."""
+
+        @functools.wraps(self.function)
+        def tuned(*args: Any, **kwargs: Any) -> Any:
+            return self.function(*faster(args, platform), **kwargs)
+
+        return jax.jit(tuned, static_argnames=self.static_argnames, compiler_options=compiler_options(platform, kind))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = jax.tree.leaves((args, kwargs))
         if any(isinstance(leaf, jax.core.Tracer) for leaf in [*leaves, jnp.zeros(())]):  # the last one's: under jit
             return self.plain(*args, **kwargs)
-        platforms = {device.platform for leaf in leaves if isinstance(leaf, jax.Array) for device in leaf.devices()}
-        return (self.on_cpu if platforms == {"cpu"} else self.plain)(*args, **kwargs)
+        kinds = {
+            (device.platform, device.device_kind)
+            for leaf in leaves
+            if isinstance(leaf, jax.Array)
+            for device in leaf.devices()
+        }
+        (where,) = kinds if len(kinds) == 1 else {None}
+        return self.plain(*args, **kwargs) if where is None else self.on(*where)(*args, **kwargs)

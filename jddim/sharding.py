@@ -163,10 +163,10 @@ def program(
     if problems:
         raise ValueError("sample: " + "; ".join(problems))
     data, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
 
     def part(model: Any, key: Array, first: Array, labels: Array | None) -> Array:
-        own: Any = dataclasses.replace(ddim, model=faster(model, platform))
+        own: Any = dataclasses.replace(ddim, model=faster(model, device.platform))
         return own.sample(key, num // parts, start=first[0], labels=labels, **dict(options))
 
     run = jax.shard_map(
@@ -178,7 +178,12 @@ def program(
         check_vma=False,  # it would have the loop's carry, constants at first, vary from the start
     )
     places = (param_shardings(ddim.model, mesh, rules), whole, data, data if labelled else None)
-    return jax.jit(run, in_shardings=places, out_shardings=data, compiler_options=compiler_options(platform))
+    return jax.jit(
+        run,
+        in_shardings=places,
+        out_shardings=data,
+        compiler_options=compiler_options(device.platform, device.device_kind),
+    )
 
 
 def lower(

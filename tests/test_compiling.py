@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jddim.compiling import CPU_OPTIONS, Jit, compiler_options
+from jddim.compiling import CPU_OPTIONS, TPU_OPTIONS, Jit, compiler_options
 
 pytestmark = pytest.mark.quick
 
@@ -32,14 +32,15 @@ def compiled() -> Jit:
 
 def test_options_are_those_of_the_platform() -> None:
     assert compiler_options("cpu") == CPU_OPTIONS
-    assert compiler_options("gpu") == compiler_options("tpu") == {}
+    assert compiler_options("gpu", "NVIDIA H100") == compiler_options("tpu") == compiler_options("tpu", "TPU v3") == {}
+    assert compiler_options("tpu", "TPU v5 lite") == TPU_OPTIONS
     program = jax.jit(jnp.sin, compiler_options=compiler_options())
     chex.assert_trees_all_close(program(X), np.sin(X), atol=1e-6)
 
 
 def test_called_at_the_top_it_has_the_options(compiled: Jit) -> None:
     chex.assert_trees_all_close(compiled(KERNEL, X, power=2), convolved(KERNEL, X, 2), rtol=1e-5, atol=1e-5)
-    assert (compiled.on_cpu._cache_size(), compiled.plain._cache_size()) == (1, 0)
+    assert (compiled.on("cpu", "cpu")._cache_size(), compiled.plain._cache_size()) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -55,4 +56,4 @@ def test_called_at_the_top_it_has_the_options(compiled: Jit) -> None:
 def test_under_every_transformation_it_is_part_of_the_callers_program(compiled: Jit, transformed: object) -> None:
     actual = transformed(compiled)(KERNEL, X)
     chex.assert_trees_all_close(actual, convolved(KERNEL, X, 2), rtol=1e-5, atol=1e-5)
-    assert compiled.on_cpu._cache_size() == 0
+    assert compiled.on("cpu", "cpu")._cache_size() == 0
