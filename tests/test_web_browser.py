@@ -156,7 +156,7 @@ def test_each_control_changes_what_it_should(page: Page) -> None:
     assert page.captions() == ["label 0", "label 1", "label 2"]
     assert not page.find("null_label").is_displayed()
     page.find("guided").click()  # this checkpoint records no null label: it has to be said
-    page.wait(lambda: page.find("null_label-problem").text == "must be a whole number in 0..4, got nothing")
+    page.wait(lambda: page.find("null_label-problem").text == "null_label must be a whole number in 0..4, got nothing")
     changes(lambda: page.type("null_label", "4"), "guidance_scale=2.0, null_label=4")
     changes(lambda: page.type("guidance_scale", "5.5"), "guidance_scale=5.5")
     changes(lambda: page.type("null_label", "2"), "null_label=2")
