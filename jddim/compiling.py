@@ -1,10 +1,10 @@
 """How the programs of `sample` and `invert` are compiled: what XLA does not choose by itself, in one place.
 
 On a TPU nothing was run; of v5e XLA's compiler says (`scripts/tpu_compile`: CIFAR-10's network, 256 images a chip,
-bfloat16, Mcycles a step) 48.97 as the network stands, 44.89 with upsampling and its convolution as one, 39.2 with the
-decoder's norms by parts as well (`jddim.tpu_layers`), and 37.0 with twice the scoped memory; four times it, 36.7, takes
-twice as long to compile. Tried and left out: q, k and v in one product (0.14 less), upsampling as four convolutions (2.4
-more than as it stands).
+bfloat16, Mcycles a step) 48.97 as the network stands, about 44.9 with upsampling and its convolution as one, 39.2 with
+the decoder's norms by parts as well (`jddim.tpu_layers`), and 36.8 with twice the scoped memory. Tried and left out: four
+times that memory (0.3 less, twice as long to compile), q, k and v in one product (0.14 less), upsampling as four
+convolutions (2.4 more than as it stands).
 
 On a CPU, XLA gives convolutions to YNNPACK, whose 3x3 ones are slower than Eigen's at nearly all sizes in a UNet.
 Medians of two runs, jax 0.10.2, 2 cores, one evaluation, milliseconds without and with the option: MNIST's network at
