@@ -2,8 +2,8 @@
 
 On a TPU nothing was run; of v5e XLA's compiler says (`scripts/tpu_compile`: CIFAR-10's network, 256 images a chip,
 bfloat16, Mcycles a step) 48.97 as the network stands, about 44.9 with upsampling and its convolution as one, 39.2 with
-the decoder's norms by parts as well (`jddim.tpu_layers`), and 36.8 with twice the scoped memory. Tried and left out: four
-times that memory (0.3 less, twice as long to compile), q, k and v in one product (0.14 less), upsampling as four
+the decoder's norms by parts as well (`jddim.tpu_layers`), and 36.8 with twice the scoped memory. Tried and left out:
+four times that memory (0.3 less, twice as long to compile), q, k and v in one product (0.14 less), upsampling as four
 convolutions (2.4 more than as it stands).
 
 On a CPU, XLA gives convolutions to YNNPACK, whose 3x3 ones are slower than Eigen's at nearly all sizes in a UNet.
