@@ -25,8 +25,9 @@ def best_batch_size(
     """The batch size for `num` images: 8 doubled while that pays and the network fits, or halved until it does.
 
     What is timed is the network alone, which nearly all of sampling's time goes to; each size tried is compiled.
-    memory: bytes that may be used; None: what the device has left. evaluations: images the network sees for each one
-    that is made (2 with classifier-free guidance). say: told of each size tried.
+    memory: bytes that may be used; None: what the device has left. Where its compiler does not say what a program
+    needs, time alone decides. evaluations: images the network sees for each one that is made (2 with classifier-free
+    guidance). say: told of each size tried.
     Raises ValueError if num is below 1, MemoryError if one image does not fit.
     """
     if num < 1:
@@ -35,14 +36,15 @@ def best_batch_size(
     best, best_rate, size = 0, 0.0, min(8, num)
     while size:
         run, needed = _network(ddim, size * evaluations)
-        if memory is not None and needed > memory:
+        if memory is not None and needed is not None and needed > memory:
             say(f"batch {size} needs {needed / 2**20:.0f} MiB, {memory / 2**20:.0f} are free")
             if best:
                 break
             size //= 2
             continue
         rate = size / _seconds(run)
-        say(f"batch {size}: {rate:.3g} images/s a step, {needed / 2**20:.0f} MiB")
+        taken = "memory not told" if needed is None else f"{needed / 2**20:.0f} MiB"
+        say(f"batch {size}: {rate:.3g} images/s a step, {taken}")
         if rate < WORTH * best_rate:
             break
         best, best_rate = size, rate
@@ -64,8 +66,8 @@ def free_memory() -> int | None:
     return None
 
 
-def _network(ddim: DDIM, size: int) -> tuple[Callable[[], Array], int]:
-    """A call of the network with so many images, and the bytes that it needs beside the weights."""
+def _network(ddim: DDIM, size: int) -> tuple[Callable[[], Array], int | None]:
+    """A call of the network with so many images, and the bytes that it needs beside the weights; None: not told."""
     config = ddim.model.config
     x_t = jnp.zeros((size, *config.image_size, config.input_channels), jnp.float32)
     t = jnp.full(size, ddim.schedule.num_train_timesteps // 2, jnp.int32)
@@ -82,8 +84,8 @@ def _network(ddim: DDIM, size: int) -> tuple[Callable[[], Array], int]:
     given = (model, x_t, t) if labels is None else (model, x_t, t, labels)
     program = jax.jit(lambda model, *inputs: model(*inputs)).lower(*given).compile(compiler_options())
     sizes: Any = program.memory_analysis()  # None where a device's compiler does not say
-    needed = 0 if sizes is None else sizes.temp_size_in_bytes + sizes.output_size_in_bytes
-    return lambda: program(*given), needed + more + x_t.nbytes
+    needed = None if sizes is None else sizes.temp_size_in_bytes + sizes.output_size_in_bytes + more + x_t.nbytes
+    return lambda: program(*given), needed
 
 
 def _seconds(run: Callable[[], Array]) -> float:

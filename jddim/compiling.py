@@ -21,8 +21,8 @@ groups (0.7).
 jaxlib has oneDNN's convolutions, PyTorch's own, but no option leads to them: the pass that would do so needs a macro
 that its wheels are built without (jaxlib 0.10.2; IsOneDnnCompatible in XLA's cpu_compiler.cc). A custom call by their
 name reaches them, and MNIST's network was 1.13 and 1.18 times as fast at batches of 64 and 16, CIFAR-10's no faster
-(10 interleaved calls). Left out: such a program cannot be serialised (std::bad_alloc), so each start would compile it
-and export could not write it, and XLA does not partition it over devices.
+(10 interleaved calls). Left out: such a program cannot be serialised (std::bad_alloc), so each start would compile it,
+and export could not promise where it runs.
 """
 
 from __future__ import annotations

@@ -20,10 +20,11 @@ Floats = NDArray[np.float64]
 class Moments:
     """Mean and covariance of features, gathered batch by batch without holding them.
 
-    count: n. mean: `(d,)`. scatter: `(d, d)`, the sum of outer products about the mean.
+    count: n; None: not told. mean: `(d,)`. scatter: `(d, d)`, the sum of outer products about the mean; their unbiased
+    mean, the covariance, where n is not told.
     """
 
-    count: int
+    count: int | None
     mean: Floats
     scatter: Floats
 
@@ -42,10 +43,15 @@ class Moments:
             raise ValueError(f"statistics must be (d,) and (d, d), got shapes {mean.shape} and {covariance.shape}")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise ValueError("statistics hold a NaN or infinity")
-        return cls(2, mean, covariance)  # two samples' scatter is their covariance
+        return cls(None, mean, covariance)
 
     def merged(self, other: Moments) -> Moments:
-        """Of both sets together (Chan, Golub and LeVeque's update, which does not cancel)."""
+        """Of both sets together (Chan, Golub and LeVeque's update, which does not cancel).
+
+        Raises ValueError if it is not known how many one of them are of.
+        """
+        if self.count is None or other.count is None:
+            raise ValueError("published statistics do not tell of how many samples they are, so nothing can be added")
         count = self.count + other.count
         delta = other.mean - self.mean
         scatter = self.scatter + other.scatter + np.outer(delta, delta) * (self.count * other.count / count)
@@ -53,7 +59,9 @@ class Moments:
 
     @property
     def covariance(self) -> Floats:
-        """Unbiased, as the FID of the literature has it; needs n >= 2."""
+        """Unbiased, as the FID of the literature has it. Raises ValueError for n below 2."""
+        if self.count is None:
+            return self.scatter
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
         return self.scatter / (self.count - 1)

@@ -210,7 +210,7 @@ def test_the_clean_image_is_not_divided_by_zero() -> None:
     [
         (
             {"convention": "openia"},
-            ["unknown convention 'openia'", "did you mean 'openai'", "paper, diffusers, openai"],
+            ["unknown convention 'openia'", "did you mean 'openai'? allowed: diffusers, openai, paper"],
         ),
         ({"refine": -1}, ["refine must be at least 0, got -1"]),
         ({"refine": 2, "convention": "openai"}, ["refine solves the sampler's own steps"]),

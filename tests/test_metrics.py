@@ -57,6 +57,10 @@ def test_moments_come_batch_by_batch() -> None:
     np.testing.assert_allclose(batched.mean, x.mean(0), rtol=1e-14)
     np.testing.assert_allclose(batched.covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(whole.covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-9)
+    published = Moments.given(whole.mean, whole.covariance)
+    assert frechet_distance(published, whole) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="of how many samples"):
+        whole.merged(published)
 
 
 def test_kernel_distance_is_the_unbiased_estimate() -> None:
