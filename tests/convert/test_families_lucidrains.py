@@ -364,6 +364,16 @@ def test_learned_features_go_back_as_a_bare_unet(tmp_path: Path) -> None:
     assert (again.model, again.schedule, again.sampler) == (first.model, first.schedule, first.sampler)
 
 
+def test_a_network_given_another_t_is_no_trainers(tmp_path: Path) -> None:
+    metadata = convert(write(tmp_path / "a.pt", trainer(CONFIG)), tmp_path / "out", settings=SETTINGS, verify=False)
+    other = dataclasses.replace(metadata, sampler=dataclasses.replace(metadata.sampler, timestep_scale=2.5))
+    params = jddim.checkpoint.load_params(tmp_path / "out", metadata)
+    jddim.checkpoint.save_checkpoint(tmp_path / "other", params, other)
+    with pytest.raises(ConversionError, match="given t times 2.5, there t itself"):
+        export(tmp_path / "other", tmp_path / "b.pt", "lucidrains")
+    assert not (tmp_path / "b.pt").exists()
+
+
 def test_other_wirings_are_refused(tmp_path: Path) -> None:
     from tiny import write_checkpoint
 
