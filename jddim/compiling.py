@@ -105,5 +105,7 @@ class Jit:
             if isinstance(leaf, jax.Array)
             for device in leaf.devices()
         }
-        (where,) = kinds if len(kinds) == 1 else {None}
-        return self.plain(*args, **kwargs) if where is None else self.on(*where)(*args, **kwargs)
+        if len(kinds) != 1:
+            return self.plain(*args, **kwargs)
+        (kind,) = kinds
+        return self.on(*kind)(*args, **kwargs)

@@ -370,11 +370,14 @@ class DDIM:
         }
         return options | ({"self_condition": True} if self.sampler.self_condition else {})
 
+    @property
+    def null_label(self) -> int | None:
+        """The label that meant none in training, as the checkpoint records it; None: it does not."""
+        return None if self.metadata is None else self.metadata.null_label
+
     def null_label_for(self, guidance_scale: Any, null_label: int | None) -> int | None:
         """The null label to guide with: the one given, else, where there is guidance, the checkpoint's own."""
-        if guidance_scale is None or null_label is not None or self.metadata is None:
-            return null_label
-        return self.metadata.null_label
+        return null_label if guidance_scale is None or null_label is not None else self.null_label
 
     def _guidance_problems(self, scale: ArrayLike | None, null_label: int | None, num: int, method: str) -> list[str]:
         if scale is None:

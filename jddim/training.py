@@ -550,8 +550,9 @@ def make_train_step(task: Task, mesh: Mesh | None = None) -> Any:
         draws = draw(jax.random.fold_in(key, state.step), task, batch["images"].shape, dtype)
         return update(task, table, optimizer, state, batch, draws)
 
-    if mesh is None:
-        return jax.jit(train_step, compiler_options=compiler_options(), donate_argnums=_donated(None))
+    if mesh is None:  # the platform alone, as below: what a kind of TPU has beside it was tried for sampling only
+        options = compiler_options(jax.default_backend())
+        return jax.jit(train_step, compiler_options=options, donate_argnums=_donated(None))
     if task.train.batch_size % mesh.shape["data"]:
         raise ValueError(
             f"batch_size must be a multiple of the {mesh.shape['data']} devices, got {task.train.batch_size}"

@@ -193,7 +193,7 @@ class Site:
             "width": width,
             "channels": channels,
             "classes": ddim.model.config.num_classes,
-            "null_label": ddim.null_label_for(1.0, None),
+            "null_label": ddim.null_label,
             "train_timesteps": ddim.schedule.num_train_timesteps,
             "spacings": spacings(ddim),
             "methods": self.methods[name],

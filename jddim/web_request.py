@@ -143,8 +143,7 @@ def spacings(ddim: DDIM) -> tuple[str, ...]:
 def classes_in_turn(ddim: DDIM) -> int | None:
     """How many classes "each" goes through: all, but for a last one that means no label."""
     classes = ddim.model.config.num_classes
-    last = ddim.metadata is not None and classes is not None and ddim.metadata.null_label == classes - 1
-    return classes - 1 if last and classes is not None else classes
+    return classes - 1 if classes is not None and ddim.null_label == classes - 1 else classes
 
 
 def labels_of(request: Asked, num_classes: int | None) -> NDArray[np.int32] | None:
@@ -230,7 +229,7 @@ def _classes(data: Mapping[str, Any], ddim: DDIM, number: Any, problems: dict[st
     found["label"] = "each" if data.get("label") == "each" else number("label", 0, classes - 1, 0)
     if data.get("guidance_scale") is not None:
         found["guidance_scale"] = number("guidance_scale", 0, 100, 1.0, whole=False)
-        found["null_label"] = number("null_label", 0, classes - 1, ddim.null_label_for(1.0, None))
+        found["null_label"] = number("null_label", 0, classes - 1, ddim.null_label)
     return found
 
 

@@ -126,9 +126,6 @@ def test_going_on_is_as_if_nothing_had_stopped_it(tmp_path: Path, run: Callable[
     assert sorted(a) == sorted(b) == [12, 14]
     assert_same_bits(a, b)
     assert load_metadata(tmp_path / "a").params_sha256 == load_metadata(tmp_path / "b").params_sha256
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"log\.jsonl is damaged: move it away"):
-        train_logs.JsonLines(tmp_path / "log.jsonl", 3)
     assert again[0] == f"going on after step 8 of {train_loop.run_folder(tmp_path / 'b')}"
     assert straight[-1].startswith("step 14/14  loss ")
     assert "0 s left" in straight[-1]
@@ -145,6 +142,12 @@ def test_going_on_is_as_if_nothing_had_stopped_it(tmp_path: Path, run: Callable[
     assert [path.name for path in pictures] == [f"step-{step:08d}.png" for step in (6, 12)]
     with Image.open(pictures[0]) as picture:
         assert picture.size == (3 * 12 + 2, 2 * 8 + 2)  # 5 of 10 x 6, in 3 columns
+
+
+def test_a_damaged_log_is_said(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl is damaged: move it away"):
+        train_logs.JsonLines(tmp_path / "log.jsonl", 3)
 
 
 def test_no_more_states_are_kept_however_often_it_was_stopped(tmp_path: Path, run: Callable[..., list[str]]) -> None:

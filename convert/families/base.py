@@ -105,6 +105,12 @@ class Family:
     hub_files: Callable[[str | None], Sequence[Sequence[str]]] | None = None
 
 
+def scaled_t(sampler: SamplerConfig) -> list[str]:
+    """Why a source that gives its network t itself cannot hold this sampler; empty if it can."""
+    scale = sampler.timestep_scale
+    return [] if scale == 1 else [f"the network is given t times {scale:g}, there t itself"]
+
+
 def check_sampler(sampler: SamplerConfig, schedule: ScheduleConfig) -> StepTable:
     """The table of the sampler's defaults, or ConversionError if sampling with them would fail."""
     try:

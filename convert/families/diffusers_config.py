@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from convert.engine import ConversionError, cannot_hold
-from convert.families.base import Wording, check_sampler
+from convert.families.base import Wording, check_sampler, scaled_t
 from convert.families.values import boolean, integer, literal, number, one_of, positive
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
@@ -563,8 +563,7 @@ def scheduler_json(metadata: Metadata) -> dict[str, Any]:
     low, high = s.clip_range
     if low != -high:
         problems.append(f"clip_range is {s.clip_range}, there -R..R")
-    if s.timestep_scale != 1:
-        problems.append(f"the network is given t times {s.timestep_scale:g}, there t itself")
+    problems += scaled_t(s)
     if s.self_condition:
         problems.append("self_condition is True, there always False")
     if problems:

@@ -17,9 +17,9 @@ import numpy as np
 import yaml
 
 from convert.engine import ConversionError, cannot_hold, shortened, source_tensors
-from convert.families.base import Family, Plan, Source, Wording, check_sampler
+from convert.families.base import Family, Plan, Source, Wording, check_sampler, scaled_t
 from convert.families.values import boolean, integer, literal, number, positive
-from convert.rules import Rules, source_of
+from convert.rules import Rules, from_layout, source_of
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata, abstract_model, flat_params
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions
@@ -399,12 +399,10 @@ def source_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
     """The source's tensors, name -> shape, without building its network: for files that tests make up."""
     shapes = {}
     for leaf, abstract in flat_params(abstract_model(config)).items():
-        name, shape = source_of(leaf, rules(config)), abstract.shape
-        if len(shape) == 4:
-            shape = (shape[3], shape[2], shape[0], shape[1])
-        elif len(shape) == 2:
-            shape = (shape[1], shape[0]) + ((1, 1) if ".attn" in name or "nin_shortcut" in name else ())
-        shapes[name] = shape
+        name = source_of(leaf, rules(config))
+        shape = from_layout(np.broadcast_to(np.float32(0), abstract.shape), leaf).shape
+        one_by_one = len(shape) == 2 and (".attn" in name or "nin_shortcut" in name)  # convolutions there
+        shapes[name] = (*shape, 1, 1) if one_by_one else shape
     return shapes
 
 
@@ -508,8 +506,7 @@ def _config_problems(metadata: Metadata) -> list[str]:
     sampler = metadata.sampler
     if sampler.prediction_type != "epsilon":
         problems.append(f"prediction_type is {sampler.prediction_type}, there epsilon")
-    if sampler.timestep_scale != 1:
-        problems.append(f"the network is given t times {sampler.timestep_scale:g}, there t itself")
+    problems += scaled_t(sampler)
     if sampler.variance not in ("fixed_small", "fixed_large"):
         problems.append(f"variance is {sampler.variance}, there fixed_small or fixed_large")
     if sampler.self_condition:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from convert.engine import ConversionError, shortened, source_tensors
-from convert.families.base import Family, Plan, Source, Wording
+from convert.families.base import Family, Plan, Source, Wording, scaled_t
 from convert.families.values import integer, one_of
 from convert.rules import Rules
 from convert.writers import save_torch, state_shapes
@@ -629,8 +629,7 @@ def write_trainer(metadata: Metadata, params: Tensors, path: Path) -> None:
         problems.append("GaussianDiffusion refuses a Unet with learned or random features of t; use lucidrains-unet")
     if metadata.schedule.zero_terminal_snr:
         problems.append("the schedule ends at alpha_bar = 0, which GaussianDiffusion divides by")
-    if metadata.sampler.timestep_scale != 1:
-        problems.append(f"the network is given t times {metadata.sampler.timestep_scale:g}, there t itself")
+    problems += scaled_t(metadata.sampler)
     if problems:
         raise ConversionError("; ".join(problems))
     objective = next(name for name, kind in OBJECTIVES.items() if kind == metadata.sampler.prediction_type)
