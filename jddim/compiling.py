@@ -2,7 +2,7 @@
 
 On a TPU nothing was run; of v5e XLA's compiler says (`scripts/tpu_compile`: CIFAR-10's network, 256 images a chip,
 bfloat16, Mcycles a step) 48.97 as the network stands, about 44.9 with upsampling and its convolution as one, 39.2 with
-the decoder's norms by parts as well (`jddim.tpu_layers`), and 36.8 with twice the scoped memory. Tried and left out:
+the decoder's norms by parts as well (`jddim.lean_layers`), and 36.8 with twice the scoped memory. Tried and left out:
 four times that memory (0.3 less, twice as long to compile), q, k and v in one product (0.14 less), upsampling as four
 convolutions (2.4 more than as it stands).
 
@@ -28,13 +28,14 @@ and export could not promise where it runs.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jddim.tpu_layers import with_tpu_layers
+from jddim.lean_layers import with_gpu_layers, with_tpu_layers
 from jddim.winograd import with_winograd
 
 CPU_OPTIONS: dict[str, bool | str] = {
@@ -50,28 +51,55 @@ LARGE_VMEM = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
 """Kinds of TPU, as jax names them (v5e, v5p, v6e), with 64 MiB of that memory or more."""
 
 
-def compiler_options(platform: str | None = None, kind: str = "") -> dict[str, bool | str]:
+GPU_OPTIONS: dict[str, bool | str] = {
+    # XLA's own kinds of command, and convolutions, which otherwise cut a step's CUDA graph into some thirty.
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,CONVOLUTION"
+    ),
+}
+"""For NVIDIA's GPUs."""
+
+
+class Kind(NamedTuple):
+    """What programs are compiled for. name: as `device_kind`; capability: the compute capability of an NVIDIA GPU."""
+
+    platform: str
+    name: str = ""
+    capability: tuple[int, int] | None = None
+
+
+def kind_of(device: Any = None) -> Kind:
+    """A device's kind; by default that of jax's first."""
+    device = jax.devices()[0] if device is None else device
+    version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))  # AMD's are gfx90a, ...
+    capability = None if version is None else (int(version[1]), int(version[2]))
+    return Kind(device.platform, device.device_kind, capability)
+
+
+def compiler_options(kind: Kind | None = None) -> dict[str, bool | str]:
     """What to pass to `jax.jit(..., compiler_options=...)` around a sampling loop.
 
-    platform, kind: a device's `platform` and `device_kind`; by default those of jax's first.
+    kind: by default that of jax's first device.
     """
-    if platform is None:
-        platform, kind = jax.default_backend(), jax.devices()[0].device_kind
-    if platform == "tpu" and kind in LARGE_VMEM:
+    kind = kind or kind_of()
+    if kind.platform == "tpu" and kind.name in LARGE_VMEM:
         return dict(TPU_OPTIONS)
-    return dict(CPU_OPTIONS) if platform == "cpu" else {}
+    if kind.platform == "gpu" and kind.capability is not None:
+        return dict(GPU_OPTIONS)
+    return dict(CPU_OPTIONS) if kind.platform == "cpu" else {}
 
 
-FASTER: dict[str, Callable[[Any], Any]] = {"cpu": with_winograd, "tpu": with_tpu_layers}
-"""platform -> what `faster` does there."""
-
-
-def faster(tree: Any, platform: str | None = None) -> Any:
+def faster(tree: Any, kind: Kind | None = None) -> Any:
     """A model, or whatever holds models, with layers that are faster there, equal to rounding.
 
-    To be called where a program begins, before its loop. platform: by default jax's own.
+    To be called where a program begins, before its loop. kind: by default that of jax's first device.
     """
-    return FASTER.get(platform or jax.default_backend(), lambda tree: tree)(tree)
+    kind = kind or kind_of()
+    if kind.platform == "cpu":
+        return with_winograd(tree)
+    if kind.platform == "tpu":
+        return with_tpu_layers(tree)
+    return tree if kind.capability is None else with_gpu_layers(tree, kind.capability)
 
 
 class Jit:
@@ -86,26 +114,26 @@ class Jit:
         self.plain = jax.jit(function, static_argnames=static_argnames)
         self.on = functools.cache(self._on)
 
-    def _on(self, platform: str, kind: str) -> Any:
-        """The program for a kind of device."""
+    def _on(self, kind: Kind) -> Any:
+        """The program for a kind of device, of its arguments' leaves: it takes milliseconds to flatten a model."""
 
-        @functools.wraps(self.function)
-        def tuned(*args: Any, **kwargs: Any) -> Any:
-            return self.function(*faster(args, platform), **kwargs)
+        def tuned(leaves: list[Any], structure: Any, **static: Any) -> Any:
+            args, kwargs = jax.tree.unflatten(structure, leaves)
+            return self.function(*faster(args, kind), **kwargs, **static)
 
-        return jax.jit(tuned, static_argnames=self.static_argnames, compiler_options=compiler_options(platform, kind))
+        tuned.__name__ = self.function.__name__
+        return jax.jit(
+            tuned, static_argnames=("structure", *self.static_argnames), compiler_options=compiler_options(kind)
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = jax.tree.leaves((args, kwargs))
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in [*leaves, jnp.zeros(())]):  # the last one's: under jit
-            return self.plain(*args, **kwargs)
-        kinds = {
-            (device.platform, device.device_kind)
-            for leaf in leaves
-            if isinstance(leaf, jax.Array)
-            for device in leaf.devices()
-        }
+        static = {name: kwargs.pop(name) for name in self.static_argnames if name in kwargs}
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        under_jit = jnp.zeros(())  # then, a tracer
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in [*leaves, under_jit])
+        devices = set() if traced else {each for x in leaves if isinstance(x, jax.Array) for each in x.devices()}
+        kinds = {kind_of(device) for device in devices}
         if len(kinds) != 1:
-            return self.plain(*args, **kwargs)
+            return self.plain(*args, **kwargs, **static)
         (kind,) = kinds
-        return self.on(*kind)(*args, **kwargs)
+        return self.on(kind)(leaves, structure=structure, **static)

@@ -21,7 +21,7 @@ from jax import Array, export, lax
 
 from jddim import __version__
 from jddim.checkpoint import build_model, flat_params
-from jddim.compiling import compiler_options, faster
+from jddim.compiling import Kind, compiler_options, faster
 from jddim.config import to_json
 from jddim.ddim import StepTable
 from jddim.images import atomic
@@ -98,7 +98,7 @@ def export_sampler(
         state, rows, etas, keys, limits, guidance = lax.optimization_barrier(values)
         model, labels = build_model(config, weights, ddim.model.dtype), given.get("labels")
         if platforms == ("cpu",):  # as `sample` has it there
-            model = faster(model, "cpu")
+            model = faster(model, Kind("cpu"))
         return _steps(model, state, rows, etas, keys, None, limits, labels, guidance, program=program).x_t
 
     batch = _batch(batch_size)
@@ -177,7 +177,7 @@ def _exported(
         **about,
         "arguments": {n: f"{v.dtype.name}{list(map(str, v.shape))}" for n, v in takes.items() if n != "weights"},
         "platforms": list(program.platforms),
-        "compiler_options": {name: compiler_options(name) for name in program.platforms},
+        "compiler_options": {name: compiler_options(Kind(name)) for name in program.platforms},
         "checkpoint_sha256": None if ddim.metadata is None else ddim.metadata.sha256,
         "sampler": to_json(ddim.sampler),
         "dtype": jnp.dtype(ddim.model.dtype).name,

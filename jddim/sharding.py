@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jddim.compiling import compiler_options, faster
+from jddim.compiling import compiler_options, faster, kind_of
 from jddim.config import did_you_mean
 from jddim.models import Network
 from jddim.pipeline import DDIM
@@ -163,10 +163,12 @@ def program(
     if problems:
         raise ValueError("sample: " + "; ".join(problems))
     data, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    device = mesh.devices.flat[0]
+    kind = kind_of(mesh.devices.flat[0])
+    # Cut along the channels a model stays as it is: the layers for TPUs and GPUs were tried whole.
+    plain = mesh.shape.get("model", 1) > 1 and kind.platform != "cpu"
 
     def part(model: Any, key: Array, first: Array, labels: Array | None) -> Array:
-        own: Any = dataclasses.replace(ddim, model=faster(model, device.platform))
+        own: Any = dataclasses.replace(ddim, model=model if plain else faster(model, kind))
         return own.sample(key, num // parts, start=first[0], labels=labels, **dict(options))
 
     run = jax.shard_map(
@@ -182,7 +184,7 @@ def program(
         run,
         in_shardings=places,
         out_shardings=data,
-        compiler_options=compiler_options(device.platform, device.device_kind),
+        compiler_options=compiler_options(kind),
     )
 
 

@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from jddim.checkpoint import build_model, flat_params
-from jddim.compiling import compiler_options
+from jddim.compiling import Kind, compiler_options
 from jddim.config import (
     PREDICTION_TYPES,
     VARIANCES,
@@ -428,7 +428,7 @@ def fresh_params(config: ModelConfig, seed: int) -> Params:
     defaults the loss on MNIST was 17 % above PyTorch's after 400 steps.
     """
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
+    @functools.partial(jax.jit, compiler_options=compiler_options(Kind(jax.default_backend())))
     def make(key: Array) -> Params:
         return flat_params(build(config, dtype=jnp.float32, rngs=_Keys(key)))
 
@@ -550,8 +550,8 @@ def make_train_step(task: Task, mesh: Mesh | None = None) -> Any:
         draws = draw(jax.random.fold_in(key, state.step), task, batch["images"].shape, dtype)
         return update(task, table, optimizer, state, batch, draws)
 
-    if mesh is None:  # the platform alone, as below: what a kind of TPU has beside it was tried for sampling only
-        options = compiler_options(jax.default_backend())
+    if mesh is None:  # the platform alone, as below: what a kind of device has beside it was tried for sampling only
+        options = compiler_options(Kind(jax.default_backend()))
         return jax.jit(train_step, compiler_options=options, donate_argnums=_donated(None))
     if task.train.batch_size % mesh.shape["data"]:
         raise ValueError(
@@ -563,7 +563,7 @@ def make_train_step(task: Task, mesh: Mesh | None = None) -> Any:
         train_step,
         in_shardings=(whole, cut, whole),
         out_shardings=whole,
-        compiler_options=compiler_options(platform),
+        compiler_options=compiler_options(Kind(platform)),
         donate_argnums=_donated(platform),
     )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jddim.compiling import CPU_OPTIONS, TPU_OPTIONS, Jit, compiler_options
+from jddim.compiling import CPU_OPTIONS, GPU_OPTIONS, TPU_OPTIONS, Jit, Kind, compiler_options, kind_of
 
 pytestmark = pytest.mark.quick
 
@@ -31,16 +33,26 @@ def compiled() -> Jit:
 
 
 def test_options_are_those_of_the_platform() -> None:
-    assert compiler_options("cpu") == CPU_OPTIONS
-    assert compiler_options("gpu", "NVIDIA H100") == compiler_options("tpu") == compiler_options("tpu", "TPU v3") == {}
-    assert compiler_options("tpu", "TPU v5 lite") == TPU_OPTIONS
+    assert compiler_options(Kind("cpu")) == CPU_OPTIONS
+    assert (
+        compiler_options(Kind("gpu")) == compiler_options(Kind("tpu")) == compiler_options(Kind("tpu", "TPU v3")) == {}
+    )
+    assert compiler_options(Kind("tpu", "TPU v5 lite")) == TPU_OPTIONS
+    assert compiler_options(Kind("gpu", "NVIDIA H100", (9, 0))) == GPU_OPTIONS
     program = jax.jit(jnp.sin, compiler_options=compiler_options())
     chex.assert_trees_all_close(program(X), np.sin(X), atol=1e-6)
 
 
+@pytest.mark.parametrize(("told", "capability"), [("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx90a", None), (None, None)])
+def test_a_kind_is_what_a_device_says_of_itself(told: str | None, capability: tuple[int, int] | None) -> None:
+    told_so = {} if told is None else {"compute_capability": told}
+    device = types.SimpleNamespace(platform="gpu", device_kind="a GPU", **told_so)
+    assert kind_of(device) == Kind("gpu", "a GPU", capability)  # AMD's GPUs are of the same platform
+
+
 def test_called_at_the_top_it_has_the_options(compiled: Jit) -> None:
     chex.assert_trees_all_close(compiled(KERNEL, X, power=2), convolved(KERNEL, X, 2), rtol=1e-5, atol=1e-5)
-    assert (compiled.on("cpu", "cpu")._cache_size(), compiled.plain._cache_size()) == (1, 0)
+    assert (compiled.on(kind_of())._cache_size(), compiled.plain._cache_size()) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -56,4 +68,4 @@ def test_called_at_the_top_it_has_the_options(compiled: Jit) -> None:
 def test_under_every_transformation_it_is_part_of_the_callers_program(compiled: Jit, transformed: object) -> None:
     actual = transformed(compiled)(KERNEL, X)
     chex.assert_trees_all_close(actual, convolved(KERNEL, X, 2), rtol=1e-5, atol=1e-5)
-    assert compiled.on("cpu", "cpu")._cache_size() == 0
+    assert compiled.on(kind_of())._cache_size() == 0

@@ -16,7 +16,7 @@ from tiny import random_model, small_config
 import jddim
 from jddim import winograd
 from jddim.batch_size import _network
-from jddim.compiling import faster
+from jddim.compiling import Kind, faster
 from jddim.export import export_sampler
 from jddim.models.layers import conv
 from jddim.sharding import Sharded, make_mesh
@@ -99,8 +99,8 @@ def test_only_what_it_can_do_and_what_pays_is_replaced() -> None:
     for height in (7, 9):
         x = jnp.asarray(RNG.standard_normal((1, height, 5, 128)), jnp.float32)
         chex.assert_trees_all_close(swapped["wide"](x), wide(x), rtol=0, atol=1e-5)
-    assert isinstance(faster({"wide": wide}, "cpu")["wide"], Winograd)
-    assert faster({"wide": wide}, "gpu")["wide"] is wide
+    assert isinstance(faster({"wide": wide}, Kind("cpu"))["wide"], Winograd)
+    assert faster({"wide": wide}, Kind("gpu"))["wide"] is wide
 
 
 def test_the_sampler_has_them_and_a_callers_program_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
