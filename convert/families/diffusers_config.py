@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from convert.engine import ConversionError, cannot_hold
 from convert.families.base import Wording, check_sampler, scaled_t
 from convert.families.values import boolean, integer, literal, number, one_of, positive
@@ -43,7 +41,7 @@ def _up_to(limit: int) -> Callable[[Any], int]:
 def _list(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     def read(value: Any) -> tuple[Any, ...]:
         if isinstance(value, str):  # --set block_out_channels=32,64
-            value = [yaml.safe_load(part) for part in value.split(",")]
+            value = [literal(part) for part in value.split(",")]
         try:
             return tuple(parse(item) for item in (value if isinstance(value, list) else [value]))
         except ValueError as error:

@@ -184,7 +184,7 @@ def _image_size(value: Any) -> tuple[int, int]:
 
 def _integers(value: Any) -> tuple[int, ...]:
     if isinstance(value, str):  # --set ch_mult=1,2,2
-        value = [yaml.safe_load(part) for part in value.split(",")]
+        value = [literal(part) for part in value.split(",")]
     items = value if isinstance(value, list) else [value]
     if any(isinstance(item, bool) or not isinstance(item, int) for item in items):
         raise ValueError("integers (KEY=1,2,2)")

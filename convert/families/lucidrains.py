@@ -19,7 +19,7 @@ import numpy as np
 
 from convert.engine import ConversionError, shortened, source_tensors
 from convert.families.base import Family, Plan, Source, Wording, scaled_t
-from convert.families.values import integer, one_of
+from convert.families.values import integer, number, one_of
 from convert.rules import Rules
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata
@@ -144,12 +144,6 @@ OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_predict
 BETA_SCHEDULES = ("linear", "cosine", "sigmoid")
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-        raise ValueError("a number")
-    return float(value)
-
-
 def _boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("True or False")
@@ -176,7 +170,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "beta_schedule": one_of(*BETA_SCHEDULES),
     **dict.fromkeys(("timesteps", "sampling_timesteps", "dim", "init_dim", "out_dim", "channels"), integer),
     **dict.fromkeys(("learned_sinusoidal_dim",), integer),
-    **dict.fromkeys(("ddim_sampling_eta", "sinusoidal_pos_emb_theta"), _number),
+    **dict.fromkeys(("ddim_sampling_eta", "sinusoidal_pos_emb_theta"), number),
     **dict.fromkeys(("auto_normalize", "self_condition", "learned_variance"), _boolean),
     **dict.fromkeys(("learned_sinusoidal_cond", "random_fourier_features"), _boolean),
     **dict.fromkeys(("dim_mults", "attn_dim_head", "attn_heads"), _each(integer)),

@@ -16,7 +16,8 @@ def literal(text: str) -> Any:
     """The YAML value of a --set, or the text itself where it is none."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    # Python's own errors: of a date without such a day, a number too long to read, brackets too deep, a tag on anything
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError):
         return text
 
 
@@ -31,7 +32,7 @@ def number(value: Any) -> float:
     """A finite number, or text of one: YAML 1.1 takes 1e-4 for text."""
     try:
         found = float("nan" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
         raise ValueError("a number")
