@@ -152,11 +152,11 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
     import jax.numpy as jnp
     import numpy as np
 
+    from jddim.arguments import eta_problems
     from jddim.compiling import compiler_options, faster
     from jddim.ddim import add_noise
     from jddim.editing import inpaint_loop, keep_of, tail
     from jddim.images import load_images, save_images
-    from jddim.pipeline import eta_problems
     from jddim.sampling import initial_noise, sample_keys, sample_loop
 
     config = ddim.model.config

@@ -26,7 +26,8 @@ from jddim.config import to_json
 from jddim.ddim import StepTable
 from jddim.images import atomic
 from jddim.models.layers import at_least_float32, cast_kernels
-from jddim.pipeline import DDIM, _initial_noise, _steps
+from jddim.pipeline import DDIM
+from jddim.programs import draw_noise, sample_segment
 from jddim.sampling import ddim_update, init_state, numbered_keys
 from jddim.solvers import cast, memory_of
 
@@ -81,7 +82,7 @@ def export_sampler(
     def sample(weights: dict[str, Array], seed: Array, numbers: Array, *rest: Array) -> Array:
         given = dict(zip(names[3:], rest, strict=True))
         keys = numbered_keys(jax.random.key(seed), numbers)
-        x_T = _initial_noise(keys, shape, dtype)
+        x_T = draw_noise(keys, shape, dtype)
         state = init_state(x_T, table, self_condition=ddim.sampler.self_condition)
         state = state if program.solver is None else state._replace(memory=memory_of(table, x_T))
         each = lambda value: jnp.broadcast_to(jnp.asarray(value, dtype), numbers.shape)  # noqa: E731
@@ -99,7 +100,7 @@ def export_sampler(
         model, labels = build_model(config, weights, ddim.model.dtype), given.get("labels")
         if platforms == ("cpu",):  # as `sample` has it there
             model = faster(model, Kind("cpu"))
-        return _steps(model, state, rows, etas, keys, None, limits, labels, guidance, program=program).x_t
+        return sample_segment(model, state, rows, etas, keys, None, limits, labels, guidance, program=program).x_t
 
     batch = _batch(batch_size)
     takes = {"weights": _shapes(ddim), "seed": _of((), jnp.uint32), "numbers": _of((batch,), jnp.uint32)}

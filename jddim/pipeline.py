@@ -4,48 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.checkpoint import Metadata, build_model, load_metadata, load_params
-from jddim.compiling import Jit
-from jddim.config import (
-    PREDICTION_TYPES,
-    VARIANCES,
-    ModelConfig,
-    SamplerConfig,
-    did_you_mean,
-    size_problems,
+from jddim.arguments import (
+    channels_first,
+    eta_problems,
+    guidance_problems,
+    image_problems,
+    is_zero,
+    label_problems,
+    range_problems,
 )
-from jddim.ddim import StepTable, largest_eta, sampler_table
-from jddim.denoisers import with_labels, with_scaled_time, with_self_condition, without_variance
-from jddim.guidance import Scale, classifier_free, label_pair
-from jddim.inversion import check_inversion, inversion_table, invert_steps
+from jddim.batches import Batch, in_batches
+from jddim.checkpoint import Metadata, build_model, load_metadata, load_params
+from jddim.config import (
+    SamplerConfig,
+)
+from jddim.ddim import StepTable, sampler_table
+from jddim.guidance import Scale
+from jddim.inversion import check_inversion, inversion_table
 from jddim.models import Network
-from jddim.models.layers import at_least_float32, cast_kernels
-from jddim.progress import Progress
+from jddim.models.layers import at_least_float32
+from jddim.programs import Program, draw_keys, draw_noise, invert_segment, network_denoiser, sample_segment
 from jddim.sampling import (
     Denoiser,
     State,
     Trajectory,
-    ancestral_steps,
-    check_prediction,
-    ddim_steps,
     init_state,
-    initial_noise,
-    sample_keys,
-    segments,
-    update_steps,
 )
 from jddim.schedule import NoiseSchedule, make_schedule
-from jddim.solvers import Solver, cast, find, memory_of, solver_update
+from jddim.solvers import cast, find, memory_of
 
 
 def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> DDIM:
@@ -183,16 +177,28 @@ class DDIM:
             num = x_T.shape[0] if x_T.ndim else None
         if image_size is None:
             image_size = ddim.model.config.image_size
-            if x_T is not None and x_T.ndim == 4 and not _channels_first(x_T, ddim.model.config.in_channels):
+            if x_T is not None and x_T.ndim == 4 and not channels_first(x_T, ddim.model.config.in_channels):
                 image_size = (x_T.shape[1], x_T.shape[2])
         shape = (*image_size, ddim.model.config.in_channels)
-        needs_noise = method == "ddpm" or (solver.stochastic if solver else not _is_zero(eta))
-        problems += ddim._problems(key, num, table, x_T, noise, shape, batch_size, dtype, needs_noise=needs_noise)
+        needs_noise = method == "ddpm" or (solver.stochastic if solver else not is_zero(eta))
+        problems += image_problems(
+            ddim.model.config,
+            ddim.sampler,
+            key,
+            num,
+            table,
+            x_T,
+            noise,
+            shape,
+            batch_size,
+            dtype,
+            needs_noise=needs_noise,
+        )
         if num is not None and num >= 1:
             problems += eta_problems(eta, num, table) if method == "ddim" else []
-            problems += _label_problems(ddim.model.config, labels, num)
+            problems += label_problems(ddim.model.config, labels, num)
             null_label = ddim.null_label_for(guidance_scale, null_label)
-            problems += ddim._guidance_problems(guidance_scale, null_label, num, method)
+            problems += guidance_problems(ddim.model.config, ddim.sampler, guidance_scale, null_label, num, method)
         if problems:
             raise ValueError("sample: " + "; ".join(problems))
         assert num is not None
@@ -201,22 +207,22 @@ class DDIM:
         etas = jnp.broadcast_to(jnp.asarray(eta, dtype), (num,))
         scales = None if guidance_scale is None else jnp.broadcast_to(jnp.asarray(guidance_scale, dtype), (num,))
 
-        def begin(batch: _Batch) -> State:
-            x = batch.of(x_T) if x_T is not None else _initial_noise(keys_of(batch), shape, dtype)
+        def begin(batch: Batch) -> State:
+            x = batch.of(x_T) if x_T is not None else draw_noise(keys_of(batch), shape, dtype)
             state = init_state(x, table, every, self_condition=ddim.sampler.self_condition)
             return state if solver is None else state._replace(memory=memory_of(table, x))
 
-        def keys_of(batch: _Batch) -> Array | None:
+        def keys_of(batch: Batch) -> Array | None:
             if key is None or key.ndim:
                 return None if key is None else batch.of(key)
-            return _keys(key, start + batch.low, batch.size)
+            return draw_keys(key, start + batch.low, batch.size)
 
-        def advance(batch: _Batch, state: State, segment: Any) -> State:
+        def advance(batch: Batch, state: State, segment: Any) -> State:
             noise_rows = None
             if noise is not None:
                 first = int(segment.step[0])
                 noise_rows = batch.of(noise[first : first + segment.num_steps], axis=1)
-            return _steps(
+            return sample_segment(
                 ddim.model,
                 state,
                 segment,
@@ -229,7 +235,7 @@ class DDIM:
                 program=program,
             )
 
-        def seen(batch: _Batch, state: State, segment: Any) -> None:
+        def seen(batch: Batch, state: State, segment: Any) -> None:
             if on_segment is not None and state.trajectory is not None and every is not None:
                 last = int(segment.step[-1])
                 x_t, x0_hat = (x[: batch.taken] for x in (state.x_t, state.trajectory.x0_hat[last // every]))
@@ -238,7 +244,7 @@ class DDIM:
         images: list[Array] = []
         trajectories: list[Trajectory] = []
         watch = None if on_segment is None else seen
-        for taken, state in _in_batches(num, batch_size, table, begin, advance, start, progress, watch):
+        for taken, state in in_batches(num, batch_size, table, begin, advance, start, progress, watch):
             images.append(state.x_t[:taken])
             if state.trajectory is not None and trajectory_every is not None:
                 t, x_t, x0_hat = state.trajectory
@@ -293,13 +299,24 @@ class DDIM:
         table = ddim.table(steps, spacing, dtype)
         labels = None if labels is None else jnp.asarray(labels)
         num, shape = len(images), (*images.shape[1:3], config.in_channels)
-        problems = ddim._problems(
-            None, num, table, images, None, shape, batch_size, dtype, needs_noise=False, start="images"
+        problems = image_problems(
+            ddim.model.config,
+            ddim.sampler,
+            None,
+            num,
+            table,
+            images,
+            None,
+            shape,
+            batch_size,
+            dtype,
+            needs_noise=False,
+            start="images",
         )
-        problems += _label_problems(config, labels, num) + _range_problems(images)
+        problems += label_problems(config, labels, num) + range_problems(images)
         null_label = ddim.null_label_for(guidance_scale, null_label)
-        problems += ddim._guidance_problems(guidance_scale, null_label, num, "ddim")
-        if not _is_zero(eta):
+        problems += guidance_problems(ddim.model.config, ddim.sampler, guidance_scale, null_label, num, "ddim")
+        if not is_zero(eta):
             problems.append(f"inversion is deterministic, so eta must be 0, got {eta}: added noise cannot be undone")
         if ddim.sampler.self_condition:
             problems.append(
@@ -317,11 +334,11 @@ class DDIM:
         rows, limits = inversion_table(table, convention), ddim._limits(dtype)
         scales = None if guidance_scale is None else jnp.broadcast_to(jnp.asarray(guidance_scale, dtype), (num,))
 
-        def begin(batch: _Batch) -> State:
+        def begin(batch: Batch) -> State:
             return init_state(batch.of(images), rows)
 
-        def advance(batch: _Batch, state: State, segment: StepTable) -> State:
-            return _invert_steps(
+        def advance(batch: Batch, state: State, segment: StepTable) -> State:
+            return invert_segment(
                 ddim.model,
                 state,
                 segment,
@@ -332,7 +349,7 @@ class DDIM:
                 refine=refine,
             )
 
-        batches = _in_batches(num, batch_size, rows, begin, advance, 0, progress)
+        batches = in_batches(num, batch_size, rows, begin, advance, 0, progress)
         inverted = [state.x_t[:taken] for taken, state in batches]
         return inverted[0] if len(inverted) == 1 else jnp.concatenate(inverted)
 
@@ -349,14 +366,14 @@ class DDIM:
         """
         labels = None if labels is None else jnp.asarray(labels)
         num = 1 if labels is None or labels.ndim == 0 else labels.shape[0]
-        problems = _label_problems(self.model.config, labels, num)
+        problems = label_problems(self.model.config, labels, num)
         scale = 1.0 if callable(guidance_scale) else guidance_scale
         null_label = self.null_label_for(guidance_scale, null_label)
-        problems += self._guidance_problems(scale, null_label, num, "ddim")
+        problems += guidance_problems(self.model.config, self.sampler, scale, null_label, num, "ddim")
         if problems:
             raise ValueError("denoiser: " + "; ".join(problems))
         guidance = None if guidance_scale is None else (guidance_scale, null_label)
-        return _denoiser(self.model, self._program("ddim", None), labels, guidance)
+        return network_denoiser(self.model, self._program("ddim", None), labels, guidance)
 
     def conventions(self, dtype: DTypeLike = np.float32) -> dict[str, Any]:
         """The checkpoint's conventions as keyword arguments of `sample_loop`, and of `inpaint_loop` and `invert_loop`.
@@ -379,33 +396,9 @@ class DDIM:
         """The null label to guide with: the one given, else, where there is guidance, the checkpoint's own."""
         return null_label if guidance_scale is None or null_label is not None else self.null_label
 
-    def _guidance_problems(self, scale: ArrayLike | None, null_label: int | None, num: int, method: str) -> list[str]:
-        if scale is None:
-            return (
-                [] if null_label is None else ["null_label is for guidance: give guidance_scale too, or leave it out"]
-            )
-        config = self.model.config
-        if config.class_embedding != "learned":
-            return ["guidance_scale needs a network with learned class labels; this one has none"]
-        problems = []
-        if null_label is None or not 0 <= null_label < (config.num_classes or 0):
-            problems.append(
-                f"guidance_scale needs null_label, the one of 0..{(config.num_classes or 1) - 1} that meant no label "
-                f"in training; got {null_label}"
-            )
-        if np.shape(scale) not in ((), (num,)):
-            problems.append(
-                f"guidance_scale must be a scalar or one value per image ({num},), got shape {np.shape(scale)}"
-            )
-        elif not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, float)).all():
-            problems.append(f"guidance_scale must be finite, got {scale}")
-        if method == "ddpm" and self.sampler.variance == "learned_range":
-            problems.append("guidance of a learned variance is not defined: use method ddim, or a fixed variance")
-        return problems
-
-    def _program(self, method: str, trajectory_every: int | None) -> _Program:
+    def _program(self, method: str, trajectory_every: int | None) -> Program:
         c = self.sampler
-        return _Program(
+        return Program(
             method=method,
             solver=None if method in ("ddim", "ddpm") else find(method, also=("ddpm",)),
             prediction_type=c.prediction_type,
@@ -424,306 +417,3 @@ class DDIM:
         if not c.clip:
             return {}
         return {"clip_range": (jnp.asarray(c.clip_range[0], dtype), jnp.asarray(c.clip_range[1], dtype))}
-
-    def _problems(
-        self,
-        key: Array | None,
-        num: int | None,
-        table: StepTable,
-        x_T: Array | np.ndarray | None,
-        noise: Array | np.ndarray | None,
-        shape: tuple[int, ...],
-        batch_size: int | None,
-        dtype: DTypeLike,
-        *,
-        needs_noise: bool,
-        start: str = "x_T",
-    ) -> list[str]:
-        """Everything wrong with the arguments that all methods take, as sentences; `start`: what x_T is called."""
-        config = self.model.config
-        problems = size_problems(config, (shape[0], shape[1]))
-        outputs = 2 if self.sampler.variance == "learned_range" else 1
-        if outputs * config.in_channels != config.out_channels:
-            problems.append(
-                f"this model maps {config.in_channels} channels to {config.out_channels}; sampling needs "
-                + ("twice as many out (its variance is learned)" if outputs == 2 else "both equal")
-            )
-        if num is None or num < 1:
-            problems.append(f"num must be at least 1, got {num}")
-            return problems
-        if batch_size is not None and batch_size < 1:
-            problems.append(f"batch_size must be at least 1, got {batch_size}")
-        if key is None and (x_T is None or (noise is None and needs_noise)):
-            what = "x_T" if x_T is None else "the noise of each step (eta > 0)"
-            problems.append(f"a key is needed for {what}: jax.random.key(seed)")
-        if key is not None and not (isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-            got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else repr(key)
-            problems.append(f"key must be jax.random.key(seed), got {got}")
-        elif key is not None and key.shape not in ((), (num,)):
-            problems.append(f"key must be one key, or one per image ({num},), got shape {key.shape}")
-        low, high = self.sampler.clip_range
-        if self.sampler.clip and not low < high:
-            problems.append(f"clip_range must be (low, high) with low < high, got {self.sampler.clip_range}")
-        if self.sampler.threshold_ratio is not None and not 0 < self.sampler.threshold_ratio <= 1:
-            problems.append(f"threshold_ratio must lie in (0, 1], got {self.sampler.threshold_ratio}")
-        try:
-            check_prediction(table, self.sampler.prediction_type)
-        except ValueError as error:
-            problems.append(str(error))
-        for name, array, expected in (
-            (start, x_T, (num, *shape)),
-            ("noise", noise, (table.num_steps, num, *shape)),
-        ):
-            if array is None:
-                continue
-            if np.shape(array) != expected:
-                of_steps = f", one row for each of {table.num_steps} steps" if name == "noise" else ""
-                problems.append(f"{name} must have shape {expected}{of_steps}, got {np.shape(array)}")
-                if np.ndim(array) == len(expected) and _channels_first(array, expected[-1]):
-                    problems.append(
-                        f"{name} looks like (N, C, H, W), got {np.shape(array)}: transpose it to (N, H, W, C)"
-                    )
-            elif array.dtype != dtype:
-                problems.append(f"{name} must be {jnp.dtype(dtype)}, got {array.dtype}")
-            elif not isinstance(array, jax.core.Tracer) and not _all_finite(array):
-                where = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
-                problems.append(f"{name} holds a NaN or infinity, first at {where}")
-        return problems
-
-
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """What a compiled segment of sampling depends on beside shapes: static, hashable."""
-
-    method: str
-    solver: Solver | None
-    prediction_type: str
-    timestep_scale: float
-    rederive_eps: bool
-    variance: str
-    self_condition: bool
-    trajectory_every: int | None
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a name that is not known."""
-        for name, value, known in (
-            ("prediction_type", self.prediction_type, PREDICTION_TYPES),
-            ("variance", self.variance, VARIANCES),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
-
-
-@partial(Jit, static_argnames=("program",))
-def _steps(
-    model: Network,
-    state: State,
-    table: StepTable,
-    eta: Array,
-    keys: Array | None,
-    noise: Array | None,
-    limits: dict[str, tuple[Array, Array]],
-    labels: Array | None,
-    guidance: tuple[Array, Array] | None = None,
-    *,
-    program: _Program,
-) -> State:
-    """One segment of the scan, the program that `sample` compiles. Everything that may change is an argument."""
-    denoise = _denoiser(cast_kernels(model), program, labels, guidance)
-    common: dict[str, Any] = {
-        "key": keys,
-        "noise": noise,
-        "prediction_type": program.prediction_type,
-        "trajectory_every": program.trajectory_every,
-        "clip_range": None,
-        **limits,
-    }
-    if program.solver is not None:
-        update = solver_update(program.solver, prediction_type=program.prediction_type, **limits)
-        return update_steps(
-            denoise,
-            update,
-            state,
-            table,
-            key=keys,
-            noise=noise,
-            deterministic=not program.solver.stochastic,
-            trajectory_every=program.trajectory_every,
-        )
-    if program.method == "ddpm":
-        return ancestral_steps(denoise, state, table, variance=program.variance, **common)
-    return ddim_steps(
-        denoise,
-        state,
-        table,
-        eta=0.0 if keys is None and noise is None else eta,  # without noise eta is 0: `sample` has checked
-        rederive_eps=program.rederive_eps,
-        **common,
-    )
-
-
-@partial(Jit, static_argnames=("program", "refine"))
-def _invert_steps(
-    model: Network,
-    state: State,
-    rows: StepTable,
-    limits: dict[str, tuple[Array, Array]],
-    labels: Array | None,
-    guidance: tuple[Array, Array] | None,
-    *,
-    program: _Program,
-    refine: int,
-) -> State:
-    """One segment of inversion, the program that `invert` compiles."""
-    denoise = _denoiser(cast_kernels(model), program, labels, guidance)
-    conventions: dict[str, Any] = {
-        "prediction_type": program.prediction_type,
-        "rederive_eps": program.rederive_eps,
-        **limits,
-    }
-    return invert_steps(denoise, state, rows, refine=refine, **conventions)
-
-
-def _denoiser(model: Denoiser, program: _Program, labels: Array | None, guidance: tuple[Any, Any] | None) -> Denoiser:
-    """The network as the loops take it: given t as it was trained with, at these labels or guided by them."""
-    denoise = model if program.timestep_scale == 1 else with_scaled_time(model, program.timestep_scale)
-    if labels is not None and guidance is not None:
-        scale, null_label = guidance
-        denoise = classifier_free(label_pair(denoise, labels, null_label), scale)
-    elif labels is not None:
-        denoise = with_labels(denoise, labels)
-    if program.variance == "learned_range" and program.method != "ddpm":
-        denoise = without_variance(denoise)
-    return with_self_condition(denoise) if program.self_condition else denoise
-
-
-_keys = jax.jit(lambda key, start, num: sample_keys(key, num, start), static_argnums=2)
-_initial_noise = jax.jit(initial_noise, static_argnums=(1, 2))
-
-
-class _Batch(NamedTuple):
-    """Images low..low+taken-1 of a run, computed as `size` of them: the last batch too has the others' program."""
-
-    low: int
-    taken: int
-    size: int
-
-    def of(self, x: Array | np.ndarray, axis: int = 0) -> Array:
-        """Its part of `x`; its last sample repeated to make a full batch, whose copies are dropped afterwards."""
-        rows = jnp.asarray(x[(slice(None),) * axis + (slice(self.low, self.low + self.taken),)])
-        missing = self.size - self.taken
-        if not missing:
-            return rows
-        return jnp.concatenate([rows, jnp.repeat(jnp.take(rows, jnp.array([-1]), axis), missing, axis)], axis)
-
-
-def _in_batches(
-    num: int,
-    batch_size: int | None,
-    table: Any,
-    begin: Callable[[_Batch], State],
-    advance: Callable[[_Batch, State, Any], State],
-    start: int,
-    progress: bool,
-    seen: Callable[[_Batch, State, Any], None] | None = None,
-) -> Iterator[tuple[int, State]]:
-    """Each batch from `begin` through the table by `advance`: (how many of its samples count, its last state).
-
-    In segments if there is progress to show or `seen` wants to be called after each. start: the number of image 0.
-    Raises FloatingPointError if a sample leaves the finite numbers.
-    """
-    size = min(batch_size or num, num)
-    cut = segments(table) if progress or seen else [table]
-    with Progress(num, f"{table.num_steps} steps", enabled=progress) as bar:
-        for low in range(0, num, size):
-            batch = _Batch(low, min(size, num - low), size)
-            state = begin(batch)
-            for segment in cut:
-                state = advance(batch, state, segment)
-                if progress:  # between segments Ctrl-C is heard, and a NaN seen, with a terminal or without
-                    _raise_if_bad(state, table, start + low, batch.taken)
-                    bar.add(batch.taken * segment.num_steps / table.num_steps)
-                if seen is not None:
-                    seen(batch, state, segment)
-            _raise_if_bad(state, table, start + low, batch.taken)
-            yield batch.taken, state
-
-
-def eta_problems(eta: ArrayLike, num: int, table: StepTable) -> list[str]:
-    """What is wrong with eta, a scalar or `(num,)`, for this table, as sentences."""
-    if np.shape(eta) not in ((), (num,)):
-        return [f"eta must be a scalar or one value per image ({num},), got shape {np.shape(eta)}"]
-    if isinstance(eta, jax.core.Tracer):
-        return []
-    etas = np.asarray(eta, float)
-    bad = ~((etas >= 0) & np.isfinite(etas))
-    if bad.any():
-        return [f"eta must be a finite number >= 0, got {etas[bad].flat[0]}"]
-    if np.max(etas) > (limit := largest_eta(table)):
-        return [
-            f"eta {np.max(etas):g} is too large for this table: above {limit:g} a step's "
-            "1 - alpha_bar_prev - sigma^2 is negative"
-        ]
-    return []
-
-
-def _range_problems(images: Array | np.ndarray) -> list[str]:
-    """Unclipped samples overshoot [-1, 1] a little; what leaves [-2, 2] is something else."""
-    if isinstance(images, jax.core.Tracer) or images.size == 0 or not _all_finite(images):
-        return []
-    low, high = float(images.min()), float(images.max())
-    if low >= -2 and high <= 2:
-        return []
-    return [f"images must lie in [-1, 1], got {low:g}..{high:g}; of numbers in 0..255 take x / 127.5 - 1"]
-
-
-def _label_problems(config: ModelConfig, labels: Array | None, num: int) -> list[str]:
-    kind = config.class_embedding
-    if kind is None:
-        return [] if labels is None else ["this network has no classes: leave labels out"]
-    if labels is None:
-        what = f"integers in 0..{(config.num_classes or 1) - 1}" if kind == "learned" else f"for a {kind} embedding"
-        return [f"this network is class-conditional: give labels, one an image, {what}"]
-    shape = labels.shape
-    if kind == "identity":
-        return [] if len(shape) == 2 and shape[0] == num else [f"labels must have shape ({num}, width), got {shape}"]
-    if shape != (num,):
-        return [f"labels must have shape ({num},), one an image, got {shape}"]
-    if kind == "timestep" or isinstance(labels, jax.core.Tracer):
-        return []
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        return [f"labels must be integers, got {labels.dtype}"]
-    outside = [int(label) for label in np.asarray(labels) if not 0 <= label < (config.num_classes or 1)]
-    if outside:
-        return [f"labels must lie in 0..{(config.num_classes or 1) - 1}, got {outside[0]}"]
-    return []
-
-
-def _channels_first(array: Array | np.ndarray, channels: int) -> bool:
-    """Whether images (or noise) of so many channels have PyTorch's layout."""
-    return array.shape[-3] == channels != array.shape[-1]
-
-
-def _all_finite(array: Array | np.ndarray) -> bool:
-    """Asked where the array is: what lies on a GPU is not fetched for it."""
-    return bool((jnp if isinstance(array, Array) else np).isfinite(array).all())
-
-
-def _is_zero(eta: ArrayLike) -> bool:
-    return not isinstance(eta, jax.core.Tracer) and not np.any(np.asarray(eta))
-
-
-def _raise_if_bad(state: State, table: StepTable, start: int, count: int) -> None:
-    """Raise if any of the batch's first `count` samples has left the finite numbers."""
-    if isinstance(state.first_bad, jax.core.Tracer):
-        return
-    first_bad = np.asarray(state.first_bad)[:count]
-    bad = np.flatnonzero(first_bad >= 0)
-    if bad.size:
-        worst = bad[np.argmin(first_bad[bad])]
-        step = int(first_bad[worst])
-        raise FloatingPointError(
-            f"a NaN or infinity appeared in image {start + worst} at step {step + 1} of {table.num_steps} "
-            f"(t = {np.asarray(table.t)[step]}), in {bad.size} of {count} images of this batch; "
-            "check the weights (jddim verify), or clip x0, or use float32"
-        )

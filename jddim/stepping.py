@@ -1,9 +1,9 @@
 """Sampling by one evaluation a call, where the number of steps is data: for programs that answer people.
 
 `DDIM.sample` scans over a table, whose length is a shape, so each S compiles. Here a call takes one row, by the same
-program (`jddim.pipeline._steps`) with a table of length 1, and images go in groups of one size, the last filled up: S,
-eta, spacing, seed, label and guidance scale are arguments, and only the method, and whether there is guidance, choose
-the program. Between calls other work can be done, and the run be dropped.
+program (`jddim.programs.sample_segment`) with a table of length 1, and images go in groups of one size, the last
+filled up: S, eta, spacing, seed, label and guidance scale are arguments, and only the method, and whether there is
+guidance, choose the program. Between calls other work can be done, and the run be dropped.
 
 A run is made without touching the device; `step` makes the next evaluation, in whatever thread calls it.
 """
@@ -20,11 +20,14 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
+from jddim.arguments import eta_problems, guidance_problems, label_problems
+from jddim.batches import raise_if_bad
 from jddim.ddim import StepTable
 from jddim.editing import keep_known, slerp
 from jddim.inversion import inversion_table
 from jddim.models.layers import at_least_float32
-from jddim.pipeline import DDIM, _initial_noise, _invert_steps, _label_problems, _raise_if_bad, _steps, eta_problems
+from jddim.pipeline import DDIM
+from jddim.programs import draw_noise, invert_segment, sample_segment
 from jddim.sampling import State, check_prediction, init_state, numbered_keys
 from jddim.solvers import SolverTable, cast, memory_of
 
@@ -85,9 +88,9 @@ class Sampling:
         self.program = ddim._program(method, _ONE_SLOT)
         table: Any = ddim.table(steps, spacing, np.float64 if self.program.solver else dtype)
         null_label = ddim.null_label_for(guidance_scale, null_label)
-        problems = ddim._guidance_problems(guidance_scale, null_label, self.num, method)
+        problems = guidance_problems(ddim.model.config, ddim.sampler, guidance_scale, null_label, self.num, method)
         given = None if labels is None else jnp.asarray(labels)
-        problems += _label_problems(ddim.model.config, given, self.num)
+        problems += label_problems(ddim.model.config, given, self.num)
         if method == "ddim":
             problems += eta_problems(etas, self.num, table)
         if known is not None and method != "ddim":
@@ -121,7 +124,7 @@ class Sampling:
             state = self._begin(g, keys)
         row = _row(self.table, i)
         scales = np.full(GROUP, self.guidance_scale or 0, self.dtype)
-        state = _steps(
+        state = sample_segment(
             self.ddim.model,
             state,
             row,
@@ -139,7 +142,7 @@ class Sampling:
         self.states[g] = state
         self.done += 1
         if i == self.table.num_steps - 1:
-            _raise_if_bad(state, self.table, self.lows[g], min(GROUP, self.num - self.lows[g]))
+            raise_if_bad(state, self.table, self.lows[g], min(GROUP, self.num - self.lows[g]))
 
     def x_t(self) -> Floats:
         """The samples as they are, `(num, h, w, c)`; zeros where the first call is still to come."""
@@ -158,7 +161,7 @@ class Sampling:
         if self.x_T is not None:
             x_T = jnp.asarray(self._of(self.x_T, g), self.dtype)
         else:
-            x_T = _initial_noise(keys, (*config.image_size, config.in_channels), self.dtype)
+            x_T = draw_noise(keys, (*config.image_size, config.in_channels), self.dtype)
         self.starts[g] = x_T
         state = init_state(x_T, self.table, _ONE_SLOT, self_condition=self.ddim.sampler.self_condition)
         return state if self.program.solver is None else state._replace(memory=memory_of(self.table, x_T))
@@ -193,8 +196,8 @@ class Inversion:
     ):
         labels = None if label is None else np.full(1, label, np.int32)
         null_label = ddim.null_label_for(guidance_scale, null_label)
-        problems = ddim._guidance_problems(guidance_scale, null_label, 1, "ddim")
-        problems += _label_problems(ddim.model.config, None if labels is None else jnp.asarray(labels), 1)
+        problems = guidance_problems(ddim.model.config, ddim.sampler, guidance_scale, null_label, 1, "ddim")
+        problems += label_problems(ddim.model.config, None if labels is None else jnp.asarray(labels), 1)
         if ddim.sampler.self_condition:
             problems.append("this network is self-conditioned, and cannot be inverted")
         if problems:
@@ -214,7 +217,7 @@ class Inversion:
         """One row up."""
         state = self.state or init_state(jnp.asarray(self.picture), self.rows)
         row = _row(self.rows, self.done)
-        state = _invert_steps(
+        state = invert_segment(
             self.ddim.model,
             state,
             row,
@@ -227,7 +230,7 @@ class Inversion:
         self.state = jax.block_until_ready(state)
         self.done += 1
         if self.done == self.total:
-            _raise_if_bad(state, self.rows, 0, 1)
+            raise_if_bad(state, self.rows, 0, 1)
 
     def x_t(self) -> Floats:
         """The picture on its way to x_T, `(1, h, w, c)`."""
@@ -276,7 +279,7 @@ class Between:
             config = s.ddim.model.config
             numbers = np.zeros(GROUP, np.uint32)
             shape = (*config.image_size, config.in_channels)
-            ends = [_initial_noise(_image_keys(jax.random.key(i), numbers), shape, s.dtype) for i in self.seeds]
+            ends = [draw_noise(_image_keys(jax.random.key(i), numbers), shape, s.dtype) for i in self.seeds]
             fractions = np.linspace(0, 1, s.num, dtype=np.float32)
             line = [_slerp(*ends, s._of(fractions, g)) for g in range(len(s.lows))]
             s.x_T = np.concatenate([np.asarray(x) for x in line])[: s.num]

@@ -10,7 +10,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jddim.pipeline import DDIM, eta_problems
+from jddim.arguments import eta_problems
+from jddim.pipeline import DDIM
 from jddim.sampling import sample_keys
 
 PER_IMAGE = {"labels": 0, "guidance_scale": 0, "x_T": 0, "noise": 1}
