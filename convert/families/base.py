@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert.engine import ConversionError
+from convert.families.tensors import Tensors
 from convert.rules import Rules
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig
@@ -22,7 +21,7 @@ from jddim.schedule import make_schedule
 class Source:
     """One set of weights taken out of a file. tensors: torch names, without wrappers' prefixes -> arrays."""
 
-    tensors: Mapping[str, np.ndarray]
+    tensors: Tensors
     weights: str  # "ema", "raw", or "unstated" for a bare state dict
     step: int | None = None
     note: str = ""
@@ -91,13 +90,11 @@ class Family:
     title: str
     recognise: Callable[[Any], bool]
     open_source: Callable[[Any, str | None, str], Source]
-    plan: Callable[[Mapping[str, np.ndarray], Mapping[str, Any] | None, Mapping[str, str]], Plan]
+    plan: Callable[[Tensors, Mapping[str, Any] | None, Mapping[str, str]], Plan]
     reference: Callable[..., Any]
     settings: Mapping[str, str]
     presets: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
-    formats: Mapping[str, Callable[[Metadata, Mapping[str, np.ndarray], Path], None]] = dataclasses.field(
-        default_factory=dict
-    )
+    formats: Mapping[str, Callable[[Metadata, Tensors, Path], None]] = dataclasses.field(default_factory=dict)
     locate: Callable[[Path, str | None, str | None], Path | None] | None = None
     config_files: Callable[[Path], Iterable[Path]] = lambda weights: [weights.parent / "config.yml"]
     config_section: Callable[[Mapping[str, Any]], str] | None = None

@@ -13,19 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert.engine import ConversionError, shortened, source_tensors
 from convert.families import diffusers_config as configs
 from convert.families.base import Family, Plan, Source
+from convert.families.tensors import Tensors, check_tensors
 from convert.rules import Rules
 from convert.shards import INDEX
 from convert.writers import save_safetensors, state_shapes
 from jddim.checkpoint import Metadata
 from jddim.config import UNetConfig, did_you_mean
-
-Tensors = Mapping[str, np.ndarray]
-
 
 # -- the files --------------------------------------------------------------------------------------------------------
 
@@ -120,9 +116,7 @@ def recognise(raw: Any) -> bool:
 
 def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
     """The file's one set of weights, attention's tensors under diffusers' present names."""
-    odd = [f"{name} ({type(value).__name__})" for name, value in raw.items() if not isinstance(value, np.ndarray)]
-    if odd:
-        raise ConversionError(f"{file_name} holds entries that are not tensors: {shortened(odd)}")
+    check_tensors(raw, file_name)
     names = {name: _present_name(str(name)) for name in raw}
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise ConversionError(f"{file_name} holds, under an old and the present name, {shortened(twice)}")

@@ -18,15 +18,13 @@ import yaml
 
 from convert.engine import ConversionError, cannot_hold, shortened, source_tensors
 from convert.families.base import Family, Plan, Source, Wording, check_sampler, scaled_t
+from convert.families.tensors import Tensors, check_tensors, common_size
 from convert.families.values import boolean, integer, literal, number, positive
 from convert.rules import Rules, from_layout, source_of
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata, abstract_model, flat_params
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions
 from jddim.schedule import LARGEST_T, make_schedule, schedule_config_from_betas
-
-Tensors = Mapping[str, np.ndarray]
-
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -63,9 +61,7 @@ def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
 
 
 def _tensors(state: Mapping[Any, Any], file_name: str) -> dict[str, np.ndarray]:
-    odd = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, np.ndarray)]
-    if odd:
-        raise ConversionError(f"{file_name} holds entries that are not tensors: {shortened(odd)}")
+    check_tensors(state, file_name)
     counts = Counter(str(name).removeprefix("module.") for name in state)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ConversionError(f"{file_name} holds, with and without the prefix 'module.', {shortened(twice)}")
@@ -90,12 +86,7 @@ def infer(tensors: Tensors, told: Mapping[str, Any] | None = None) -> dict[str, 
     """
 
     def votes(pattern: str, axis: int, divide: int = 1) -> int | None:
-        sizes = Counter(
-            value.shape[axis] // divide
-            for name, value in tensors.items()
-            if re.fullmatch(pattern, name) and value.ndim > max(axis, 0)
-        )
-        return sizes.most_common(1)[0][0] if sizes else None
+        return common_size((value for name, value in tensors.items() if re.fullmatch(pattern, name)), axis, divide)
 
     def parts(pattern: str, tensors_each: int) -> dict[int, int]:
         """Level -> blocks or attentions there; one counts if at least half of its tensors are there."""

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import ConversionError, shortened, source_tensors
+from convert.engine import ConversionError, source_tensors
 from convert.families.base import Family, Plan, Source, Wording, scaled_t
+from convert.families.tensors import Tensors, check_tensors, common_size
 from convert.families.values import integer, number, one_of
 from convert.rules import Rules
 from convert.writers import save_torch, state_shapes
@@ -27,9 +28,6 @@ from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleC
 from jddim.ddim import largest_eta, step_table
 from jddim.schedule import make_schedule, schedule_config_from_betas
 from jddim.timesteps import make_timesteps
-
-Tensors = Mapping[str, np.ndarray]
-
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -84,9 +82,7 @@ def _tensors(state: Mapping[Any, Any], file_name: str) -> dict[str, np.ndarray]:
     """The Unet's tensors under their names in it, and GaussianDiffusion's buffers."""
     if reason := _not_ours(state):
         raise ConversionError(f"{file_name} {reason}")
-    odd = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, np.ndarray)]
-    if odd:
-        raise ConversionError(f"{file_name} holds entries that are not tensors: {shortened(odd)}")
+    check_tensors(state, file_name)
     return {str(name).removeprefix("model."): value for name, value in state.items()}
 
 
@@ -217,14 +213,10 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     """
 
     def votes(pattern: str, axis: int, divide: int = 1) -> int:
-        sizes = Counter(
-            value.shape[axis] // divide
-            for name, value in tensors.items()
-            if re.fullmatch(pattern, name) and value.ndim > max(axis, 0)
-        )
-        if not sizes:
+        size = common_size((value for name, value in tensors.items() if re.fullmatch(pattern, name)), axis, divide)
+        if size is None:
             raise ConversionError(f"too few tensors of the Unet are there to tell its shape (none named {pattern})")
-        return sizes.most_common(1)[0][0]
+        return size
 
     found = Counter(int(m.group(2)) for name in tensors if (m := re.match(r"(downs|ups)\.(\d+)\.", name)))
     levels = sum(count >= 20 for count in found.values())  # a level has about 50 tensors, in `downs` and `ups` together

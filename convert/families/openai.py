@@ -15,17 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import ConversionError, cannot_hold, shortened, source_tensors
+from convert.engine import ConversionError, cannot_hold, source_tensors
 from convert.families.base import Family, Plan, Source, Wording
+from convert.families.tensors import Tensors, check_tensors, common_size
 from convert.rules import Fused, Rules, Target
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
 from jddim.schedule import make_schedule
 from jddim.timesteps import make_timesteps
-
-Tensors = Mapping[str, np.ndarray]
-
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -40,9 +38,7 @@ def recognise(raw: Any) -> bool:
 
 def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
     """The tensors; the trainers' file names say which weights they are, and of which step."""
-    odd = [f"{name} ({type(value).__name__})" for name, value in raw.items() if not isinstance(value, np.ndarray)]
-    if odd:
-        raise ConversionError(f"{file_name} holds entries that are not tensors: {shortened(odd)}")
+    check_tensors(raw, file_name)
     tensors = {str(name): value for name, value in raw.items()}
     if reason := _refusal(tensors):
         raise ConversionError(f"{file_name} {reason}")
@@ -106,10 +102,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
         )
 
     def votes(names: Sequence[str], axis: int, divide: int = 1) -> int | None:
-        sizes = Counter(
-            tensors[name].shape[axis] // divide for name in names if name in tensors and tensors[name].ndim > axis
-        )
-        return sizes.most_common(1)[0][0] if sizes else None
+        return common_size((tensors[name] for name in names if name in tensors), axis, divide)
 
     def at(level: int) -> list[str]:
         entry = [f"input_blocks.{1 + level * each + j}" for j in range(each - 1)]

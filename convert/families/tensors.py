@@ -1,0 +1,29 @@
+"""What several families ask of a file's tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.engine import ConversionError, shortened
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def check_tensors(state: Mapping[Any, Any], file_name: str) -> None:
+    """Raises ConversionError, naming the entries, if a state dict holds anything but tensors."""
+    odd = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, np.ndarray)]
+    if odd:
+        raise ConversionError(f"{file_name} holds entries that are not tensors: {shortened(odd)}")
+
+
+def common_size(tensors: Iterable[np.ndarray], axis: int, divide: int = 1) -> int | None:
+    """The size of an axis that most of these tensors have, divided; None if none has the axis.
+
+    A majority, so that one missing, misshapen or stray tensor is reported as such and not as a different network.
+    """
+    sizes = Counter(value.shape[axis] // divide for value in tensors if value.ndim > max(axis, 0))
+    return sizes.most_common(1)[0][0] if sizes else None
