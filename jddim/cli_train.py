@@ -15,7 +15,7 @@ from jddim.config import first_few
 
 if TYPE_CHECKING:
     from jddim.checkpoint import Metadata
-    from jddim.training import Task
+    from jddim.task import Task
 
 
 def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], None]) -> None:
@@ -129,7 +129,8 @@ def _begin(
     """What CONFIG or CKPT, --set and --classes say, and the checkpoint's metadata and parameters."""
     from jddim.checkpoint import load_metadata, load_params
     from jddim.config import from_json
-    from jddim.training import Task, TrainConfig, with_classes
+    from jddim.task import Task, TrainConfig
+    from jddim.training import with_classes
 
     told: dict[str, Any] = {}
     for setting in settings:

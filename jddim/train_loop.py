@@ -39,10 +39,12 @@ from jddim.checkpoint import (
 )
 from jddim.config import first_few
 from jddim.diff import diff_mappings
+from jddim.objective import Params
 from jddim.pipeline import DDIM
 from jddim.schedule import make_schedule
+from jddim.task import Task
 from jddim.train_logs import open_logs
-from jddim.training import Params, Task, TrainState
+from jddim.training import TrainState
 from jddim.training_data import Data, batches
 
 FORMAT_VERSION = 1

@@ -20,7 +20,7 @@ from convert.reference.unet import ReferenceUNet
 from jddim import training
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
 from jddim.schedule import linear_schedule
-from jddim.training import Task, TrainConfig
+from jddim.task import Task, TrainConfig
 
 BATCH = 64
 CONFIG = UNetConfig(

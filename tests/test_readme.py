@@ -92,7 +92,7 @@ def test_the_serve_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_training_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jddim.config import UNetConfig
-    from jddim.training import Task
+    from jddim.task import Task
 
     page = (ROOT / "docs" / "training.md").read_text()
     (text,) = re.findall(r"```json\n(.*?)```", page, re.S)

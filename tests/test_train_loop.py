@@ -27,8 +27,8 @@ from jddim.checkpoint import build_model, flat_params, load_metadata, load_param
 from jddim.cli import main
 from jddim.config import SamplerConfig, ScheduleConfig
 from jddim.images import from_uint8
+from jddim.task import Task, TrainConfig
 from jddim.train_loop import LoopConfig, TrainError, train
-from jddim.training import Task, TrainConfig
 from jddim.training_data import Data, Order
 
 pytestmark = pytest.mark.unoptimised

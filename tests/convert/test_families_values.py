@@ -1,4 +1,4 @@
-"""convert.families.values: each kind of setting, and that what cannot be read is refused as such."""
+"""convert.families.values: each kind of setting, all of a family's, and that what cannot be read is refused as such."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from convert.engine import ConversionError
-from convert.families import diffusers_config, ho, lucidrains
-from convert.families.values import literal, number, positive
+from convert.families import diffusers_config, ho, lucidrains, openai
+from convert.families.values import integer, is_integer, literal, number, parse, positive, settling, whole
 
 _LONG = "1" + "0" * 400  # an integer that no float holds
 
@@ -24,6 +24,18 @@ def test_a_literal_is_yamls(text: str, value: object) -> None:
 @pytest.mark.parametrize("text", ["[", "2001-99-99", "1" * 5000, "[" * 5000, "!!int x", "!!int ''", "!!timestamp x"])
 def test_a_literal_that_yaml_cannot_read_is_text(text: str) -> None:
     assert literal(text) == text
+
+
+@pytest.mark.parametrize(("value", "is_one"), [(0, True), (-3, True), (True, False), (2.0, False), ("2", False)])
+def test_an_integer_is_no_truth_value(value: object, is_one: bool) -> None:
+    assert is_integer(value) == is_one
+    if not is_one:
+        with pytest.raises(ValueError, match=r"^an integer$"):
+            integer(value)
+
+
+def test_a_whole_number_loses_its_point() -> None:
+    assert [str(whole(value)) for value in (2.0, 1.5, 3, 0.0)] == ["2", "1.5", "3", "0"]
 
 
 @pytest.mark.parametrize(("value", "found"), [(1, 1.0), ("1e-4", 1e-4), (-0.5, -0.5)])
@@ -62,3 +74,26 @@ def test_what_python_or_yaml_fails_on_is_refused(
 def test_a_number_in_a_yaml_file_may_lack_its_dot() -> None:
     """YAML 1.1 takes 1e-1 for text."""
     assert lucidrains.read_settings({"ddim_sampling_eta": "1e-1"}, {}) == {"ddim_sampling_eta": 0.1}
+
+
+def test_settings_are_parsed_and_all_that_is_wrong_is_said() -> None:
+    parsers: dict[str, Callable[[Any], Any]] = {"width": integer, "eta": number, "depth": integer}
+    told = {"config": {"width": 4, "eta": "much", "depth": 1}, "--set": {"width": 8, "eta": "0.5", "dept": 2}}
+    parsed, problems = parse(told, parsers)
+    assert parsed == {"width": 8, "eta": 0.5, "depth": 1}
+    assert problems == [
+        "config: eta must be a number, got 'much'",
+        "unknown --set key 'dept' (did you mean 'depth'? allowed: depth, eta, width)",
+    ]
+
+
+def test_what_was_not_told_is_settled_and_assumed() -> None:
+    assumed: list[str] = []
+    settle = settling({"eta": 0.5}, assumed)
+    assert (settle("eta", 0.0, "the paper's"), settle("steps", 50, "the README's")) == (0.5, 50)
+    assert assumed == ["steps = 50 (the README's)"]
+
+
+@pytest.mark.parametrize("family", [ho, lucidrains, openai])
+def test_every_setting_has_its_parser(family: Any) -> None:
+    assert family._PARSERS.keys() == family.SETTINGS.keys()

@@ -13,11 +13,12 @@ from tiny import SIZE, SMALL, small_config
 
 from convert.families.ho import rules
 from convert.reference.unet import ReferenceUNet, redraw_
-from jddim import training
+from jddim import objective, training
 from jddim.checkpoint import abstract_model, flat_params
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.objective import Draws
 from jddim.schedule import make_schedule
-from jddim.training import Draws, Task, TrainConfig
+from jddim.task import Task, TrainConfig
 
 torch = pytest.importorskip("torch")
 
@@ -85,7 +86,7 @@ def test_steps_equal_pytorchs(name: str) -> None:
     before = ours(config, start)
 
     with jax.enable_x64(True):
-        optimizer, table = training.make_optimizer(job), training.training_table(job)
+        optimizer, table = training.make_optimizer(job), objective.training_table(job)
         step = jax.jit(lambda *state: training.update(job, table, optimizer, *state))
         state = training.init_state(job, before)
         for x_0, eps, t, (loss, norm) in zip(images, noise, ts, expected, strict=True):

@@ -1,0 +1,121 @@
+"""The objective against its formulas in NumPy, and what a step draws."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from training_cases import SHORT, arrays, draw, task
+
+from jddim import objective
+from jddim.ddim import add_noise
+from jddim.objective import Draws
+from jddim.schedule import make_schedule
+from jddim.task import LOSSES
+
+pytestmark = pytest.mark.unoptimised
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_the_loss_is_its_formula(kind: str, loss: str) -> None:
+    job = task(sampler={"prediction_type": kind}, loss=loss, min_snr_gamma=2.5)
+    output, x_0, noise = arrays(3, *[(5, 3, 7, 1)] * 3)
+    t = np.array([0, 7, 23, 31, 49])
+    a = make_schedule(SHORT).alphas_cumprod[t]
+    x_t = add_noise(x_0, noise, jnp.float32(a))
+    found = objective.losses_of(job, objective.training_table(job), jnp.asarray(output), x_0, x_t, Draws(t, noise))
+
+    root, rest = np.sqrt(a)[:, None, None, None], np.sqrt(1 - a)[:, None, None, None]
+    snr = a / (1 - a)
+    assert snr.min() < 2.5 < snr.max()
+    target = {"epsilon": noise, "sample": x_0, "v_prediction": root * noise - rest * x_0}[kind]
+    # arXiv:2303.09556: the weight is of x_0's error, whose square is 1 / SNR times eps', and 1 / (SNR + 1) times v's
+    weight = np.minimum(snr, 2.5) / {"epsilon": snr, "sample": 1, "v_prediction": snr + 1}[kind]
+    error = ((output - target) ** 2).mean(axis=(1, 2, 3))
+    assert_allclose(found, error * (weight if loss == "min_snr" else 1), rtol=2e-5)  # float32
+
+
+def test_min_snr_weights_the_same_error_of_x_0_whatever_is_predicted() -> None:
+    schedule = make_schedule(SHORT)
+    a = schedule.alphas_cumprod
+    weights = {k: objective.snr_weights(schedule, k, 5.0) for k in ("epsilon", "sample", "v_prediction")}
+    assert_allclose(weights["epsilon"] * a / (1 - a), weights["sample"], rtol=1e-12)
+    assert_allclose(weights["v_prediction"] / (1 - a), weights["sample"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_hybrid_loss_is_improved_diffusions(kind: str) -> None:
+    job = task({"out_channels": 2}, {"prediction_type": kind, "variance": "learned_range"}, vlb_weight=0.01)
+    x_0, noise, out, values = (x.astype(float) for x in arrays(5, *[(4, 3, 2, 1)] * 4))
+    x_0 = np.clip(x_0, -1, 1)  # the ends' bins reach to infinity
+    t = np.array([0, 0, 1, 37])
+    schedule = make_schedule(SHORT)
+    betas, bars = schedule.betas, schedule.alphas_cumprod
+    before = np.append(1.0, bars[:-1])
+    a, a_prev, beta = (column[t][:, None, None, None] for column in (bars, before, betas))
+    x_t = np.sqrt(a) * x_0 + np.sqrt(1 - a) * noise
+    x0_hat = (x_t - np.sqrt(1 - a) * out) / np.sqrt(a) if kind == "epsilon" else np.sqrt(a) * x_t - np.sqrt(1 - a) * out
+
+    def mean(x: np.ndarray) -> np.ndarray:  # of q(x_{t-1} | x_t, x_0), Eq. 7
+        return (np.sqrt(a_prev) * beta * x + np.sqrt(1 - beta) * (1 - a_prev) * x_t) / (1 - a)
+
+    posterior = betas * (1 - before) / (1 - bars)
+    small = np.log(np.append(posterior[1], posterior[1:]))[t][:, None, None, None]
+    log_variance = (values + 1) / 2 * np.log(beta) + (1 - (values + 1) / 2) * small
+    kl = 0.5 * (
+        -1
+        + log_variance
+        - small
+        + np.exp(small - log_variance)
+        + (mean(x_0) - mean(x0_hat)) ** 2 * np.exp(-log_variance)
+    )
+    cdf = np.vectorize(lambda x: 0.5 * (1 + math.erf(x / 2**0.5)))
+    sigma = np.exp(0.5 * log_variance)
+    upper = np.where(x_0 > 0.999, 1, cdf((x_0 + 1 / 255 - mean(x0_hat)) / sigma))
+    lower = np.where(x_0 < -0.999, 0, cdf((x_0 - 1 / 255 - mean(x0_hat)) / sigma))
+    nll = -np.log(np.maximum(upper - lower, 1e-12))
+    bits = np.where(t == 0, nll.mean(axis=(1, 2, 3)), kl.mean(axis=(1, 2, 3))) / np.log(2)
+    target = noise if kind == "epsilon" else np.sqrt(a) * noise - np.sqrt(1 - a) * x_0
+    expected = ((out - target) ** 2).mean(axis=(1, 2, 3)) + 0.01 * 50 * bits
+
+    with jax.enable_x64(True):
+        table, draws = objective.training_table(job), Draws(jnp.asarray(t), jnp.asarray(noise))
+        both = jnp.asarray(np.concatenate([out, values], -1))
+
+        def of(both: jax.Array) -> jax.Array:
+            return objective.losses_of(job, table, both, jnp.asarray(x_0), jnp.asarray(x_t), draws)
+
+        assert_allclose(of(both), expected, rtol=1e-9)
+        # the bound teaches the variance alone: the mean's gradient is that of the squared error
+        gradient = jax.grad(lambda both: of(both).sum())(both)
+    assert_allclose(gradient[..., :1], 2 * (out - target) / 6, rtol=1e-6)
+    assert np.abs(gradient[..., 1:]).max() > 1e-4
+
+
+def test_antithetic_pairs() -> None:
+    t = jnp.array([3, 49, 0, 21, 20, 17, 5])
+    assert objective.antithetic(t, 50).tolist() == [3, 49, 0, 21, 46, 0, 49]
+    assert objective.antithetic(t[:6], 50).tolist() == [3, 49, 0, 46, 0, 49]
+    drawn = draw(jax.random.key(1), task(t_sampling="antithetic"), (3, 1, 2, 1), jnp.float32).t
+    plain = draw(jax.random.key(1), task(), (3, 1, 2, 1), jnp.float32).t
+    assert drawn.tolist() == objective.antithetic(plain, 50).tolist()
+
+
+def test_draws_are_per_sample_and_have_their_distributions() -> None:
+    classes = {"class_embedding": "learned", "num_classes": 4}
+    job = task(classes, label_dropout=0.2, null_label=3)
+    many = draw(jax.random.key(1), job, (4001, 1, 2, 1), jnp.float32)
+    few = draw(jax.random.key(1), task(), (3, 1, 2, 1), jnp.float32)
+    assert few.drop is None
+    np.testing.assert_array_equal(many.t[:3], few.t)
+    np.testing.assert_array_equal(many.noise[:3], few.noise)
+    assert abs(np.asarray(many.drop).mean() - 0.2) < 4 * (0.2 * 0.8 / 4001) ** 0.5
+    t = np.asarray(many.t)
+    assert (t.min(), t.max()) == (0, 49)
+    assert abs(t.mean() - 24.5) < 4 * (50**2 / 12 / 4001) ** 0.5
+    assert abs(np.asarray(many.noise).std() - 1) < 4 / (2 * 8002) ** 0.5
