@@ -13,7 +13,7 @@ from typing import Any
 
 from convert.engine import ConversionError, cannot_hold
 from convert.families.base import Wording, check_sampler, scaled_t
-from convert.families.values import boolean, integer, literal, number, one_of, positive
+from convert.families.values import boolean, integer, is_integer, literal, number, one_of, parse, positive, whole
 from jddim.checkpoint import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
 from jddim.schedule import make_schedule
@@ -22,7 +22,7 @@ from jddim.schedule import make_schedule
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ValueError("an integer of at least 1")
     return value
 
@@ -31,7 +31,7 @@ def _up_to(limit: int) -> Callable[[Any], int]:
     """A count that sizes something before the tensors are compared with it, so that a config cannot fill the memory."""
 
     def read(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+        if not is_integer(value) or not 1 <= value <= limit:
             raise ValueError(f"an integer in 1..{limit}")
         return value
 
@@ -56,7 +56,7 @@ def _size(value: Any) -> tuple[int, int]:
         sides = [int(side) for side in value.replace(",", "x").split("x") if side.isdecimal()]
     elif not isinstance(value, list):
         sides = [value, value]
-    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+    if len(sides) != 2 or any(not is_integer(side) or side < 1 for side in sides):
         raise ValueError("a side in pixels, or [height, width] (--set sample_size=32x48)")
     return sides[0], sides[1]
 
@@ -243,16 +243,13 @@ def read_configs(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> 
         # num_train_timesteps is of both files; the tensors tell the network's own
         mine = {key for key in options if key in given and not (name == "unet" and key in SCHEDULER)}
         told = {key: value for key, value in contents.items() if not key.startswith("_") and key not in mine}
-        parts[name] = {key: option.default for key, option in options.items()}
-        for origin, values in ((file, told), ("--set", {key: literal(given[key]) for key in sorted(mine)})):
-            for key, value in values.items():
-                if key not in options:
-                    problems.append(f"{origin}: unknown key {key!r} (diffusers ignores it; remove it to agree)")
-                    continue
-                try:
-                    parts[name][key] = options[key].parse(value)
-                except ValueError as error:
-                    problems.append(f"{origin}: {key} must be {error}, got {value!r}")
+        odd = [key for key in told if key not in options]
+        problems += [f"{file}: unknown key {key!r} (diffusers ignores it; remove it to agree)" for key in odd]
+        known = {key: value for key, value in told.items() if key in options}
+        sources = {file: known, "--set": {key: literal(given[key]) for key in sorted(mine)}}
+        parsed, refused = parse(sources, {key: option.parse for key, option in options.items()})
+        problems += refused
+        parts[name] = {key: option.default for key, option in options.items()} | parsed
     if problems:
         raise ConversionError("; ".join(problems))
     named = {"unet": {*unet, *given}, "scheduler": {*scheduler, *given}}
@@ -333,7 +330,7 @@ def unet_config(c: Mapping[str, Any]) -> UNetConfig:
         "in_channels": c["in_channels"],
         "out_channels": c["out_channels"],
         "channels": widths[0],
-        "channel_mults": tuple(_whole(width / widths[0]) for width in widths),
+        "channel_mults": tuple(whole(width / widths[0]) for width in widths),
         "num_res_blocks": c["layers_per_block"],
         "attention_levels": tuple(attended),
         "up_attention_levels": None if attended == attended_up else tuple(attended_up),
@@ -380,10 +377,6 @@ def _resamplings(blocks: Sequence[str], of_attention: str) -> tuple[str, ...]:
     return kinds if len(set(kinds)) > 1 else kinds[:1] or ("conv",)
 
 
-def _whole(number: float) -> float:
-    return int(number) if number == int(number) else number
-
-
 def unet_json(config: ModelConfig) -> dict[str, Any]:
     """The `config.json` of a network, the inverse of `unet_config`. Raises ConversionError with every misfit."""
     if not isinstance(config, UNetConfig):
@@ -426,14 +419,14 @@ def unet_json(config: ModelConfig) -> dict[str, Any]:
         "center_input_sample": c.center_input,
         "time_embedding_type": {"sinusoidal": "positional"}.get(c.time_embedding, c.time_embedding),
         "time_embedding_dim": c.time_channels,
-        "freq_shift": _whole(c.frequency_shift),
+        "freq_shift": whole(c.frequency_shift),
         "flip_sin_to_cos": c.cosine_first,
         "down_block_types": blocks["downsample"],
         "mid_block_type": "UNetMidBlock2D" if c.middle else None,
         "up_block_types": blocks["upsample"][::-1],
         "block_out_channels": list(c.widths),
         "layers_per_block": c.num_res_blocks,
-        "mid_block_scale_factor": _whole(c.mid_scale),
+        "mid_block_scale_factor": whole(c.mid_scale),
         "downsample_padding": int(c.symmetric_padding),
         "downsample_type": kinds["downsample"],
         "upsample_type": kinds["upsample"],

@@ -19,11 +19,11 @@ import yaml
 from convert.engine import ConversionError, cannot_hold, shortened, source_tensors
 from convert.families.base import Family, Plan, Source, Wording, check_sampler, scaled_t
 from convert.families.tensors import Tensors, check_tensors, common_size
-from convert.families.values import boolean, integer, literal, number, positive
+from convert.families.values import boolean, integer, is_integer, literal, number, parse, positive, settling
 from convert.rules import Rules, from_layout, source_of
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata, abstract_model, flat_params
-from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean, levels_at_resolutions
+from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, levels_at_resolutions
 from jddim.schedule import LARGEST_T, make_schedule, schedule_config_from_betas
 
 # -- the file ---------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ SETTINGS = {
 def _image_size(value: Any) -> tuple[int, int]:
     if isinstance(value, str) and (found := re.fullmatch(r"(\d+)x(\d+)", value)):
         return int(found.group(1)), int(found.group(2))
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer(value):
         raise ValueError("an integer or HEIGHTxWIDTH")
     return value, value
 
@@ -177,7 +177,7 @@ def _integers(value: Any) -> tuple[int, ...]:
     if isinstance(value, str):  # --set ch_mult=1,2,2
         value = [literal(part) for part in value.split(",")]
     items = value if isinstance(value, list) else [value]
-    if any(isinstance(item, bool) or not isinstance(item, int) for item in items):
+    if not all(map(is_integer, items)):
         raise ValueError("integers (KEY=1,2,2)")
     return tuple(items)
 
@@ -209,14 +209,7 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
         if not isinstance(entries, Mapping):
             raise ConversionError(f"config: section {section!r} must hold key: value lines, it holds {entries!r}")
         told |= {key: value for key, value in entries.items() if key in SETTINGS}
-    problems = [f"unknown --set key {key!r}{did_you_mean(key, SETTINGS)}" for key in given if key not in SETTINGS]
-    parsed: dict[str, Any] = {}
-    for origin, values in (("config", told), ("--set", {k: literal(v) for k, v in given.items() if k in SETTINGS})):
-        for key, value in values.items():
-            try:
-                parsed[key] = _PARSERS[key](value)
-            except ValueError as error:
-                problems.append(f"{origin}: {key} must be {error}, got {value!r}")
+    parsed, problems = parse({"config": told, "--set": {k: literal(v) for k, v in given.items()}}, _PARSERS)
     if problems:
         raise ConversionError("; ".join(problems))
     return parsed
@@ -238,16 +231,11 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     told = read_settings(config, given)
     inferred = infer(tensors, told)
     assumed: list[str] = []
+    settle = settling(told, assumed)
     problems: list[str] = []
 
     def origin(key: str) -> str:
         return "--set" if key in given else "the config"
-
-    def settle(key: str, default: Any, why: str) -> Any:
-        if key in told:
-            return told[key]
-        assumed.append(f"{key} = {default} ({why})")
-        return default
 
     image_size = told.get("image_size")
     if image_size is None:

@@ -20,11 +20,11 @@ import numpy as np
 from convert.engine import ConversionError, source_tensors
 from convert.families.base import Family, Plan, Source, Wording, scaled_t
 from convert.families.tensors import Tensors, check_tensors, common_size
-from convert.families.values import integer, number, one_of
+from convert.families.values import integer, is_integer, number, one_of, parse, settling
 from convert.rules import Rules
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata
-from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleConfig, did_you_mean
+from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from jddim.ddim import largest_eta, step_table
 from jddim.schedule import make_schedule, schedule_config_from_betas
 from jddim.timesteps import make_timesteps
@@ -155,7 +155,7 @@ def _image_size(value: Any) -> tuple[int, int]:
     if isinstance(value, str) and (found := re.fullmatch(r"(\d+)x(\d+)", value)):
         value = [int(number) for number in found.groups()]
     sides = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
+    if len(sides) != 2 or not all(map(is_integer, sides)):
         raise ValueError("an integer, HEIGHTxWIDTH or (height, width)")
     return sides[0], sides[1]
 
@@ -175,18 +175,12 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
 
 
 def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> dict[str, Any]:
-    """--set's values over those of a config file, which is a flat mapping of the same names (the source has none)."""
-    told = {**(config or {}), **{key: _literal(value) for key, value in given.items()}}
-    parsed, problems = {}, []
-    for key, value in told.items():
-        origin = "--set" if key in given else "config"
-        if key not in SETTINGS:
-            problems.append(f"{origin}: unknown key {key!r}{did_you_mean(str(key), SETTINGS)}")
-            continue
-        try:
-            parsed[key] = _PARSERS[key](value)
-        except ValueError as error:
-            problems.append(f"{origin}: {key} must be {error}, got {value!r}")
+    """--set's values over those of a config file, which is a flat mapping of the same names (the source has none).
+
+    Raises ConversionError for unknown or bad ones, all in one message.
+    """
+    filed = {key: value for key, value in (config or {}).items() if key not in given}
+    parsed, problems = parse({"config": filed, "--set": {k: _literal(v) for k, v in given.items()}}, _PARSERS)
     if problems:
         raise ConversionError("; ".join(problems))
     return parsed
@@ -376,12 +370,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     told = read_settings(config, given)
     found = infer({name: value for name, value in tensors.items() if name not in _BUFFERS})
     assumed: list[str] = []
+    settle = settling(told, assumed)
     problems = _contradictions(told, found)
-
-    def settle(key: str, default: Any, why: str) -> Any:
-        if key not in told:
-            assumed.append(f"{key} = {default} ({why})")
-        return told.get(key, default)
 
     if "image_size" not in told:
         problems.append("the tensors do not tell the image size; --set image_size=64")

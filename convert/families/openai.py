@@ -18,10 +18,11 @@ import numpy as np
 from convert.engine import ConversionError, cannot_hold, source_tensors
 from convert.families.base import Family, Plan, Source, Wording
 from convert.families.tensors import Tensors, check_tensors, common_size
+from convert.families.values import number, parse, settling, whole
 from convert.rules import Fused, Rules, Target
 from convert.writers import save_torch, state_shapes
 from jddim.checkpoint import Metadata
-from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
+from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
 from jddim.schedule import make_schedule
 from jddim.timesteps import make_timesteps
 
@@ -127,7 +128,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     return {
         "num_channels": channels,
         "widths": widths,
-        "channel_mult": tuple(_number(width / channels) for width in widths),  # type: ignore[operator]
+        "channel_mult": tuple(whole(width / channels) for width in widths),  # type: ignore[operator]
         "num_res_blocks": each - 1,
         "attention_levels": tuple(level for level, found in enumerate(attended) if 2 * found >= 2 * each - 1),
         "in_channels": ends[0],
@@ -145,10 +146,6 @@ def _ends(tensors: Tensors) -> tuple[int | None, int | None]:
         first.shape[1] if first is not None and first.ndim == 4 else None,
         last.shape[0] if last is not None and last.ndim else None,
     )
-
-
-def _number(value: float) -> float:
-    return int(value) if value == int(value) else value
 
 
 # -- what only flags can tell -----------------------------------------------------------------------------------------
@@ -201,19 +198,6 @@ def _boolean(text: str) -> bool:
     raise ValueError("True or False")
 
 
-def _integer(text: str) -> int:
-    if not re.fullmatch(r"-?\d+", text):
-        raise ValueError("an integer")
-    return int(text)
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError("a number") from None
-
-
 def _positive(text: str) -> int:
     if not re.fullmatch(r"\d+", text) or int(text) < 1:
         raise ValueError("an integer above 0")
@@ -231,7 +215,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(_number(float(part)) for part in text.split(",") if text)
+        return tuple(whole(float(part)) for part in text.split(",") if text)
     except (ValueError, OverflowError):
         raise ValueError("a list of numbers (1,2,3)") from None
 
@@ -249,13 +233,14 @@ def _respacing(text: str) -> str:
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(SETTINGS, _boolean),  # all but those that follow
     "image_size": _size,
     **dict.fromkeys(("num_channels", "num_res_blocks", "num_heads", "diffusion_steps", "norm_groups"), _positive),
     **dict.fromkeys(("num_head_channels", "num_heads_upsample"), _count),
     **dict.fromkeys(("channel_mult", "attention_resolutions"), _numbers),
     "noise_schedule": _schedule_name,
     "timestep_respacing": _respacing,
-    "dropout": _float,
+    "dropout": number,
 }
 
 
@@ -264,17 +249,8 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
 
     Raises ConversionError for unknown or bad ones, all in one message.
     """
-    problems = [f"unknown --set key {key!r}{did_you_mean(key, SETTINGS)}" for key in given if key not in SETTINGS]
-    filed = {key: _spelled(value) for key, value in (config or {}).items() if key in SETTINGS}
-    told = {}
-    for origin, values in (("config", filed), ("--set", given)):
-        for key, value in values.items():
-            if key not in SETTINGS:
-                continue
-            try:
-                told[key] = _PARSERS.get(key, _boolean)(value.strip())
-            except ValueError as error:
-                problems.append(f"{origin}: {key} must be {error}, got {value!r}")
+    filed = {key: _spelled(value).strip() for key, value in (config or {}).items() if key in SETTINGS}
+    told, problems = parse({"config": filed, "--set": {k: v.strip() for k, v in given.items()}}, _PARSERS)
     if problems:
         raise ConversionError("; ".join(problems))
     return told
@@ -290,12 +266,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     told = read_settings(config, given)
     found = infer(tensors)
     assumed: list[str] = []
+    settle = settling(told, assumed)
     problems = _contradictions(told, found)
-
-    def settle(key: str, default: Any, why: str) -> Any:
-        if key not in told:
-            assumed.append(f"{key} = {default} ({why})")
-        return told.get(key, default)
 
     both = "the default of both sources"
     T = settle("diffusion_steps", 1000, both)

@@ -1,15 +1,50 @@
 """Settings as files and --set spell them -> values: one function for each kind, raising ValueError("what is allowed").
 
 The spellings here are YAML's, which several sources share; a source with its own (OpenAI's flags) reads its own.
+`parse` reads a family's settings, each by the function that the family names for it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
+
+from jddim.config import did_you_mean
+
+
+def parse(
+    told: Mapping[str, Mapping[str, Any]], parsers: Mapping[str, Callable[[Any], Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Settings' values, and a sentence on each key that is none and each value that its parser refuses.
+
+    told: where settings are from, as the sentences call it -> key -> value; each is parsed, and the last there wins.
+    parsers: every setting -> the function that reads it.
+    """
+    parsed, problems = {}, []
+    for origin, values in told.items():
+        for key, value in values.items():
+            if key not in parsers:
+                problems.append(f"unknown {origin} key {key!r}{did_you_mean(str(key), parsers)}")
+                continue
+            try:
+                parsed[key] = parsers[key](value)
+            except ValueError as error:
+                problems.append(f"{origin}: {key} must be {error}, got {value!r}")
+    return parsed, problems
+
+
+def settling(told: Mapping[str, Any], assumed: list[str]) -> Callable[[str, Any, str], Any]:
+    """`settle(key, default, why)`: the value told, or else the default, with a sentence on it added to `assumed`."""
+
+    def settle(key: str, default: Any, why: str) -> Any:
+        if key not in told:
+            assumed.append(f"{key} = {default} ({why})")
+        return told.get(key, default)
+
+    return settle
 
 
 def literal(text: str) -> Any:
@@ -21,11 +56,21 @@ def literal(text: str) -> Any:
         return text
 
 
+def is_integer(value: Any) -> bool:
+    """Whether this is a whole number, as which Python takes true and false too."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def integer(value: Any) -> int:
     """A whole number; true and false are none."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer(value):
         raise ValueError("an integer")
     return value
+
+
+def whole(value: float) -> float:
+    """A number as one writes it: 2 for 2.0, and 1.5."""
+    return int(value) if value == int(value) else value
 
 
 def number(value: Any) -> float:
