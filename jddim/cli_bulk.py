@@ -17,7 +17,8 @@ from jddim import distributed
 from jddim.config import METHODS, counted, first_few
 
 if TYPE_CHECKING:
-    from jddim.bulk import Make, Manifest
+    from jddim.bulk import Make
+    from jddim.manifest import Manifest
     from jddim.pipeline import DDIM
 
 
@@ -136,6 +137,7 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     from jddim import bulk
     from jddim.checkpoint import load_metadata
     from jddim.images import check_output
+    from jddim.manifest import BulkConfig, Manifest, check_folder, manifest_path, read_manifest
     from jddim.progress import Progress
 
     if args.distributed is not None:
@@ -143,15 +145,15 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
             raise ValueError("--distributed says which worker this is: leave --shard out")
         args.shard = _join(args.distributed, say)
     automatic = args.batch_size == "auto"
-    begun = bulk.manifest_path(args.out).exists()
+    begun = manifest_path(args.out).exists()
     if automatic and not begun and (args.shard != (0, 1) or args.shard_size is not None):
         raise ValueError(
             "--batch-size auto tries sizes that workers would not agree on, nor a --shard-size fit: begin the set "
             "without them, or give a number"
         )
     if automatic:
-        args.batch_size = bulk.read_manifest(args.out).bulk.batch_size if begun else 1
-    config = bulk.BulkConfig(
+        args.batch_size = read_manifest(args.out).bulk.batch_size if begun else 1
+    config = BulkConfig(
         num=args.num,
         seed=args.seed,
         method=args.method,
@@ -172,9 +174,9 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     if outside:
         raise ValueError(f"--labels {args.labels}: labels must lie in 0..{(classes or 1) - 1}, got {outside[0]}")
     if begun:
-        bulk.read_manifest(args.out)
+        read_manifest(args.out)
     else:
-        bulk.check_folder(args.out)
+        check_folder(args.out)
         # Another worker may be looking at the folder now: what is tried must look like a part of a shard.
         check_output(args.out / ("shard-.npz" if args.format == "npz" else "shard-.png"), metadata.model.in_channels)
 
@@ -189,7 +191,7 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     if automatic and not begun:
         size = best_batch_size(ddim, args.num, evaluations=1 + (args.guidance_scale is not None), say=say)
         config = dataclasses.replace(config, batch_size=size, shard_size=args.shard_size)
-    manifest = bulk.Manifest(_relative(args.ckpt, args.out), metadata.sha256, config, ddim.sampler, bulk.versions())
+    manifest = Manifest(_relative(args.ckpt, args.out), metadata.sha256, config, ddim.sampler, bulk.versions())
     if args.distributed is not None:
         distributed.check_same(manifest.run)
     if not begun:
@@ -266,21 +268,22 @@ def _maker(manifest: Manifest, folder: Path | None, given: Path | None) -> tuple
 
 
 def _collect(args: argparse.Namespace) -> int:
-    from jddim import bulk
+    from jddim import collecting
 
     if args.target.suffix.lower() != ".npz":
         raise ValueError(f"{args.target}: the evaluators' file ends in .npz")
-    num, doubles = bulk.collect(args.folders, args.target)
+    num, doubles = collecting.collect(args.folders, args.target)
     note = f"; {doubles} of them equal an earlier one in every pixel" if doubles else ""
     print(f"{counted(num, 'image')} -> {args.target}{note}")
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
-    from jddim import bulk
+    from jddim import collecting
+    from jddim.manifest import read_manifest
 
-    manifest = bulk.read_manifest(args.out)
-    wrong = bulk.problems(args.out)
+    manifest = read_manifest(args.out)
+    wrong = collecting.problems(args.out)
     if wrong:
         raise ValueError(f"{args.out}: {first_few(wrong, 8)}. Run jddim bulk again, it makes them anew")
     made = f"{counted(manifest.bulk.layout.count, 'shard')}, {counted(manifest.bulk.num, 'image')}"
@@ -289,12 +292,13 @@ def _check(args: argparse.Namespace) -> int:
         return 0
     make, elsewhere = _maker(manifest, args.out, args.ckpt)
     chosen = random.Random(args.seed).sample(range(manifest.bulk.num), min(args.resample, manifest.bulk.num))
-    return _compare(make, manifest, elsewhere, {i: bulk.kept(args.out, manifest, i) for i in chosen})
+    return _compare(make, manifest, elsewhere, {i: collecting.kept(args.out, manifest, i) for i in chosen})
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from jddim import bulk
+    from jddim import collecting
     from jddim.images import check_output, read_metadata, save_png
+    from jddim.manifest import Manifest, manifest_path, read_manifest
     from jddim.shards import decode
 
     if args.out is not None and args.out.suffix.lower() != ".png":
@@ -303,20 +307,20 @@ def _reproduce(args: argparse.Namespace) -> int:
     if args.source.is_dir():
         if args.index is None:
             raise ValueError("say which image of the folder: --index I")
-        manifest, index = bulk.read_manifest(args.source), args.index
-        pixels = bulk.kept(args.source, manifest, index)
+        manifest, index = read_manifest(args.source), args.index
+        pixels = collecting.kept(args.source, manifest, index)
     else:
         try:
             said = read_metadata(args.source)
-            manifest, index = bulk.Manifest.of(said), said["index"]
+            manifest, index = Manifest.of(said), said["index"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{args.source} is no picture that jddim bulk wrote: it does not say how") from error
         if args.index not in (None, index):
             raise ValueError(f"{args.source} is image {index}, not {args.index}")
         pixels, _ = decode(args.source.read_bytes())
         folder = args.source.absolute().parent.parent
-        if bulk.manifest_path(folder).exists():
-            manifest = dataclasses.replace(manifest, checkpoint=bulk.read_manifest(folder).checkpoint)
+        if manifest_path(folder).exists():
+            manifest = dataclasses.replace(manifest, checkpoint=read_manifest(folder).checkpoint)
         else:
             folder = None
     if args.out is not None:
@@ -336,12 +340,12 @@ def _compare(
     keep: Callable[[Any], None] | None = None,
 ) -> int:
     """Make these images again and print how far they are from those kept; 1 if any is."""
-    from jddim import bulk
+    from jddim import collecting
 
     apart = 0
     for index, pixels in kept.items():
-        again = bulk.remake(make, manifest.bulk, index)
-        found = bulk.compare(pixels, again, index)
+        again = collecting.remake(make, manifest.bulk, index)
+        found = collecting.compare(pixels, again, index)
         apart += found.differing > 0
         print(found, flush=True)
         if keep is not None:

@@ -22,14 +22,15 @@ import numpy as np
 
 from jddim import bulk
 from jddim.config import SamplerConfig
+from jddim.manifest import BulkConfig, Manifest
 
 NUM, BATCH, SIZE = 43, 3, 6  # the last batch and the last shard are not whole
 LABELS = np.arange(5, dtype=np.int32)
 
 
-def manifest(format: str = "npz", **changes: Any) -> bulk.Manifest:
-    config = bulk.BulkConfig(**({"num": NUM, "batch_size": BATCH, "shard_size": SIZE, "format": format} | changes))
-    return bulk.Manifest("../ckpt", "0" * 64, config, SamplerConfig(eta=0.5), {"jax": "none"})
+def manifest(format: str = "npz", **changes: Any) -> Manifest:
+    config = BulkConfig(**({"num": NUM, "batch_size": BATCH, "shard_size": SIZE, "format": format} | changes))
+    return Manifest("../ckpt", "0" * 64, config, SamplerConfig(eta=0.5), {"jax": "none"})
 
 
 def make(first: int) -> np.ndarray:

@@ -8,10 +8,11 @@ import jax
 import pytest
 from tiny import random_model, small_config, write_checkpoint
 
-from jddim import batch_size, bulk
+from jddim import batch_size
 from jddim.batch_size import best_batch_size, free_memory
 from jddim.cli import main
 from jddim.config import SamplerConfig
+from jddim.manifest import read_manifest
 from jddim.pipeline import DDIM
 from jddim.schedule import linear_schedule
 
@@ -79,6 +80,6 @@ def test_a_set_keeps_the_size_it_was_begun_with(tmp_path: Path, monkeypatch: pyt
     words = ["bulk", str(ckpt), str(tmp_path / "set"), "--num", "5", "--steps", "2", "--batch-size", "auto"]
     monkeypatch.setattr(batch_size, "best_batch_size", lambda *_, **__: 3)
     assert main(words) == 0
-    assert bulk.read_manifest(tmp_path / "set").bulk.batch_size == 3
+    assert read_manifest(tmp_path / "set").bulk.batch_size == 3
     monkeypatch.setattr(batch_size, "best_batch_size", lambda *_, **__: 4)
     assert main(words) == 0

@@ -17,7 +17,9 @@ import pytest
 from bulk_zygote import BATCH, LABELS, NUM, SIZE, Zygote, make, manifest
 from tiny import tree
 
-from jddim import bulk, shards
+from jddim import bulk, collecting, shards
+from jddim.folder_lock import locked
+from jddim.manifest import BulkConfig, BulkError, manifest_path, read_manifest
 from jddim.shards import FORMATS, Layout
 
 pytestmark = pytest.mark.unoptimised
@@ -45,14 +47,14 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_set_is_read_as_it_was_made(undisturbed: dict[str, Path], tmp_path: Path, format: str) -> None:
-    assert bulk.problems(undisturbed[format]) == []
-    assert bulk.collect([undisturbed[format]], tmp_path / "all.npz") == (NUM, 0)
+    assert collecting.problems(undisturbed[format]) == []
+    assert collecting.collect([undisturbed[format]], tmp_path / "all.npz") == (NUM, 0)
     with np.load(tmp_path / "all.npz") as held:
         images, labels = held["arr_0"], held["arr_1"]
     assert images.dtype == np.uint8
     np.testing.assert_array_equal(images, np.concatenate([make(i) for i in range(0, NUM, BATCH)])[:NUM])
     np.testing.assert_array_equal(labels, np.arange(NUM) % 5)
-    np.testing.assert_array_equal(bulk.kept(undisturbed[format], manifest(format), 17), images[17])
+    np.testing.assert_array_equal(collecting.kept(undisturbed[format], manifest(format), 17), images[17])
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -107,10 +109,10 @@ def test_a_damaged_shard_is_named_and_made_again(
     else:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.copytree(layout.path(out, 3), path) if format == "png" else shutil.copy(layout.path(out, 3), path)
-    (problem,) = bulk.problems(out)
+    (problem,) = collecting.problems(out)
     assert path.name in problem
-    with pytest.raises(bulk.BulkError, match=path.name):
-        bulk.collect([out], tmp_path / "all.npz")
+    with pytest.raises(BulkError, match=path.name):
+        collecting.collect([out], tmp_path / "all.npz")
     assert not (tmp_path / "all.npz").exists()
     done = bulk.run(out, manifest(format), make, LABELS, say=told.append)
     assert (done.whole, done.images) == (7, SIZE)
@@ -124,7 +126,7 @@ def test_each_byte_of_receipt_and_manifest_counts(undisturbed: dict[str, Path], 
     layout = asked.bulk.layout
     for path, wrong in (
         (layout.receipt(out, 2), lambda: shards.problem(out, layout, 2, asked.run)),
-        (bulk.manifest_path(out), lambda: bulk.read_manifest(out)),
+        (manifest_path(out), lambda: read_manifest(out)),
     ):
         whole = path.read_bytes()
         for spoiled in [*(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(len(whole))), whole[:-1]]:
@@ -136,13 +138,13 @@ def test_each_byte_of_receipt_and_manifest_counts(undisturbed: dict[str, Path], 
             assert "shard-00002" in str(problem) or "manifest.json" in str(problem), spoiled
         path.write_bytes(whole)
     # a damaged manifest is not written over; removed, it comes back, and the shards are kept
-    bulk.manifest_path(out).write_bytes(b"{")
-    with pytest.raises(bulk.BulkError, match=r"manifest.json is damaged .*remove it"):
+    manifest_path(out).write_bytes(b"{")
+    with pytest.raises(BulkError, match=r"manifest.json is damaged .*remove it"):
         bulk.run(out, asked, make, LABELS)
-    bulk.manifest_path(out).unlink()
+    manifest_path(out).unlink()
     with pytest.raises(ValueError, match=r"shard-00000.npz was made by a run with other settings"):
         bulk.run(out, manifest(seed=1), make, LABELS)
-    bulk.manifest_path(out).unlink()
+    manifest_path(out).unlink()
     assert bulk.run(out, asked, make, LABELS).images == 0
     assert contents(out) == contents(undisturbed["npz"])
 
@@ -150,7 +152,7 @@ def test_each_byte_of_receipt_and_manifest_counts(undisturbed: dict[str, Path], 
 def test_other_settings_are_refused_with_what_differs(undisturbed: dict[str, Path]) -> None:
     before = tree(undisturbed["npz"])
     with pytest.raises(
-        bulk.BulkError, match=r"seed is 0 there, 7 here; batch_size is 3 there, 2 here\. Ask for what it was begun with"
+        BulkError, match=r"seed is 0 there, 7 here; batch_size is 3 there, 2 here\. Ask for what it was begun with"
     ):
         bulk.run(undisturbed["npz"], manifest(seed=7, batch_size=2), make, LABELS)
     assert tree(undisturbed["npz"]) == before
@@ -158,17 +160,17 @@ def test_other_settings_are_refused_with_what_differs(undisturbed: dict[str, Pat
 
 def test_two_runs_at_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with bulk.locked(out, manifest()):
-        with pytest.raises(bulk.BulkError, match=rf"in use by process {os.getpid()} on .*, since"):
+    with locked(out, manifest()):
+        with pytest.raises(BulkError, match=rf"in use by process {os.getpid()} on .*, since"):
             bulk.run(out, manifest(), make)
-        with pytest.raises(bulk.BulkError, match="in use by a run of 1 workers"):
+        with pytest.raises(BulkError, match="in use by a run of 1 workers"):
             bulk.run(out, manifest(), make, worker=(1, 2))
-        with pytest.raises(bulk.BulkError, match="seed is 0 there, 1 here"):
+        with pytest.raises(BulkError, match="seed is 0 there, 1 here"):
             bulk.run(out, manifest(seed=1), make)
     with (
-        bulk.locked(out, manifest(), (0, 2)),
-        bulk.locked(out, manifest(), (1, 2)),
-        pytest.raises(bulk.BulkError, match="in use as worker 1/2 by process"),
+        locked(out, manifest(), (0, 2)),
+        locked(out, manifest(), (1, 2)),
+        pytest.raises(BulkError, match="in use as worker 1/2 by process"),
     ):
         bulk.run(out, manifest(), make, worker=(1, 2))
     assert bulk.run(out, manifest(), make).images == NUM
@@ -234,13 +236,13 @@ def test_workers_folders_are_collected_without_gaps_and_doubles(undisturbed: dic
     outs = [tmp_path / f"worker-{i}" for i in range(3)]
     for i, out in enumerate(outs):
         bulk.run(out, manifest(), make, LABELS, worker=(i, 3))
-    bulk.collect(outs, tmp_path / "all.npz")
-    bulk.collect([undisturbed["npz"]], tmp_path / "one.npz")
+    collecting.collect(outs, tmp_path / "all.npz")
+    collecting.collect([undisturbed["npz"]], tmp_path / "one.npz")
     assert (tmp_path / "all.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
-    with pytest.raises(bulk.BulkError, match=r"3 of 8 shards: .*0001.npz is missing; .*0004.npz is missing; .*0007"):
-        bulk.collect([outs[0], outs[2]], tmp_path / "gaps.npz")
-    with pytest.raises(bulk.BulkError, match=r"shard-00000.npz is in .*worker-0 and in .*npz"):
-        bulk.collect([*outs, undisturbed["npz"]], tmp_path / "doubles.npz")
+    with pytest.raises(BulkError, match=r"3 of 8 shards: .*0001.npz is missing; .*0004.npz is missing; .*0007"):
+        collecting.collect([outs[0], outs[2]], tmp_path / "gaps.npz")
+    with pytest.raises(BulkError, match=r"shard-00000.npz is in .*worker-0 and in .*npz"):
+        collecting.collect([*outs, undisturbed["npz"]], tmp_path / "doubles.npz")
     assert not list(tmp_path.glob("gaps*")) + list(tmp_path.glob("doubles*"))
 
 
@@ -248,13 +250,13 @@ def test_equal_images_are_counted(tmp_path: Path) -> None:
     bulk.run(
         tmp_path / "out", manifest(), lambda first: np.stack([make(i % 9)[0] for i in range(first, first + BATCH)])
     )
-    assert bulk.collect([tmp_path / "out"], tmp_path / "all.npz") == (NUM, NUM - 9)
+    assert collecting.collect([tmp_path / "out"], tmp_path / "all.npz") == (NUM, NUM - 9)
 
 
 def test_a_shard_of_no_set_is_named(undisturbed: dict[str, Path], tmp_path: Path) -> None:
     out = shutil.copytree(undisturbed["npz"], tmp_path / "out")
     shutil.copy(out / "shard-00001.npz", out / "shard-00008.npz")
-    assert bulk.problems(out) == ["shard-00008.npz is none of this set's 8 shards"]
+    assert collecting.problems(out) == ["shard-00008.npz is none of this set's 8 shards"]
 
 
 @pytest.mark.parametrize(
@@ -284,5 +286,5 @@ def test_labels_are_balanced_and_belong_to_the_image() -> None:
 
 
 def test_the_default_shard_is_whole_batches() -> None:
-    assert [bulk.BulkConfig(9, batch_size=b).shard_size for b in (64, 100, 3000)] == [1024, 1000, 3000]
+    assert [BulkConfig(9, batch_size=b).shard_size for b in (64, 100, 3000)] == [1024, 1000, 3000]
     assert [len(Layout(43, 6).images(k)) for k in (0, 7)] == [6, 1]

@@ -16,9 +16,10 @@ from PIL import Image
 from tiny import tree, write_checkpoint
 
 import jddim
-from jddim import bulk
+from jddim import bulk, collecting
 from jddim.cli import main
 from jddim.images import read_metadata, save_png, to_uint8
+from jddim.manifest import read_manifest
 from jddim.shards import decode
 
 pytestmark = pytest.mark.unoptimised
@@ -53,7 +54,7 @@ def test_the_images_are_the_samplers(folder: Path, tmp_path: Path) -> None:
     )
     np.testing.assert_array_equal(images, to_uint8(expected))
     # an image's neighbours change nothing in it
-    alone = bulk.sampler(ddim.with_sampler(eta=0.5), bulk.read_manifest(folder / "npz").bulk)(11)[0]
+    alone = bulk.sampler(ddim.with_sampler(eta=0.5), read_manifest(folder / "npz").bulk)(11)[0]
     np.testing.assert_array_equal(alone, images[11])
 
 
@@ -74,7 +75,7 @@ def test_check_and_reproduce_say_identical(folder: Path, tmp_path: Path, capsys:
     command("reproduce", folder / "npz", "--index", 12, "--out", tmp_path / "again.png")
     command("reproduce", folder / "png" / "shard-00001" / "00000007.png")
     assert capsys.readouterr().out == "image 12: identical\nimage 7: identical\n"
-    kept = bulk.kept(folder / "npz", bulk.read_manifest(folder / "npz"), 12)
+    kept = collecting.kept(folder / "npz", read_manifest(folder / "npz"), 12)
     np.testing.assert_array_equal(decode((tmp_path / "again.png").read_bytes())[0], kept)
 
 

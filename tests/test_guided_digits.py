@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import jddim
 from jddim import bulk, mnist_cnn
+from jddim.manifest import BulkConfig
 from jddim.web_request import classes_in_turn
 
 pytestmark = pytest.mark.unoptimised
@@ -39,7 +40,7 @@ def test_what_training_recorded_is_the_null_label() -> None:
         4,
         None,
     )
-    config = bulk.BulkConfig(num=13, seed=0, batch_size=13, shard_size=13, labels="balanced")
+    config = BulkConfig(num=13, seed=0, batch_size=13, shard_size=13, labels="balanced")
     cycle = bulk.label_cycle("balanced", 11, bulk.null_label_of(config, ddim.metadata))
     assert cycle is not None
     assert cycle.tolist() == list(range(10))

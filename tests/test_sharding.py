@@ -44,7 +44,8 @@ np.testing.assert_array_equal(compiled(ddim.model, key, firsts, labels[12:]), on
 assert not re.search("all-(reduce|gather|to-all)|collective-permute|reduce-scatter", compiled.as_text())
 
 from jddim import bulk
-config = bulk.BulkConfig(num=40, batch_size=3, shard_size=6, seed=3, labels="balanced")
+from jddim.manifest import BulkConfig
+config = BulkConfig(num=40, batch_size=3, shard_size=6, seed=3, labels="balanced")
 ddim = ddim.with_sampler(**how)
 make, made = bulk.sampler(ddim, config), bulk.sampler_on(jax.devices(), ddim, config, (1, 3))
 assert bulk.following(config, 9, 8, (1, 3)) == [9, 24, 27, *[27] * 5]
