@@ -9,11 +9,11 @@ import os
 import random
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jddim import distributed
+from jddim.cli_options import SPACING_NAMES, batch_size, say, seed
 from jddim.config import METHODS, counted, first_few
 
 if TYPE_CHECKING:
@@ -22,20 +22,11 @@ if TYPE_CHECKING:
     from jddim.pipeline import DDIM
 
 
-def add(
-    command: Callable[..., argparse.ArgumentParser],
-    seed: Callable[[str], int],
-    batch_size: Callable[[str], int | str],
-    spacing_names: str,
-    say: Callable[[str], None],
-) -> None:
-    """Define the commands. command: `(name, run, text, examples)` -> its parser. seed: the type of `--seed`.
-
-    batch_size: the type of `--batch-size`. spacing_names: for the help. say: prints a line of progress.
-    """
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the commands. command: `(name, run, text, examples)` -> its parser."""
     sub = command(
         "bulk",
-        partial(_bulk, say=say),
+        _bulk,
         "many images into a folder of checked shards; the same command again goes on where it was stopped",
         "mnist fifty --num 50000 --steps 50\nclasses.ckpt set --num 50000 --labels balanced --format tar\n"
         "mnist fifty --num 50000 --shard 0/4    # one of four that may run at once",
@@ -46,7 +37,7 @@ def add(
     sub.add_argument("--seed", type=seed, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0")
     sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
     sub.add_argument("--eta", type=float, metavar="E", help="as in jddim sample; default: the checkpoint's")
-    sub.add_argument("--spacing", metavar="NAME", help=f"{spacing_names}; default: the checkpoint's")
+    sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
     sub.add_argument("--clip", action=argparse.BooleanOptionalAction, help="as in jddim sample")
     sub.add_argument("--method", choices=METHODS, default="ddim", help="as in jddim sample; default ddim")
     sub.add_argument(
@@ -133,7 +124,7 @@ def _worker(text: str) -> tuple[int, int]:
     return i, n
 
 
-def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
+def _bulk(args: argparse.Namespace) -> int:
     from jddim import bulk
     from jddim.checkpoint import load_metadata
     from jddim.images import check_output
@@ -143,7 +134,7 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     if args.distributed is not None:
         if args.shard != (0, 1):
             raise ValueError("--distributed says which worker this is: leave --shard out")
-        args.shard = _join(args.distributed, say)
+        args.shard = _join(args.distributed)
     automatic = args.batch_size == "auto"
     begun = manifest_path(args.out).exists()
     if automatic and not begun and (args.shard != (0, 1) or args.shard_size is not None):
@@ -216,7 +207,7 @@ def _bulk(args: argparse.Namespace, say: Callable[[str], None]) -> int:
     return 0
 
 
-def _join(where: str, say: Callable[[str], None]) -> tuple[int, int]:
+def _join(where: str) -> tuple[int, int]:
     i, n = distributed.join(where)
     say(
         f"process {i} of {n}; should one die, jax ends the others within {distributed.HEARTBEAT} s (SIGABRT), and the "

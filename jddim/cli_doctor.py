@@ -7,22 +7,22 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jddim.cli_options import labels as read_labels
 from jddim.config import counted
 
 PACKAGES = ("jddim", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "torch", "diffusers")
 
 
-def add(command: Callable[..., argparse.ArgumentParser], read_labels: Callable[[str | None, int], Any]) -> None:
-    """Define the commands. command: `(name, run, text, examples)` -> its parser. read_labels: `--labels`' reader."""
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the commands. command: `(name, run, text, examples)` -> its parser."""
     command("doctor", _doctor, "versions, devices, and whether the cache of compiled programs works", "")
     sub = command(
         "warmup",
-        partial(_warmup, read_labels=read_labels),
+        _warmup,
         "sample once for nothing, so that the next `jddim sample` with these options finds its programs compiled",
         "mnist\nmnist --num 256 --steps 50 --eta 0.5",
     )
@@ -94,7 +94,7 @@ def _trial() -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, **counts}
 
 
-def _warmup(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
+def _warmup(args: argparse.Namespace) -> int:
     import jax
 
     import jddim

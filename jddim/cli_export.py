@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from jddim.cli_options import SPACING_NAMES
 from jddim.config import METHODS
 
 
-def add(command: Callable[..., argparse.ArgumentParser], spacing_names: str) -> None:
-    """Define the command. command: `(name, run, text, examples)` -> its parser. spacing_names: for the help."""
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the command. command: `(name, run, text, examples)` -> its parser."""
     sub = command(
         "export",
         _export,
@@ -22,7 +23,7 @@ def add(command: Callable[..., argparse.ArgumentParser], spacing_names: str) -> 
     sub.add_argument("out", type=Path, metavar="OUT.jddim", help="the file to write")
     sub.add_argument("--step", action="store_true", help="one DDIM step instead, for a loop of your own")
     sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's; eta is given when it is run")
-    sub.add_argument("--spacing", metavar="NAME", help=f"{spacing_names}; default: the checkpoint's")
+    sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
     sub.add_argument("--clip", action=argparse.BooleanOptionalAction, help="as in jddim sample")
     sub.add_argument("--method", choices=METHODS, default="ddim", help="as in jddim sample; default ddim")
     sub.add_argument("--guidance-scale", type=float, metavar="W", help="as in jddim sample; compiled in")

@@ -6,21 +6,20 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jddim import __version__
+from jddim.cli_options import SPACING_NAMES
+from jddim.cli_options import labels as read_labels
 from jddim.config import counted
 
 
-def add(
-    command: Callable[..., argparse.ArgumentParser], labels: Callable[[str | None, int], Any], spacing_names: str
-) -> None:
-    """Add `invert` to the command line. labels: reads --labels for so many images; spacing_names: for the help."""
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the command. command: `(name, run, text, examples)` -> its parser."""
     sub = command(
         "invert",
-        partial(_invert, labels=labels),
+        _invert,
         "the x_T that the deterministic sampler leads from to given images (DDIM inversion)",
         "mnist digits.npy x_T.npy\nmnist grid.png x_T.npy --steps 100 --reconstruct again.png\n"
         "mnist folder x_T.npy --refine 5 --steps 20",
@@ -34,7 +33,7 @@ def add(
     )
     sub.add_argument("out", type=Path, metavar="OUT.npy", help="x_T, float32, for jddim sample --x-T OUT.npy --eta 0")
     sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's; take the same for sampling")
-    sub.add_argument("--spacing", metavar="NAME", help=f"{spacing_names}; default: the checkpoint's")
+    sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
     sub.add_argument(
         "--convention",
         default="diffusers",
@@ -59,7 +58,7 @@ def add(
     sub.add_argument("--eta", type=float, default=0.0, help=argparse.SUPPRESS)  # to be refused with the reason
 
 
-def _invert(args: argparse.Namespace, labels: Callable[[str | None, int], Any]) -> int:
+def _invert(args: argparse.Namespace) -> int:
     from jddim.checkpoint import load_metadata
     from jddim.images import check_output, load_images, save_images
 
@@ -85,7 +84,7 @@ def _invert(args: argparse.Namespace, labels: Callable[[str | None, int], Any]) 
         "steps": args.steps,
         "spacing": args.spacing,
         "clip": args.clip,
-        "labels": labels(args.labels, len(images)),
+        "labels": read_labels(args.labels, len(images)),
         "guidance_scale": args.guidance_scale,
         "null_label": args.null_label,
         "batch_size": args.batch_size,

@@ -5,28 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jddim.cli_options import labels as read_labels
+from jddim.cli_options import seed as read_seed
 from jddim.config import counted
 
 if TYPE_CHECKING:
     from jddim.pipeline import DDIM
 
 
-def add(
-    command: Callable[..., argparse.ArgumentParser],
-    seed: Callable[[str], int],
-    read_labels: Callable[[str | None, int], Any],
-) -> None:
-    """Define the commands. command: `(name, run, text, examples)` -> its parser. seed: the type of `--seed`.
-
-    read_labels: reads `--labels` for so many images.
-    """
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the commands. command: `(name, run, text, examples)` -> its parser."""
     sub = command(
         "sweep",
-        partial(_sweep, read_labels=read_labels),
+        _sweep,
         "one x_T under many etas (and numbers of steps): a labelled grid, an atlas with costs, or the arrays",
         "mnist etas.png\nmnist atlas.html --eta 0,0.2,0.5,1 --steps 10,20,50,100 --num 12\n"
         "mnist atlas.png --steps 10,50 --eta 0,1 --num 1000 --rows-at-once 1 --reference ../shared/data/mnist\n"
@@ -34,7 +28,6 @@ def add(
     )
     _common(
         sub,
-        seed,
         "images a cell (default 8)",
         ".png a grid, of several --steps an atlas: columns S, rows eta, and what they cost; .html an atlas; .npz the "
         "arrays",
@@ -62,7 +55,7 @@ def add(
 
     sub = command(
         "edit",
-        partial(_edit, read_labels=read_labels),
+        _edit,
         "images made anew from given ones: all over (--strength), or where a mask is white (--mask)",
         "mnist digits.png again.png --strength 0.5\n"
         "mnist digits.png filled.png --mask white-is-new.png --steps 100 --resample 5 --jump-length 10 --eta 1",
@@ -85,16 +78,16 @@ def add(
     )
     sub.add_argument("--steps", type=int, metavar="S", help="of the whole table; default: the checkpoint's")
     sub.add_argument("--eta", type=float, default=0.0, metavar="E", help="as in jddim sample; default 0")
-    _sampling(sub, seed)
+    _sampling(sub)
 
     sub = command(
         "interpolate",
-        partial(_interpolate, read_labels=read_labels),
+        _interpolate,
         "images between those of two noises, or of four, by slerp of x_T",
         "mnist line.png --images 3,7 --num 11\nmnist plane.png --images 3,7,12,20 --num 7\n"
         "mnist line.gif --images 3,7 --num 60",
     )
-    _common(sub, seed, "images on a side, ends included (default 8)")
+    _common(sub, "images on a side, ends included (default 8)")
     sub.add_argument(
         "--images",
         type=_numbers(int),
@@ -102,25 +95,24 @@ def add(
         help="of this seed: the ends of a line, or the corners of a grid by row (default 0,1)",
     )
     sub.add_argument(
-        "--seeds", type=_numbers(seed), metavar="A,B[,C,D]", help="instead: the first image of each of these seeds"
+        "--seeds", type=_numbers(read_seed), metavar="A,B[,C,D]", help="instead: the first image of each of these seeds"
     )
     sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
 
 
 def _common(
     sub: argparse.ArgumentParser,
-    seed: Callable[[str], int],
     num: str,
     outputs: str = ".png a picture; .npz the arrays; .gif (interpolate) an animation",
 ) -> None:
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
     sub.add_argument("out", type=Path, help=outputs)
     sub.add_argument("--num", type=int, default=8, metavar="N", help=num)
-    _sampling(sub, seed)
+    _sampling(sub)
 
 
-def _sampling(sub: argparse.ArgumentParser, seed: Callable[[str], int]) -> None:
-    sub.add_argument("--seed", type=seed, default=0, metavar="I", help="as in jddim sample; default 0")
+def _sampling(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--seed", type=read_seed, default=0, metavar="I", help="as in jddim sample; default 0")
     sub.add_argument("--spacing", metavar="NAME", help="as in jddim sample; default: the checkpoint's")
     sub.add_argument("--labels", metavar="LABELS", help="of a class-conditional model, as in jddim sample")
     sub.add_argument("--guidance-scale", type=float, metavar="W", help="as in jddim sample")
@@ -141,7 +133,7 @@ def _load(args: argparse.Namespace, formats: Sequence[str]) -> DDIM:
     return ddim if args.clip is None else ddim.with_sampler(clip=args.clip)
 
 
-def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
+def _edit(args: argparse.Namespace) -> int:
     if (args.strength is None) == (args.mask is None):
         raise ValueError("give either --strength, to change images all over, or --mask, to fill them in")
     if args.mask is None and (args.resample, args.jump_length) != (1, 1):
@@ -203,7 +195,7 @@ def _edit(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any
     return 0
 
 
-def _sweep(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
+def _sweep(args: argparse.Namespace) -> int:
     suffix = args.out.suffix.lower()
     as_atlas = suffix == ".html" or (suffix == ".png" and args.steps is not None and len(args.steps) > 1)
     if args.reference is not None and not as_atlas:
@@ -280,7 +272,7 @@ def _distance(args: argparse.Namespace, ddim: DDIM) -> tuple[Callable[[Any], flo
     return far, f"FD ({mnist_cnn.NAME})"
 
 
-def _interpolate(args: argparse.Namespace, read_labels: Callable[[str | None, int], Any]) -> int:
+def _interpolate(args: argparse.Namespace) -> int:
     if args.images is not None and args.seeds is not None:
         raise ValueError("give either --images, of one seed, or --seeds, the first image of each")
     if args.images is None and args.seeds is None:

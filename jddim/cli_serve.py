@@ -8,18 +8,18 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jddim.cli_options import say
 from jddim.config import METHODS
 
 
-def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], None]) -> None:
-    """Define the command. command: `(name, run, text, examples)` -> its parser. say: prints a line of progress."""
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the command. command: `(name, run, text, examples)` -> its parser."""
     sub = command(
         "serve",
-        partial(_serve, say=say),
+        _serve,
         "a page in the browser: sliders, previews while it runs, eta strips, drawn digits (docs/serve.md; needs "
         "jddim[web])",
         "mnist\nmnist cifar10 --port 8123 --methods ddim,dpm++2m\nmnist --host 0.0.0.0",
@@ -52,7 +52,7 @@ def _methods(text: str) -> tuple[str, ...]:
     return given
 
 
-def _serve(args: argparse.Namespace, say: Callable[[str], None]) -> int:
+def _serve(args: argparse.Namespace) -> int:
     for option, value in (("--max-steps", args.max_steps), ("--max-num", args.max_num), ("--queue", args.queue)):
         if value < 2:
             raise ValueError(f"{option} must be at least 2, got {value}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jddim import interrupt
+from jddim.cli_options import say
 from jddim.config import first_few
 
 if TYPE_CHECKING:
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from jddim.task import Task
 
 
-def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], None]) -> None:
-    """Define the command. command: `(name, run, text, examples)` -> its parser. say: prints a line of progress."""
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the command. command: `(name, run, text, examples)` -> its parser."""
     sub = command(
         "train",
-        lambda args: _train(args, say),
+        _train,
         "train a network from scratch, or a checkpoint further (jddim[train]); the same command again goes on where "
         "it was stopped",
         "mnist.json DATA mnist --sample-every 1000\nmnist faces tuned --set steps=5000 --set lr=2e-5 "
@@ -78,7 +79,7 @@ def add(command: Callable[..., argparse.ArgumentParser], say: Callable[[str], No
     )
 
 
-def _train(args: argparse.Namespace, say: Callable[[str], None]) -> int:
+def _train(args: argparse.Namespace) -> int:
     from jddim.train_loop import LoopConfig, check_out, train
 
     loop = LoopConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoopConfig)})

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import jddim
 from jddim.checkpoint import CheckpointError
-from jddim.cli import OneLineParser
+from jddim.cli_options import OneLineParser
 from jddim.images import grid, save_gif, save_png
 
 ROOT = Path(__file__).resolve().parents[1]

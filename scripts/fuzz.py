@@ -60,7 +60,7 @@ from jddim.checkpoint import (
     load_params,
     save_checkpoint,
 )
-from jddim.cli import OneLineParser
+from jddim.cli_options import OneLineParser
 from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
 
 MEMORY = 1_500_000_000

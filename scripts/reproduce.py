@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jddim.cli import OneLineParser
+from jddim.cli_options import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm" / "ckpt.pth"

@@ -25,7 +25,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from jddim.cli import OneLineParser
+from jddim.cli_options import OneLineParser
 
 FLOPS_PER_CYCLE = {"v5e": 4 * 128 * 128 * 2, "v5p": 2 * 4 * 128 * 128 * 2}
 """What a chip's matrix units do in a cycle in bfloat16: v5e has four of 128 x 128, 197 TFLOP/s at 1.5 GHz; v5p two

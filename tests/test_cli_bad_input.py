@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from jddim.checkpoint import CheckpointError, load_metadata, load_params
-from jddim.cli import OneLineParser, main
+from jddim.cli import main
+from jddim.cli_options import OneLineParser
 
 torch = pytest.importorskip("torch", reason="most bad input is a bad PyTorch file")
 
