@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jddim import __version__
-from jddim.cli_options import SPACING_NAMES
+from jddim.cli_options import SPACING_NAMES, batch_size, say
 from jddim.cli_options import labels as read_labels
 from jddim.config import counted
 
@@ -53,7 +53,9 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--labels", metavar="LABELS", help="of a class-conditional model, as for jddim sample")
     sub.add_argument("--guidance-scale", type=float, metavar="W", help="as for jddim sample")
     sub.add_argument("--null-label", type=int, metavar="N", help="as for jddim sample")
-    sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="images at a time (default 64)")
+    sub.add_argument(
+        "--batch-size", type=batch_size, default=64, metavar="B", help="images at a time (default 64), or auto"
+    )
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
     sub.add_argument("--eta", type=float, default=0.0, help=argparse.SUPPRESS)  # to be refused with the reason
 
@@ -80,6 +82,10 @@ def _invert(args: argparse.Namespace) -> int:
     from jddim.inversion import reconstruction_error
 
     ddim = jddim.load(args.ckpt, dtype=args.dtype)
+    if args.batch_size == "auto":
+        from jddim.batch_size import best_batch_size
+
+        args.batch_size = best_batch_size(ddim, len(images), evaluations=1 + (args.guidance_scale is not None), say=say)
     how: dict[str, Any] = {
         "steps": args.steps,
         "spacing": args.spacing,

@@ -203,5 +203,6 @@ def _of_two(unet: UNet) -> Iterator[tuple[layers.ResBlock, int]]:
 def _cudnn_has(attention: layers.Attention, capability: tuple[int, int]) -> bool:
     """What jax's documentation asks of cuDNN's attention, forwards: half precision, and heads of so many channels."""
     width = attention.out.in_features // attention.heads
-    most = 256 if capability[0] == 9 else 128  # Hopper; later ones may have as much, which was not tried
+    # 256 on Hopper; later GPUs may have as much, which was not tried. jax looks for it on its default backend alone.
+    most = 256 if capability[0] == 9 and jax.default_backend() == "gpu" else 128
     return capability >= (8, 0) and jnp.finfo(attention.dtype).bits == 16 and width % 8 == 0 and width <= most

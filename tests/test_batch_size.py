@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
-from tiny import random_model, small_config, write_checkpoint
+from tiny import SIZE, random_model, small_config, write_checkpoint
 
 from jddim import batch_size
 from jddim.batch_size import best_batch_size, free_memory
@@ -73,6 +74,19 @@ def test_the_network_is_run_and_its_memory_grows_with_the_batch(ddim: DDIM) -> N
         best_batch_size(ddim, 3, memory=100)
     with pytest.raises(ValueError, match="num must be at least 1, got 0"):
         best_batch_size(ddim, 0)
+
+
+def test_invert_asks_for_as_many_images_as_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ckpt = write_checkpoint(tmp_path / "ckpt")
+    asked: list[int] = []
+    monkeypatch.setattr(batch_size, "best_batch_size", lambda ddim, num, **_: asked.append(num) or 2)
+    np.save(tmp_path / "images.npy", np.zeros((3, *SIZE, 1), np.float32))
+    words = ["invert", str(ckpt), str(tmp_path / "images.npy"), str(tmp_path / "x_T.npy"), "--steps", "2"]
+    assert main([*words, "--batch-size", "auto"]) == 0
+    assert asked == [3]
+    assert "3 images in 2 steps" in capsys.readouterr().out
 
 
 def test_a_set_keeps_the_size_it_was_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

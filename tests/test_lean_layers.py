@@ -148,10 +148,13 @@ def test_where_they_are_put_for_a_gpu() -> None:
     ],
 )
 def test_cudnns_attention_is_where_it_is_offered(
-    capability: tuple[int, int], dtype: jnp.dtype, width: int, heads: int, where: str
+    capability: tuple[int, int], dtype: jnp.dtype, width: int, heads: int, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     plain = layers.Attention(width, groups=4, epsilon=1e-5, heads=heads, dtype=dtype, rngs=nnx.Rngs(0))
     assert with_gpu_layers(plain, capability).implementation == where
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")  # jax would not find the GPU, and take it for an old one
+    assert with_gpu_layers(plain, capability).implementation == (where if width // heads <= 128 else "xla")
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no NVIDIA GPU; on one: JAX_PLATFORMS=cuda,cpu")
