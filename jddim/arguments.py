@@ -16,19 +16,19 @@ from jddim.ddim import StepTable, largest_eta
 from jddim.sampling import check_prediction
 
 
-def image_problems(
+def common_problems(
     config: ModelConfig,
     sampler: SamplerConfig,
-    key: Array | None,
-    num: int | None,
     table: StepTable,
-    x_T: Array | np.ndarray | None,
-    noise: Array | np.ndarray | None,
+    num: int | None,
     shape: tuple[int, ...],
-    batch_size: int | None,
     dtype: DTypeLike,
     *,
-    needs_noise: bool,
+    x_T: Array | np.ndarray | None,
+    key: Array | None = None,
+    noise: Array | np.ndarray | None = None,
+    needs_noise: bool = False,
+    batch_size: int | None = None,
     start: str = "x_T",
 ) -> list[str]:
     """What is wrong with the arguments that all methods take, as sentences. start: what x_T is called."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jddim import distributed
-from jddim.cli_options import SPACING_NAMES, batch_size, say, seed
+from jddim.cli_options import SPACING_NAMES, read_batch_size, read_seed, say
 from jddim.config import METHODS, counted, first_few
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
     sub.add_argument("out", type=Path, help="a new folder, or one that the same command began")
     sub.add_argument("--num", type=int, required=True, metavar="N", help="images in the whole set")
-    sub.add_argument("--seed", type=seed, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0")
+    sub.add_argument(
+        "--seed", type=read_seed, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0"
+    )
     sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
     sub.add_argument("--eta", type=float, metavar="E", help="as in jddim sample; default: the checkpoint's")
     sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
@@ -49,7 +51,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--null-label", type=int, metavar="N", help="as in jddim sample; not among the balanced")
     sub.add_argument(
         "--batch-size",
-        type=batch_size,
+        type=read_batch_size,
         default=64,
         metavar="B",
         help="images at a time (default 64); auto: tries which is fastest and fits, once for the set",

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jddim.cli_options import labels as read_labels
+from jddim.cli_options import read_labels
 from jddim.config import counted
 
 PACKAGES = ("jddim", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "torch", "diffusers")

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jddim import __version__
-from jddim.cli_options import SPACING_NAMES, batch_size, say
-from jddim.cli_options import labels as read_labels
+from jddim.cli_options import SPACING_NAMES, read_batch_size, read_labels, say
 from jddim.config import counted
 
 
@@ -54,7 +53,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--guidance-scale", type=float, metavar="W", help="as for jddim sample")
     sub.add_argument("--null-label", type=int, metavar="N", help="as for jddim sample")
     sub.add_argument(
-        "--batch-size", type=batch_size, default=64, metavar="B", help="images at a time (default 64), or auto"
+        "--batch-size", type=read_batch_size, default=64, metavar="B", help="images at a time (default 64), or auto"
     )
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
     sub.add_argument("--eta", type=float, default=0.0, help=argparse.SUPPRESS)  # to be refused with the reason

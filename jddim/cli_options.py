@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, ddimN or N,N,..."
 
 
-def labels(text: str | None, num: int) -> np.ndarray | None:
+def read_labels(text: str | None, num: int) -> np.ndarray | None:
     """One label an image, from "3,977" (one each, or one for all) or "0:10" (0 to 9, over and over)."""
     if text is None:
         return None
@@ -39,12 +39,12 @@ def labels(text: str | None, num: int) -> np.ndarray | None:
     return np.resize(np.array(given, np.int32), num)
 
 
-def batch_size(text: str) -> int | str:
+def read_batch_size(text: str) -> int | str:
     """`--batch-size`: a number, or auto."""
     return text if text == "auto" else int(text)
 
 
-def seed(text: str) -> int:
+def read_seed(text: str) -> int:
     """`--seed`: what jax.random.key tells apart."""
     number = int(text)
     if not 0 <= number < 2**32:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jddim.cli_options import labels as read_labels
-from jddim.cli_options import seed as read_seed
+from jddim.cli_options import read_labels, read_seed
 from jddim.config import counted
 
 if TYPE_CHECKING:

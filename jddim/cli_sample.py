@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jddim import __version__
-from jddim.cli_options import SPACING_NAMES, batch_size, say, seed
-from jddim.cli_options import labels as read_labels
+from jddim.cli_options import SPACING_NAMES, read_batch_size, read_labels, read_seed, say
 from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES, counted
 
 if TYPE_CHECKING:
@@ -47,10 +46,12 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--eta", type=float, metavar="E", help="0 deterministic, 1 as noisy as DDPM; default: the checkpoint's"
     )
-    sub.add_argument("--seed", type=seed, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0")
+    sub.add_argument(
+        "--seed", type=read_seed, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0"
+    )
     sub.add_argument(
         "--batch-size",
-        type=batch_size,
+        type=read_batch_size,
         default=64,
         metavar="B",
         help="images at a time (default 64); auto: tries which is fastest and fits",

@@ -132,7 +132,7 @@ class Jit:
             args, kwargs = jax.tree.unflatten(structure, leaves)
             return self.function(*faster(args, kind), **kwargs, **static)
 
-        tuned.__name__ = self.function.__name__
+        tuned.__name__ = tuned.__qualname__ = self.function.__name__
         return jax.jit(
             tuned, static_argnames=("structure", *self.static_argnames), compiler_options=compiler_options(kind)
         )

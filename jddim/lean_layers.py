@@ -18,7 +18,7 @@ and what it does not is decided here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,9 @@ class NearestConv(nnx.Module):
         conv = upsample.conv
         assert conv is not None
         assert conv.bias is not None
-        w = jnp.pad(conv.kernel[...], ((1, 1), (1, 1), (0, 0), (0, 0)))
+        assert conv.dtype is not None
+        kernel = conv.kernel[...].astype(layers.at_least_float32(conv.dtype))
+        w = jnp.pad(kernel, ((1, 1), (1, 1), (0, 0), (0, 0)))
         rows = w[1:] + w[:-1]
         self.kernel = nnx.Param(lax.rev(rows[:, 1:] + rows[:, :-1], (0, 1)).astype(conv.dtype))
         self.bias = nnx.Param(conv.bias[...].astype(conv.dtype))
@@ -58,8 +60,8 @@ class NormOfParts(nnx.Module):
     """A group norm's place: its input is two arrays side by side, `at` channels and the rest, or one array (0).
 
     One pass over x: sums of differences from a value, and of their squares. Where flax's norm takes two passes, in
-    float32, that is each channel's first pixel, which is near its mean; otherwise 0, so that a TPU can sum up before
-    any pixel is known.
+    float32, that is a pixel in the middle: what is lost is what it is away from the channel's mean, in squares of the
+    standard deviation. Otherwise it is 0, so that a TPU can sum up before any pixel is known.
     """
 
     def __init__(self, norm: nnx.GroupNorm, at: int = 0):
@@ -67,11 +69,12 @@ class NormOfParts(nnx.Module):
         self.at = at
 
     def __call__(self, x: Array) -> Array:
-        norm, c = self.norm, x.shape[3]
+        norm, (_, h, w, c) = self.norm, x.shape
         means, variances = [], []
         for part in (x[..., : self.at], x[..., self.at :]) if self.at else (x,):  # XLA sees what was put together
             part = part.astype(norm.dtype)
-            near = jnp.zeros_like(part[:, 0, 0]) if norm.use_fast_variance else part[:, 0, 0]
+            middle = part[:, h // 2, w // 2]
+            near = jnp.zeros_like(middle) if norm.use_fast_variance else middle
             off = part - near[:, None, None]
             mean = off.mean(axis=(1, 2))
             means.append(near + mean)
@@ -104,15 +107,15 @@ class Apart(nnx.Module):
 
 
 class FusedAttention(nnx.Module):
-    """An attention's place: `jax.nn.dot_product_attention`, of cuDNN where that has it, between convolutions of 1x1.
+    """An attention's place, between convolutions of 1x1; cudnn: whether it is cuDNN's.
 
     cuDNN's attention does not write the weights to memory, and its convolutions add their biases and the residual;
     XLA makes one product of q's and k's, and then reads that twice to cut it and add the biases.
     """
 
-    def __init__(self, attention: layers.Attention, implementation: Literal["cudnn", "xla"]):
+    def __init__(self, attention: layers.Attention, *, cudnn: bool):
         self.attention = attention
-        self.implementation = implementation
+        self.cudnn = cudnn
 
     def __call__(self, x: Array) -> Array:
         plain, (b, h, w, c) = self.attention, x.shape
@@ -121,7 +124,7 @@ class FusedAttention(nnx.Module):
             _pointwise(linear, pixels).reshape(b, h * w, plain.heads, c // plain.heads)
             for linear in (plain.q, plain.k, plain.v)
         )
-        mixed = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
+        mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn") if self.cudnn else plain.mix(q, k, v)
         y = x + _pointwise(plain.out, mixed.reshape(b, h, w, c))
         return y if plain.scale == 1 else y / plain.scale
 
@@ -157,21 +160,19 @@ def with_gpu_layers(tree: Any, capability: tuple[int, int]) -> Any:
     def put(unet: UNet) -> None:
         for block, at in _of_two(unet):
             block.norm1 = NormOfParts(block.norm1, at)  # type: ignore[assignment]
-        for _, module in nnx.iter_modules(unet):
+        for _, module in list(nnx.iter_modules(unet)):
             if isinstance(module, layers.ResBlock) and not module.scale_shift:
                 module.conv1 = Apart(module.conv1)  # type: ignore[assignment]
+            if not isinstance(module, NormOfParts):  # whose own norm stays
+                for name, norm in list(vars(module).items()):
+                    if isinstance(norm, nnx.GroupNorm):
+                        setattr(module, name, NormOfParts(norm))
 
     def attention(plain: layers.Attention) -> FusedAttention:
-        return FusedAttention(plain, "cudnn" if _cudnn_has(plain, capability) else "xla")
+        return FusedAttention(plain, cudnn=_cudnn_has(plain, capability))
 
     tree = _replaced(_put(tree, put), _doubles, NearestConv)
-    tree = _replaced(tree, lambda node: isinstance(node, layers.Attention), attention)
-    norms = (nnx.GroupNorm, NormOfParts)  # the latter's own norms stay
-    return _replaced(
-        tree,
-        lambda node: isinstance(node, norms),
-        lambda node: node if isinstance(node, NormOfParts) else NormOfParts(node),
-    )
+    return _replaced(tree, lambda node: isinstance(node, layers.Attention), attention)
 
 
 def _replaced(tree: Any, fits: Callable[[Any], bool], make: Callable[[Any], Any]) -> Any:
@@ -205,4 +206,5 @@ def _cudnn_has(attention: layers.Attention, capability: tuple[int, int]) -> bool
     width = attention.out.in_features // attention.heads
     # 256 on Hopper; later GPUs may have as much, which was not tried. jax looks for it on its default backend alone.
     most = 256 if capability[0] == 9 and jax.default_backend() == "gpu" else 128
-    return capability >= (8, 0) and jnp.finfo(attention.dtype).bits == 16 and width % 8 == 0 and width <= most
+    offered = capability >= (8, 0) and capability != (10, 3)  # for which jax asks for a later cuDNN
+    return offered and jnp.finfo(attention.dtype).bits == 16 and width % 8 == 0 and width <= most

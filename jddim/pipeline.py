@@ -14,30 +14,23 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jddim.arguments import (
     channels_first,
+    common_problems,
     eta_problems,
     guidance_problems,
-    image_problems,
     is_zero,
     label_problems,
     range_problems,
 )
 from jddim.batches import Batch, in_batches
 from jddim.checkpoint import Metadata, build_model, load_metadata, load_params
-from jddim.config import (
-    SamplerConfig,
-)
+from jddim.config import SamplerConfig
 from jddim.ddim import StepTable, sampler_table
 from jddim.guidance import Scale
 from jddim.inversion import check_inversion, inversion_table
 from jddim.models import Network
 from jddim.models.layers import at_least_float32
 from jddim.programs import Program, draw_keys, draw_noise, invert_segment, network_denoiser, sample_segment
-from jddim.sampling import (
-    Denoiser,
-    State,
-    Trajectory,
-    init_state,
-)
+from jddim.sampling import Denoiser, State, Trajectory, init_state
 from jddim.schedule import NoiseSchedule, make_schedule
 from jddim.solvers import cast, find, memory_of
 
@@ -181,18 +174,18 @@ class DDIM:
                 image_size = (x_T.shape[1], x_T.shape[2])
         shape = (*image_size, ddim.model.config.in_channels)
         needs_noise = method == "ddpm" or (solver.stochastic if solver else not is_zero(eta))
-        problems += image_problems(
+        problems += common_problems(
             ddim.model.config,
             ddim.sampler,
-            key,
-            num,
             table,
-            x_T,
-            noise,
+            num,
             shape,
-            batch_size,
             dtype,
+            x_T=x_T,
+            key=key,
+            noise=noise,
             needs_noise=needs_noise,
+            batch_size=batch_size,
         )
         if num is not None and num >= 1:
             problems += eta_problems(eta, num, table) if method == "ddim" else []
@@ -299,19 +292,8 @@ class DDIM:
         table = ddim.table(steps, spacing, dtype)
         labels = None if labels is None else jnp.asarray(labels)
         num, shape = len(images), (*images.shape[1:3], config.in_channels)
-        problems = image_problems(
-            ddim.model.config,
-            ddim.sampler,
-            None,
-            num,
-            table,
-            images,
-            None,
-            shape,
-            batch_size,
-            dtype,
-            needs_noise=False,
-            start="images",
+        problems = common_problems(
+            config, ddim.sampler, table, num, shape, dtype, x_T=images, batch_size=batch_size, start="images"
         )
         problems += label_problems(config, labels, num) + range_problems(images)
         null_label = ddim.null_label_for(guidance_scale, null_label)

@@ -22,10 +22,7 @@ from jax.typing import ArrayLike
 
 from jddim.checkpoint import flat_params
 from jddim.compiling import Kind, compiler_options
-from jddim.config import (
-    ModelConfig,
-    UNetConfig,
-)
+from jddim.config import ModelConfig, UNetConfig
 from jddim.models import build
 from jddim.models.layers import at_least_float32
 from jddim.objective import Draws, Params, Table, draw, losses, training_table

@@ -50,6 +50,29 @@ def test_a_kind_is_what_a_device_says_of_itself(told: str | None, capability: tu
     assert kind_of(device) == Kind("gpu", "a GPU", capability)  # AMD's GPUs are of the same platform
 
 
+@pytest.mark.parametrize("options", [GPU_OPTIONS, CPU_OPTIONS])
+def test_xla_knows_the_options(options: dict[str, bool | str]) -> None:
+    """Whatever it compiles for, it reads all of them: one that it has renamed would fail every run there."""
+    chex.assert_trees_all_close(jax.jit(jnp.sin, compiler_options=options)(X), np.sin(X), atol=1e-6)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="CONVOLUTIONS"):
+        jax.jit(jnp.sin, compiler_options={"xla_gpu_enable_command_buffer": "CONVOLUTIONS"})(X)
+
+
+def test_arguments_are_a_tree(compiled: Jit) -> None:
+    def total(model: dict[str, object], x: jax.Array, scale: jax.Array | None = None, *, power: int) -> jax.Array:
+        return sum(jax.tree.leaves(model)) * x**power * (1 if scale is None else scale)
+
+    run = Jit(total, static_argnames=("power",))
+    one, two = {"a": KERNEL[0, 0, 0, 0]}, {"a": KERNEL[0, 0, 0, 0], "b": [KERNEL[0, 0, 0, 1]]}
+    for model in (one, two):
+        for scale in (None, jnp.float32(3)):
+            made = run(model, x=X, scale=scale, power=2)
+            chex.assert_trees_all_close(made, total(model, X, scale, power=2), rtol=1e-6)
+    programs = run.on(kind_of())._cache_size()
+    run({"a": KERNEL[0, 0, 1, 1]}, x=X, scale=None, power=2)
+    assert run.on(kind_of())._cache_size() == programs == 4
+
+
 def test_called_at_the_top_it_has_the_options(compiled: Jit) -> None:
     chex.assert_trees_all_close(compiled(KERNEL, X, power=2), convolved(KERNEL, X, 2), rtol=1e-5, atol=1e-5)
     assert (compiled.on(kind_of())._cache_size(), compiled.plain._cache_size()) == (1, 0)

@@ -57,6 +57,27 @@ kernel = wide.ddim.model.conv_in.kernel.get_value()
 assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 1, 4)}, kernel.shape
 # sums over channels are cut in two: rounding, which three steps of an untrained network leave below this
 np.testing.assert_allclose(wide.sample(key, 24, labels=labels, **how), one, atol=1e-3)
+
+# What XLA cuts by a rule of its own, as jax has cuDNN's attention, it must not have to cut where data is cut alone.
+from flax import nnx
+from jax.experimental.custom_partitioning import custom_partitioning
+
+def refuse(*_):
+    raise AssertionError("XLA asks how to cut it")
+
+ruled = custom_partitioning(jax.numpy.tanh)
+ruled.def_partition(partition=refuse, infer_sharding_from_operands=refuse, sharding_rule="b h w c -> b h w c")
+
+class Ruled(nnx.Module):
+    def __init__(self, conv):
+        self.conv = conv
+
+    def __call__(self, x):
+        return ruled(self.conv(x))
+
+ddim.model.conv_in = Ruled(ddim.model.conv_in)
+alone = ddim.sample(key, 24, labels=labels, batch_size=3)
+np.testing.assert_array_equal(Sharded(ddim, make_mesh()).sample(key, 24, labels=labels), alone)
 print("equal")
 """
 

@@ -38,12 +38,12 @@ def _up_to(limit: int) -> Callable[[Any], int]:
     return read
 
 
-def _list(parse: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+def _list(reader: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     def read(value: Any) -> tuple[Any, ...]:
         if isinstance(value, str):  # --set block_out_channels=32,64
             value = [literal(part) for part in value.split(",")]
         try:
-            return tuple(parse(item) for item in (value if isinstance(value, list) else [value]))
+            return tuple(reader(item) for item in (value if isinstance(value, list) else [value]))
         except ValueError as error:
             raise ValueError(f"a list, each {error}") from error
 
@@ -61,12 +61,12 @@ def _size(value: Any) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _or_none(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _or_none(reader: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
         if value is None or value == "None":
             return None
         try:
-            return parse(value)
+            return reader(value)
         except ValueError as error:
             raise ValueError(f"{error}, or null") from error
 

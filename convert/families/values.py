@@ -1,6 +1,6 @@
 """Settings as files and --set spell them -> values: one function for each kind, raising ValueError("what is allowed").
 
-The spellings here are YAML's, which several sources share; a source with its own (OpenAI's flags) reads its own.
+The spellings here are YAML's, which several sources share; a source with its own (OpenAI's flags) reads those.
 `parse` reads a family's settings, each by the function that the family names for it.
 """
 
