@@ -2,20 +2,24 @@
 
 On a TPU nothing was run; of v5e XLA's compiler says (`scripts/tpu_compile`: CIFAR-10's network, 256 images a chip,
 bfloat16, Mcycles a step) 48.97 as the network stands, about 44.9 with upsampling and its convolution as one, 39.2 with
-the decoder's norms by parts as well (`jddim.lean_layers`), and 36.8 with twice the scoped memory. Tried and left out:
+the decoder's norms by parts as well (`jddim.lean_layers`), and 36.9 with twice the scoped memory. Tried and left out:
 four times that memory (0.3 less, twice as long to compile), q, k and v in one product (0.14 less), upsampling as four
 convolutions (2.4 more than as it stands).
 
 On an H100 (CIFAR-10's network, bfloat16, 256 images, 10 steps as one program, jax 0.11.2, ms a step) the network takes
 10.62 as it stands; 10.14 with upsampling and its convolution as one, 10.07 with the time embedding added by the norm
 that reads it and not by the convolution, 10.06 with cuDNN's attention between 1x1 convolutions, 10.47 with norms in
-one pass by channel; 9.15 with all of these, 9.43 on a slower machine. There the decoder's norms by parts took off 0.3
-of 9.79, both without convolutions in CUDA graphs. These graphs, of which a step is otherwise some thirty and each
-convolution apart, do nothing for 256 images, but 2.13 becomes 1.95 for 8, and MNIST's network at 16, in TF32, goes
-from 1.34 to 0.73. In TF32 CIFAR-10's goes from 19.4 to 16.7, without the last two. Tried and left out: q, k and v as
-separate products (10.23 with cuDNN's attention), the decoder's shortcuts as two convolutions so that nothing is put
-side by side (as fast), norm, time and activation as one Pallas kernel (9.65 with the rest: a prototype, in Pallas for
-Triton, which jax has deprecated).
+one pass by channel; 9.15 with all four, 9.43 on a slower machine. There the decoder's norms by parts took 9.79 to
+9.46, both times without CUDA graphs. In TF32 the network went from 19.4 to 16.7 with the four, but for cuDNN's
+attention, which is not for it.
+
+CUDA graphs, by default, leave each convolution out, so that a step is some thirty of them. With convolutions it is
+one: nothing gained at 256 images, but 2.13 becomes 1.95 at 8, and MNIST's network as it stands, 16 images in TF32,
+goes from 1.34 to 0.73.
+
+Tried on the H100 and left out: q, k and v as separate products (10.23 with cuDNN's attention), the decoder's shortcuts
+as two convolutions so that nothing is put side by side (as fast), norm, time and activation as one Pallas kernel (9.65
+with the rest: a prototype, in Pallas for Triton, which jax has deprecated).
 
 On a CPU, XLA gives convolutions to YNNPACK, whose 3x3 ones are slower than Eigen's at nearly all sizes in a UNet.
 Medians of two runs, jax 0.10.2, 2 cores, one evaluation, milliseconds without and with the option: MNIST's network at
