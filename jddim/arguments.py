@@ -42,8 +42,8 @@ def common_problems(
     if num is None or num < 1:
         problems.append(f"num must be at least 1, got {num}")
         return problems
-    if batch_size is not None and batch_size < 1:
-        problems.append(f"batch_size must be at least 1, got {batch_size}")
+    if not (batch_size is None or (isinstance(batch_size, (int, np.integer)) and batch_size >= 1)):
+        problems.append(f"batch_size must be a whole number, at least 1, or None; got {batch_size!r}")
     if key is None and (x_T is None or (noise is None and needs_noise)):
         what = "x_T" if x_T is None else "the noise of each step (eta > 0)"
         problems.append(f"a key is needed for {what}: jax.random.key(seed)")

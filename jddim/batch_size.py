@@ -53,6 +53,7 @@ def best_batch_size(
         size = min(2 * size, num)
     if not best:
         raise MemoryError("the memory that is free does not hold one image's evaluation: see --dtype bfloat16")
+    say(f"batch size {best}")
     return best
 
 

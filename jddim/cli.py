@@ -52,11 +52,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt) or interrupt.heard():
             print(interrupt.MESSAGE, file=sys.stderr)
             return interrupt.status()
+        if told := _no_device():
+            print(f"jddim: error: {told}", file=sys.stderr)
+            return 1
         mistakes = (ValueError, OSError, ArithmeticError, MemoryError, ModuleNotFoundError)
         if os.environ.get("JDDIM_DEBUG") or not isinstance(error, mistakes):
             raise
         print(f"jddim: error: {one_line(error)}", file=sys.stderr)
         return 1
+
+
+def _no_device() -> str | None:
+    """What to say if jax has no device because of JAX_PLATFORMS, whatever failed for that."""
+    asked, jax = os.environ.get("JAX_PLATFORMS"), sys.modules.get("jax")
+    if not asked or jax is None:
+        return None
+    try:
+        jax.devices()
+    except Exception:  # a RuntimeError, an AssertionError without a word
+        return f"jax has no device for JAX_PLATFORMS={asked} here: unset it, or pip install 'jddim[cuda12]' or [tpu]"
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -41,12 +41,18 @@ def read_labels(text: str | None, num: int) -> np.ndarray | None:
 
 def read_batch_size(text: str) -> int | str:
     """`--batch-size`: a number, or auto."""
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a number of images, or auto; got {text!r}") from None
 
 
 def read_seed(text: str) -> int:
     """`--seed`: what jax.random.key tells apart."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a whole number, got {text!r}") from None
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not in 0..{2**32 - 1}, which seeds are kept apart in")
     return number

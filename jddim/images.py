@@ -267,11 +267,14 @@ def atomic(target: Path) -> Iterator[Path]:
         if staging.is_dir() and target.is_dir():
             target.rmdir()  # only ever an empty folder; see check_output
         staging.replace(target)
-    except BaseException:
+    except BaseException as error:
         remove(staging)
         with suppress(OSError):
             for parent in made:
                 parent.rmdir()
+        # Of a full disk the system does not say where; of other failures it names what is not there any more.
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(staging)):
+            raise type(error)(error.errno, error.strerror, str(target)) from error
         raise
 
 

@@ -127,6 +127,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         said = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if folder.is_file():
+            raise BulkError(f"{folder} is a file: name the folder that jddim bulk wrote") from None
         raise BulkError(f"{folder} has no manifest.json: it is no folder that jddim bulk wrote") from None
     again = "remove it, and the jddim bulk command that the shards were made with writes it anew and keeps them"
     try:

@@ -600,6 +600,8 @@ def main(argv: Sequence[str]) -> int:
         if args.memory_of:
             print(json.dumps(memory_of(args.memory_of, args.case, args.device, args.threads)))
             return 0
+        if args.check is not None:
+            stored(args.check)  # before minutes go by
         report = run(args, argv)
     except BenchError as error:
         say(f"scripts/bench: {error}")
@@ -613,11 +615,19 @@ def main(argv: Sequence[str]) -> int:
     return 0 if args.check is None else check(args.check, report)
 
 
+def stored(path: Path) -> Any:
+    """An earlier report. Raises BenchError if it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BenchError(f"--check {path} cannot be read: {error}") from error
+
+
 def check(path: Path, report: Mapping[str, Any]) -> int:
     """Print the cases beside those of a stored report; 1 if any has lost too much."""
     try:
-        found = changes(json.loads(path.read_text()), report)
-    except (OSError, KeyError, ValueError) as error:
+        found = changes(stored(path), report)
+    except (BenchError, KeyError, ValueError) as error:
         say(f"scripts/bench: --check {path}: {error}")
         return 1
     print("\nPyTorch eager's time over jddim's, then and now:")

@@ -21,7 +21,7 @@ from jddim.cli_options import OneLineParser
 
 torch = pytest.importorskip("torch", reason="most bad input is a bad PyTorch file")
 
-from conftest import MNIST_SOURCE  # noqa: E402
+from conftest import MNIST_SOURCE, ROOT  # noqa: E402
 
 CKPT = MNIST_SOURCE / "ckpt.pth"
 
@@ -270,3 +270,26 @@ def test_an_option_that_help_hides_is_not_suggested(capsys: pytest.CaptureFixtur
 
 def test_unknown_words_exit_with_two(tmp_path: Path, fails: Callable[..., str]) -> None:
     assert "--help" in fails("sample", "a", "b.png", "--stepz", "3", status=2)
+
+
+def test_a_device_that_is_not_there(mnist_checkpoint: Path, tmp_path: Path) -> None:
+    for command in (["doctor"], ["info", str(mnist_checkpoint)], ["sample", str(mnist_checkpoint), "x.png"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "jddim", *command],
+            cwd=tmp_path,
+            env={**os.environ, "JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("jddim: error: jax has no device for JAX_PLATFORMS=cuda here: unset it"), done.stderr
+        assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_are_none(tmp_path: Path, fails: Callable[..., str]) -> None:
+    assert "takes a number of images, or auto; got 'huge'" in fails(
+        "sample", "c", tmp_path / "x.png", "--batch-size", "huge", status=2
+    )
+    assert "takes a whole number, got '1.5'" in fails("sample", "c", tmp_path / "x.png", "--seed", "1.5", status=2)

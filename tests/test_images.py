@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jddim.images import (
+    atomic,
     check_output,
     cut_grid,
     from_uint8,
@@ -172,3 +173,12 @@ def test_an_alpha_channel_that_hides_nothing_is_dropped(tmp_path: Path, mode: st
     picture.save(tmp_path / "hazy.png")
     with pytest.raises(ValueError, match="transparent in places"):
         load_images(tmp_path / "hazy.png", (3, 5))
+
+
+def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    target = tmp_path / "a.npy"
+    for name in (None, "staging"):
+        with pytest.raises(OSError, match="No space") as caught, atomic(target) as staging:
+            raise OSError(28, "No space left on device", *([] if name is None else [str(staging)]))
+        assert caught.value.filename == str(target)
+    assert not list(tmp_path.iterdir())

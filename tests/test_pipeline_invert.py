@@ -156,7 +156,7 @@ def test_a_nan_names_the_image_and_the_step() -> None:
         (np.full_like(IMAGES, np.nan), {}, ["images holds a NaN or infinity, first at (0, 0, 0, 0)"]),
         (IMAGES, {"labels": [1, 2, 3]}, ["this network has no classes"]),
         (IMAGES, {"guidance_scale": 2.0}, ["guidance_scale needs a network with learned class labels"]),
-        (IMAGES, {"batch_size": 0}, ["batch_size must be at least 1"]),
+        (IMAGES, {"batch_size": 0}, ["batch_size must be a whole number, at least 1"]),
         (IMAGES, {"convention": "openai", "refine": 1}, ["refine solves the sampler's own steps"]),
         (IMAGES, {"convention": "ddim", "refine": -1}, ["unknown convention 'ddim'", "got -1"]),
         (IMAGES, {"steps": 301}, ["1..300 (the training timesteps), got 301"]),

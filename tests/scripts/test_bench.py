@@ -270,3 +270,11 @@ def test_help():
     assert done.returncode == 0
     assert "Time" in done.stdout
     assert "--quick" in done.stdout
+
+
+def test_a_table_to_check_is_read_before_anything_is_timed(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("timed first"))
+    assert bench.main(["--check", "nowhere.json", "--quick"]) == 1
+    assert "--check nowhere.json cannot be read" in capsys.readouterr().err
