@@ -358,8 +358,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _orbax() -> Any:
-    """Orbax, imported on first use (it takes half a second), its notices on stderr kept to errors."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    """Orbax, imported on first use (it takes half a second), without its notices: what fails in it is raised too."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     import orbax.checkpoint as ocp
 
     return ocp

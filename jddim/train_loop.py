@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.util
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -450,9 +452,17 @@ def _saved_steps(folder: Path, loop: LoopConfig) -> Iterator[Any]:
     )
     manager = ocp.CheckpointManager((folder / "steps").absolute(), options=options, item_names=("state", "about"))
     try:
-        yield manager
-    finally:
-        manager.close()
+        try:
+            yield manager
+        finally:
+            manager.close()
+    except Exception as error:  # whatever Orbax makes of it
+        if "No space left" not in str(error):
+            raise
+        for half in (folder / "steps").glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(half, ignore_errors=True)
+        told = "No space left on device; with room there, the same command goes on from the last whole save"
+        raise OSError(errno.ENOSPC, told, str(folder)) from error
 
 
 def _restore(saved: Any, step: int, abstract: TrainState) -> TrainState:

@@ -404,3 +404,19 @@ def test_the_same_on_devices_of_a_mesh(tmp_path: Path) -> None:
     far = np.concatenate([np.abs(a[name] - b[name]).ravel() for name in a])
     assert np.median(far) < 1e-6  # where a gradient is nearly 0, Adam makes a step of rounding
     assert dataclasses.asdict(job(steps=6).train)["steps"] == load_metadata(tmp_path / "out").provenance["step"]
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    half = tmp_path / "steps" / "step_00000007.orbax-checkpoint-tmp"
+
+    def save() -> None:
+        half.mkdir(parents=True)  # now, since Orbax clears up as it begins
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 25387 bytes: No space left on device")
+
+    with (
+        pytest.raises(OSError, match="with room there, the same command goes on") as caught,
+        train_loop._saved_steps(tmp_path, LoopConfig()),
+    ):
+        save()
+    assert caught.value.filename == str(tmp_path)
+    assert not half.exists()
