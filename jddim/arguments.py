@@ -31,7 +31,11 @@ def common_problems(
     batch_size: int | None = None,
     start: str = "x_T",
 ) -> list[str]:
-    """What is wrong with the arguments that all methods take, as sentences. start: what x_T is called."""
+    """What is wrong with the arguments that all methods take, as sentences.
+
+    shape: (h, w, c) of an image; x_T: `(num, h, w, c)`; noise: `(S, num, h, w, c)`, both of `dtype`; key: one, or
+    `(num,)`; needs_noise: whether a step adds any. start: what x_T is called.
+    """
     problems = size_problems(config, (shape[0], shape[1]))
     outputs = 2 if sampler.variance == "learned_range" else 1
     if outputs * config.in_channels != config.out_channels:
@@ -83,7 +87,7 @@ def common_problems(
 def guidance_problems(
     config: ModelConfig, sampler: SamplerConfig, scale: ArrayLike | None, null_label: int | None, num: int, method: str
 ) -> list[str]:
-    """What is wrong with guidance of a network with this config, as sentences."""
+    """What is wrong with guidance of a network with this config, as sentences. scale: a scalar or `(num,)`, or None."""
     if scale is None:
         return [] if null_label is None else ["null_label is for guidance: give guidance_scale too, or leave it out"]
     if config.class_embedding != "learned":
@@ -122,7 +126,7 @@ def eta_problems(eta: ArrayLike, num: int, table: StepTable) -> list[str]:
 
 
 def range_problems(images: Array | np.ndarray) -> list[str]:
-    """Unclipped samples overshoot [-1, 1] a little; what leaves [-2, 2] is something else."""
+    """What is wrong with images to invert: unclipped samples overshoot [-1, 1] a little; [-2, 2] they do not leave."""
     if isinstance(images, jax.core.Tracer) or images.size == 0 or not _all_finite(images):
         return []
     low, high = float(images.min()), float(images.max())

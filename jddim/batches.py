@@ -64,7 +64,10 @@ def in_batches(
 
 
 def raise_if_bad(state: State, table: StepTable, start: int, count: int) -> None:
-    """Raise if any of the batch's first `count` samples has left the finite numbers."""
+    """Raise FloatingPointError if any of the batch's first `count` samples has left the finite numbers.
+
+    start: the number of the batch's first image. Of a traced state nothing is known.
+    """
     if isinstance(state.first_bad, jax.core.Tracer):
         return
     first_bad = np.asarray(state.first_bad)[:count]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jddim import distributed
-from jddim.cli_options import SPACING_NAMES, read_batch_size, read_seed, say
+from jddim.cli_options import SPACING_NAMES, fastest_batch_size, read_batch_size, read_seed, say
 from jddim.config import METHODS, counted, first_few
 
 if TYPE_CHECKING:
@@ -176,13 +176,12 @@ def _bulk(args: argparse.Namespace) -> int:
     import jax
 
     import jddim
-    from jddim.batch_size import best_batch_size
 
     asked = {"num_steps": args.steps, "eta": args.eta, "spacing": args.spacing, "clip": args.clip}
     ddim = jddim.load(args.ckpt, dtype=args.dtype)
     ddim = ddim.with_sampler(**{name: value for name, value in asked.items() if value is not None})
     if automatic and not begun:
-        size = best_batch_size(ddim, args.num, evaluations=1 + (args.guidance_scale is not None), say=say)
+        size = fastest_batch_size(args, ddim, args.num)
         config = dataclasses.replace(config, batch_size=size, shard_size=args.shard_size)
     manifest = Manifest(_relative(args.ckpt, args.out), metadata.sha256, config, ddim.sampler, bulk.versions())
     if args.distributed is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jddim import __version__
-from jddim.cli_options import SPACING_NAMES, read_batch_size, read_labels, say
+from jddim.cli_options import SPACING_NAMES, fastest_batch_size, read_batch_size, read_labels
 from jddim.config import counted
 
 
@@ -82,9 +82,7 @@ def _invert(args: argparse.Namespace) -> int:
 
     ddim = jddim.load(args.ckpt, dtype=args.dtype)
     if args.batch_size == "auto":
-        from jddim.batch_size import best_batch_size
-
-        args.batch_size = best_batch_size(ddim, len(images), evaluations=1 + (args.guidance_scale is not None), say=say)
+        args.batch_size = fastest_batch_size(args, ddim, len(images))
     how: dict[str, Any] = {
         "steps": args.steps,
         "spacing": args.spacing,

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import numpy as np
 
+    from jddim.pipeline import DDIM
+
 SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, ddimN or N,N,..."
 
 
@@ -45,6 +47,13 @@ def read_batch_size(text: str) -> int | str:
         return text if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"takes a number of images, or auto; got {text!r}") from None
+
+
+def fastest_batch_size(args: argparse.Namespace, ddim: DDIM, num: int) -> int:
+    """What `--batch-size auto` stands for: tried, and told of, here."""
+    from jddim.batch_size import best_batch_size
+
+    return best_batch_size(ddim, num, evaluations=1 + (args.guidance_scale is not None), say=say)
 
 
 def read_seed(text: str) -> int:

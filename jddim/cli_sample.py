@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jddim import __version__
-from jddim.cli_options import SPACING_NAMES, read_batch_size, read_labels, read_seed, say
+from jddim.cli_options import SPACING_NAMES, fastest_batch_size, read_batch_size, read_labels, read_seed
 from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES, counted
 
 if TYPE_CHECKING:
@@ -152,7 +152,6 @@ def _sample(args: argparse.Namespace) -> int:
 
     import jddim
     from jddim import images
-    from jddim.batch_size import best_batch_size
 
     asked = {
         "spacing": args.spacing,
@@ -173,7 +172,7 @@ def _sample(args: argparse.Namespace) -> int:
             "--clip-range without --clip: this checkpoint's x0 is not clipped; add --clip, or leave it out"
         )
     if args.batch_size == "auto":
-        args.batch_size = best_batch_size(ddim, num, evaluations=1 + (args.guidance_scale is not None), say=say)
+        args.batch_size = fastest_batch_size(args, ddim, num)
     table = ddim.table(args.steps)
     keep = suffix == ".gif" or args.trajectory
     every = max(1, table.num_steps // 40) if suffix == ".gif" else 1

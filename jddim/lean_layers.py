@@ -57,7 +57,7 @@ class NearestConv(nnx.Module):
 
 
 class NormOfParts(nnx.Module):
-    """A group norm's place: its input is two arrays side by side, `at` channels and the rest, or one array (0).
+    """A group norm's place: `(b, h, w, c)`, two arrays side by side, of `at` channels and the rest, or one (0).
 
     One pass over x: sums of differences from a value, and of their squares. Where flax's norm takes two passes, in
     float32, that is a pixel in the middle: what is lost is what it is away from the channel's mean, in squares of the
@@ -107,7 +107,7 @@ class Apart(nnx.Module):
 
 
 class FusedAttention(nnx.Module):
-    """An attention's place, between convolutions of 1x1; cudnn: whether it is cuDNN's.
+    """An attention's place, `(b, h, w, c)` -> the same, between convolutions of 1x1; cudnn: whether it is cuDNN's.
 
     cuDNN's attention does not write the weights to memory, and its convolutions add their biases and the residual;
     XLA makes one product of q's and k's, and then reads that twice to cut it and add the biases.

@@ -170,27 +170,20 @@ def make_train_step(task: Task, mesh: Mesh | None = None) -> Any:
         draws = draw(jax.random.fold_in(key, state.step), task, batch["images"].shape, dtype)
         return update(task, table, optimizer, state, batch, draws)
 
-    if mesh is None:  # the platform alone, as below: what a kind of device has beside it was tried for sampling only
-        options = compiler_options(Kind(jax.default_backend()))
-        return jax.jit(train_step, compiler_options=options, donate_argnums=_donated(None))
-    if task.train.batch_size % mesh.shape["data"]:
+    if mesh is not None and task.train.batch_size % mesh.shape["data"]:
         raise ValueError(
             f"batch_size must be a multiple of the {mesh.shape['data']} devices, got {task.train.batch_size}"
         )
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    options: dict[str, Any] = {
+        "compiler_options": compiler_options(Kind(platform)),  # what a kind of device has beside was tried for sampling
+        # The state's memory is used again, but on a CPU, where a save under way may still be reading it.
+        "donate_argnums": () if platform == "cpu" else (0,),
+    }
+    if mesh is None:
+        return jax.jit(train_step, **options)
     whole, cut = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    platform = mesh.devices.flat[0].platform
-    return jax.jit(
-        train_step,
-        in_shardings=(whole, cut, whole),
-        out_shardings=whole,
-        compiler_options=compiler_options(Kind(platform)),
-        donate_argnums=_donated(platform),
-    )
-
-
-def _donated(platform: str | None) -> tuple[int, ...]:
-    """The state's memory is used again, but on a CPU, where a save under way may still be reading it."""
-    return () if (platform or jax.default_backend()) == "cpu" else (0,)
+    return jax.jit(train_step, in_shardings=(whole, cut, whole), out_shardings=whole, **options)
 
 
 def _optax() -> Any:
