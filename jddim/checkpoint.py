@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -180,13 +181,15 @@ def save_checkpoint(
         if target.exists():
             target.rename(retired)
         staging.rename(target)
-    except BaseException:
+    except BaseException as error:
         if retired.exists() and not target.exists():
             retired.rename(target)
         _remove_all(staging)
         with contextlib.suppress(OSError):
             for parent in made:
                 parent.rmdir()
+        if isinstance(error, Exception) and _is_full_disk(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     finally:
         shutil.rmtree(retired, ignore_errors=True)
@@ -355,6 +358,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Whether this, whatever Orbax made of it, is a disk's being full."""
+    return os.strerror(errno.ENOSPC) in str(error)
 
 
 def _orbax() -> Any:

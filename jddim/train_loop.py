@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from jddim import __version__, images, interrupt, training
 from jddim.checkpoint import (
     CheckpointError,
     Metadata,
+    _is_full_disk,
     _orbax,
     abstract_model,
     build_model,
@@ -457,11 +459,11 @@ def _saved_steps(folder: Path, loop: LoopConfig) -> Iterator[Any]:
         finally:
             manager.close()
     except Exception as error:  # whatever Orbax makes of it
-        if "No space left" not in str(error):
+        if not _is_full_disk(error):
             raise
         for half in (folder / "steps").glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(half, ignore_errors=True)
-        told = "No space left on device; with room there, the same command goes on from the last whole save"
+        told = f"{os.strerror(errno.ENOSPC)}; with room there, the same command goes on from the last whole save"
         raise OSError(errno.ENOSPC, told, str(folder)) from error
 
 

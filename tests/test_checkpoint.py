@@ -97,6 +97,17 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     chex.assert_trees_all_equal(load_params(path, load_metadata(path)), random_params())
 
 
+def test_a_full_disk_names_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 25387 bytes to file 5: No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", full)  # its own way of saying so
+    with pytest.raises(OSError, match="No space") as caught:
+        save_checkpoint(tmp_path / "a" / "ckpt", random_params(), METADATA)
+    assert caught.value.filename == str(tmp_path / "a" / "ckpt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_parameters_that_do_not_fit_are_all_named() -> None:
     params = random_params()
     del params["conv_in.bias"]
