@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.mapped import FLOATS, release
+from convert.files.mapped import FLOATS, release
 from convert.rules import (
     Fused,
     Rules,

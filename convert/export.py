@@ -12,7 +12,7 @@ from typing import Any
 
 from convert.engine import ConversionError
 from convert.families import FAMILIES
-from jddim.checkpoint import load_metadata, load_params
+from jddim.checkpoint.folder import load_metadata, load_params
 from jddim.config import did_you_mean
 from jddim.images import atomic
 

@@ -11,7 +11,7 @@ from typing import Any
 from convert import hub
 from convert.engine import ConversionError
 from convert.families import FAMILIES
-from convert.shards import digest, files_of
+from convert.files.shards import digest, files_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Origin:
     commit: str | None = None
 
     def sha256(self) -> str:
-        """The digest of the weights (`convert.shards.digest`)."""
+        """The digest of the weights (`convert.files.shards.digest`)."""
         return digest(self.file)
 
     def to_json(self) -> dict[str, Any]:

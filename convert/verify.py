@@ -13,7 +13,7 @@ import numpy as np
 
 from convert.engine import ConversionError
 from convert.families import Family
-from convert.mapped import release
+from convert.files.mapped import release
 from jddim.config import ModelConfig, UNetConfig
 from jddim.models import Network
 

@@ -116,7 +116,7 @@ class Commands(Directive):
 
     def run(self) -> list[nodes.Node]:
         os.environ["COLUMNS"] = "100"
-        from jddim.cli import _parser
+        from jddim.cli.main import _parser
 
         parser = _parser()
         (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))

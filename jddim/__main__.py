@@ -6,7 +6,8 @@ import os
 import sys
 from typing import NoReturn
 
-from jddim import cache, interrupt
+from jddim import interrupt
+from jddim.run import cache
 
 
 def run() -> NoReturn:
@@ -14,7 +15,7 @@ def run() -> NoReturn:
     interrupt.listen()
     cache.use()
     try:
-        from jddim.cli import main
+        from jddim.cli.main import main
 
         status = main()
     except KeyboardInterrupt:  # while cli itself is imported, or main is reporting something else

@@ -12,7 +12,15 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.arguments import (
+from jddim.checkpoint.folder import Metadata, build_model, load_metadata, load_params
+from jddim.config import SamplerConfig
+from jddim.ddim import StepTable, sampler_table
+from jddim.guidance import Scale
+from jddim.inversion import check_inversion, inversion_table
+from jddim.models import Network
+from jddim.models.layers import at_least_float32
+from jddim.run.batches import Batch, in_batches
+from jddim.run.problems import (
     channels_first,
     common_problems,
     eta_problems,
@@ -21,15 +29,7 @@ from jddim.arguments import (
     label_problems,
     range_problems,
 )
-from jddim.batches import Batch, in_batches
-from jddim.checkpoint import Metadata, build_model, load_metadata, load_params
-from jddim.config import SamplerConfig
-from jddim.ddim import StepTable, sampler_table
-from jddim.guidance import Scale
-from jddim.inversion import check_inversion, inversion_table
-from jddim.models import Network
-from jddim.models.layers import at_least_float32
-from jddim.programs import Program, draw_keys, draw_noise, invert_segment, network_denoiser, sample_segment
+from jddim.run.programs import Program, draw_keys, draw_noise, invert_segment, network_denoiser, sample_segment
 from jddim.sampling import Denoiser, State, Trajectory, init_state
 from jddim.schedule import NoiseSchedule, make_schedule
 from jddim.solvers import cast, find, memory_of
@@ -39,7 +39,7 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> DDI
     """A checkpoint written by `jddim convert`, ready to sample.
 
     dtype: the network's compute dtype, float32 or bfloat16; the sampler's state, the norms and the softmax stay
-    float32. Raises `jddim.checkpoint.CheckpointError` if the folder is absent, incomplete, edited or too new.
+    float32. Raises `jddim.checkpoint.folder.CheckpointError` if the folder is absent, incomplete, edited or too new.
     """
     metadata = load_metadata(path)
     model = build_model(metadata.model, load_params(path, metadata), dtype)

@@ -54,7 +54,7 @@ if str(ROOT) not in sys.path:  # so that it also runs where jddim is not install
     sys.path.insert(0, str(ROOT))
 
 import jddim  # noqa: E402
-from jddim.cli_options import OneLineParser  # noqa: E402
+from jddim.cli.options import OneLineParser  # noqa: E402
 from jddim.config import to_json  # noqa: E402
 from scripts.contestants import (  # noqa: E402
     CONTESTANTS,

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 import jddim
-from jddim.checkpoint import CheckpointError
-from jddim.cli_options import OneLineParser
+from jddim.checkpoint.folder import CheckpointError
+from jddim.cli.options import OneLineParser
 from jddim.images import grid, save_gif, save_png
 
 ROOT = Path(__file__).resolve().parents[1]

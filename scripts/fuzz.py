@@ -44,14 +44,14 @@ import numpy as np
 import torch
 from safetensors.numpy import load, save
 
-from convert.convert import _open, convert
+from convert.conversion import _open, convert
 from convert.engine import ConversionError, fill, source_tensors
 from convert.export import export
 from convert.families import openai
 from convert.families.ho import source_shapes
 from convert.sources import find
 from convert.writers import state_shapes
-from jddim.checkpoint import (
+from jddim.checkpoint.folder import (
     CheckpointError,
     Metadata,
     abstract_model,
@@ -60,7 +60,7 @@ from jddim.checkpoint import (
     load_params,
     save_checkpoint,
 )
-from jddim.cli_options import OneLineParser
+from jddim.cli.options import OneLineParser
 from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
 
 MEMORY = 1_500_000_000

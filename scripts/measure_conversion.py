@@ -19,7 +19,7 @@ from pathlib import Path
 
 COMMON = """
 import json, os, resource, sys, threading, time
-import jax, torch, convert.convert, convert.reference.unet, orbax.checkpoint
+import jax, torch, convert.conversion, convert.reference.unet, orbax.checkpoint
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -50,7 +50,7 @@ thread.join()
 print(json.dumps({"seconds": seconds, "before": before, "peak": peak, "stages": stages}))
 """
 CONVERT = """
-convert.convert.convert(sys.argv[1], sys.argv[2], settings={"image_size": "64"}, verify=VERIFY, say=say)
+convert.conversion.convert(sys.argv[1], sys.argv[2], settings={"image_size": "64"}, verify=VERIFY, say=say)
 """
 ROUND_TRIP = """
 contents = torch.load(sys.argv[1], weights_only=True)

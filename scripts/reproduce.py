@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jddim.cli_options import OneLineParser
+from jddim.cli.options import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm" / "ckpt.pth"
@@ -184,7 +184,7 @@ def load_or_convert(ckpt: Path | None, out: Path) -> Any:
 
     path = ckpt or out / "mnist"
     if ckpt is None and not path.exists():
-        from convert.convert import convert
+        from convert.conversion import convert
 
         print(f"converting {SOURCE.relative_to(ROOT)}", flush=True)
         convert(SOURCE, path)
@@ -193,7 +193,7 @@ def load_or_convert(ckpt: Path | None, out: Path) -> Any:
 
 def table_1(cells: list[Cell], images: dict[Cell, NDArray[np.uint8]], real: NDArray[Any]) -> list[str]:
     """FD and KD by S and eta, as Markdown, a table a spacing."""
-    from jddim import metrics, mnist_cnn
+    from jddim.evaluate import metrics, mnist_cnn
     from jddim.images import from_uint8
 
     moments = metrics.Moments.of(real)
@@ -228,7 +228,7 @@ def table_1(cells: list[Cell], images: dict[Cell, NDArray[np.uint8]], real: NDAr
 
 def floor(data: Path, cells: list[Cell], real: NDArray[Any]) -> str:
     """Mean and deviation of the FD of as many real images as each cell has."""
-    from jddim import metrics, mnist_cnn
+    from jddim.evaluate import metrics, mnist_cnn
 
     features = mnist_cnn.features(mnist_cnn.read_mnist(data, "t10k")[0])
     moments, said = metrics.Moments.of(real), []
@@ -287,7 +287,7 @@ def plot_seconds(path: Path, seconds: dict[int, float]) -> bool:
 
 def write_results(args: argparse.Namespace, cells: list[Cell], store: Store, *, clip: bool) -> None:
     """OUT/results.md and the pictures, from the files alone."""
-    from jddim import mnist_cnn
+    from jddim.evaluate import mnist_cnn
     from jddim.images import atomic
 
     images, seconds = {}, {}
@@ -356,7 +356,7 @@ def write_results(args: argparse.Namespace, cells: list[Cell], store: Store, *, 
 
 def reference(data: Path, store: Store) -> NDArray[Any]:
     """The features of MNIST's training images, kept."""
-    from jddim import mnist_cnn
+    from jddim.evaluate import mnist_cnn
 
     images, _ = mnist_cnn.read_mnist(data, "train")
     path = store.arrays("reference", {"images": hashlib.sha256(images.tobytes()).hexdigest(), "by": mnist_cnn.NAME})
@@ -434,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import jax
 
-    from jddim import mnist_cnn
+    from jddim.evaluate import mnist_cnn
 
     # The next run, or the rest of this one, finds the programs compiled.
     jax.config.update("jax_compilation_cache_dir", str(args.out / "compiled"))

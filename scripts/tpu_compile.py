@@ -25,7 +25,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from jddim.cli_options import OneLineParser
+from jddim.cli.options import OneLineParser
 
 FLOPS_PER_CYCLE = {"v5e": 4 * 128 * 128 * 2, "v5p": 2 * 4 * 128 * 128 * 2}
 """What a chip's matrix units do in a cycle in bfloat16: v5e has four of 128 x 128, 197 TFLOP/s at 1.5 GHz; v5p two
@@ -124,11 +124,11 @@ def compile_for(topology: str, network: str, images: int, dtype: str, steps: int
     import jax.numpy as jnp
     from jax.experimental import topologies
 
-    from jddim.checkpoint import abstract_model
+    from jddim.checkpoint.folder import abstract_model
     from jddim.config import SamplerConfig, UNetConfig
     from jddim.pipeline import DDIM
+    from jddim.scale.sharding import REPLICATED, lower, make_mesh
     from jddim.schedule import linear_schedule
-    from jddim.sharding import REPLICATED, lower, make_mesh
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     model = abstract_model(UNetConfig(in_channels=3, out_channels=3, **NETWORKS[network]), jnp.dtype(dtype))

@@ -1,4 +1,4 @@
-"""Trains jddim/mnist_cnn.py on MNIST and writes the file that tests/test_digits.py judges samples with.
+"""Trains jddim/evaluate/mnist_cnn.py on MNIST and writes the file that tests/test_digits.py judges samples with.
 
 Stopped early on purpose: the judge is to be as sure of real digits as the one that the reference figures come from
 (98.7% right on the test set, confidence >= 0.9 on 96.5% of it), since more epochs make any classifier surer of
@@ -27,8 +27,8 @@ import optax
 from jax import Array
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from jddim import mnist_cnn as classifier
-from jddim.mnist_cnn import Params
+from jddim.evaluate import mnist_cnn as classifier
+from jddim.evaluate.mnist_cnn import Params
 
 SHIFT = 2  # pixels; MNIST is centred by mass, samples are so only roughly
 

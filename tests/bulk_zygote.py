@@ -1,4 +1,4 @@
-"""Runs of `jddim.bulk` to be killed: a small process without jax, which forks one for each.
+"""Runs of `jddim.bulk.run` to be killed: a small process without jax, which forks one for each.
 
 Reads a JSON list of runs a line, does them at once, and answers with a JSON list of their ends: an exit status, or
 minus the signal. A run: {"out", "format", "worker": [i, n], and perhaps "event": k, SIGKILL at the k-th file that it
@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from jddim import bulk
+from jddim.bulk import run as bulk
+from jddim.bulk.manifest import BulkConfig, Manifest
 from jddim.config import SamplerConfig
-from jddim.manifest import BulkConfig, Manifest
 
 NUM, BATCH, SIZE = 43, 3, 6  # the last batch and the last shard are not whole
 LABELS = np.arange(5, dtype=np.int32)

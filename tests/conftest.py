@@ -56,7 +56,7 @@ def _optimise(request: pytest.FixtureRequest) -> None:
 def mnist_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped MNIST checkpoint, converted once (needs torch)."""
     pytest.importorskip("torch", reason="converting the shipped checkpoint needs torch: pip install 'jddim[convert]'")
-    from convert.convert import convert
+    from convert.conversion import convert
 
     path = tmp_path_factory.mktemp("converted") / "mnist"
     convert(MNIST_SOURCE / "ckpt.pth", path)
@@ -75,7 +75,7 @@ def mnist_images() -> Path:
 @pytest.fixture
 def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command that must fail; its one line on stderr. Nothing in tmp_path may have changed."""
-    from jddim.cli import main
+    from jddim.cli.main import main
 
     def run(*command: object, status: int = 1) -> str:
         before = sorted(tmp_path.rglob("*"))

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jddim
+from jddim.evaluate.metrics import frechet_distance, moments
+from jddim.evaluate.mnist_cnn import features, read_mnist
 from jddim.images import from_uint8, to_uint8
-from jddim.metrics import frechet_distance, moments
-from jddim.mnist_cnn import features, read_mnist
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import torch
 import jddim
 from convert.families.ho import reference
 from convert.reference import ddim as torch_ddim
-from jddim import mnist_cnn as classifier
+from jddim.evaluate import mnist_cnn as classifier
 from jddim.schedule import linear_schedule
 
 STEPS, NUM = 30, 512

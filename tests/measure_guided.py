@@ -1,4 +1,4 @@
-"""How many of the digits that were asked for are made, by guidance scale: judged by jddim.mnist_cnn.
+"""How many of the digits that were asked for are made, by guidance scale: judged by jddim.evaluate.mnist_cnn.
 
     PYTHONPATH=. python tests/measure_guided.py CKPT [--num 200] [--steps 20] [--scales 0,1,2,3]
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import jddim
-from jddim import mnist_cnn
+from jddim.evaluate import mnist_cnn
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jddim
-from jddim import mnist_cnn as classifier
+from jddim.evaluate import mnist_cnn as classifier
 from jddim.inversion import invert_loop, reconstruction_error
 from jddim.sampling import sample_loop
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from convert.reference.unet import ReferenceUNet
-from jddim import training
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
 from jddim.schedule import linear_schedule
-from jddim.task import Task, TrainConfig
+from jddim.train import step as training
+from jddim.train.task import Task, TrainConfig
 
 BATCH = 64
 CONFIG = UNetConfig(

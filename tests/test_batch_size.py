@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from tiny import SIZE, random_model, small_config, write_checkpoint
 
-from jddim import batch_size
-from jddim.batch_size import best_batch_size, free_memory
-from jddim.cli import main
+from jddim.bulk.manifest import read_manifest
+from jddim.cli.main import main
 from jddim.config import SamplerConfig
-from jddim.manifest import read_manifest
 from jddim.pipeline import DDIM
+from jddim.scale import batch_size
+from jddim.scale.batch_size import best_batch_size, free_memory
 from jddim.schedule import linear_schedule
 
 pytestmark = pytest.mark.unoptimised

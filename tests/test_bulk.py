@@ -17,10 +17,11 @@ import pytest
 from bulk_zygote import BATCH, LABELS, NUM, SIZE, Zygote, make, manifest
 from tiny import tree
 
-from jddim import bulk, collecting, shards
-from jddim.folder_lock import locked
-from jddim.manifest import BulkConfig, BulkError, manifest_path, read_manifest
-from jddim.shards import FORMATS, Layout
+from jddim.bulk import collecting, shards
+from jddim.bulk import run as bulk
+from jddim.bulk.lock import locked
+from jddim.bulk.manifest import BulkConfig, BulkError, manifest_path, read_manifest
+from jddim.bulk.shards import FORMATS, Layout
 
 pytestmark = pytest.mark.unoptimised
 

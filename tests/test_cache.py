@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import write_checkpoint
 
-from jddim import cache
+from jddim.run import cache
 
 pytestmark = pytest.mark.unoptimised
 ROOT = Path(__file__).parent.parent

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tiny import SETTINGS, arrays, small_config, tree, write_checkpoint
 
-from jddim import checkpoint
-from jddim.card import NAME, card
-from jddim.checkpoint import Metadata, load_metadata, load_params, save_checkpoint
+from jddim.checkpoint import folder as checkpoint
+from jddim.checkpoint.card import NAME, card
+from jddim.checkpoint.folder import Metadata, load_metadata, load_params, save_checkpoint
 from jddim.config import SamplerConfig, ScheduleConfig
 
 pytestmark = pytest.mark.quick
@@ -134,7 +134,7 @@ def test_a_card_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
 
 def test_convert_records_the_licence(tmp_path: Path, fails: Callable[..., str]) -> None:
     pytest.importorskip("ml_dtypes")
-    from convert.convert import convert
+    from convert.conversion import convert
 
     safetensors = pytest.importorskip("safetensors.numpy")
     safetensors.save_file({name: np.asarray(value) for name, value in arrays().items()}, tmp_path / "state.safetensors")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jddim.checkpoint import (
+from jddim.checkpoint.folder import (
     CheckpointError,
     Metadata,
     abstract_model,

@@ -10,8 +10,8 @@ import pytest
 from tiny import write_checkpoint
 
 import jddim
-from jddim.cite import DDIM, bibtex, citations, latex
-from jddim.cli import main
+from jddim.checkpoint.cite import DDIM, bibtex, citations, latex
+from jddim.cli.main import main
 
 pytestmark = pytest.mark.quick
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jddim.checkpoint import CheckpointError, load_metadata, load_params
-from jddim.cli import main
-from jddim.cli_options import OneLineParser
+from jddim.checkpoint.folder import CheckpointError, load_metadata, load_params
+from jddim.cli.main import main
+from jddim.cli.options import OneLineParser
 
 torch = pytest.importorskip("torch", reason="most bad input is a bad PyTorch file")
 

@@ -16,11 +16,12 @@ from PIL import Image
 from tiny import tree, write_checkpoint
 
 import jddim
-from jddim import bulk, collecting
-from jddim.cli import main
+from jddim.bulk import collecting
+from jddim.bulk import run as bulk
+from jddim.bulk.manifest import read_manifest
+from jddim.bulk.shards import decode
+from jddim.cli.main import main
 from jddim.images import read_metadata, save_png, to_uint8
-from jddim.manifest import read_manifest
-from jddim.shards import decode
 
 pytestmark = pytest.mark.unoptimised
 

@@ -11,7 +11,7 @@ import pytest
 from tiny import SIZE, tree, write_checkpoint
 
 import jddim
-from jddim.cli import main
+from jddim.cli.main import main
 from jddim.images import load_images, read_metadata, save_images
 from jddim.inversion import reconstruction_error
 

@@ -17,13 +17,15 @@ from PIL import Image
 from tiny import write_checkpoint
 
 import jddim
-from jddim import atlas, images, metrics, mnist_cnn
-from jddim.cli import main
+from jddim import images
+from jddim.cli.main import main
 from jddim.ddim import add_noise
 from jddim.editing import slerp, tail
+from jddim.evaluate import metrics, mnist_cnn
 from jddim.images import from_uint8, to_uint8
 from jddim.sampling import initial_noise, sample_keys, sample_loop
-from jddim.sweeping import sweep
+from jddim.scale import atlas
+from jddim.scale.sweeping import sweep
 
 pytestmark = pytest.mark.unoptimised
 

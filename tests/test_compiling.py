@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jddim.compiling import CPU_OPTIONS, GPU_OPTIONS, TPU_OPTIONS, Jit, Kind, compiler_options, kind_of
+from jddim.run.compiling import CPU_OPTIONS, GPU_OPTIONS, TPU_OPTIONS, Jit, Kind, compiler_options, kind_of
 
 pytestmark = pytest.mark.quick
 

@@ -1,4 +1,4 @@
-"""jddim.diff: every kind of thing compared, what is equal and what is not."""
+"""jddim.checkpoint.diff: every kind of thing compared, what is equal and what is not."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from tiny import write_checkpoint
 
-from jddim.cli import main
-from jddim.diff import Difference, diff, diff_mappings
+from jddim.checkpoint.diff import Difference, diff, diff_mappings
+from jddim.cli.main import main
 from jddim.images import save_images
 
 pytestmark = pytest.mark.quick

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jddim
-from jddim import mnist_cnn as classifier
-from jddim.checkpoint import load_metadata
+from jddim.checkpoint.folder import load_metadata
+from jddim.evaluate import mnist_cnn as classifier
 
 # What measure_digits.py wrote, of 512 digits of each sampler, S = 30, x0 clipped, no noise in common:
 #          named with confidence >= 0.9        rarest class

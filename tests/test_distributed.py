@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT
 from tiny import tree, write_checkpoint
 
-from jddim import distributed
-from jddim.cli import main
+from jddim.bulk import distributed
+from jddim.cli.main import main
 
 SETTINGS = ("--batch-size", "4", "--shard-size", "4", "--eta", "0.5")
 

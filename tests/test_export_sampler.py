@@ -19,10 +19,10 @@ from conftest import ROOT
 from tiny import random_model, small_config, write_checkpoint
 
 import jddim
-from jddim.cli import main
+from jddim.cli.main import main
 from jddim.config import SamplerConfig
-from jddim.export import Exported, export_sampler, export_step
 from jddim.pipeline import DDIM
+from jddim.scale.export import Exported, export_sampler, export_step
 from jddim.schedule import linear_schedule
 
 NARROW: dict[str, Any] = {"channel_mults": (1,), "attention_levels": (0,), "middle": False}
@@ -123,7 +123,7 @@ def test_without_flatbuffers_it_says_what_to_install(
 
 
 def test_equal_exports_are_equal_files(tmp_path: Path) -> None:
-    from jddim.export import save
+    from jddim.scale.export import save
 
     ddim = DDIM(random_model(small_config(**NARROW)), linear_schedule(100), SamplerConfig(num_steps=3))
     for name in ("a", "b"):

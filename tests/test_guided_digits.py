@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT
 
 import jddim
-from jddim import bulk, mnist_cnn
-from jddim.manifest import BulkConfig
-from jddim.web_request import classes_in_turn
+from jddim.bulk import run as bulk
+from jddim.bulk.manifest import BulkConfig
+from jddim.evaluate import mnist_cnn
+from jddim.serve.request import classes_in_turn
 
 pytestmark = pytest.mark.unoptimised
 

@@ -46,7 +46,7 @@ JDDIM, CONVERT = imports("jddim"), imports("convert")
 def test_jddim_never_imports_torch_and_only_the_cli_knows_convert() -> None:
     for module, found in JDDIM.items():
         tops = {name.partition(".")[0] for name in found}
-        if module == "jddim.cli_convert":  # lazily, for `jddim convert`; it says what to install
+        if module == "jddim.cli.convert":  # lazily, for `jddim convert`; it says what to install
             continue
         assert not tops & {"torch", "convert", "safetensors", "yaml"}, module
 

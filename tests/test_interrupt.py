@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("event", "word"),
-    [("import", "jddim.cli"), ("import", "numpy._core._multiarray_umath"), ("import", "jax._src.xla")],
+    [("import", "jddim.cli.main"), ("import", "numpy._core._multiarray_umath"), ("import", "jax._src.xla")],
 )
 def test_while_importing(folder: Path, event: str, word: str) -> None:
     press(folder, event, word, "sample", folder / "ckpt", folder / "out.npy")

@@ -1,4 +1,4 @@
-"""jddim.lean_layers: each layer equals its plain twin, and they are put where they are for, and nowhere else."""
+"""jddim.models.fast.lean_layers: each layer equals its plain twin, and they are put only where they are for."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import pytest
 from flax import nnx
 from tiny import random_model, small_config
 
-from jddim.checkpoint import flat_params
-from jddim.compiling import Kind, compiler_options, faster
+from jddim.checkpoint.folder import flat_params
 from jddim.config import LucidrainsConfig
-from jddim.lean_layers import Apart, FusedAttention, NearestConv, NormOfParts, with_gpu_layers, with_tpu_layers
 from jddim.models import layers, lucidrains
+from jddim.models.fast.lean_layers import (
+    Apart,
+    FusedAttention,
+    NearestConv,
+    NormOfParts,
+    with_gpu_layers,
+    with_tpu_layers,
+)
 from jddim.models.unet import UNet
+from jddim.run.compiling import Kind, compiler_options, faster
 
 pytestmark = [pytest.mark.unoptimised, pytest.mark.quick]
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from jddim import images, metrics, mnist_cnn
-from jddim.cli import main
-from jddim.metrics import Moments, frechet_distance, kernel_distance, precision_recall
+from jddim import images
+from jddim.cli.main import main
+from jddim.evaluate import metrics, mnist_cnn
+from jddim.evaluate.metrics import Moments, frechet_distance, kernel_distance, precision_recall
 
 pytestmark = pytest.mark.quick
 

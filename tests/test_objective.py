@@ -11,11 +11,11 @@ import pytest
 from numpy.testing import assert_allclose
 from training_cases import SHORT, arrays, draw, task
 
-from jddim import objective
 from jddim.ddim import add_noise
-from jddim.objective import Draws
 from jddim.schedule import make_schedule
-from jddim.task import LOSSES
+from jddim.train import objective
+from jddim.train.objective import Draws
+from jddim.train.task import LOSSES
 
 pytestmark = pytest.mark.unoptimised
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jddim.ddim import step_table
-from jddim.padding import padded, padded_loop
 from jddim.sampling import sample_loop
+from jddim.scale.padding import padded, padded_loop
 from jddim.schedule import linear_schedule, zero_terminal_snr
 from jddim.timesteps import linspace_timesteps, quad_timesteps
 

@@ -14,9 +14,9 @@ import pytest
 from tiny import random_model
 
 import jddim
-from jddim import programs
-from jddim.compiling import kind_of
 from jddim.config import SamplerConfig, UNetConfig
+from jddim.run import programs
+from jddim.run.compiling import kind_of
 from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import linear_schedule, zero_terminal_snr
 from jddim.timesteps import make_timesteps

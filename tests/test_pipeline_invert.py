@@ -15,10 +15,10 @@ from test_pipeline import SEVEN, SIZE, UNUSUAL, Toy, toy
 from tiny import random_model
 
 import jddim
-from jddim import programs
-from jddim.compiling import kind_of
 from jddim.config import SamplerConfig, UNetConfig
 from jddim.inversion import invert_loop, reconstruction_error
+from jddim.run import programs
+from jddim.run.compiling import kind_of
 from jddim.schedule import linear_schedule
 
 pytestmark = pytest.mark.unoptimised

@@ -92,7 +92,7 @@ def test_the_serve_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_training_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jddim.config import UNetConfig
-    from jddim.task import Task
+    from jddim.train.task import Task
 
     page = (ROOT / "docs" / "training.md").read_text()
     (text,) = re.findall(r"```json\n(.*?)```", page, re.S)
@@ -134,7 +134,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_the_limits_that_the_security_page_states() -> None:
     pytest.importorskip("ml_dtypes")
-    from convert import pickles, safetensors_file
+    from convert.files import pickles, safetensors_file
     from jddim import schedule
 
     page = (ROOT / "docs" / "security.md").read_text()

@@ -12,7 +12,7 @@ from conftest import ROOT
 from jax.sharding import PartitionSpec as P
 from tiny import random_model, small_config
 
-from jddim.sharding import CHANNELS, REPLICATED, Sharded, make_mesh, param_shardings
+from jddim.scale.sharding import CHANNELS, REPLICATED, Sharded, make_mesh, param_shardings
 
 EIGHT = """
 import re
@@ -21,7 +21,7 @@ from tiny import random_model, small_config
 from jddim.config import SamplerConfig
 from jddim.pipeline import DDIM
 from jddim.schedule import linear_schedule
-from jddim.sharding import CHANNELS, REPLICATED, Sharded, lower, make_mesh
+from jddim.scale.sharding import CHANNELS, REPLICATED, Sharded, lower, make_mesh
 
 config = small_config(channel_mults=(1,), attention_levels=(), middle=False, class_embedding="learned", num_classes=5)
 ddim = DDIM(random_model(config), linear_schedule(100), SamplerConfig(num_steps=3))
@@ -43,8 +43,8 @@ firsts = np.arange(12, 24, 3, dtype=np.uint32)
 np.testing.assert_array_equal(compiled(ddim.model, key, firsts, labels[12:]), one[12:])
 assert not re.search("all-(reduce|gather|to-all)|collective-permute|reduce-scatter", compiled.as_text())
 
-from jddim import bulk
-from jddim.manifest import BulkConfig
+from jddim.bulk import run as bulk
+from jddim.bulk.manifest import BulkConfig
 config = BulkConfig(num=40, batch_size=3, shard_size=6, seed=3, labels="balanced")
 ddim = ddim.with_sampler(**how)
 make, made = bulk.sampler(ddim, config), bulk.sampler_on(jax.devices(), ddim, config, (1, 3))

@@ -17,7 +17,7 @@ from tiny import SIZE, write_checkpoint
 import jddim
 from jddim.editing import inpaint_loop
 from jddim.pipeline import DDIM
-from jddim.stepping import GROUP, Inversion, Run, Sampling
+from jddim.scale.stepping import GROUP, Inversion, Run, Sampling
 
 pytestmark = pytest.mark.unoptimised
 

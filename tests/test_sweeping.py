@@ -11,8 +11,8 @@ from tiny import random_model, small_config
 
 import jddim
 from jddim.config import SamplerConfig
+from jddim.scale.sweeping import sweep
 from jddim.schedule import linear_schedule
-from jddim.sweeping import sweep
 
 pytestmark = pytest.mark.unoptimised
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tiny import write_checkpoint
 
+from jddim.cli.terminal import RESET, UPPER_HALF, blocks
 from jddim.images import to_uint8
-from jddim.terminal import RESET, UPPER_HALF, blocks
 
 pytestmark = pytest.mark.unoptimised
 ROOT = Path(__file__).parent.parent

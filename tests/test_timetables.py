@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jddim.cli import main
+from jddim.cli.main import main
 from jddim.ddim import step_table
 from jddim.schedule import NoiseSchedule, cosine_schedule, linear_schedule, zero_terminal_snr
 from jddim.timesteps import linspace_timesteps, make_timesteps, previous_timesteps, quad_timesteps

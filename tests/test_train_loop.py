@@ -22,14 +22,16 @@ from PIL import Image
 from tiny import random_model, small_config
 
 import jddim
-from jddim import train_logs, train_loop, training
-from jddim.checkpoint import build_model, flat_params, load_metadata, load_params
-from jddim.cli import main
+from jddim.checkpoint.folder import build_model, flat_params, load_metadata, load_params
+from jddim.cli.main import main
 from jddim.config import SamplerConfig, ScheduleConfig
 from jddim.images import from_uint8
-from jddim.task import Task, TrainConfig
-from jddim.train_loop import LoopConfig, TrainError, train
-from jddim.training_data import Data, Order
+from jddim.train import logs as train_logs
+from jddim.train import loop as train_loop
+from jddim.train import step as training
+from jddim.train.data import Data, Order
+from jddim.train.loop import LoopConfig, TrainError, train
+from jddim.train.task import Task, TrainConfig
 
 pytestmark = pytest.mark.unoptimised
 
@@ -393,7 +395,7 @@ def test_the_same_on_devices_of_a_mesh(tmp_path: Path) -> None:
     """In a process of its own: a run begun on two devices goes on on one, equal to rounding."""
     words = [*write_config(tmp_path, steps=6), str(tmp_path / "out")]
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    code = f"from jddim.cli import main; assert main({[*words, '--set', 'steps=4', '--devices', '2']!r}) == 0"
+    code = f"from jddim.cli.main import main; assert main({[*words, '--set', 'steps=4', '--devices', '2']!r}) == 0"
     env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert (done.returncode, "11 images, 2 cpu" in done.stdout) == (0, True), done

@@ -13,9 +13,10 @@ import pytest
 from numpy.testing import assert_allclose
 from training_cases import arrays, draw, task
 
-from jddim import objective, training
 from jddim.config import ScheduleConfig, from_json, to_json
-from jddim.task import Task, TrainConfig
+from jddim.train import objective
+from jddim.train import step as training
+from jddim.train.task import Task, TrainConfig
 
 pytestmark = pytest.mark.unoptimised
 

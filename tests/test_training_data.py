@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from tiny import SIZE, small_config
 
-from jddim import training_data
-from jddim.training_data import Data, Order, batches, read
+from jddim.train import data as training_data
+from jddim.train.data import Data, Order, batches, read
 
 pytestmark = pytest.mark.unoptimised
 

@@ -20,19 +20,19 @@ from PIL import Image
 from tiny import SIZE, write_checkpoint
 
 import jddim
-from jddim import cli
+from jddim.cli import main as cli
 from jddim.config import ScheduleConfig
 from jddim.images import load_images, read_metadata, to_uint8
 from jddim.schedule import make_schedule
-from jddim.web_jobs import FRAMES
-from jddim.web_request import Refused, parse
+from jddim.serve.jobs import FRAMES
+from jddim.serve.request import Refused, parse
 
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason=f"jddim serve needs {package}: pip install 'jddim[web]'")
 
 from web_server import SMALL, events, made, post, send, serving  # noqa: E402
 
-from jddim.web import Site  # noqa: E402
+from jddim.serve.site import Site  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from jddim.web_jobs import FRAMES, Busy, Job, Queue, status
+from jddim.serve.jobs import FRAMES, Busy, Job, Queue, status
 
 ZEROS = np.zeros((1, 2, 3, 1), np.float32)
 

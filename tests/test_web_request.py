@@ -14,7 +14,7 @@ from tiny import SIZE, write_checkpoint
 import jddim
 from jddim.images import from_uint8
 from jddim.pipeline import DDIM
-from jddim.web_request import Bounds, Refused, etas_of, keep_of, labels_of, parse, picture_of, run_of
+from jddim.serve.request import Bounds, Refused, etas_of, keep_of, labels_of, parse, picture_of, run_of
 
 PICTURE = np.random.default_rng(3).integers(0, 256, (*SIZE, 1), dtype=np.uint8)
 MASK = np.tile(np.array([0, 255], np.uint8), 30)

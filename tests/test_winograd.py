@@ -14,13 +14,13 @@ from jax import Array, lax
 from tiny import random_model, small_config
 
 import jddim
-from jddim import winograd
-from jddim.batch_size import _network
-from jddim.compiling import Kind, faster
-from jddim.export import export_sampler
+from jddim.models.fast import winograd
+from jddim.models.fast.winograd import INPUT, KERNEL, OUTPUT, Winograd, convolve, pays, transformed, with_winograd
 from jddim.models.layers import conv
-from jddim.sharding import Sharded, make_mesh
-from jddim.winograd import INPUT, KERNEL, OUTPUT, Winograd, convolve, pays, transformed, with_winograd
+from jddim.run.compiling import Kind, faster
+from jddim.scale.batch_size import _network
+from jddim.scale.export import export_sampler
+from jddim.scale.sharding import Sharded, make_mesh
 
 pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
 

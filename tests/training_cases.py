@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from tiny import small_config
 
-from jddim import objective
 from jddim.config import SamplerConfig, ScheduleConfig
-from jddim.task import Task, TrainConfig
+from jddim.train import objective
+from jddim.train.task import Task, TrainConfig
 
 draw = jax.jit(objective.draw, static_argnums=(1, 2, 3))
 SMALLEST: dict[str, Any] = {"channel_mults": (1,), "attention_levels": (), "middle": False}

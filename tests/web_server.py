@@ -34,7 +34,7 @@ def serving(
     """(the Site, its port), compiled. needed: which programs a test uses, by their keys. options: Site's."""
     import uvicorn
 
-    from jddim.web import Site, loopback
+    from jddim.serve.site import Site, loopback
 
     served = {name: jddim.load(path) for name, path in paths.items()}
     options = {"methods": methods, "say": lambda line: None} | options

@@ -17,10 +17,10 @@ from convert.engine import ConversionError, shortened, source_tensors
 from convert.families import diffusers_config as configs
 from convert.families.base import Family, Plan, Source
 from convert.families.tensors import Tensors, check_tensors
+from convert.files.shards import INDEX
 from convert.rules import Rules
-from convert.shards import INDEX
 from convert.writers import save_safetensors, state_shapes
-from jddim.checkpoint import Metadata
+from jddim.checkpoint.folder import Metadata
 from jddim.config import UNetConfig, did_you_mean
 
 # -- the files --------------------------------------------------------------------------------------------------------

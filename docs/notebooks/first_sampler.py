@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from PIL import Image
 
 import jddim
-from convert.convert import convert
+from convert.conversion import convert
 from jddim import sampling
 from jddim.images import grid
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from convert.convert import _read_config
+from convert.conversion import _read_config
 from convert.engine import ConversionError
 from convert.families import ho
-from convert.shards import read_weights
+from convert.files.shards import read_weights
 from jddim.schedule import linear_schedule
 
 pytestmark = pytest.mark.quick

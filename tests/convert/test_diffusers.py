@@ -19,16 +19,16 @@ torch = pytest.importorskip("torch", reason="the reference and the writers need 
 from safetensors.numpy import save_file  # noqa: E402
 
 from convert import hub  # noqa: E402
-from convert.convert import convert, describe, verify  # noqa: E402
+from convert.conversion import convert, describe, verify  # noqa: E402
 from convert.engine import ConversionError  # noqa: E402
 from convert.export import export  # noqa: E402
 from convert.families import diffusers as family  # noqa: E402
 from convert.families import diffusers_config as configs  # noqa: E402
-from convert.shards import read_weights  # noqa: E402
+from convert.files.shards import read_weights  # noqa: E402
 from convert.sources import find  # noqa: E402
 from convert.writers import state_shapes  # noqa: E402
-from jddim.checkpoint import Metadata  # noqa: E402
-from jddim.cli import main  # noqa: E402
+from jddim.checkpoint.folder import Metadata  # noqa: E402
+from jddim.cli.main import main  # noqa: E402
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, to_json  # noqa: E402
 from jddim.schedule import make_schedule  # noqa: E402
 

@@ -11,13 +11,13 @@ from tiny import SETTINGS, SMALL, state_dict, tree, write_checkpoint
 
 torch = pytest.importorskip("torch", reason="writing PyTorch files needs torch: pip install 'jddim[convert]'")
 
-import jddim.checkpoint  # noqa: E402
-from convert.convert import convert  # noqa: E402
+import jddim.checkpoint.folder  # noqa: E402
+from convert.conversion import convert  # noqa: E402
 from convert.engine import ConversionError  # noqa: E402
 from convert.export import export, formats  # noqa: E402
 from convert.reference.unet import ReferenceUNet  # noqa: E402
-from jddim.checkpoint import load_metadata, load_params, save_checkpoint  # noqa: E402
-from jddim.cli import main  # noqa: E402
+from jddim.checkpoint.folder import load_metadata, load_params, save_checkpoint  # noqa: E402
+from jddim.cli.main import main  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised
 
@@ -50,7 +50,7 @@ def test_there_and_back_is_bit_identical(tmp_path: Path, name: str) -> None:
     first = converted(tmp_path, {**SETTINGS, "image_size": "10", **told}, **changes)
     assert export(first, tmp_path / "out") == "ermongroup"
     again = convert(tmp_path / "out", tmp_path / "again")
-    metadata = jddim.checkpoint.load_metadata(first)
+    metadata = jddim.checkpoint.folder.load_metadata(first)
     assert again.params_sha256 == metadata.params_sha256
     assert (again.model, again.schedule, again.sampler) == (metadata.model, metadata.schedule, metadata.sampler)
     assert again.provenance["assumed"] == []

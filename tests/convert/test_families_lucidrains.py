@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch", reason="the files are PyTorch's: pip instal
 
 from lucidrains_files import COSINE, SETTINGS, diffusion, draw, small_config, trainer, write  # noqa: E402
 
-import jddim.checkpoint  # noqa: E402
-from convert.convert import convert, describe  # noqa: E402
+import jddim.checkpoint.folder  # noqa: E402
+from convert.conversion import convert, describe  # noqa: E402
 from convert.engine import ConversionError  # noqa: E402
 from convert.export import export  # noqa: E402
 from convert.families import recognise  # noqa: E402
@@ -54,7 +54,7 @@ def test_a_trainers_file_is_converted_and_verified(tmp_path: Path) -> None:
         "ddim_sampling_eta",
     ]
     assert any("version 2.3.1" in line for line in lines)
-    params = jddim.checkpoint.load_params(tmp_path / "out", metadata)
+    params = jddim.checkpoint.folder.load_params(tmp_path / "out", metadata)
     np.testing.assert_array_equal(params["mid.attention.mem_kv"], draw(CONFIG, 1)["mid_attn.mem_kv"])
     np.testing.assert_array_equal(params["down.0.block_1.norm1.g"], draw(CONFIG, 1)["downs.0.0.block1.norm.g"].ravel())
 
@@ -367,8 +367,8 @@ def test_learned_features_go_back_as_a_bare_unet(tmp_path: Path) -> None:
 def test_a_network_given_another_t_is_no_trainers(tmp_path: Path) -> None:
     metadata = convert(write(tmp_path / "a.pt", trainer(CONFIG)), tmp_path / "out", settings=SETTINGS, verify=False)
     other = dataclasses.replace(metadata, sampler=dataclasses.replace(metadata.sampler, timestep_scale=2.5))
-    params = jddim.checkpoint.load_params(tmp_path / "out", metadata)
-    jddim.checkpoint.save_checkpoint(tmp_path / "other", params, other)
+    params = jddim.checkpoint.folder.load_params(tmp_path / "out", metadata)
+    jddim.checkpoint.folder.save_checkpoint(tmp_path / "other", params, other)
     with pytest.raises(ConversionError, match=r"given t times 2\.5, there t itself"):
         export(tmp_path / "other", tmp_path / "b.pt", "lucidrains")
     assert not (tmp_path / "b.pt").exists()

@@ -13,15 +13,15 @@ from tiny import small_config
 
 torch = pytest.importorskip("torch", reason="the OpenAI networks are built in torch: pip install 'jddim[convert]'")
 
-from convert.convert import convert, describe, verify  # noqa: E402
+from convert.conversion import convert, describe, verify  # noqa: E402
 from convert.engine import ConversionError  # noqa: E402
 from convert.export import export  # noqa: E402
 from convert.families import Source, openai, recognise  # noqa: E402
 from convert.families.openai import PRESETS, SETTINGS, infer, open_source, plan, read_settings, write_openai  # noqa: E402
 from convert.reference.openai_unet import OpenAIUNet  # noqa: E402
 from convert.reference.unet import redraw_  # noqa: E402
-from jddim.checkpoint import Metadata, abstract_model, flat_params, load_metadata  # noqa: E402
-from jddim.cli import main  # noqa: E402
+from jddim.checkpoint.folder import Metadata, abstract_model, flat_params, load_metadata  # noqa: E402
+from jddim.cli.main import main  # noqa: E402
 from jddim.config import SamplerConfig, ScheduleConfig  # noqa: E402
 from jddim.schedule import make_schedule  # noqa: E402
 
@@ -121,7 +121,7 @@ def test_a_preset_is_the_published_network_and_leaves_nothing_to_assume(name: st
 
 
 def test_presets_that_contradict_the_tensors_are_not_offered() -> None:
-    from convert.convert import _fitting_presets
+    from convert.conversion import _fitting_presets
 
     source = Source(shapes(**published(PRESETS["guided-256-uncond"])), "unstated")
     assert _fitting_presets(openai.FAMILY, source) == ["guided-256-uncond", "guided-lsun"]

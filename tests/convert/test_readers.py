@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason="reading PyTorch files needs torch: 
 from tiny import state_dict  # noqa: E402
 
 from convert.engine import ConversionError  # noqa: E402
-from convert.readers import read, sha256  # noqa: E402
+from convert.files.readers import read, sha256  # noqa: E402
 
 
 def write_zip(content: Any, path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from convert.engine import ConversionError
-from convert.readers import read
+from convert.files.readers import read
 
 pytestmark = pytest.mark.quick
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from convert import torch_legacy
 from convert.engine import ConversionError
-from convert.readers import read
+from convert.files import torch_legacy
+from convert.files.readers import read
 
 torch = pytest.importorskip("torch", reason="PyTorch's old format is written and read by torch alone")
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert import torch_zip
 from convert.engine import ConversionError
-from convert.mapped import MappedFile, UnreadableError
-from convert.pickles import RefusedGlobalError, load, plain
-from convert.readers import read, read_by_torch
+from convert.files import torch_zip
+from convert.files.mapped import MappedFile, UnreadableError
+from convert.files.pickles import RefusedGlobalError, load, plain
+from convert.files.readers import read, read_by_torch
 
 pytestmark = pytest.mark.quick
 
@@ -347,7 +347,7 @@ def test_overlapping_entries(tmp_path: Path) -> None:
 def test_reading_imports_no_torch(tmp_path: Path) -> None:
     path = write(tmp_path / "a.pt", as_pickle(tensor((6,), (1,))), {"0": SIX.tobytes()})
     code = (
-        "import sys; sys.modules['torch'] = None; from convert.readers import read; "
+        "import sys; sys.modules['torch'] = None; from convert.files.readers import read; "
         f"assert read({str(path)!r}).tolist() == [0, 1, 2, 3, 4, 5]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(torch_zip.__file__).parent.parent)

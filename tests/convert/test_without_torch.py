@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import MNIST_SOURCE, ROOT
 
-from jddim.checkpoint import load_metadata
+from jddim.checkpoint.folder import load_metadata
 
 pytestmark = pytest.mark.quick
 
 
 def without_torch(*command: object) -> subprocess.CompletedProcess[str]:
     """`jddim COMMAND` in a Python where importing torch fails, as it does where it is not installed."""
-    code = "import sys; sys.modules['torch'] = None; from jddim.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; sys.modules['torch'] = None; from jddim.cli.main import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, cwd=ROOT, check=False
     )

@@ -9,12 +9,12 @@ import pytest
 import tiny
 from safetensors.numpy import save_file
 
-from convert.convert import convert
+from convert.conversion import convert
 from convert.families import diffusers_config, ho
 from convert.families.base import Wording
-from jddim.checkpoint import load_metadata
-from jddim.cli import main
-from jddim.diff import diff
+from jddim.checkpoint.diff import diff
+from jddim.checkpoint.folder import load_metadata
+from jddim.cli.main import main
 
 pytestmark = pytest.mark.unoptimised
 

@@ -16,10 +16,10 @@ import pytest
 from parity_cases import apply, relative_error, to_numpy, to_torch
 
 import jddim
-from convert.convert import convert
+from convert.conversion import convert
 from convert.engine import fill
 from convert.families.lucidrains import buffers, reference, rules
-from jddim.checkpoint import abstract_model, build_model, flat_params
+from jddim.checkpoint.folder import abstract_model, build_model, flat_params
 from jddim.config import LucidrainsConfig, ScheduleConfig
 from jddim.schedule import make_schedule
 

@@ -16,7 +16,7 @@ import pytest
 
 from convert.engine import fill
 from convert.families.ho import reference, rules
-from jddim.checkpoint import abstract_model, build_model, flat_params
+from jddim.checkpoint.folder import abstract_model, build_model, flat_params
 from jddim.config import UNetConfig
 from jddim.ddim import StepTable, step_table
 from jddim.models.unet import UNet

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import jddim
-from convert.convert import convert
+from convert.conversion import convert
 from convert.export import export
 
 diffusers = cases.diffusers

@@ -14,7 +14,7 @@ from lucidrains_files import draw, trainer, write
 from parity_cases import to_numpy, to_torch
 
 import jddim
-from convert.convert import convert
+from convert.conversion import convert
 from convert.families.lucidrains import buffers
 from convert.reference import lucidrains_unet
 from jddim.config import ScheduleConfig

@@ -10,7 +10,7 @@ import pytest
 from parity_cases import torch
 
 import jddim
-from convert.readers import read
+from convert.files.readers import read
 from jddim.config import ScheduleConfig
 
 # Of the largest magnitude of the trajectory. At T = 1000 unclipped, that is 158 = 1 / sqrt(alpha_bar_999) times x_T;

@@ -13,12 +13,13 @@ from tiny import SIZE, SMALL, small_config
 
 from convert.families.ho import rules
 from convert.reference.unet import ReferenceUNet, redraw_
-from jddim import objective, training
-from jddim.checkpoint import abstract_model, flat_params
+from jddim.checkpoint.folder import abstract_model, flat_params
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
-from jddim.objective import Draws
 from jddim.schedule import make_schedule
-from jddim.task import Task, TrainConfig
+from jddim.train import objective
+from jddim.train import step as training
+from jddim.train.objective import Draws
+from jddim.train.task import Task, TrainConfig
 
 torch = pytest.importorskip("torch")
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from jddim.checkpoint import build_model
+from jddim.checkpoint.folder import build_model
 from jddim.config import ScheduleConfig, UNetConfig
 from scripts import contestants
 

@@ -15,7 +15,8 @@ import pytest
 from tiny import tree, write_checkpoint
 
 import jddim
-from jddim import images, metrics, mnist_cnn
+from jddim import images
+from jddim.evaluate import metrics, mnist_cnn
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.py"
 pytestmark = pytest.mark.unoptimised

@@ -1,0 +1,365 @@
+"""The conversion, end to end: read, recognise, infer, fill, verify, write. What `jddim convert` and `info` call."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import jddim
+from convert import verify as verification
+from convert.engine import ConversionError, fill
+from convert.families import Family, Plan, Source, recognise
+from convert.files.pickles import plain
+from convert.files.readers import sha256
+from convert.files.shards import read_weights
+from convert.sources import Origin, find
+from jddim.checkpoint.folder import (
+    CheckpointError,
+    Metadata,
+    abstract_model,
+    build_model,
+    check_destination,
+    flat_params,
+    load_metadata,
+    load_params,
+    save_checkpoint,
+)
+from jddim.config import did_you_mean, to_json
+
+Say = Callable[[str], None]
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    config: Paths = None,
+    settings: Mapping[str, str] | None = None,
+    preset: str | None = None,
+    weights: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    say: Say = lambda line: None,
+) -> Metadata:
+    """Convert a PyTorch checkpoint into a jddim checkpoint folder.
+
+    src: the file, a folder that a family knows (a run's with `ckpt.pth`, a diffusers pipeline's), or a hub id.
+    config: the source's config file or files; those that lie where the family has them are used for the rest.
+    settings: facts under the family's own names, over the config's. preset: a name of the family's for a whole set of
+    settings, which `settings` override. weights: "ema" or "raw"; by default the EMA's where there are any. variant:
+    such as "fp16", of a folder's files. revision: of a hub id. license: the weights', for the record: no
+    file tells it. verify: compare with the PyTorch reference, refuse above `convert.verify.TOLERANCE`; where PyTorch is
+    not installed, say and record that it was not done. say: told what is found, line by line. Returns the metadata
+    written.
+
+    Raises ConversionError or CheckpointError, each with all that is wrong; nothing is then written.
+    """
+    check_destination(dst, overwrite=overwrite)
+    if license is not None and not (license.strip() and license.isprintable() and len(license) <= 200):
+        raise ConversionError(f"a licence is a line of 1 to 200 characters, such as MIT; got {license[:50]!r}")
+    origin = find(src, weights, variant, revision)
+    opened = _open(origin, config, settings or {}, preset, weights, say)
+    family, source, plan = opened.family, opened.source, opened.plan
+    expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
+    try:
+        params = fill(source.tensors, expected, plan.rules, plan.ignored)
+    except ConversionError as error:
+        raise ConversionError(f"{src}: {error}") from error
+    say(f"  {len(params)} parameters filled, {sum(p.size for p in params.values()):,} numbers")
+
+    figure: dict[str, Any] = {"skipped": True}
+    if verify and not verification.can_verify():
+        figure["reason"] = "PyTorch is not installed"
+        say(f"  NOT VERIFIED: PyTorch is not installed; where it is, run: jddim verify {dst} {src}")
+    elif verify:
+        result = _verify(family, source, plan, params)
+        if result.first_bad is not None:
+            raise ConversionError(
+                f"{src}: the converted model differs from PyTorch by {result.output_error:.2e} of its output's scale "
+                f"(allowed: {result.tolerance:g}), first at block {result.first_bad}; nothing was written"
+            )
+        say(
+            f"  verified: largest error {result.output_error:.1e} of the output's scale, against PyTorch {result.torch}"
+        )
+        figure = result.to_json()
+    else:
+        say("  not verified (--no-verify), and recorded as such")
+
+    told = {key: "--set" if key in (settings or {}) else f"--preset {preset}" for key in opened.settings}
+    provenance = {
+        "family": family.name,
+        "source": origin.to_json(),
+        "config": [{"file": file.name, "sha256": sha256(file)} for file in opened.configs],
+        "preset": preset,
+        "set": dict(opened.settings),
+        "weights": source.weights,
+        "step": source.step,
+        "assumed": list(plan.assumed),
+        "ignored": dict(plan.ignored),
+        "notes": list(plan.notes),
+        "wording": plan.wording.to_json(told),
+        "reference_options": dict(plan.reference_options),
+        "verification": figure,
+        "versions": _versions(),
+        **({} if license is None else {"license": license.strip()}),
+    }
+    metadata = save_checkpoint(
+        dst, params, Metadata(plan.model, plan.schedule, plan.sampler, provenance), overwrite=overwrite
+    )
+    say(f"wrote {dst}")
+    return metadata
+
+
+def verify(
+    ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Paths = None
+) -> verification.Verification:
+    """Compare a converted checkpoint with the PyTorch file it came from, block by block.
+
+    Raises ConversionError if `src` is not that file (by SHA-256).
+    """
+    metadata = load_metadata(ckpt)
+    params = load_params(ckpt, metadata)
+    facts = metadata.provenance.get("source", {})
+    weights = None if metadata.provenance["weights"] == "unstated" else metadata.provenance["weights"]
+    origin = find(src, weights, facts.get("variant"), facts.get("commit") if str(src) == facts.get("hub_id") else None)
+    recorded = facts.get("sha256")
+    if (actual := origin.sha256()) != recorded:
+        raise ConversionError(
+            f"{ckpt} was not converted from {src}: its source has SHA-256 {recorded}, this file has {actual}"
+        )
+    opened = _open(origin, config, metadata.provenance["set"], None, weights, lambda line: None)
+    family, source, plan = opened.family, opened.source, opened.plan
+    if plan.model != metadata.model:
+        raise ConversionError(f"{ckpt} and {src} disagree about the model: {metadata.model} and {plan.model}")
+    return _verify(family, source, plan, params)
+
+
+def describe(
+    src: str | os.PathLike[str],
+    config: Paths = None,
+    settings: Mapping[str, str] | None = None,
+    preset: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> list[str]:
+    """What a PyTorch source is, what its conversion would need, and the command for it. Runs nothing in the file."""
+    settings = settings or {}
+    origin = find(src, None, variant, revision)
+    raw = read_weights(origin.file)
+    family = recognise(raw, str(src))
+    source = family.open_source(raw, None, origin.file.name)
+    options = [f"--config {file}" for file in _given(config)] + [
+        f"--set {key}={value}" for key, value in settings.items()
+    ]
+    told = (("preset", preset), ("variant", variant), ("revision", revision))
+    options += [f"--{name} {value}" for name, value in told if value]
+    command = " ".join(["jddim convert", str(src), "DST", *options])
+    facts = []
+    try:
+        contents, files = _configs(family, origin.file, config)
+        source = family.placed(source, origin.file, contents)
+        plan = family.plan(source.tensors, contents, _with_preset(family, preset, settings))
+        facts += [f"  config      {file}" for file in files] or ["  config      none beside it"]
+        facts += [
+            f"  {name:<11} {to_json(part)}"
+            for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
+        ]
+        facts += [f"  assumed     {fact}" for fact in plan.assumed]
+        facts += [f"  note        {note}" for note in plan.notes]
+    except ConversionError as error:
+        facts.append(f"  needs       {error}")
+        if fitting := _fitting_presets(family, source):
+            facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
+        else:
+            for missing, setting in (("image size", "image_size=SIDE"), ("heads", "num_heads=N")):
+                if missing in str(error):
+                    command += f" --set {setting}"
+    return [
+        f"{src}: {family.title}",
+        *([] if origin.file == Path(src) else [f"  file        {origin.file}"]),
+        f"  sha256      {origin.sha256()}",
+        f"  weights     {_weights(source)}",
+        f"  parameters  {sum(np.size(value) for value in source.tensors.values()):,} in {len(source.tensors)} tensors",
+        *facts,
+        f"convert it:   {command}",
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A source read and understood. configs: the files that it took. settings: --set's over the preset's."""
+
+    family: Family
+    source: Source
+    plan: Plan
+    configs: tuple[Path, ...]
+    settings: Mapping[str, str]
+
+
+def _open(
+    origin: Origin, config: Paths, settings: Mapping[str, str], preset: str | None, weights: str | None, say: Say
+) -> _Opened:
+    src = origin.file
+    given = _given(config)
+    raw = read_weights(src)
+    family = recognise(raw, str(src))
+    contents, files = _configs(family, src, config)
+    source = family.placed(family.open_source(raw, weights, src.name), src, contents)
+    say(f"{src}: {family.title}")
+    say(f"  weights: {_weights(source)}")
+    for file in files:
+        say(f"  config: {file}" + ("" if file in given else " (found beside the checkpoint)"))
+    try:
+        settings = _with_preset(family, preset, settings)
+        plan = family.plan(source.tensors, contents, settings)
+    except ConversionError as error:
+        raise ConversionError(f"{src}: {error}") from error
+    say(f"  model: {plan.model.summary}")
+    for fact in plan.assumed:
+        say(f"  assumed: {fact}")
+    for name, reason in plan.ignored.items():
+        say(f"  ignored: {name}: {reason}")
+    for note in plan.notes:
+        say(f"  note: {note}")
+    return _Opened(family, source, plan, files, settings)
+
+
+def _with_preset(family: Family, preset: str | None, settings: Mapping[str, str]) -> Mapping[str, str]:
+    """The preset's settings, with `settings` over them."""
+    if preset is None:
+        return settings
+    if not family.presets:
+        raise ConversionError(f"this family has no presets, so no --preset {preset}; use --set KEY=VALUE")
+    if preset not in family.presets:
+        raise ConversionError(f"unknown preset {preset!r}{did_you_mean(preset, family.presets)}")
+    return {**family.presets[preset], **settings}
+
+
+def _fitting_presets(family: Family, source: Source) -> list[str]:
+    """The presets that do not contradict the tensors."""
+    fitting = []
+    for name, settings in family.presets.items():
+        with contextlib.suppress(ConversionError):
+            family.plan(source.tensors, None, settings)
+            fitting.append(name)
+    return fitting
+
+
+def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> verification.Verification:
+    tensors = {name: value for name, value in source.tensors.items() if name not in plan.ignored}
+    return verification.verify(
+        build_model(plan.model, verification.in_place(params)),
+        tensors,
+        family,
+        plan.model,
+        plan.schedule.num_train_timesteps,
+        reference_options=plan.reference_options,
+    )
+
+
+def _given(config: Paths) -> list[Path]:
+    if config is None:
+        return []
+    files = [Path(config)] if isinstance(config, (str, os.PathLike)) else [Path(file) for file in config]
+    if absent := [str(file) for file in files if not file.is_file()]:
+        raise ConversionError(f"no such config file: {', '.join(absent)}")
+    return files
+
+
+def _configs(family: Family, weights: Path, config: Paths) -> tuple[dict[str, Any] | None, tuple[Path, ...]]:
+    """What `Family.plan` gets, and the files it is from: those given, then those found, one for each section."""
+    section = family.config_section or (lambda contents: "")
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for file in _given(config):
+        contents = _read_config(file)
+        if (key := section(contents)) in found:
+            raise ConversionError(
+                f"--config {found[key][0]} and {file} are both {key} configs; give one".replace("  ", " ")
+            )
+        found[key] = file, contents
+    for file in family.config_files(weights):
+        if file.is_file() and (family.config_section or not found):
+            contents = _read_config(file)
+            found.setdefault(section(contents), (file, contents))
+    files = tuple(file for file, _ in found.values())
+    if family.config_section is None:
+        return next((contents for _, contents in found.values()), None), files
+    return {key: contents for key, (_, contents) in found.items()}, files
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """Safe YAML, and argparse.Namespace read as a mapping: ermongroup's runner dumps its config as one."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse merge keys, which no source writes: merged into each other, they double with every line."""
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a merge key (<<)", node.start_mark)
+
+
+def _namespace(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
+    return loader.construct_mapping(node, deep=True)  # type: ignore[arg-type]  # raises for another kind of node
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**63:  # no setting; and slow to print
+        raise ValueError(f"a number of {len(text)} digits")
+    return number
+
+
+def _yaml_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return _integer(str(loader.construct_yaml_int(node))) if len(node.value) <= 20 else _integer(node.value)
+
+
+_ConfigLoader.add_constructor("tag:yaml.org,2002:int", _yaml_integer)
+_ConfigLoader.add_constructor("tag:yaml.org,2002:python/object:argparse.Namespace", _namespace)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    kind = "JSON" if path.suffix == ".json" else "YAML"
+    try:
+        text = path.read_text()
+        # YAML 1.1 is no superset of JSON: it takes 1e-06 for text
+        contents = json.loads(text, parse_int=_integer) if kind == "JSON" else yaml.load(text, Loader=_ConfigLoader)
+        contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
+    except yaml.constructor.ConstructorError as error:
+        raise ConversionError(
+            f"{path} holds more than plain values, and jddim never runs code from a config: "
+            f"{error.problem} ({str(error.problem_mark).strip()})"
+        ) from error
+    # PyYAML raises KeyError for `!!bool x`, AttributeError for `!!timestamp x`, IndexError and TypeError for others.
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+        raise ConversionError(f"{path} is not {kind}: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(contents, dict):
+        raise ConversionError(f"{path} holds no config: expected sections or keys, each with a value")
+    return contents
+
+
+def _weights(source: Source) -> str:
+    step = "" if source.step is None else f", step {source.step:,}"
+    return source.weights + step + (f" ({source.note})" if source.note else "")
+
+
+def _versions() -> dict[str, str | None]:
+    packages = ("jax", "flax", "orbax-checkpoint", "torch")
+    installed: dict[str, str | None] = dict.fromkeys(packages)
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # torch may be absent
+            installed[name] = importlib.metadata.version(name)
+    return {"jddim": jddim.__version__, "python": platform.python_version(), **installed}
+
+
+__all__ = ["CheckpointError", "ConversionError", "convert", "describe", "verify"]

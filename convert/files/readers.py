@@ -1,0 +1,195 @@
+"""Files -> nested Python containers of NumPy arrays. Nothing in a file is ever executed.
+
+Zip-format PyTorch files and `.safetensors` are read by our own readers, straight to arrays that lie in the mapped file.
+PyTorch's older format goes through `torch.load(weights_only=True)`, once `convert.files.torch_legacy` has looked it
+over; that is the conversion path's one need of torch (verification aside).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.engine import ConversionError
+from convert.files import safetensors_file, torch_legacy, torch_zip
+from convert.files.mapped import FLOATS, UnreadableError
+from convert.files.pickles import PickleError, RefusedGlobalError, plain, printable
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """The contents of a `.safetensors` or PyTorch file, tensors as NumPy arrays of their own dtype.
+
+    Arrays may be read-only views of the file, mapped into memory: it must not change while they are in use. bfloat16
+    and float8 are dtypes of `ml_dtypes` (`convert.files.mapped.FLOATS`: NumPy does not call them floating).
+    Raises ConversionError, saying what the file is, if it is not a whole checkpoint or its pickle would run code.
+    """
+    path = Path(path)
+    match _kind(path):
+        case "safetensors":
+            return _read_safetensors(path)
+        case "zip":
+            return _read_zip(path)
+        case _:
+            return _read_legacy(path)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _kind(path: Path) -> str:
+    """By the file's name, first bytes and structure: "safetensors", "zip" or "legacy"; ConversionError if none."""
+    if not path.exists():
+        raise ConversionError(f"no such file: {path}")
+    if path.is_dir():
+        raise ConversionError(f"{path} is a folder; name the checkpoint file in it")
+    size = path.stat().st_size
+    if size == 0:
+        raise ConversionError(f"{path} is empty (0 bytes); copy or download it again")
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    if head.startswith(b"PK"):
+        if not zipfile.is_zipfile(path):
+            raise ConversionError(f"{path} is truncated: it begins like a PyTorch file but has no end ({size} bytes)")
+        _check_zip(path)
+        return "zip"
+    if head.startswith(b"\x80"):
+        return "legacy"  # a bare pickle: PyTorch's format before 1.6
+    if head.startswith(b"version https://"):
+        raise ConversionError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from"
+        )
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ConversionError(f"{path} is a web page, not a checkpoint; download the file itself")
+    raise ConversionError(
+        f"{path} is not a PyTorch checkpoint: it begins with {head[:8]!r}; expected a file written by torch.save, or "
+        ".safetensors"
+    )
+
+
+def _check_zip(path: Path) -> None:
+    """Raise ConversionError unless a zip is a PyTorch checkpoint and its bytes have their checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+                raise ConversionError(
+                    f"{path} is a TorchScript program, not a checkpoint; save its state_dict() instead"
+                )
+            if not any(name.endswith("/data.pkl") for name in names):
+                raise ConversionError(
+                    f"{path} is a zip archive, but not a PyTorch checkpoint (holds {', '.join(names[:3]) or 'nothing'})"
+                )
+        torch_zip.check(path)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(f"{path} is damaged: {printable(str(error))}; copy or download it again") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors_file.read(path)
+    except UnreadableError as error:
+        raise ConversionError(f"{path} is not a whole .safetensors file: {error}") from error
+
+
+def _read_zip(path: Path) -> Any:
+    try:
+        return torch_zip.read(path)
+    except UnreadableError as error:
+        raise _refusal(path, error) from error
+
+
+def _read_legacy(path: Path) -> Any:
+    try:
+        torch_legacy.check(path)
+    except UnreadableError as error:
+        raise _refusal(path, error) from error
+    return read_by_torch(path)
+
+
+def read_by_torch(path: Path) -> Any:
+    """What `read` gives, of a PyTorch file of either format, by way of `torch.load(weights_only=True)`."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError(
+            f"{path} is in PyTorch's format before 1.6, which needs PyTorch to be read: pip install 'jddim[convert]', "
+            "or save it again where PyTorch is"
+        ) from error
+    try:
+        with warnings.catch_warnings():  # what cannot be read is an error below
+            warnings.simplefilter("ignore")
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError ... for broken files
+        raise _refusal(path, torch_zip.DamagedFileError(f"PyTorch cannot read it ({_reason(error)})")) from error
+    size = path.stat().st_size
+    try:
+        return plain(contents, _to_numpy(size), 4 * size + 1000)
+    except UnreadableError as error:
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: Path, error: Exception) -> ConversionError:
+    """What is wrong with a PyTorch file, in the same words for both formats."""
+    match error:
+        case RefusedGlobalError():
+            return ConversionError(
+                f"{path} refused: its pickle calls {error.name} when loaded, and jddim never runs code from a "
+                "checkpoint; if you trust it, load it where it was made and save only tensors: "
+                "torch.save(model.state_dict(), FILE)"
+            )
+        case torch_legacy.NotTorchError():
+            return ConversionError(
+                f"{path} is a pickle, but not one that torch.save wrote; load it where it was made and save it with "
+                "torch.save(model.state_dict(), FILE)"
+            )
+        case torch_zip.NotNumbersError():
+            return ConversionError(f"{path} holds a tensor that is not a plain array of numbers: {error}")
+        case _:
+            return ConversionError(f"{path} is damaged or truncated: {error}; copy or download it again")
+
+
+def _reason(error: Exception) -> str:
+    """What PyTorch found wrong, without its advice (which is to switch `weights_only` off, or to report a bug)."""
+    message = str(error)
+    if "WeightsUnpickler error:" in message:
+        message = message.partition("WeightsUnpickler error:")[2]
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return printable(lines[0].partition(" (Could this error")[0], 160) if lines else type(error).__name__
+
+
+def _to_numpy(file_size: int) -> Any:
+    """For `plain`: a tensor as an array, a dtype or device as its name."""
+    import torch
+
+    bounded = torch_zip.bounded_leaf(file_size)
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, (torch.dtype, torch.device)):
+            return str(value)
+        if isinstance(value, set):
+            return list(value)
+        if not isinstance(value, torch.Tensor):
+            raise PickleError(f"it holds a {type(value).__name__}")
+        value, name = value.detach(), str(value.dtype).removeprefix("torch.")
+        try:
+            if name in FLOATS:
+                bits = torch.uint8 if value.element_size() == 1 else torch.uint16
+                return bounded(value.view(bits).numpy().view(FLOATS[name]))
+            return bounded(value.numpy())
+        except (TypeError, RuntimeError) as error:
+            raise torch_zip.NotNumbersError(_reason(error)) from error
+
+    return leaf

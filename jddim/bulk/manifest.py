@@ -1,0 +1,175 @@
+"""What a set of images is, and the file in its folder that says so: a run that asks for another is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jddim.bulk.shards import Layout
+from jddim.config import METHODS, SamplerConfig, did_you_mean, from_json, to_json
+
+FORMAT_VERSION = 1
+
+
+class BulkError(ValueError):
+    """A folder of shards that cannot be used as asked, with what to do about it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BulkConfig:
+    """What a set is: how many images of which seed, made and kept how.
+
+    labels: None; "balanced", image i of class i modulo their number, the null label left out; "3"; or "0:10", 0 to 9
+    over and over. shard_size: images a shard, a multiple of batch_size; None: the one nearest below 1024, or one batch.
+    The sampler's conventions, steps and eta are the `DDIM`'s, and stand beside this in the manifest.
+    """
+
+    num: int
+    seed: int = 0
+    method: str = "ddim"
+    labels: str | None = None
+    guidance_scale: float | None = None
+    null_label: int | None = None
+    dtype: str = "float32"
+    batch_size: int = 64
+    shard_size: int | None = None
+    format: str = "npz"
+
+    def __post_init__(self) -> None:
+        """Raise one ValueError that names everything wrong; fill in shard_size."""
+        problems = []
+        if self.batch_size < 1:
+            problems.append(f"batch_size must be at least 1, got {self.batch_size}")
+        elif self.shard_size is None:
+            object.__setattr__(self, "shard_size", max(1024 // self.batch_size, 1) * self.batch_size)
+        elif self.shard_size % self.batch_size:
+            problems.append(
+                f"shard_size must be a multiple of the batch size {self.batch_size}, so that every batch is whole; "
+                f"got {self.shard_size}"
+            )
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed must lie in 0..{2**32 - 1}, got {self.seed}")
+        if self.method not in METHODS:
+            problems.append(f"unknown method {self.method!r}{did_you_mean(self.method, METHODS)}")
+        try:
+            Layout(self.num, self.shard_size or 1, self.format)
+        except ValueError as error:
+            problems.append(str(error))
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def layout(self) -> Layout:
+        """How the set is cut into shards."""
+        assert self.shard_size is not None
+        return Layout(self.num, self.shard_size, self.format)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards says of itself.
+
+    checkpoint: where it was, seen from the folder; it may move, and is no part of what identifies the run.
+    checkpoint_sha256: `Metadata.sha256`. sampler: the conventions used. versions: of what the images' bits depend on.
+    """
+
+    checkpoint: str
+    checkpoint_sha256: str
+    bulk: BulkConfig
+    sampler: SamplerConfig
+    versions: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that identifies the run, as JSON; every picture says it too."""
+        return {
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "bulk": to_json(self.bulk),
+            "sampler": to_json(self.sampler),
+            "versions": self.versions,
+        }
+
+    @property
+    def run(self) -> str:
+        """The run's identity: a digest of `settings`."""
+        return _sha256(self.settings)
+
+    def text(self) -> str:
+        """The file's contents, whose last entry is a digest of the rest."""
+        data = {"format": "jddim-bulk", "format_version": FORMAT_VERSION, "checkpoint": self.checkpoint}
+        data |= self.settings
+        return json.dumps({**data, "sha256": _sha256(data)}, indent=2) + "\n"
+
+    @staticmethod
+    def of(settings: Mapping[str, Any], checkpoint: str = "") -> Manifest:
+        """The manifest with these `settings`. Raises ValueError or KeyError if they are none."""
+        return Manifest(
+            checkpoint,
+            settings["checkpoint_sha256"],
+            from_json(BulkConfig, settings["bulk"]),
+            from_json(SamplerConfig, settings["sampler"]),
+            dict(settings["versions"]),
+        )
+
+
+def manifest_path(folder: Path) -> Path:
+    """Where a folder's manifest is."""
+    return folder / "manifest.json"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """A folder's manifest. Raises BulkError if there is none, or a byte of it is not what was written."""
+    path = manifest_path(folder)
+    try:
+        said = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        if folder.is_file():
+            raise BulkError(f"{folder} is a file: name the folder that jddim bulk wrote") from None
+        raise BulkError(f"{folder} has no manifest.json: it is no folder that jddim bulk wrote") from None
+    again = "remove it, and the jddim bulk command that the shards were made with writes it anew and keeps them"
+    try:
+        data = json.loads(said)
+        if data["format_version"] != FORMAT_VERSION and data["sha256"] == _sha256(data):
+            raise BulkError(f"{path} has format {data['format_version']}, this jddim reads {FORMAT_VERSION}")
+        manifest = Manifest.of(data, data["checkpoint"])
+    except BulkError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BulkError(f"{path} is damaged ({type(error).__name__}): {again}") from error
+    if said != manifest.text().encode():
+        raise BulkError(f"{path} was damaged or edited after it was written: {again}")
+    return manifest
+
+
+def _sha256(data: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in data.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def check_settings(folder: Path, asked: Manifest) -> None:
+    """Raise BulkError, with what differs, unless the folder's manifest says what is asked."""
+    there = read_manifest(folder)
+    if there.run != asked.run:
+        from jddim.checkpoint.diff import diff_mappings
+
+        rows = diff_mappings(there.settings, asked.settings)
+        raise BulkError(
+            f"{folder} was begun with other settings: "
+            + "; ".join(f"{row.name.removeprefix('bulk.')} is {row.a} there, {row.b} here" for row in rows)
+            + ". Ask for what it was begun with, or name a new folder"
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise BulkError if `folder`, which has no manifest, holds what is not of a set of shards."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise BulkError(f"{folder} is a file; name a folder")
+    strange = [p.name for p in folder.iterdir() if not p.name.startswith(("shard-", ".shard-", ".lock", ".manifest."))]
+    if strange:
+        raise BulkError(f"{folder} holds other things ({', '.join(sorted(strange)[:3])}); name a new folder")

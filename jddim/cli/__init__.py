@@ -1,0 +1,1 @@
+"""The command line: one file a command, their options, and the parser that puts them together."""

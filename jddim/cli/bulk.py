@@ -1,0 +1,347 @@
+"""`jddim bulk`, `collect`, `check`, `reproduce`: many images in shards, and what there is to do with them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jddim.bulk import distributed
+from jddim.cli.options import SPACING_NAMES, fastest_batch_size, read_batch_size, read_seed, say
+from jddim.config import METHODS, counted, first_few
+
+if TYPE_CHECKING:
+    from jddim.bulk.manifest import Manifest
+    from jddim.bulk.run import Make
+    from jddim.pipeline import DDIM
+
+
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the commands. command: `(name, run, text, examples)` -> its parser."""
+    sub = command(
+        "bulk",
+        _bulk,
+        "many images into a folder of checked shards; the same command again goes on where it was stopped",
+        "mnist fifty --num 50000 --steps 50\nclasses.ckpt set --num 50000 --labels balanced --format tar\n"
+        "mnist fifty --num 50000 --shard 0/4    # one of four that may run at once",
+    )
+    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    sub.add_argument("out", type=Path, help="a new folder, or one that the same command began")
+    sub.add_argument("--num", type=int, required=True, metavar="N", help="images in the whole set")
+    sub.add_argument(
+        "--seed", type=read_seed, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0"
+    )
+    sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
+    sub.add_argument("--eta", type=float, metavar="E", help="as in jddim sample; default: the checkpoint's")
+    sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
+    sub.add_argument("--clip", action=argparse.BooleanOptionalAction, help="as in jddim sample")
+    sub.add_argument("--method", choices=METHODS, default="ddim", help="as in jddim sample; default ddim")
+    sub.add_argument(
+        "--labels",
+        metavar="LABELS",
+        help="of a class-conditional model: balanced (image i of class i modulo their number), 3, or 0:10",
+    )
+    sub.add_argument("--guidance-scale", type=float, metavar="W", help="as in jddim sample")
+    sub.add_argument("--null-label", type=int, metavar="N", help="as in jddim sample; not among the balanced")
+    sub.add_argument(
+        "--batch-size",
+        type=read_batch_size,
+        default=64,
+        metavar="B",
+        help="images at a time (default 64); auto: tries which is fastest and fits, once for the set",
+    )
+    sub.add_argument("--shard-size", type=int, metavar="M", help="images a shard (default: about 1024, whole batches)")
+    sub.add_argument(
+        "--format",
+        choices=("npz", "png", "tar"),
+        default="npz",
+        help="of a shard: npz, uint8 arrays (default); png, a folder of pictures; tar, for WebDataset",
+    )
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
+    sub.add_argument(
+        "--shard",
+        type=_worker,
+        default=(0, 1),
+        metavar="I/N",
+        help="as worker I of 0..N-1, who make every N-th shard each; in one folder, or in one each (see collect)",
+    )
+    sub.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,N,I",
+        help="as process I of N that jax.distributed joins, none of which goes on if one dies; without a value: as "
+        "SLURM, Open MPI or a TPU pod says",
+    )
+
+    sub = command(
+        "collect",
+        _collect,
+        "the shards of jddim bulk as one .npz for FID evaluators, checked for gaps and doubles",
+        "fifty samples.npz\nworker-a worker-b samples.npz",
+    )
+    sub.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="the set's folder, or its workers' folders")
+    sub.add_argument("target", type=Path, metavar="samples.npz", help="arr_0 uint8 NHWC; arr_1 labels, if any")
+
+    sub = command(
+        "check",
+        _check,
+        "every checksum of a set of shards, and a random few of its images made again; exit status 0 if all agree",
+        "fifty\nfifty --resample 0",
+    )
+    sub.add_argument("out", type=Path, help="a folder that jddim bulk wrote")
+    sub.add_argument("--resample", type=int, default=3, metavar="K", help="images to make again (default 3)")
+    sub.add_argument("--seed", type=int, metavar="I", help="which ones (default: others each time)")
+    _checkpoint_option(sub)
+
+    sub = command(
+        "reproduce",
+        _reproduce,
+        "make one image of a set again, and say whether it is identical; exit status 0 if it is",
+        "fifty --index 48213\nset/shard-00047/00048213.png\nalone.png --ckpt mnist",
+    )
+    sub.add_argument("source", type=Path, metavar="OUT|FILE.png", help="a folder of jddim bulk, or one of its PNGs")
+    sub.add_argument("--index", type=int, metavar="I", help="which image of the folder")
+    sub.add_argument("--out", type=Path, metavar="FILE.png", help="write it there as well")
+    _checkpoint_option(sub)
+
+
+def _checkpoint_option(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--ckpt", type=Path, help="the checkpoint, if it is not where it was when the set was made")
+
+
+def _worker(text: str) -> tuple[int, int]:
+    try:
+        i, n = (int(part) for part in text.split("/"))
+    except ValueError:
+        i, n = -1, 0
+    if not 0 <= i < n:
+        raise argparse.ArgumentTypeError(f"takes I/N with I from 0 to N-1, such as 0/4; got {text!r}")
+    return i, n
+
+
+def _bulk(args: argparse.Namespace) -> int:
+    from jddim.bulk import run as bulk
+    from jddim.bulk.manifest import BulkConfig, Manifest, check_folder, manifest_path, read_manifest
+    from jddim.checkpoint.folder import load_metadata
+    from jddim.images import check_output
+    from jddim.run.progress import Progress
+
+    if args.distributed is not None:
+        if args.shard != (0, 1):
+            raise ValueError("--distributed says which worker this is: leave --shard out")
+        args.shard = _join(args.distributed)
+    automatic = args.batch_size == "auto"
+    begun = manifest_path(args.out).exists()
+    if automatic and not begun and (args.shard != (0, 1) or args.shard_size is not None):
+        raise ValueError(
+            "--batch-size auto tries sizes that workers would not agree on, nor a --shard-size fit: begin the set "
+            "without them, or give a number"
+        )
+    if automatic:
+        args.batch_size = read_manifest(args.out).bulk.batch_size if begun else 1
+    config = BulkConfig(
+        num=args.num,
+        seed=args.seed,
+        method=args.method,
+        labels=args.labels,
+        guidance_scale=args.guidance_scale,
+        null_label=args.null_label,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+        format=args.format,
+    )
+    if args.method != "ddim" and args.eta is not None:
+        raise ValueError(f"eta is DDIM's; method {args.method!r} takes none")
+    metadata = load_metadata(args.ckpt)
+    cycle = bulk.label_cycle(config.labels, metadata.model.num_classes, bulk.null_label_of(config, metadata))
+    classes = metadata.model.num_classes
+    outside = [] if cycle is None or classes is None else [int(label) for label in cycle if not 0 <= label < classes]
+    if outside:
+        raise ValueError(f"--labels {args.labels}: labels must lie in 0..{(classes or 1) - 1}, got {outside[0]}")
+    if begun:
+        read_manifest(args.out)
+    else:
+        check_folder(args.out)
+        # Another worker may be looking at the folder now: what is tried must look like a part of a shard.
+        check_output(args.out / ("shard-.npz" if args.format == "npz" else "shard-.png"), metadata.model.in_channels)
+
+    import jax
+
+    import jddim
+
+    asked = {"num_steps": args.steps, "eta": args.eta, "spacing": args.spacing, "clip": args.clip}
+    ddim = jddim.load(args.ckpt, dtype=args.dtype)
+    ddim = ddim.with_sampler(**{name: value for name, value in asked.items() if value is not None})
+    if automatic and not begun:
+        size = fastest_batch_size(args, ddim, args.num)
+        config = dataclasses.replace(config, batch_size=size, shard_size=args.shard_size)
+    manifest = Manifest(_relative(args.ckpt, args.out), metadata.sha256, config, ddim.sampler, bulk.versions())
+    if args.distributed is not None:
+        distributed.check_same(manifest.run)
+    if not begun:
+        _try(ddim, config)
+    (i, n), layout = args.shard, config.layout
+    devices = jax.local_devices()
+    total = sum(len(layout.images(k)) for k in range(i, layout.count, n))
+    started = time.perf_counter()
+    with Progress(total, f"{ddim.table().num_steps} steps") as bar:
+        if len(devices) > 1:
+            make = bulk.sampler_on(devices, ddim, config, args.shard)
+        else:  # between segments, signals are heard: a batch may take minutes
+            make = bulk.sampler(ddim, config, on_segment=lambda now: jax.block_until_ready(now.x_t))
+        done = bulk.run(args.out, manifest, make, cycle, worker=args.shard, say=say, made=bar.add)
+    seconds = time.perf_counter() - started
+    if args.distributed is not None:
+        distributed.wait_for_all()  # or the first to end would end the others
+    which = "" if n == 1 else f", worker {i} of {n}"
+    speed = f"  [{counted(done.images, 'image')} in {seconds:.1f} s, {done.images / seconds:.1f} images/s]"
+    whole = f"{counted(done.shards, 'shard')} whole, {done.whole} of them before{which}"
+    print(f"{args.out}: {whole}{speed if done.images else ''}")
+    return 0
+
+
+def _join(where: str) -> tuple[int, int]:
+    i, n = distributed.join(where)
+    say(
+        f"process {i} of {n}; should one die, jax ends the others within {distributed.HEARTBEAT} s (SIGABRT), and the "
+        "same command goes on, with as many processes as you like"
+    )
+    return i, n
+
+
+class _BegunError(Exception):
+    """The first steps were taken."""
+
+
+def _try(ddim: DDIM, config: Any) -> None:
+    """Raise what `sample` has against these settings, before anything is written."""
+    from jddim.bulk import run as bulk
+
+    def stop(_: Any) -> None:
+        raise _BegunError
+
+    with contextlib.suppress(_BegunError):
+        bulk.sampler(ddim, config, on_segment=stop)(0)
+
+
+def _relative(ckpt: Path, out: Path) -> str:
+    return os.path.relpath(ckpt.resolve(), out.resolve())
+
+
+def _maker(manifest: Manifest, folder: Path | None, given: Path | None) -> tuple[Make, list[str]]:
+    """`make` as the set was made, and what is another here. folder: the set's, from which its checkpoint is seen."""
+    import jddim
+    from jddim.bulk import run as bulk
+    from jddim.checkpoint.diff import diff_mappings
+    from jddim.checkpoint.folder import load_metadata
+
+    if given is None and folder is None:
+        raise ValueError("name the checkpoint by --ckpt: the picture only says its SHA-256")
+    path = given if given is not None else folder / manifest.checkpoint  # type: ignore[operator]
+    if given is None and not path.exists():
+        raise ValueError(f"the checkpoint is not at {path} any more: say where it is, --ckpt CKPT")
+    sha256 = load_metadata(path).sha256
+    if sha256 != manifest.checkpoint_sha256:
+        raise ValueError(
+            f"{path} is another checkpoint: its SHA-256 is {sha256[:12]}..., the images were made with "
+            f"{manifest.checkpoint_sha256[:12]}..."
+        )
+    ddim = dataclasses.replace(jddim.load(path, dtype=manifest.bulk.dtype), sampler=manifest.sampler)
+    rows = diff_mappings(manifest.versions, bulk.versions())
+    return bulk.sampler(ddim, manifest.bulk), [f"{row.name} was {row.a}, here it is {row.b}" for row in rows]
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from jddim.bulk import collecting
+
+    if args.target.suffix.lower() != ".npz":
+        raise ValueError(f"{args.target}: the evaluators' file ends in .npz")
+    num, doubles = collecting.collect(args.folders, args.target)
+    note = f"; {doubles} of them equal an earlier one in every pixel" if doubles else ""
+    print(f"{counted(num, 'image')} -> {args.target}{note}")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from jddim.bulk import collecting
+    from jddim.bulk.manifest import read_manifest
+
+    manifest = read_manifest(args.out)
+    wrong = collecting.problems(args.out)
+    if wrong:
+        raise ValueError(f"{args.out}: {first_few(wrong, 8)}. Run jddim bulk again, it makes them anew")
+    made = f"{counted(manifest.bulk.layout.count, 'shard')}, {counted(manifest.bulk.num, 'image')}"
+    print(f"{made}: every checksum agrees", flush=True)
+    if args.resample < 1:
+        return 0
+    make, elsewhere = _maker(manifest, args.out, args.ckpt)
+    chosen = random.Random(args.seed).sample(range(manifest.bulk.num), min(args.resample, manifest.bulk.num))
+    return _compare(make, manifest, elsewhere, {i: collecting.kept(args.out, manifest, i) for i in chosen})
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from jddim.bulk import collecting
+    from jddim.bulk.manifest import Manifest, manifest_path, read_manifest
+    from jddim.bulk.shards import decode
+    from jddim.images import check_output, read_metadata, save_png
+
+    if args.out is not None and args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out {args.out}: end it in .png")
+    folder: Path | None = args.source
+    if args.source.is_dir():
+        if args.index is None:
+            raise ValueError("say which image of the folder: --index I")
+        manifest, index = read_manifest(args.source), args.index
+        pixels = collecting.kept(args.source, manifest, index)
+    else:
+        try:
+            said = read_metadata(args.source)
+            manifest, index = Manifest.of(said), said["index"]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{args.source} is no picture that jddim bulk wrote: it does not say how") from error
+        if args.index not in (None, index):
+            raise ValueError(f"{args.source} is image {index}, not {args.index}")
+        pixels, _ = decode(args.source.read_bytes())
+        folder = args.source.absolute().parent.parent
+        if manifest_path(folder).exists():
+            manifest = dataclasses.replace(manifest, checkpoint=read_manifest(folder).checkpoint)
+        else:
+            folder = None
+    if args.out is not None:
+        check_output(args.out, pixels.shape[-1])
+    make, elsewhere = _maker(manifest, folder, args.ckpt)
+    keep = None
+    if args.out is not None:
+        keep = lambda image: save_png(args.out, image, {**manifest.settings, "index": index})  # noqa: E731
+    return _compare(make, manifest, elsewhere, {index: pixels}, keep)
+
+
+def _compare(
+    make: Make,
+    manifest: Manifest,
+    elsewhere: list[str],
+    kept: dict[int, Any],
+    keep: Callable[[Any], None] | None = None,
+) -> int:
+    """Make these images again and print how far they are from those kept; 1 if any is."""
+    from jddim.bulk import collecting
+
+    apart = 0
+    for index, pixels in kept.items():
+        again = collecting.remake(make, manifest.bulk, index)
+        found = collecting.compare(pixels, again, index)
+        apart += found.differing > 0
+        print(found, flush=True)
+        if keep is not None:
+            keep(again)
+    if apart and elsewhere:
+        print("rounding may differ: " + "; ".join(elsewhere))
+    return int(apart > 0)

@@ -1,0 +1,145 @@
+"""`jddim convert`, `export-torch` and `verify`: what reads PyTorch's checkpoints, through the package `convert`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jddim.cli.options import say
+
+
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the commands. command: `(name, run, text, examples)` -> its parser."""
+    sub = command(
+        "convert",
+        _convert,
+        "convert a PyTorch checkpoint into a jddim checkpoint folder, verified",
+        "ckpt.pth mnist\nckpt.pth mnist-raw --weights raw\nema_diffusion.ckpt cifar10 --set image_size=32\n"
+        "google/ddpm-cifar10-32 cifar10\nunet/model.safetensors x --config config.json --config scheduler_config.json",
+    )
+    sub.add_argument(
+        "src",
+        help="a checkpoint file, a folder (a run's, a diffusers pipeline's), or a hub id: google/ddpm-cifar10-32",
+    )
+    sub.add_argument("dst", type=Path, help="folder to write")
+    source_options(sub)
+    sub.add_argument("--weights", choices=("ema", "raw"), help="default: ema where there are any")
+    sub.add_argument(
+        "--license", metavar="NAME", help="the weights', such as MIT: recorded, and said by the model card"
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a jddim checkpoint")
+    sub.add_argument("--no-verify", dest="verify", action="store_false", help="do not compare with PyTorch (recorded)")
+
+    sub = command(
+        "export-torch",
+        _export_torch,
+        "write a checkpoint in the format of a PyTorch source, for that source's own loader",
+        "mnist ckpt-folder\nmnist pipeline --format diffusers",
+    )
+    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    sub.add_argument("dst", type=Path, help="file or folder to write")
+    sub.add_argument("--format", metavar="NAME", help="ermongroup, pesser, ...; default: where it came from")
+    sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a file")
+
+    sub = command("verify", _verify, "compare a checkpoint with its PyTorch source, block by block", "mnist ckpt.pth")
+    sub.add_argument("ckpt", type=Path)
+    sub.add_argument("src", help="the file, folder or hub id that it was converted from")
+    sub.add_argument("--config", type=Path, action="append", metavar="FILE", help="as given to convert")
+
+
+def source_options(sub: argparse.ArgumentParser) -> None:
+    """What is said of a PyTorch checkpoint beside its path."""
+    sub.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="the source's config file; diffusers has two (default: those beside the weights)",
+    )
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a fact the tensors do not tell, under the source's own name; over the config's",
+    )
+    sub.add_argument(
+        "--preset", metavar="NAME", help="all that --set would say, for a published model (guided-256, ...)"
+    )
+    sub.add_argument("--variant", metavar="NAME", help="such as fp16: which of a folder's weights")
+    sub.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    convert = convert_module()
+    convert.convert(
+        args.src,
+        args.dst,
+        config=args.config,
+        settings=settings(args.set),
+        preset=args.preset,
+        weights=args.weights,
+        variant=args.variant,
+        revision=args.revision,
+        license=args.license,
+        verify=args.verify,
+        overwrite=args.overwrite,
+        say=say,
+    )
+    return 0
+
+
+def _export_torch(args: argparse.Namespace) -> int:
+    convert_module()
+    from convert.export import export
+
+    name = export(args.ckpt, args.dst, args.format, overwrite=args.overwrite)
+    print(f"wrote {args.dst} ({name})")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    convert = convert_module()
+    from convert.verify import table
+    from jddim.images import atomic
+
+    result = convert.verify(args.ckpt, args.src, args.config)
+    print(table(result))
+    with atomic(Path(args.ckpt) / "verify.json") as staging:
+        staging.write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    if result.first_bad is not None:
+        print(
+            f"jddim: error: {args.ckpt} differs from PyTorch by more than {result.tolerance:g} of a block's scale, "
+            f"first at {result.first_bad}",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"equal: largest error of the output {result.output_error:.1e} of its scale; kept in {args.ckpt}/verify.json")
+    return 0
+
+
+def convert_module() -> Any:
+    """`convert.conversion`. Raises ModuleNotFoundError that says what to install."""
+    try:
+        from convert import conversion as convert
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"this command reads PyTorch checkpoints and needs {error.name}: pip install 'jddim[convert]', or "
+            "'jddim[convert-core]' to go without PyTorch and its verification"
+        ) from error
+    return convert
+
+
+def settings(pairs: Sequence[str]) -> Mapping[str, str]:
+    """`--set`, of which each is KEY=VALUE. Raises ValueError for one that is not."""
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes KEY=VALUE, got {pair!r}")
+        found[key] = value
+    return found

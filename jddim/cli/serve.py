@@ -1,0 +1,140 @@
+"""`jddim serve`: a page on this machine that samples while one looks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jddim.cli.options import say
+from jddim.config import METHODS
+
+
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the command. command: `(name, run, text, examples)` -> its parser."""
+    sub = command(
+        "serve",
+        _serve,
+        "a page in the browser: sliders, previews while it runs, eta strips, drawn digits (docs/serve.md; needs "
+        "jddim[web])",
+        "mnist\nmnist cifar10 --port 8123 --methods ddim,dpm++2m\nmnist --host 0.0.0.0",
+    )
+    sub.add_argument("ckpt", type=Path, nargs="+", help="folders written by jddim convert; each its name on the page")
+    sub.add_argument("--port", type=int, default=8000, metavar="P", help="0: any that is free (default 8000)")
+    sub.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="H",
+        help="an address others can reach: THEN EVERYONE WHO REACHES IT CAN USE THE PAGE (default 127.0.0.1, only you)",
+    )
+    sub.add_argument(
+        "--methods",
+        type=_methods,
+        default=METHODS,
+        metavar="LIST",
+        help=f"to compile and offer, ddim among them (default {','.join(METHODS)})",
+    )
+    sub.add_argument("--max-steps", type=int, default=250, metavar="S", help="of a run (default 250)")
+    sub.add_argument("--max-num", type=int, default=16, metavar="N", help="images of a run (default 16)")
+    sub.add_argument("--queue", type=int, default=64, metavar="N", help="runs that may wait (default 64)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    given = tuple(text.split(","))
+    if not set(given) <= set(METHODS) or len(set(given)) != len(given) or "ddim" not in given:
+        raise argparse.ArgumentTypeError(f"takes ddim and others of {', '.join(METHODS)}; got {text!r}")
+    return given
+
+
+def _serve(args: argparse.Namespace) -> int:
+    for option, value in (("--max-steps", args.max_steps), ("--max-num", args.max_num), ("--queue", args.queue)):
+        if value < 2:
+            raise ValueError(f"{option} must be at least 2, got {value}")
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port must lie in 0..65535, got {args.port}")
+    names = [path.resolve().name for path in args.ckpt]
+    if len(set(names)) != len(names):
+        raise ValueError(f"the folders' names must differ, they are the checkpoints' on the page: {', '.join(names)}")
+    try:
+        import uvicorn
+
+        from jddim.serve.site import Site, is_address, loopback
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"jddim serve needs {error.name}: pip install 'jddim[web]'") from error
+    from jddim.checkpoint.folder import load_metadata
+    from jddim.serve.request import Bounds
+
+    for path in args.ckpt:
+        config = load_metadata(path).model
+        if config.in_channels not in (1, 3):
+            raise ValueError(f"{path}: the page shows images of 1 or 3 channels, this one makes {config.in_channels}")
+        if config.class_embedding not in (None, "learned"):
+            raise ValueError(f"{path}: its labels are no numbers of classes ({config.class_embedding} embedding)")
+    listening = _listen(args.host, args.port)
+
+    import jddim
+
+    served = {name: jddim.load(path, dtype=args.dtype) for name, path in zip(names, args.ckpt, strict=True)}
+    local = loopback(args.host.lower())
+    paths = {name: str(path) if local else name for name, path in zip(names, args.ckpt, strict=True)}
+    bounds = Bounds(args.max_steps, args.max_num)
+    site = Site(served, paths, methods=args.methods, bounds=bounds, waiting=args.queue, say=say)
+
+    def allowed(name: str) -> bool:
+        own = {args.host.lower(), socket.gethostname().lower()}
+        return loopback(name) or (not local and (is_address(name) or name in own))
+
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    if not local:
+        print(
+            f"warning: --host {args.host}: whoever can reach this machine can use the page, without a password and "
+            "unencrypted",
+            file=sys.stderr,
+        )
+    say(f"http://{shown}:{port}/  (Ctrl-C ends it; the first images can be had once ddim is compiled)")
+    settings = uvicorn.Config(
+        site.app(allowed),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=256,
+        timeout_graceful_shutdown=5,
+    )
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            site.stopping = True  # or it would wait for the runs that are being watched
+            super().handle_exit(sig, frame)
+
+    compiling = threading.Thread(target=site.compile, name="jddim compile", daemon=True)
+    compiling.start()
+    try:
+        Server(settings).run(sockets=[listening])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        site.queue.close()
+    say("stopped")
+    if compiling.is_alive():  # in XLA, which does not survive the interpreter's end in another thread
+        os._exit(0)
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at once, so that a port in use is said before anything is loaded."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(128)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+    return listening

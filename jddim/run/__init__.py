@@ -1,0 +1,1 @@
+"""What runs a request: its problems, the compiled programs, the loop over batches, caches and progress."""

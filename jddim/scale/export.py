@@ -1,0 +1,221 @@
+"""A sampler as a file that needs jax alone to run: StableHLO by `jax.export`, for cpu, cuda and tpu at once.
+
+The file is an uncompressed zip: `program`, jax.export's bytes; `weights.npz`, the parameters by name (or beside the
+file); `about.json`, what the program takes and how it was made. docs/scale.md has the ten lines that run it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, export, lax
+
+from jddim import __version__
+from jddim.checkpoint.folder import build_model, flat_params
+from jddim.config import to_json
+from jddim.ddim import StepTable
+from jddim.images import atomic
+from jddim.models.layers import at_least_float32, cast_kernels
+from jddim.pipeline import DDIM
+from jddim.run.compiling import Kind, compiler_options, faster
+from jddim.run.programs import draw_noise, sample_segment
+from jddim.sampling import ddim_update, init_state, numbered_keys
+from jddim.solvers import cast, memory_of
+
+FORMAT_VERSION = 1
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A program, the arrays that are its first argument, and what `about.json` says of it."""
+
+    program: export.Exported
+    weights: dict[str, np.ndarray]
+    about: dict[str, Any]
+
+
+def export_sampler(
+    ddim: DDIM,
+    *,
+    method: str = "ddim",
+    batch_size: int | None = None,
+    guidance_scale: float | None = None,
+    null_label: int | None = None,
+    platforms: tuple[str, ...] = PLATFORMS,
+) -> Exported:
+    """The whole sampler: `program(weights, seed, numbers[, eta][, labels])` -> images `(b, h, w, c)` float32.
+
+    weights: float32 arrays by name. seed: uint32. numbers: uint32 `(b,)`, which images of the seed. eta: float32, for
+    method ddim. labels: int32 `(b,)`, for a network with classes. What `DDIM.sample` does with the conventions of
+    `ddim`, steps and guidance included, which are compiled in; values are not checked, a NaN is not looked for.
+    batch_size: b; None leaves it open.
+    Raises ValueError as `DDIM.sample` does, ModuleNotFoundError without flatbuffers.
+    """
+    _need_flatbuffers()
+    config, dtype = ddim.model.config, at_least_float32(ddim.model.dtype)
+    shape = (*config.image_size, config.in_channels)
+    labelled = config.class_embedding is not None
+    null_label = ddim.null_label_for(guidance_scale, null_label)
+    guided: dict[str, Any] = {"guidance_scale": guidance_scale, "null_label": null_label}
+
+    def check() -> Array:  # traced with one image, what `sample` has against the settings is raised
+        labels = jnp.zeros(1, jnp.int32) if labelled else None
+        return ddim.sample(jax.random.key(0), 1, method=method, labels=labels, **guided)
+
+    _check_labels(ddim)
+    jax.eval_shape(check)
+    program = ddim._program(method, None)
+    table: Any = ddim.table(None, None, np.float64 if program.solver else dtype)
+    if program.solver is not None:
+        table = cast(program.solver.plan(table), dtype)
+
+    def sample(weights: dict[str, Array], seed: Array, numbers: Array, *rest: Array) -> Array:
+        given = dict(zip(names[3:], rest, strict=True))
+        keys = numbered_keys(jax.random.key(seed), numbers)
+        x_T = draw_noise(keys, shape, dtype)
+        state = init_state(x_T, table, self_condition=ddim.sampler.self_condition)
+        state = state if program.solver is None else state._replace(memory=memory_of(table, x_T))
+        each = lambda value: jnp.broadcast_to(jnp.asarray(value, dtype), numbers.shape)  # noqa: E731
+        guidance = None if guidance_scale is None else (each(guidance_scale), jnp.asarray(null_label))
+        # What the live program is given is not folded into this one either: it would round otherwise.
+        values = (
+            state,
+            jax.tree.map(jnp.asarray, table),
+            each(given.get("eta", 0.0)),
+            keys,
+            ddim._limits(dtype),
+            guidance,
+        )
+        state, rows, etas, keys, limits, guidance = lax.optimization_barrier(values)
+        model, labels = build_model(config, weights, ddim.model.dtype), given.get("labels")
+        if platforms == ("cpu",):  # as `sample` has it there
+            model = faster(model, Kind("cpu"))
+        return sample_segment(model, state, rows, etas, keys, None, limits, labels, guidance, program=program).x_t
+
+    batch = _batch(batch_size)
+    takes = {"weights": _shapes(ddim), "seed": _of((), jnp.uint32), "numbers": _of((batch,), jnp.uint32)}
+    takes |= {"eta": _of((), jnp.float32)} if method == "ddim" else {}
+    takes |= {"labels": _of((batch,), jnp.int32)} if labelled else {}
+    names = list(takes)
+    about = {"kind": "sampler", "method": method, **guided}
+    return _exported(ddim, sample, takes, about | {"num_steps": table.num_steps}, platforms)
+
+
+def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[str, ...] = PLATFORMS) -> Exported:
+    """One DDIM step: `program(weights, x_t, t, alpha_bar_t, alpha_bar_prev, eta, noise[, labels][, x0_hat])`.
+
+    -> (x_prev, x0), like x_t, `(b, h, w, c)` float32. t: int32, the rest of a table's row float32; noise: like x_t.
+    labels: int32 `(b,)`, for a network with classes; x0_hat: the last step's x0, for a self-conditioned one. The rows
+    of the `DDIM`'s table stand in `about.json`. The arguments and what is raised are `export_sampler`'s.
+    """
+    _need_flatbuffers()
+    config, dtype = ddim.model.config, at_least_float32(ddim.model.dtype)
+    labelled = config.class_embedding is not None
+    conventions = ddim.conventions(dtype)
+    selfish = conventions.pop("self_condition", False)
+    _check_labels(ddim)
+
+    def step(weights: dict[str, Array], x_t: Array, *rest: Array) -> tuple[Array, Array]:
+        given = dict(zip(names[2:], rest, strict=True))
+        model = cast_kernels(build_model(config, weights, ddim.model.dtype))
+        denoise = dataclasses.replace(ddim, model=model).denoiser(given.get("labels"))
+        t = jnp.broadcast_to(given["t"], x_t.shape[:1])
+        output = denoise(x_t, t, given["x0_hat"]) if selfish else denoise(x_t, t)
+        zero = jnp.zeros((), jnp.int32)
+        row = StepTable(**{**dict.fromkeys(StepTable._fields, zero), "t": given["t"]} | {n: given[n] for n in bars})
+        update = ddim_update(eta=given["eta"], **conventions)
+        x_prev, x0 = update(x_t, output.astype(x_t.dtype), given["noise"], row)
+        return x_prev, x0
+
+    batch, bars = _batch(batch_size), ("alpha_bar_t", "alpha_bar_prev")
+    image = _of((batch, *config.image_size, config.in_channels), jnp.float32)
+    takes = {"weights": _shapes(ddim), "x_t": image, "t": _of((), jnp.int32)}
+    takes |= {name: _of((), jnp.float32) for name in (*bars, "eta")} | {"noise": image}
+    takes |= {"labels": _of((batch,), jnp.int32)} if labelled else {}
+    takes |= {"x0_hat": image} if selfish else {}
+    names = list(takes)
+    table = ddim.table()
+    rows = {name: np.asarray(getattr(table, name)).tolist() for name in ("t", *bars)}
+    return _exported(ddim, step, takes, {"kind": "step", "table": rows}, platforms)
+
+
+def save(path: Path, exported: Exported, *, beside: bool = False) -> list[Path]:
+    """Write OUT.jddim, and OUT.weights.npz if the weights are to lie beside it. Returns what was written."""
+    packed = io.BytesIO()
+    np.savez(packed, allow_pickle=False, **exported.weights)
+    weights = packed.getvalue()
+    apart = path.with_name(f"{path.stem}.weights.npz")
+    about = {**exported.about, "weights": apart.name if beside else "weights.npz"}
+    about["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    members = {"about.json": json.dumps(about, indent=2).encode(), "program": bytes(exported.program.serialize())}
+    members |= {} if beside else {"weights.npz": weights}
+    if beside:
+        with atomic(apart) as staging:
+            staging.write_bytes(weights)
+    with atomic(path) as staging, zipfile.ZipFile(staging, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content)  # with no time, so that equal exports are equal files
+    return [path, apart] if beside else [path]
+
+
+def _exported(
+    ddim: DDIM, run: Any, takes: dict[str, Any], about: dict[str, Any], platforms: tuple[str, ...]
+) -> Exported:
+    program = export.export(jax.jit(run), platforms=platforms)(*takes.values())
+    about = {
+        "format": "jddim-export",
+        "format_version": FORMAT_VERSION,
+        **about,
+        "arguments": {n: f"{v.dtype.name}{list(map(str, v.shape))}" for n, v in takes.items() if n != "weights"},
+        "platforms": list(program.platforms),
+        "compiler_options": {name: compiler_options(Kind(name)) for name in program.platforms},
+        "checkpoint_sha256": None if ddim.metadata is None else ddim.metadata.sha256,
+        "sampler": to_json(ddim.sampler),
+        "dtype": jnp.dtype(ddim.model.dtype).name,
+        "jddim": __version__,
+        "jax": jax.__version__,
+        "calling_convention_version": program.calling_convention_version,
+    }
+    return Exported(program, {name: np.asarray(value) for name, value in _params(ddim).items()}, about)
+
+
+def _batch(size: int | None) -> Any:
+    if size is not None:
+        return size
+    (batch,) = export.symbolic_shape("b", constraints=("b >= 1",))
+    return batch
+
+
+def _of(shape: tuple[Any, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _shapes(ddim: DDIM) -> Any:
+    return {name: _of(value.shape, value.dtype) for name, value in _params(ddim).items()}
+
+
+def _params(ddim: DDIM) -> dict[str, Array]:
+    model: Any = ddim.model
+    return flat_params(model)
+
+
+def _check_labels(ddim: DDIM) -> None:
+    if ddim.model.config.class_embedding not in (None, "learned"):
+        raise ValueError("export takes labels that are integers; this network's class embedding is another")
+
+
+def _need_flatbuffers() -> None:
+    try:
+        import flatbuffers  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("export writes by flatbuffers: pip install 'jddim[export]'") from error

@@ -1,0 +1,202 @@
+"""Sampling on many devices: a mesh with a data and a model axis, and which parameter lies where by a table of rules.
+
+Along "data" each device samples images of its own and none hears of another: the loop is the one of one device, on its
+part of the batch (`jax.shard_map`), so there is no communication, and image i is the same to the bit however many
+devices there are, if each has as many images at a time. Along "model" the devices share every image: parameters are cut
+by the rules, XLA cuts the products and sends what is needed, and images are the same up to rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
+
+from jddim.config import did_you_mean
+from jddim.models import Network
+from jddim.pipeline import DDIM
+from jddim.run.compiling import compiler_options, faster, kind_of
+
+Rules = Sequence[tuple[str, P]]
+"""(regular expression, spec) pairs. A parameter's dotted path takes the first that is found in it; the spec is of the
+last axes, so `P("model")` cuts output channels of convolutions and linear layers alike. No rule: that is an error.
+"""
+
+REPLICATED: Rules = (("", P()),)
+"""Every parameter whole on every device: data parallelism."""
+
+CHANNELS: Rules = ((r"^(conv_out|final_conv)\.", P()), (r"\.kernel$", P("model")), ("", P()))
+"""Kernels cut by output channel, but the last, of 1 or 3 channels; all that is small is whole on every device."""
+
+
+def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `data` x `model` devices, axes "data" and "model"; data: as many as there are, by default.
+
+    Raises ValueError if there are not so many devices.
+    """
+    given = list(jax.devices() if devices is None else devices)
+    data = len(given) // model if data is None else data
+    if data < 1 or model < 1 or data * model > len(given):
+        raise ValueError(f"a mesh of {data} x {model} needs {max(data, 1) * model} devices, there are {len(given)}")
+    return Mesh(np.array(given[: data * model]).reshape(data, model), ("data", "model"))
+
+
+def param_shardings(model: Network, mesh: Mesh, rules: Rules = REPLICATED) -> Any:
+    """Where each leaf of `model` lies, as a tree like it of `NamedSharding`. The model may be abstract.
+
+    Raises one ValueError that names every parameter that no rule is for, or that its rule does not fit.
+    """
+    problems: list[str] = []
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name, shape = ".".join(map(str, path)), leaf.shape
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), None)
+        if spec is None:
+            problems.append(f"no rule is for {name}")
+            return NamedSharding(mesh, P())
+        if len(spec) > len(shape):
+            problems.append(f"{name} {shape} has fewer axes than its rule {spec}")
+            return NamedSharding(mesh, P())
+        full = P(*(None,) * (len(shape) - len(spec)), *spec) if len(spec) else P()
+        for length, axes in zip(shape, full, strict=bool(len(spec))):
+            names = () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+            if unknown := [axis for axis in names if axis not in mesh.shape]:
+                problems.append(f"{name}: the mesh has axes {', '.join(mesh.shape)}, not {', '.join(unknown)}")
+                return NamedSharding(mesh, P())
+            if length % (parts := int(np.prod([mesh.shape[axis] for axis in names]))):
+                problems.append(f"{name} {shape}: {length} cannot be cut into {parts} by its rule {spec}")
+        return NamedSharding(mesh, full)
+
+    graph, state = nnx.split(model)
+    flat = dict(nnx.to_flat_state(state))
+    placed = {path: variable.replace(place(path, variable.get_value())) for path, variable in flat.items()}
+    if problems:
+        raise ValueError(f"{len(problems)} parameters cannot be placed: " + "; ".join(problems[:8]))
+    return nnx.merge(graph, nnx.from_flat_state(placed))
+
+
+class Sharded:
+    """A `DDIM` on a mesh: `Sharded(ddim, make_mesh()).sample(jax.random.key(0), 512, steps=50)`.
+
+    rules: where parameters lie. They are put there once; `ddim` stays as it was.
+    """
+
+    def __init__(self, ddim: DDIM, mesh: Mesh, rules: Rules = REPLICATED):
+        self.mesh = mesh
+        self.ddim = dataclasses.replace(
+            ddim, model=jax.device_put(ddim.model, param_shardings(ddim.model, mesh, rules))
+        )
+        self._program = functools.lru_cache(maxsize=16)(functools.partial(program, self.ddim, mesh, rules))
+
+    def sample(self, key: Array, num: int, *, start: int = 0, labels: ArrayLike | None = None, **options: Any) -> Array:
+        """Images start..start+num-1 of the seed, `(num, h, w, c)`, lying cut along "data". As `DDIM.sample`.
+
+        num: a multiple of the mesh's data axis; each device makes as many, in one batch if batch_size does not say
+        otherwise. options: those of `DDIM.sample` in `OPTIONS`, as numbers, names and tuples; they are compiled in.
+        Raises ValueError as it does, and FloatingPointError if a NaN or infinity appears.
+        """
+        parts = self.mesh.shape["data"]
+        return self._sample(key, num, [start + i * (num // parts) for i in range(parts)], labels, options)
+
+    def sample_parts(
+        self, key: Array, firsts: Sequence[int], size: int, *, labels: ArrayLike | None = None, **options: Any
+    ) -> Array:
+        """Images f..f+size-1 of the seed for each f of `firsts`, one of which each device of the data axis takes.
+
+        `(len(firsts) * size, h, w, c)`, in this order, and labels likewise. As `sample` otherwise.
+        """
+        return self._sample(key, len(firsts) * size, firsts, labels, options)
+
+    def _sample(
+        self, key: Array, num: int, firsts: Sequence[int], labels: ArrayLike | None, options: dict[str, Any]
+    ) -> Array:
+        rows = None if labels is None else jnp.asarray(labels)
+        if rows is not None and rows.shape != (num,):
+            raise ValueError(f"labels must have shape ({num},), one an image, got {rows.shape}")
+        self.ddim.denoiser(rows)  # raises if they are not this network's
+        run = self._program(num, rows is not None, tuple(sorted(options.items())))
+        images = run(self.ddim.model, key, jnp.asarray(firsts, jnp.uint32), rows)
+        bad = ~jnp.isfinite(images).reshape(num, -1).all(axis=1)
+        if bad.any():
+            part, place = divmod(int(jnp.argmax(bad)), num // len(firsts))
+            raise FloatingPointError(
+                f"a NaN or infinity appeared in image {firsts[part] + place}, in {int(bad.sum())} of {num}; "
+                "DDIM.sample says at which step"
+            )
+        return images
+
+
+OPTIONS = (
+    *("method", "steps", "eta", "spacing", "clip", "clip_range", "rederive_eps"),
+    *("guidance_scale", "null_label", "image_size", "batch_size"),
+)
+"""What `DDIM.sample` takes that can be compiled into a sharded program."""
+
+
+def program(
+    ddim: DDIM, mesh: Mesh, rules: Rules, num: int, labelled: bool = False, options: tuple[tuple[str, Any], ...] = ()
+) -> Any:
+    """`run(model, key, firsts, labels)`, jitted: `num` images on the mesh, whose devices need not be there.
+
+    firsts: uint32, the number of each data part's first image; labels: `(num,)`, or None if not labelled. The model
+    lies as `param_shardings` says; firsts, labels and images are cut along "data". Raises ValueError for what cannot
+    be.
+    """
+    parts = mesh.shape["data"]
+    problems = [] if num >= 1 and num % parts == 0 else [f"num must be a multiple of {parts}, the data axis, got {num}"]
+    problems += [
+        f"{name} is no option of a sharded program{did_you_mean(name, OPTIONS)}"
+        for name, _ in options
+        if name not in OPTIONS
+    ]
+    if problems:
+        raise ValueError("sample: " + "; ".join(problems))
+    data, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    kind = kind_of(mesh.devices.flat[0])
+    # Beside another axis than "data" a model stays as it is: how to cut cuDNN's attention there, XLA does not know.
+    plain = mesh.size > parts and kind.platform != "cpu"
+
+    def part(model: Any, key: Array, first: Array, labels: Array | None) -> Array:
+        own: Any = dataclasses.replace(ddim, model=model if plain else faster(model, kind))
+        return own.sample(key, num // parts, start=first[0], labels=labels, **dict(options))
+
+    run = jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(P(), P(), P("data"), P("data")),
+        out_specs=P("data"),
+        axis_names={"data", *(axis for axis, size in mesh.shape.items() if size == 1)},  # left open, one is still cut
+        check_vma=False,  # it would have the loop's carry, constants at first, vary from the start
+    )
+    places = (param_shardings(ddim.model, mesh, rules), whole, data, data if labelled else None)
+    return jax.jit(
+        run,
+        in_shardings=places,
+        out_shardings=data,
+        compiler_options=compiler_options(kind),
+    )
+
+
+def lower(
+    ddim: DDIM, mesh: Mesh, rules: Rules, num: int, options: tuple[tuple[str, Any], ...] = (), *, labelled: bool = False
+) -> jax.stages.Lowered:
+    """`program` lowered for shapes alone: nothing is computed, and the model may be abstract."""
+    places = param_shardings(ddim.model, mesh, rules)
+    model = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), ddim.model, places
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    firsts = jax.ShapeDtypeStruct((mesh.shape["data"],), jnp.uint32)
+    labels = jax.ShapeDtypeStruct((num,), jnp.int32) if labelled else None
+    return program(ddim, mesh, rules, num, labelled, options).lower(model, key, firsts, labels)

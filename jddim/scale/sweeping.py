@@ -1,0 +1,75 @@
+"""Sweeps: one x_T under many etas, as one compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jddim.pipeline import DDIM
+from jddim.run.problems import eta_problems
+from jddim.sampling import sample_keys
+
+PER_IMAGE = {"labels": 0, "guidance_scale": 0, "x_T": 0, "noise": 1}
+"""Options of `DDIM.sample` that may have one value per image, and along which axis."""
+
+
+def sweep(
+    ddim: DDIM,
+    key: Array | None,
+    num: int | None,
+    etas: ArrayLike,
+    *,
+    rows_at_once: int | None = None,
+    steps: int | None = None,
+    spacing: str | Sequence[int] | np.ndarray | None = None,
+    start: int = 0,
+    **options: Any,
+) -> Array:
+    """The images `(E, num, h, w, c)` of `ddim.sample` at each of `etas` `(E,)`, from the same x_T and noise.
+
+    All rows are one batch, with an eta for each image. rows_at_once: how many etas share a call, and with it memory;
+    the last call is filled up, so all run the one program; None: all at once. steps, spacing, start and the options are
+    `sample`'s, but trajectories.
+    Raises ValueError on what `sample` would, and FloatingPointError naming the etas if an image is not finite.
+    """
+    etas = np.asarray(etas, float)
+    table = ddim.table(steps, spacing)
+    if etas.ndim != 1 or not etas.size:
+        raise ValueError(f"etas must be a list of numbers, got {etas}")
+    if rows_at_once is not None and rows_at_once < 1:
+        raise ValueError(f"rows_at_once must be at least 1, got {rows_at_once}")
+    if options.get("trajectory_every") is not None:
+        raise ValueError("a sweep keeps no trajectory: call sample at each eta")
+    if problems := eta_problems(etas, len(etas), table):
+        raise ValueError("sweep: " + "; ".join(problems))
+    if num is None:
+        num = len(options["x_T"]) if options.get("x_T") is not None else 0
+    rows = min(rows_at_once or len(etas), len(etas))
+    keys = None if key is None else sample_keys(key, num, start) if key.ndim == 0 else key
+
+    def repeated(x: Any, axis: int) -> Any:
+        return x if x is None or np.ndim(x) <= axis else jnp.concatenate([jnp.asarray(x)] * rows, axis)
+
+    options |= {name: repeated(options.get(name), axis) for name, axis in PER_IMAGE.items()}
+    images = []
+    for low in range(0, len(etas), rows):
+        given = etas[low : low + rows]
+        filled = np.append(given, np.repeat(given[-1:], rows - len(given)))
+        try:
+            made = ddim.sample(
+                repeated(keys, 0),
+                rows * num,
+                steps=steps,
+                spacing=spacing,
+                eta=np.repeat(filled, num).astype(np.float32),
+                **options,
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"sweep: of {num} images at each eta of {given.tolist()}, {error}") from error
+        images.append(made.reshape(rows, num, *made.shape[1:])[: len(given)])
+    return images[0] if len(images) == 1 else jnp.concatenate(images)

@@ -1,0 +1,151 @@
+"""Runs that share one device: a bounded queue, of whose first few each makes one call in turn.
+
+One thread makes the calls, so that none waits for a lock while the device works; every other thread only puts runs in,
+looks at how far they are, and drops them.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jddim.images import to_uint8
+from jddim.scale.stepping import Run
+
+AT_ONCE = 8
+"""Runs that take turns; the others wait, first come, first served."""
+
+FRAMES = 24
+"""Pictures of its way that a run keeps, for the GIF."""
+
+
+class Busy(Exception):
+    """The queue is full, or closed."""
+
+
+class Job:
+    """A run in the queue.
+
+    ready: whether its program is compiled; it is not begun before. changed: called, from the queue's thread, when
+    something is new. error: what it failed with, None so far. frames: uint8 `(num, h, w, c)`, the samples on their way.
+    """
+
+    def __init__(self, run: Run, changed: Callable[[], None], ready: Callable[[], bool] = lambda: True):
+        self.run, self.changed, self.ready = run, changed, ready
+        self.cancelled = False
+        self.finished = False
+        self.error: str | None = None
+        self.frames: list[NDArray[np.uint8]] = []
+        self.started: float | None = None
+        self.seconds = 0.0
+
+    def cancel(self) -> None:
+        """Have it dropped before its next call."""
+        self.cancelled = True
+
+    def advance(self) -> None:
+        """One call of the run, and what it leaves behind."""
+        if self.started is None:
+            self.started = time.perf_counter()
+        try:
+            self.run.step()
+            if self.run.done * FRAMES // self.run.total > (self.run.done - 1) * FRAMES // self.run.total:
+                self.frames.append(to_uint8(self.run.x_t()))
+            self.finished = self.run.done == self.run.total
+        except Exception as error:
+            known = isinstance(error, (ValueError, ArithmeticError))
+            self.error = str(error) if known else "the server failed; its terminal says how"
+            self.finished = True
+            if not known:
+                traceback.print_exc()
+        self.seconds = time.perf_counter() - self.started
+        self.changed()
+
+
+class Queue:
+    """`submit` jobs; `close` drops them and ends the thread. waiting: how many may wait, beside those that run."""
+
+    def __init__(self, waiting: int = 64, at_once: int = AT_ONCE):
+        self.most, self.at_once = waiting, at_once
+        self._running: collections.deque[Job] = collections.deque()
+        self._waiting: list[Job] = []
+        self._news = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="jddim serve", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Put a job in. Raises Busy if too many wait already."""
+        with self._news:
+            self._drop()
+            if self._closed:
+                raise Busy("the server is stopping")
+            if len(self._waiting) >= self.most:
+                raise Busy(f"{len(self._waiting)} runs are waiting already, the most that may; try again in a while")
+            self._waiting.append(job)
+            self._news.notify()
+
+    def position(self, job: Job) -> int:
+        """How many wait before it; -1 if it does not wait."""
+        with self._news:
+            self._drop()
+            return self._waiting.index(job) if job in self._waiting else -1
+
+    def counts(self) -> dict[str, int]:
+        """How many run and wait."""
+        with self._news:
+            self._drop()
+            return {"running": len(self._running), "waiting": len(self._waiting)}
+
+    def wake(self) -> None:
+        """Look again whether waiting jobs are ready."""
+        with self._news:
+            self._news.notify()
+
+    def close(self) -> None:
+        """Drop everything and wait for the call being made."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        self._thread.join(timeout=30)
+
+    def _drop(self) -> None:
+        self._waiting = [job for job in self._waiting if not job.cancelled]
+
+    def _next(self) -> Job | None:
+        """The job whose turn it is, no longer in the queue; None when closed."""
+        with self._news:
+            while not self._closed:
+                self._drop()
+                free = self.at_once - len(self._running)
+                admitted = [job for job in self._waiting if job.ready()][: max(free, 0)]
+                self._waiting = [job for job in self._waiting if job not in admitted]
+                self._running.extend(admitted)
+                if self._running:
+                    return self._running[0]
+                self._news.wait()
+        return None
+
+    def _work(self) -> None:
+        while (job := self._next()) is not None:
+            if not job.cancelled:
+                job.advance()
+            with self._news:
+                self._running.popleft()
+                if not job.cancelled and not job.finished:
+                    self._running.append(job)
+
+
+def status(job: Job, queue: Queue) -> dict[str, Any]:
+    """How far a job is, for its page."""
+    position = queue.position(job)
+    if position >= 0:
+        return {"state": "waiting" if job.ready() else "compiling", "before": position}
+    return {"state": "running", "done": job.run.done, "total": job.run.total, "seconds": round(job.seconds, 3)}

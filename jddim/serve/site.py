@@ -1,0 +1,482 @@
+"""The local page's server: Starlette routes over a queue of runs, server-sent events while one is made.
+
+No file is opened for a request: the page's own files are read when the server starts, checkpoints are named by what was
+given on the command line, results are kept in memory and named by random words. `Guard` stands before everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import collections
+import contextlib
+import dataclasses
+import io
+import ipaddress
+import json
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jddim import __version__
+from jddim.ddim import ddim_sigma, largest_eta
+from jddim.images import encode_gif, encode_png, grid, to_uint8
+from jddim.inversion import reconstruction_error
+from jddim.pipeline import DDIM
+from jddim.scale.stepping import Between, Inversion, Inverted, Sampling
+from jddim.serve import snippets
+from jddim.serve.jobs import Busy, Job, Queue, status
+from jddim.serve.request import REFINE, Asked, Bounds, Refused, parse, picture_of, run_of, spacings
+from jddim.timetables import traps
+
+KEPT = 256 * 2**20
+"""Bytes of results that can be downloaded; beyond, the oldest are forgotten."""
+
+PAGE = {
+    "index.html": "text/html",
+    "style.css": "text/css",
+    **dict.fromkeys(("app.js", "stream.js", "draw.js", "plot.js"), "text/javascript"),
+}
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run made. images: float32; x_T: what it started from; frames: uint8, its way, the end left out."""
+
+    request: Asked
+    settings: dict[str, Any]
+    images: NDArray[np.float32]
+    x_T: NDArray[np.float32]
+    frames: list[NDArray[np.uint8]]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.images.nbytes + self.x_T.nbytes + sum(frame.nbytes for frame in self.frames)
+
+
+class Site:
+    """The checkpoints served, by name, the queue, what is compiled, and results for a while.
+
+    paths: how each is named in what is copied from the page. say: for the terminal. stopping: set, runs end soon.
+    """
+
+    def __init__(
+        self,
+        served: Mapping[str, DDIM],
+        paths: Mapping[str, str],
+        *,
+        methods: Sequence[str],
+        bounds: Bounds | None = None,
+        waiting: int = 64,
+        say: Callable[[str], None] = print,
+    ):
+        self.served, self.paths, self.say = dict(served), dict(paths), say
+        self.bounds = bounds or Bounds()
+        self.methods = {name: list(methods) for name in served}
+        self.queue = Queue(waiting)
+        self.compiled: set[tuple[str, str, bool]] = set()
+        self.compiling: list[tuple[tuple[str, str, bool], Callable[[], Any]]] = self._programs()
+        self.total = len(self.compiling)
+        self.now = ""
+        self.stopping = False
+        self.refused: dict[tuple[str, str, bool], str] = {}
+        self._kept: collections.OrderedDict[str, Result] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        pixels = max(h * w * (c + 1) for h, w, c in map(_shape, self.served.values()))
+        self.most_bytes = 2 * pixels + 2**14
+
+    # -- programs -----------------------------------------------------------------------------------------------------
+
+    def _programs(self) -> list[tuple[tuple[str, str, bool], Callable[[], Any]]]:
+        """Every program that a request can need: its key, and a run that it makes the first call of."""
+        programs: list[tuple[tuple[str, str, bool], Callable[[], Any]]] = []
+        for name, ddim in self.served.items():
+            classes = ddim.model.config.num_classes
+            picture = np.zeros(_shape(ddim), np.float32)
+            for guided in [False] if classes is None else [False, True]:  # guidance is between classes
+                how: dict[str, Any] = {"steps": 2, "spacing": spacings(ddim)[0]}
+                if guided:
+                    how |= {"guidance_scale": 1.0, "null_label": 0}
+                labels = {} if classes is None else {"labels": np.zeros(2, np.int32)}
+                label = {} if classes is None else {"label": 0}
+
+                def sampling(method: str, ddim: DDIM = ddim, how: Any = how, labels: Any = labels, **more: Any) -> Any:
+                    return Sampling(ddim, 0, [0, 1], method=method, **how, **labels, **more)
+
+                def edits(of: Any = sampling, picture: Any = picture) -> Any:
+                    keep = np.ones((*picture.shape[:2], 1), np.float32)
+                    of("ddim", known=picture, keep=keep).step()
+                    return Between(of("ddim"), (0, 1))
+
+                def inversion(ddim: DDIM = ddim, how: Any = how, label: Any = label, picture: Any = picture) -> Any:
+                    return Inversion(ddim, picture, refine=REFINE, **how, **label)
+
+                for method in self.methods[name]:
+                    programs.append(((name, method, guided), partial(sampling, method)))
+                if not guided:
+                    programs.append(((name, "edits", guided), edits))
+                if not ddim.sampler.self_condition:
+                    programs.append(((name, "invert", guided), inversion))
+        # What the page begins with comes first, for every checkpoint, without guidance and with it.
+        order = {"ddim": 0, "edits": 1, "invert": 2}
+        return sorted(programs, key=lambda program: (order.get(program[0][1], 3), program[0][2]))
+
+    def compile(self) -> None:
+        """Compile everything, one after the other; a method that a checkpoint does not take is left out from then."""
+        started = time.perf_counter()
+        for i, (key, program) in enumerate(self.compiling, 1):
+            name, method, guided = key
+            self.now = f"{method}{', guided' if guided else ''} ({name})"
+            before = time.perf_counter()
+            try:
+                run = program()
+                run.step()
+                run.x_t()
+                self.compiled.add(key)
+                self.say(f"compiled {i} of {self.total}: {self.now} [{time.perf_counter() - before:.1f} s]")
+            except Exception as error:
+                if method in self.methods[name]:
+                    self.methods[name].remove(method)
+                self.refused[key] = str(error)
+                self.say(f"left out {i} of {self.total}: {self.now}: {error}")
+            self.queue.wake()
+        self.now = ""
+        self.say(f"ready [{time.perf_counter() - started:.1f} s]")
+
+    def needs(self, request: Asked) -> set[tuple[str, str, bool]]:
+        """The programs of a request."""
+        guided = request.guidance_scale is not None
+        also = {"invert": [("invert", guided)], "inpaint": [("edits", False)], "slerp": [("edits", False)]}
+        parts = [(request.method, guided), *also.get(request.mode, [])]
+        return {(request.checkpoint, part, guided) for part, guided in parts}
+
+    # -- routes -------------------------------------------------------------------------------------------------------
+
+    async def about(self, _: Request) -> Response:
+        """What there is to choose from, and how far compiling is."""
+        return JSONResponse(
+            {
+                "version": __version__,
+                "checkpoints": [self._about(name, ddim) for name, ddim in self.served.items()],
+                "bounds": dataclasses.asdict(self.bounds),
+                "compiling": {"done": len(self.compiled) + len(self.refused), "total": self.total, "now": self.now},
+                "queue": self.queue.counts(),
+            }
+        )
+
+    def _about(self, name: str, ddim: DDIM) -> dict[str, Any]:
+        height, width, channels = _shape(ddim)
+        return {
+            "name": name,
+            "summary": ddim.model.config.summary,
+            "height": height,
+            "width": width,
+            "channels": channels,
+            "classes": ddim.model.config.num_classes,
+            "null_label": ddim.null_label,
+            "train_timesteps": ddim.schedule.num_train_timesteps,
+            "spacings": spacings(ddim),
+            "methods": self.methods[name],
+            "invertible": not ddim.sampler.self_condition,
+        }
+
+    async def table(self, http: Request) -> Response:
+        """Log SNR over t, the timesteps visited, and each step's noise."""
+        request = await self._asked(http)
+        return JSONResponse(await asyncio.to_thread(self._table, request))
+
+    def _table(self, request: Asked) -> dict[str, Any]:
+        ddim = self.served[request.checkpoint]
+        table = ddim.table(request.steps, request.spacing, np.float64)
+        alpha_bar = np.asarray(ddim.schedule.alphas_cumprod)
+        with np.errstate(divide="ignore"):
+            log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
+        shown = np.unique(np.linspace(0, len(alpha_bar) - 1, 200).round().astype(int))
+        visited = np.asarray(table.t)
+        # Of one length for all tables: jax compiles for each.
+        a_t, a_prev = (np.resize(column, self.bounds.steps) for column in (table.alpha_bar_t, table.alpha_bar_prev))
+        sigma = np.asarray(ddim_sigma(a_t, a_prev, request.eta))[: table.num_steps]
+        return {
+            "train_timesteps": len(alpha_bar),
+            "t": shown.tolist(),
+            "log_snr": _finite(log_snr[shown]),
+            "visited": visited.tolist(),
+            "visited_log_snr": _finite(log_snr[visited]),
+            "sigma": _finite(sigma),
+            "largest_eta": _finite(np.array([largest_eta(table)]))[0],
+            "notes": traps(table, ddim.schedule, ddim.sampler.prediction_type),
+        }
+
+    async def run(self, http: Request) -> Response:
+        """Put a run in the queue; its events, until it is done. To close the connection drops it."""
+        request = await self._asked(http)
+        needs = self.needs(request)
+        if why := [self.refused[key] for key in needs & self.refused.keys()]:
+            raise Refused({"mode": f"{request.mode} is not to be had of this checkpoint: {why[0]}"})
+        run = await asyncio.to_thread(run_of, request, self.served[request.checkpoint])
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def changed() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(news.set)
+
+        job = Job(run, changed, lambda: needs <= self.compiled | self.refused.keys())
+        try:
+            self.queue.submit(job)
+        except Busy as error:
+            return JSONResponse({"error": str(error)}, status_code=503, headers={"retry-after": "2"})
+        return StreamingResponse(self._events(request, job, news), media_type="text/event-stream")
+
+    async def _events(self, request: Asked, job: Job, news: asyncio.Event) -> AsyncIterator[str]:
+        said: Any = None
+        try:
+            while not job.finished:
+                news.clear()
+                if self.stopping:
+                    yield _event("failed", {"error": "the server was stopped"})
+                    return
+                now = status(job, self.queue)
+                if now != said:
+                    said = dict(now)
+                    if now["state"] == "running" and now["done"]:
+                        now["images"] = await asyncio.to_thread(_sprite, job.run.x0_hat)
+                    yield _event("status", now)
+                else:
+                    yield ":\n\n"  # whether anyone still listens
+                if not job.finished and "images" in now:
+                    await asyncio.sleep(0.08)  # at most 12 previews a second: drawing them takes the browser time
+                with contextlib.suppress(asyncio.TimeoutError):
+                    if not job.finished:
+                        await asyncio.wait_for(news.wait(), 0.5)
+            if job.error is not None:
+                yield _event("failed", {"error": job.error})
+            else:
+                yield _event("done", await asyncio.to_thread(self._done, request, job))
+        finally:
+            job.cancel()
+
+    def _done(self, request: Asked, job: Job) -> dict[str, Any]:
+        ddim, path = self.served[request.checkpoint], self.paths[request.checkpoint]
+        run: Any = job.run
+        sampling: Sampling = run if isinstance(run, Sampling) else run.sampling
+        settings = {
+            name: value for name, value in dataclasses.asdict(request).items() if name not in ("picture", "mask")
+        }
+        settings |= {"jddim": __version__, "checkpoint_sha256": ddim.metadata.sha256 if ddim.metadata else None}
+        result = Result(request, settings, run.x_t(), sampling.noise(), job.frames[:-1])
+        name = secrets.token_urlsafe(12)
+        with self._lock:
+            self._kept[name] = result
+            while len(self._kept) > 1 and sum(kept.size for kept in self._kept.values()) > KEPT:
+                self._kept.popitem(last=False)
+        command, why = snippets.command(request, ddim, path)
+        files = ["images.png", "images.npz", "images.gif"]
+        files += ["picture.png"] if request.picture is not None else []
+        files += ["mask.png"] if request.mask is not None else []
+        said = {
+            "id": name,
+            "seconds": round(job.seconds, 3),
+            "calls": run.total,
+            "images": _sprite(run.x_t),
+            "x_T": _sprite(sampling.noise),
+            "etas": np.broadcast_to(sampling.etas, (sampling.num,)).round(4).tolist(),
+            "labels": None if sampling.labels is None else sampling.labels.tolist(),
+            "python": snippets.python(request, ddim, path),
+            "command": command,
+            "no_command": why,
+            "files": files,
+        }
+        if isinstance(run, Inverted):
+            picture = picture_of(request, ddim)[None]
+            said["error"] = float(np.asarray(reconstruction_error(picture, result.images[:1]))[0])
+        return said
+
+    async def result(self, http: Request) -> Response:
+        """A file made of a result that is kept."""
+        with self._lock:
+            kept = self._kept.get(http.path_params["name"])
+        make = FILES.get(http.path_params["file"])
+        if kept is None or make is None:
+            return JSONResponse({"error": "no longer kept here: run it again"}, status_code=404)
+        found = await asyncio.to_thread(make, kept)
+        if found is None:
+            return JSONResponse({"error": "this run has no such file"}, status_code=404)
+        headers = {"content-disposition": f'attachment; filename="{http.path_params["file"]}"'}
+        return Response(found, media_type="application/octet-stream", headers=headers)
+
+    async def _asked(self, http: Request) -> Asked:
+        """The request in the body. Raises Refused."""
+        kind = http.headers.get("content-type", "").partition(";")[0].strip()
+        if kind != "application/json":  # which another site's page cannot send
+            raise Refused({"request": "must be application/json"})
+        body = bytearray()
+        async for chunk in http.stream():
+            body += chunk
+            if len(body) > self.most_bytes:
+                raise Refused({"request": f"is longer than {self.most_bytes} bytes"})
+        try:
+            data = json.loads(body)
+        except (ValueError, RecursionError):
+            raise Refused({"request": "is not JSON"}) from None
+        return parse(data, self.served, self.methods, self.bounds)
+
+    def app(self, allowed: Callable[[str], bool]) -> ASGIApp:
+        """The application. allowed: which host names it may be addressed by."""
+        folder = resources.files("jddim") / "serve" / "page"
+        files = {name: (folder / name).read_bytes() for name in PAGE}
+
+        def page(name: str) -> Callable[[Request], Response]:
+            return lambda _: Response(files[name], media_type=PAGE[name])
+
+        async def refused(_: Request, error: Exception) -> Response:
+            assert isinstance(error, Refused)
+            return JSONResponse({"error": str(error), "fields": error.fields}, status_code=400)
+
+        app = Starlette(
+            routes=[
+                Route("/", page("index.html")),
+                *(Route(f"/{name}", page(name)) for name in PAGE),
+                Route("/api/about", self.about),
+                Route("/api/table", self.table, methods=["POST"]),
+                Route("/api/run", self.run, methods=["POST"]),
+                Route("/api/results/{name:str}/{file:str}", self.result),
+            ],
+            exception_handlers={Refused: refused},
+        )
+        return Guard(app, allowed)
+
+
+class Guard:
+    """Refuses other sites' pages, by Host (DNS rebinding) and Origin, and adds the headers to every response."""
+
+    def __init__(self, app: ASGIApp, allowed: Callable[[str], bool]):
+        self.app, self.allowed = app, allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                return
+            await self.app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get(b"host", ""), headers.get(b"origin")
+        problem = None
+        if not self.allowed(host_name(host)):
+            problem = "this server is not to be addressed by that host name (jddim serve --host adds one)"
+        elif origin is not None and origin.partition("://")[2] != host:
+            problem = "requests of other sites' pages are refused"
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                ours = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *ours]}
+            await send(message)
+
+        if problem is not None:
+            await JSONResponse({"error": problem}, status_code=403)(scope, receive, with_headers)
+        else:
+            await self.app(scope, receive, with_headers)
+
+
+def host_name(host: str) -> str:
+    """A Host header without its port, in lower case."""
+    name = host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
+    return name.lower().strip("[]")
+
+
+def loopback(name: str) -> bool:
+    """Whether a host name is this machine's own for itself."""
+    if name == "localhost":
+        return True
+    return is_address(name) and ipaddress.ip_address(name).is_loopback
+
+
+def is_address(name: str) -> bool:
+    """Whether a host name is an IP address, which no name server can point elsewhere."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _png(result: Result) -> bytes:
+    return encode_png(grid(result.images), result.settings)
+
+
+def _npz(result: Result) -> bytes:
+    file = io.BytesIO()
+    settings = json.dumps(result.settings)
+    np.savez(file, arr_0=to_uint8(result.images), x_0=result.images, x_T=result.x_T, settings=settings)
+    return file.getvalue()
+
+
+def _gif(result: Result) -> bytes:
+    frames = [to_uint8(result.x_T), *result.frames, to_uint8(result.images)]
+    return encode_gif([grid(frame) for frame in frames], result.settings)
+
+
+def _picture(result: Result) -> bytes | None:
+    """The picture; of an inpainting, as often as there are images, as a grid: what `jddim edit` reads."""
+    if result.request.picture is None:
+        return None
+    picture = np.frombuffer(result.request.picture, np.uint8).reshape(result.images.shape[1:])
+    if result.request.mode == "invert":
+        return encode_png(picture, {})
+    return encode_png(grid(np.repeat(picture[None], len(result.images), axis=0)), {})
+
+
+def _mask(result: Result) -> bytes | None:
+    if result.request.mask is None:
+        return None
+    return encode_png(np.frombuffer(result.request.mask, np.uint8).reshape(*result.images.shape[1:3], 1), {})
+
+
+FILES: dict[str, Callable[[Result], bytes | None]] = {
+    "images.png": _png,
+    "images.npz": _npz,
+    "images.gif": _gif,
+    "picture.png": _picture,
+    "mask.png": _mask,
+}
+
+
+def _shape(ddim: DDIM) -> tuple[int, int, int]:
+    return (*ddim.model.config.image_size, ddim.model.config.in_channels)
+
+
+def _sprite(images: Callable[[], NDArray[np.float32]]) -> str:
+    """Images side by side as a PNG in base64."""
+    pixels = to_uint8(images())
+    return base64.b64encode(encode_png(np.concatenate(list(pixels), axis=1), {})).decode()
+
+
+def _event(name: str, data: Mapping[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+def _finite(values: NDArray[Any]) -> list[float | None]:
+    """Numbers for JSON, which has no infinity."""
+    return [float(value) if np.isfinite(value) else None for value in values]
