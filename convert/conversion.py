@@ -23,18 +23,10 @@ from convert.files.pickles import plain
 from convert.files.readers import sha256
 from convert.files.shards import read_weights
 from convert.sources import Origin, find
-from jddim.checkpoint.folder import (
-    CheckpointError,
-    Metadata,
-    abstract_model,
-    build_model,
-    check_destination,
-    flat_params,
-    load_metadata,
-    load_params,
-    save_checkpoint,
-)
+from jddim.checkpoint.folder import CheckpointError, check_destination, load_metadata, load_params, save_checkpoint
+from jddim.checkpoint.metadata import Metadata
 from jddim.config import did_you_mean, to_json
+from jddim.models.building import abstract_model, build_model, flat_params
 
 Say = Callable[[str], None]
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None

@@ -12,12 +12,14 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.checkpoint.folder import Metadata, build_model, load_metadata, load_params
+from jddim.checkpoint.folder import load_metadata, load_params
+from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig
 from jddim.ddim import StepTable, sampler_table
 from jddim.guidance import Scale
 from jddim.inversion import check_inversion, inversion_table
 from jddim.models import Network
+from jddim.models.building import build_model
 from jddim.models.layers import at_least_float32
 from jddim.run.batches import Batch, in_batches
 from jddim.run.problems import (

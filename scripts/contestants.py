@@ -88,7 +88,7 @@ def make_case(size: str, batch: int, steps: int, precision: str = "float32") -> 
         from convert.engine import fill
         from convert.families import FAMILIES
         from convert.files.readers import read
-        from jddim.checkpoint.folder import abstract_model, flat_params
+        from jddim.models.building import abstract_model, flat_params
 
         family = FAMILIES["ho"]
         source = family.open_source(read(MNIST_SOURCE / "ckpt.pth"), None, "ckpt.pth")
@@ -111,7 +111,7 @@ def spaced(T: int, steps: int) -> NDArray[np.int64]:
 
 def random_params(config: UNetConfig, seed: int = 0) -> dict[str, NDArray[np.float32]]:
     """Parameters of which none is zero: kernels N(0, 1 / fan_in), norm scales N(1, 0.2^2), biases N(0, 0.2^2)."""
-    from jddim.checkpoint.folder import abstract_model, flat_params
+    from jddim.models.building import abstract_model, flat_params
 
     rng = np.random.default_rng(seed)
     params = {}
@@ -144,8 +144,8 @@ def build_jddim(case: Case, device: str) -> Sampler:
     import jax
     import jax.numpy as jnp
 
-    from jddim.checkpoint.folder import build_model
     from jddim.config import SamplerConfig
+    from jddim.models.building import build_model
     from jddim.pipeline import DDIM
 
     on = jax.devices(device)[0]

@@ -51,17 +51,11 @@ from convert.families import openai
 from convert.families.ho import source_shapes
 from convert.sources import find
 from convert.writers import state_shapes
-from jddim.checkpoint.folder import (
-    CheckpointError,
-    Metadata,
-    abstract_model,
-    flat_params,
-    load_metadata,
-    load_params,
-    save_checkpoint,
-)
+from jddim.checkpoint.folder import CheckpointError, load_metadata, load_params, save_checkpoint
+from jddim.checkpoint.metadata import Metadata
 from jddim.cli.options import OneLineParser
 from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.models.building import abstract_model, flat_params
 
 MEMORY = 1_500_000_000
 SECONDS_A_CASE = 20

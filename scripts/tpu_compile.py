@@ -124,8 +124,8 @@ def compile_for(topology: str, network: str, images: int, dtype: str, steps: int
     import jax.numpy as jnp
     from jax.experimental import topologies
 
-    from jddim.checkpoint.folder import abstract_model
     from jddim.config import SamplerConfig, UNetConfig
+    from jddim.models.building import abstract_model
     from jddim.pipeline import DDIM
     from jddim.scale.sharding import REPLICATED, lower, make_mesh
     from jddim.schedule import linear_schedule

@@ -14,7 +14,8 @@ from tiny import SETTINGS, arrays, small_config, tree, write_checkpoint
 
 from jddim.checkpoint import folder as checkpoint
 from jddim.checkpoint.card import NAME, card
-from jddim.checkpoint.folder import Metadata, load_metadata, load_params, save_checkpoint
+from jddim.checkpoint.folder import load_metadata, load_params, save_checkpoint
+from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, ScheduleConfig
 
 pytestmark = pytest.mark.quick

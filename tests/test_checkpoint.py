@@ -10,17 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from jddim.checkpoint.folder import (
-    CheckpointError,
-    Metadata,
-    abstract_model,
-    build_model,
-    flat_params,
-    load_metadata,
-    load_params,
-    save_checkpoint,
-)
+from jddim.checkpoint.folder import CheckpointError, load_metadata, load_params, save_checkpoint
+from jddim.checkpoint.metadata import Metadata
 from jddim.config import LucidrainsConfig, SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.pipeline import load
 
 pytestmark = pytest.mark.quick

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from tiny import random_model, small_config
 
-from jddim.checkpoint.folder import flat_params
 from jddim.config import LucidrainsConfig
 from jddim.models import layers, lucidrains
+from jddim.models.building import flat_params
 from jddim.models.fast.lean_layers import (
     Apart,
     FusedAttention,

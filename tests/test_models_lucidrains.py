@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jddim.checkpoint.folder import abstract_model, build_model, flat_params
 from jddim.config import LucidrainsConfig, from_json, to_json
 from jddim.models import MODELS, wiring_of
+from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.models.lucidrains import RMSNorm
 
 pytestmark = pytest.mark.unoptimised

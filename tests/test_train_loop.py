@@ -22,10 +22,11 @@ from PIL import Image
 from tiny import random_model, small_config
 
 import jddim
-from jddim.checkpoint.folder import build_model, flat_params, load_metadata, load_params
+from jddim.checkpoint.folder import load_metadata, load_params
 from jddim.cli.main import main
 from jddim.config import SamplerConfig, ScheduleConfig
 from jddim.images import from_uint8
+from jddim.models.building import build_model, flat_params
 from jddim.train import logs as train_logs
 from jddim.train import loop as train_loop
 from jddim.train import step as training

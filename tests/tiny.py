@@ -76,7 +76,9 @@ def write_checkpoint(
     as eps its images reach hundreds, as v ("v_prediction") they stay about 1. fields: of `small_config`, over one level
     with attention: what reads a checkpoint does not care, and compiling takes half the time.
     """
-    from jddim.checkpoint.folder import Metadata, abstract_model, flat_params, save_checkpoint
+    from jddim.checkpoint.folder import save_checkpoint
+    from jddim.checkpoint.metadata import Metadata
+    from jddim.models.building import abstract_model, flat_params
 
     one_level: dict[str, Any] = {"channel_mults": (1,), "attention_levels": (0,), "middle": False}
     config = small_config(**(one_level | fields))
@@ -94,7 +96,7 @@ def random_model(config: ModelConfig, seed: int = 0, dtype: Any = np.float32) ->
     """The network that `config` describes with every parameter random: norms start at 1 and 0, which would hide
     mistakes. (Its own initialisers would compile a program for every shape, too.)
     """
-    from jddim.checkpoint.folder import abstract_model, build_model, flat_params
+    from jddim.models.building import abstract_model, build_model, flat_params
 
     rng = np.random.default_rng(seed)
     params = {

@@ -10,7 +10,7 @@ from typing import Any
 from convert.engine import ConversionError
 from convert.families.tensors import Tensors
 from convert.rules import Rules
-from jddim.checkpoint.folder import Metadata
+from jddim.checkpoint.metadata import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig
 from jddim.ddim import StepTable, largest_eta, sampler_table
 from jddim.sampling import check_prediction

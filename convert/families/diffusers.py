@@ -20,7 +20,7 @@ from convert.families.tensors import Tensors, check_tensors
 from convert.files.shards import INDEX
 from convert.rules import Rules
 from convert.writers import save_safetensors, state_shapes
-from jddim.checkpoint.folder import Metadata
+from jddim.checkpoint.metadata import Metadata
 from jddim.config import UNetConfig, did_you_mean
 
 # -- the files --------------------------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from convert.families.tensors import Tensors, check_tensors, common_size
 from convert.families.values import boolean, integer, is_integer, literal, number, parse, positive, settling
 from convert.rules import Rules, from_layout, source_of
 from convert.writers import save_torch, state_shapes
-from jddim.checkpoint.folder import Metadata, abstract_model, flat_params
+from jddim.checkpoint.metadata import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, levels_at_resolutions
+from jddim.models.building import abstract_model, flat_params
 from jddim.schedule import LARGEST_T, make_schedule, schedule_config_from_betas
 
 # -- the file ---------------------------------------------------------------------------------------------------------

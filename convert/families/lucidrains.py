@@ -23,7 +23,7 @@ from convert.families.tensors import Tensors, check_tensors, common_size
 from convert.families.values import integer, is_integer, number, one_of, parse, settling
 from convert.rules import Rules
 from convert.writers import save_torch, state_shapes
-from jddim.checkpoint.folder import Metadata
+from jddim.checkpoint.metadata import Metadata
 from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from jddim.ddim import largest_eta, step_table
 from jddim.schedule import make_schedule, schedule_config_from_betas

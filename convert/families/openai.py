@@ -21,7 +21,7 @@ from convert.families.tensors import Tensors, check_tensors, common_size
 from convert.families.values import number, parse, settling, whole
 from convert.rules import Fused, Rules, Target
 from convert.writers import save_torch, state_shapes
-from jddim.checkpoint.folder import Metadata
+from jddim.checkpoint.metadata import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
 from jddim.schedule import make_schedule
 from jddim.timesteps import make_timesteps

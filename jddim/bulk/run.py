@@ -28,7 +28,7 @@ from jddim.images import to_uint8
 if TYPE_CHECKING:
     import jax
 
-    from jddim.checkpoint.folder import Metadata
+    from jddim.checkpoint.metadata import Metadata
     from jddim.pipeline import DDIM, Preview
 
 Make = Callable[[int], NDArray[np.uint8]]

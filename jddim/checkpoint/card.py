@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jddim.config import to_json
 
 if TYPE_CHECKING:
-    from jddim.checkpoint.folder import Metadata
+    from jddim.checkpoint.metadata import Metadata
 
 NAME = "README.md"
 

@@ -12,10 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
 import hashlib
-import json
-import logging
 import os
 import shutil
 import time
@@ -24,125 +21,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
-from jax import Array
-from jax.typing import DTypeLike
 
 from jddim import interrupt
 from jddim.checkpoint.card import NAME, card
-from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, did_you_mean, from_json, to_json
-from jddim.models import MODELS, Network, build, wiring_of
-
-FORMAT_VERSION = 1
-
-Params = Mapping[str, np.ndarray]
+from jddim.checkpoint.metadata import FORMAT_VERSION, Metadata
+from jddim.checkpoint.orbax import is_full_disk, orbax
+from jddim.config import SamplerConfig, ScheduleConfig, did_you_mean, from_json
+from jddim.models import MODELS
+from jddim.models.building import Params, abstract_model, check_fit, flat_params
 
 
 class CheckpointError(ValueError):
     """A checkpoint folder that cannot be read or written, with what to do about it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Metadata:
-    """What a checkpoint says of itself, beside its parameters.
-
-    provenance: JSON of the converter's: source file and SHA-256, family, EMA or raw and its step, versions, what was
-    assumed, the verification figure. params_sha256 covers every parameter's name, shape and bytes.
-    """
-
-    model: ModelConfig
-    schedule: ScheduleConfig
-    sampler: SamplerConfig
-    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
-    params_sha256: str = ""
-
-    @property
-    def sha256(self) -> str:
-        """The checkpoint's identity: a digest of all metadata and, through `params_sha256`, all parameters."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that meant none in `jddim train`; None where there was none, or another code trained."""
-        return (self.provenance.get("training") or {}).get("null_label")
-
-    def to_json(self) -> dict[str, Any]:
-        """As stored in the `metadata` item (which adds `sha256` over this)."""
-        return {
-            "format": "jddim",
-            "format_version": FORMAT_VERSION,
-            "model": {"type": wiring_of(self.model), **to_json(self.model)},
-            "schedule": to_json(self.schedule),
-            "sampler": to_json(self.sampler),
-            "provenance": dict(self.provenance),
-            "params_sha256": self.params_sha256,
-        }
-
-
-def flat_params(model: nnx.Module) -> dict[str, Any]:
-    """A model's parameters by dotted path, `down.0.blocks.1.conv1.kernel`; arrays, or shapes of an abstract model."""
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-
-
-def abstract_model(config: ModelConfig, dtype: DTypeLike = np.float32) -> Any:
-    """The model with shapes in place of parameters; nothing is allocated."""
-    graph, leaves = _abstract(config, np.dtype(dtype))
-    return _merged(graph, {path: leaf.get_value() for path, leaf in leaves.items()}, leaves)
-
-
-def build_model(config: ModelConfig, params: Params | Mapping[str, Array], dtype: DTypeLike = np.float32) -> Network:
-    """The model with these parameters. dtype: the compute dtype; parameters keep their own.
-
-    Raises ValueError naming every parameter that is missing, not the model's, or of another shape (flax's own
-    `merge` accepts all three).
-    """
-    graph, leaves = _abstract(config, np.dtype(dtype))
-    _check_fit(config, params)
-    # All at once: an `asarray` for each takes jax 20 times as long, since it compiles one for each shape.
-    moved = jax.device_put({name: value for name, value in params.items() if not isinstance(value, jax.Array)})
-    values = {**params, **moved}
-    return _merged(graph, {path: values[".".join(map(str, path))] for path in leaves}, leaves)
-
-
-def _check_fit(config: ModelConfig, params: Mapping[str, Any]) -> None:
-    _, leaves = _abstract(config, np.dtype(np.float32))
-    expected = {".".join(map(str, path)): leaf.get_value().shape for path, leaf in leaves.items()}
-    problems = [f"missing {name} {expected[name]}" for name in expected if name not in params]
-    problems += [f"unexpected {name} {params[name].shape}" for name in params if name not in expected]
-    problems += [
-        f"{name} has shape {params[name].shape}, the model's is {expected[name]}"
-        for name in expected
-        if name in params and params[name].shape != expected[name]
-    ]
-    if problems:
-        raise ValueError(f"{len(problems)} parameters do not fit the model: " + "; ".join(problems[:8]))
-
-
-class _OneKey:
-    """Stands in for `nnx.Rngs` where parameters are only shapes.
-
-    Rngs counts its draws in a traced variable, and writing to one takes flax time proportional to all that has been
-    traced so far: 8 s for the CIFAR-10 network, against 1.
-    """
-
-    def __init__(self) -> None:
-        self.key = jax.random.key(0)
-
-    def params(self) -> Array:
-        return self.key
-
-
-@functools.lru_cache(maxsize=16)
-def _abstract(config: ModelConfig, dtype: np.dtype) -> tuple[Any, Mapping[Any, Any]]:
-    """A model's graph and its variables by path, shapes in place of values. Shared: never changed, only replaced."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=_OneKey())))
-    return graph, dict(nnx.to_flat_state(state))
-
-
-def _merged(graph: Any, values: Mapping[Any, Any], leaves: Mapping[Any, Any]) -> Any:
-    return nnx.merge(graph, nnx.from_flat_state({path: leaves[path].replace(values[path]) for path in leaves}))
 
 
 def save_checkpoint(
@@ -156,8 +47,8 @@ def save_checkpoint(
     target = Path(path).absolute()
     check_destination(target, overwrite=overwrite)
     metadata = dataclasses.replace(metadata, params_sha256=_digest(params))
-    _check_fit(metadata.model, params)  # raises if they would not load again
-    ocp = _orbax()
+    check_fit(metadata.model, params)  # raises if they would not load again
+    ocp = orbax()
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     retired = staging.with_suffix(".old")
     made = [parent for parent in target.parents if not parent.exists()]
@@ -188,7 +79,7 @@ def save_checkpoint(
         with contextlib.suppress(OSError):
             for parent in made:
                 parent.rmdir()
-        if isinstance(error, Exception) and _is_full_disk(error):
+        if isinstance(error, Exception) and is_full_disk(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     finally:
@@ -262,7 +153,7 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
         raise CheckpointError(
             f"{path} is not a jddim checkpoint: it has no metadata (an interrupted copy, or another tool's)"
         )
-    ocp = _orbax()
+    ocp = orbax()
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             data = checkpointer.restore(target, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
@@ -310,7 +201,7 @@ def load_params(path: str | os.PathLike[str], metadata: Metadata) -> dict[str, n
     """
     expected = flat_params(abstract_model(metadata.model))
     target = _nested({name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()})
-    ocp = _orbax()
+    ocp = orbax()
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(
@@ -358,16 +249,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def _is_full_disk(error: Exception) -> bool:
-    """Whether this, whatever Orbax made of it, is a disk's being full."""
-    return os.strerror(errno.ENOSPC) in str(error)
-
-
-def _orbax() -> Any:
-    """Orbax, imported on first use (it takes half a second), without its notices: what fails in it is raised too."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    import orbax.checkpoint as ocp
-
-    return ocp

@@ -43,7 +43,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 def _info(args: argparse.Namespace) -> int:
     path = Path(args.path)
     if (path / "metadata").is_dir():
-        from jddim.checkpoint.folder import abstract_model, flat_params, load_metadata
+        from jddim.checkpoint.folder import load_metadata
+        from jddim.models.building import abstract_model, flat_params
 
         metadata = load_metadata(path)
         data = metadata.to_json()

@@ -15,7 +15,7 @@ from jddim.cli.options import say
 from jddim.config import first_few
 
 if TYPE_CHECKING:
-    from jddim.checkpoint.folder import Metadata
+    from jddim.checkpoint.metadata import Metadata
     from jddim.train.task import Task
 
 
@@ -88,7 +88,7 @@ def _train(args: argparse.Namespace) -> int:
 
     import jax
 
-    from jddim.checkpoint.folder import abstract_model, flat_params
+    from jddim.models.building import abstract_model, flat_params
     from jddim.scale.sharding import make_mesh
     from jddim.train import data as training_data
     from jddim.train.step import make_optimizer

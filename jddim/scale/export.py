@@ -20,10 +20,10 @@ import numpy as np
 from jax import Array, export, lax
 
 from jddim import __version__
-from jddim.checkpoint.folder import build_model, flat_params
 from jddim.config import to_json
 from jddim.ddim import StepTable
 from jddim.images import atomic
+from jddim.models.building import build_model, flat_params
 from jddim.models.layers import at_least_float32, cast_kernels
 from jddim.pipeline import DDIM
 from jddim.run.compiling import Kind, compiler_options, faster

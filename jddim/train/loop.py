@@ -31,18 +31,11 @@ from jax.sharding import PartitionSpec as P
 
 from jddim import __version__, images, interrupt
 from jddim.checkpoint.diff import diff_mappings
-from jddim.checkpoint.folder import (
-    CheckpointError,
-    Metadata,
-    _is_full_disk,
-    _orbax,
-    abstract_model,
-    build_model,
-    check_destination,
-    flat_params,
-    save_checkpoint,
-)
+from jddim.checkpoint.folder import CheckpointError, check_destination, save_checkpoint
+from jddim.checkpoint.metadata import Metadata
+from jddim.checkpoint.orbax import is_full_disk, orbax
 from jddim.config import first_few
+from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.pipeline import DDIM
 from jddim.schedule import make_schedule
 from jddim.train import step as training
@@ -246,7 +239,7 @@ class _Run:
             return
         loss = sum(self.losses) / len(self.losses) if self.losses else self.loss
         with self._pause():
-            ocp = _orbax()
+            ocp = orbax()
             self.saved.save(
                 self.step,
                 args=ocp.args.Composite(
@@ -440,7 +433,7 @@ class _Best:
 
 @contextlib.contextmanager
 def _saved_steps(folder: Path, loop: LoopConfig) -> Iterator[Any]:
-    ocp = _orbax()
+    ocp = orbax()
     from orbax.checkpoint import checkpoint_managers as managers
 
     kept: list[Any] = [managers.LatestN(loop.keep_last)]
@@ -460,7 +453,7 @@ def _saved_steps(folder: Path, loop: LoopConfig) -> Iterator[Any]:
         finally:
             manager.close()
     except Exception as error:  # whatever Orbax makes of it
-        if not _is_full_disk(error):
+        if not is_full_disk(error):
             raise
         for half in (folder / "steps").glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(half, ignore_errors=True)
@@ -469,7 +462,7 @@ def _saved_steps(folder: Path, loop: LoopConfig) -> Iterator[Any]:
 
 
 def _restore(saved: Any, step: int, abstract: TrainState) -> TrainState:
-    ocp = _orbax()
+    ocp = orbax()
     target = ocp.args.StandardRestore(abstract._asdict())
     try:
         restored = saved.restore(step, args=ocp.args.Composite(state=target))["state"]

@@ -18,17 +18,17 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
-from jddim.checkpoint.folder import build_model
 from jddim.config import PREDICTION_TYPES, did_you_mean
 from jddim.ddim import add_noise, per_sample, predict_both
 from jddim.denoisers import with_scaled_time
+from jddim.models.building import build_model
 from jddim.models.layers import at_least_float32
 from jddim.sampling import sample_keys
 from jddim.schedule import NoiseSchedule, make_schedule
 from jddim.train.task import Task
 
 Params = dict[str, Array]
-"""Dotted name -> array, as `jddim.checkpoint.folder.flat_params` has them."""
+"""Dotted name -> array, as `jddim.models.building.flat_params` has them."""
 
 
 class Table(NamedTuple):

@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jddim.checkpoint.folder import flat_params
 from jddim.config import ModelConfig, UNetConfig
 from jddim.models import build
+from jddim.models.building import flat_params
 from jddim.models.layers import at_least_float32
 from jddim.run.compiling import Kind, compiler_options
 from jddim.train.objective import Draws, Params, Table, draw, losses, training_table

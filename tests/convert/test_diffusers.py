@@ -27,7 +27,7 @@ from convert.families import diffusers_config as configs  # noqa: E402
 from convert.files.shards import read_weights  # noqa: E402
 from convert.sources import find  # noqa: E402
 from convert.writers import state_shapes  # noqa: E402
-from jddim.checkpoint.folder import Metadata  # noqa: E402
+from jddim.checkpoint.metadata import Metadata  # noqa: E402
 from jddim.cli.main import main  # noqa: E402
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, to_json  # noqa: E402
 from jddim.schedule import make_schedule  # noqa: E402

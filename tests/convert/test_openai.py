@@ -20,9 +20,11 @@ from convert.families import Source, openai, recognise  # noqa: E402
 from convert.families.openai import PRESETS, SETTINGS, infer, open_source, plan, read_settings, write_openai  # noqa: E402
 from convert.reference.openai_unet import OpenAIUNet  # noqa: E402
 from convert.reference.unet import redraw_  # noqa: E402
-from jddim.checkpoint.folder import Metadata, abstract_model, flat_params, load_metadata  # noqa: E402
+from jddim.checkpoint.folder import load_metadata  # noqa: E402
+from jddim.checkpoint.metadata import Metadata  # noqa: E402
 from jddim.cli.main import main  # noqa: E402
 from jddim.config import SamplerConfig, ScheduleConfig  # noqa: E402
+from jddim.models.building import abstract_model, flat_params  # noqa: E402
 from jddim.schedule import make_schedule  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised

@@ -23,7 +23,7 @@ with warnings.catch_warnings():
 from convert.engine import fill  # noqa: E402
 from convert.families import diffusers as family  # noqa: E402
 from convert.reference.unet import redraw_  # noqa: E402
-from jddim.checkpoint.folder import abstract_model, build_model, flat_params  # noqa: E402
+from jddim.models.building import abstract_model, build_model, flat_params  # noqa: E402
 
 # Sides a prime times 2^(levels - 1). Together: every option that UNet2DModel has, most of them twice.
 CASES: dict[str, dict[str, Any]] = {

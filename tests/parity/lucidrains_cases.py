@@ -19,8 +19,8 @@ import jddim
 from convert.conversion import convert
 from convert.engine import fill
 from convert.families.lucidrains import buffers, reference, rules
-from jddim.checkpoint.folder import abstract_model, build_model, flat_params
 from jddim.config import LucidrainsConfig, ScheduleConfig
+from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.schedule import make_schedule
 
 torch = pytest.importorskip("torch", reason="parity is with PyTorch")

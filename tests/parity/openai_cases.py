@@ -15,7 +15,7 @@ from convert.engine import fill
 from convert.families.openai import plan
 from convert.reference.openai_unet import OpenAIUNet
 from convert.reference.unet import redraw_
-from jddim.checkpoint.folder import abstract_model, build_model, flat_params
+from jddim.models.building import abstract_model, build_model, flat_params
 
 
 class OpenAICase(NamedTuple):

@@ -16,9 +16,9 @@ import pytest
 
 from convert.engine import fill
 from convert.families.ho import reference, rules
-from jddim.checkpoint.folder import abstract_model, build_model, flat_params
 from jddim.config import UNetConfig
 from jddim.ddim import StepTable, step_table
+from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.models.unet import UNet
 from jddim.sampling import Trajectory, ancestral_loop, sample_loop
 from jddim.schedule import NoiseSchedule, cosine_schedule, linear_schedule

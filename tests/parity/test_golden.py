@@ -10,8 +10,8 @@ from make_golden import CLIPS, CONFIG, ETAS, PATH, TIMES, WEIGHT, S, T, compute_
 
 from convert.engine import fill
 from convert.families.ho import rules
-from jddim.checkpoint.folder import abstract_model, build_model, flat_params
 from jddim.ddim import step_table
+from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.models.unet import UNet
 from jddim.sampling import sample_loop
 from jddim.schedule import linear_schedule

@@ -13,8 +13,8 @@ from tiny import SIZE, SMALL, small_config
 
 from convert.families.ho import rules
 from convert.reference.unet import ReferenceUNet, redraw_
-from jddim.checkpoint.folder import abstract_model, flat_params
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.models.building import abstract_model, flat_params
 from jddim.schedule import make_schedule
 from jddim.train import objective
 from jddim.train import step as training

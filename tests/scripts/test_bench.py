@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from jddim.checkpoint.folder import build_model
 from jddim.config import ScheduleConfig, UNetConfig
+from jddim.models.building import build_model
 from scripts import contestants
 
 torch = pytest.importorskip("torch", reason="the bench compares with torch: pip install 'jddim[convert]'")
