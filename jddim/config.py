@@ -64,6 +64,8 @@ class SamplerConfig:
 METHODS = ("ddim", "ddpm", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+DTYPES = ("float32", "bfloat16")
+"""What a network may compute in when it samples."""
 
 
 class ModelConfig(Protocol):

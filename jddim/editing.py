@@ -126,7 +126,7 @@ def inpaint_loop(
     )
 
 
-def keep_of(mask: np.ndarray) -> np.ndarray:
+def keep_of(mask: Array | np.ndarray) -> Array | np.ndarray:
     """A mask picture `(h, w, c)` in [-1, 1], white where images are made anew -> how much stays, `(h, w, 1)`."""
     return 1 - (mask.mean(axis=-1, keepdims=True) + 1) / 2
 

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from jddim import ddim
 from jddim.ddim import StepTable, per_sample
-from jddim.sampling import Denoiser, as_eta, check_prediction, is_zero, update_loop
+from jddim.sampling import Denoiser, Update, as_eta, check_prediction, is_zero, limiter, update_loop
 from jddim.schedule import NoiseSchedule
 
 Scale = ArrayLike | Callable[[Array], ArrayLike]
@@ -106,25 +106,10 @@ def cfg_plus_plus_loop(
     scale: lambda in [0, 1], between the unconditional x0 and the conditional one. The direction's eps is the
     unconditional prediction's. The other arguments, the result and what raises are `jddim.sampling.sample_loop`'s.
     """
-
-    def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
-        guided, unconditional = jnp.split(output, 2, axis=-1)
-        x0, _ = ddim.predict_both(guided, x_t, row.alpha_bar_t, prediction_type)
-        _, eps = ddim.predict_both(unconditional, x_t, row.alpha_bar_t, prediction_type)
-        if clip_range is not None:
-            x0 = jnp.clip(x0, *clip_range)
-        coefficients = {"alpha_bar_t": row.alpha_bar_t, "alpha_bar_prev": row.alpha_bar_prev}
-        return ddim.ddim_step(x_t, x0, eps, noise, **coefficients, eta=as_eta(eta, x_t)), x0
-
-    def denoise(x_t: Array, t: Array) -> Array:
-        conditional, unconditional = predict(x_t, t)
-        guided = _between(unconditional, conditional, _at(scale, t, x_t))
-        return jnp.concatenate([guided, unconditional], axis=-1)
-
     check_prediction(table, prediction_type)
     return update_loop(
-        denoise,
-        update,
+        cfg_plus_plus(predict, scale),
+        cfg_plus_plus_update(eta=eta, prediction_type=prediction_type, clip_range=clip_range),
         x_T,
         table,
         key=key,
@@ -133,6 +118,38 @@ def cfg_plus_plus_loop(
         outputs=2,
         trajectory_every=trajectory_every,
     )
+
+
+def cfg_plus_plus(predict: Pair, scale: Scale) -> Denoiser:
+    """CFG++'s predictions, guided and then unconditional, as the channels of one, for `cfg_plus_plus_update`."""
+
+    def denoise(x_t: Array, t: Array) -> Array:
+        conditional, unconditional = predict(x_t, t)
+        guided = _between(unconditional, conditional, _at(scale, t, x_t))
+        return jnp.concatenate([guided, unconditional], axis=-1)
+
+    return denoise
+
+
+def cfg_plus_plus_update(
+    *,
+    eta: ArrayLike = 0.0,
+    prediction_type: str = "epsilon",
+    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
+    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+) -> Update:
+    """`cfg_plus_plus_loop`'s step, for a denoiser of `cfg_plus_plus`; what the arguments mean is said there."""
+    limit = limiter(clip_range, threshold)
+
+    def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
+        guided, unconditional = jnp.split(output, 2, axis=-1)
+        x0, _ = ddim.predict_both(guided, x_t, row.alpha_bar_t, prediction_type)
+        _, eps = ddim.predict_both(unconditional, x_t, row.alpha_bar_t, prediction_type)
+        x0 = x0 if limit is None else limit(x0)
+        coefficients = {"alpha_bar_t": row.alpha_bar_t, "alpha_bar_prev": row.alpha_bar_prev}
+        return ddim.ddim_step(x_t, x0, eps, noise, **coefficients, eta=as_eta(eta, x_t)), x0
+
+    return update
 
 
 def classifier_guided(

@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 from jddim import ddim
 from jddim.config import did_you_mean
 from jddim.ddim import StepTable
-from jddim.sampling import Denoiser, State, check_prediction, init_state, limiter, result, update_steps
+from jddim.sampling import Denoiser, Update, check_prediction, limiter, update_loop
 
 CONVENTIONS = ("paper", "diffusers", "openai")
 
@@ -96,33 +96,28 @@ def invert_loop(
     """
     check_prediction(table, prediction_type)
     check_inversion(table, convention, refine, prediction_type)
-    state = invert_steps(
+    update = invert_update(
         denoise,
-        init_state(x_0, table, trajectory_every),
-        inversion_table(table, convention),
         refine=refine,
         prediction_type=prediction_type,
         clip_range=clip_range,
         threshold=threshold,
         rederive_eps=rederive_eps,
-        trajectory_every=trajectory_every,
     )
-    return result(state)
+    rows = inversion_table(table, convention)
+    return update_loop(denoise, update, x_0, rows, deterministic=True, trajectory_every=trajectory_every)
 
 
-def invert_steps(
+def invert_update(
     denoise: Denoiser,
-    state: State,
-    table: StepTable,
     *,
     refine: int = 0,
     prediction_type: str = "epsilon",
     clip_range: tuple[ArrayLike, ArrayLike] | None = None,
     threshold: tuple[ArrayLike, ArrayLike] | None = None,
     rederive_eps: bool = False,
-    trajectory_every: int | None = None,
-) -> State:
-    """The rows of an `inversion_table`, which may be a segment of it, from `state`. Arguments as in `invert_loop`."""
+) -> Update:
+    """`invert_loop`'s step, for an `inversion_table`; what the arguments mean is said there. It uses no noise."""
     limit = limiter(clip_range, threshold)
 
     def predict(output: Array, x: Array, alpha_bar: ArrayLike) -> tuple[Array, Array]:
@@ -147,7 +142,7 @@ def invert_steps(
         x_next = invert_step(x0, eps, alpha_bar_next=row.alpha_bar_prev)
         return lax.fori_loop(0, refine, again, x_next), x0
 
-    return update_steps(denoise, update, state, table, deterministic=True, trajectory_every=trajectory_every)
+    return update
 
 
 def check_inversion(table: StepTable, convention: str, refine: int, prediction_type: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypedDict, Unpack, overload
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -17,24 +18,63 @@ from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig
 from jddim.ddim import StepTable, sampler_table
 from jddim.guidance import Scale
-from jddim.inversion import check_inversion, inversion_table
 from jddim.models import Network
 from jddim.models.building import build_model
-from jddim.models.layers import at_least_float32
-from jddim.run.batches import Batch, in_batches
-from jddim.run.problems import (
-    channels_first,
-    common_problems,
-    eta_problems,
-    guidance_problems,
-    is_zero,
-    label_problems,
-    range_problems,
-)
-from jddim.run.programs import Program, draw_keys, draw_noise, invert_segment, network_denoiser, sample_segment
-from jddim.sampling import Denoiser, State, Trajectory, init_state
+from jddim.run.batches import Preview, run
+from jddim.run.methods import Guidance, find
+from jddim.run.plan import Inputs, Plan, limits, plan
+from jddim.run.problems import guidance_problems, label_problems, sentences
+from jddim.run.programs import Program, network_denoiser
+from jddim.run.request import Request, check_names
+from jddim.sampling import Denoiser, Trajectory
 from jddim.schedule import NoiseSchedule, make_schedule
-from jddim.solvers import cast, find, memory_of
+from jddim.solvers import Solver
+
+Images = Array | np.ndarray
+
+
+class Common(TypedDict, total=False):
+    """The options of `DDIM.sample`, `edit` and `invert` alike; `DDIM.sample` says what they mean."""
+
+    steps: int | None
+    spacing: str | Sequence[int] | np.ndarray | None
+    clip: bool | None
+    clip_range: tuple[float, float] | None
+    threshold: tuple[float, float] | None
+    rederive_eps: bool | None
+    steps_offset: int | None
+    set_alpha_to_one: bool | None
+    prediction_type: str | None
+    labels: ArrayLike | None
+    guidance: str | None
+    guidance_scale: ArrayLike | None
+    guidance_rescale: float | None
+    guidance_interval: tuple[float, float] | None
+    null_label: int | None
+    batch_size: int | None
+    progress: bool
+
+
+class EditOptions(Common, total=False):
+    """The options of `DDIM.edit` beside its own."""
+
+    method: str | Solver
+    eta: ArrayLike | None
+    variance: str | None
+    noise: Images | None
+    start: int
+
+
+class SampleOptions(EditOptions, total=False):
+    """The options of `DDIM.sample`."""
+
+    x_T: Images | None
+    image_size: tuple[int, int] | None
+    on_segment: Callable[[Preview], object] | None
+
+
+RUN = ("batch_size", "progress", "on_segment", "trajectory_every")
+"""How a plan is run; no part of what is asked for."""
 
 
 def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> DDIM:
@@ -48,21 +88,7 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> DDI
     return DDIM(model, make_schedule(metadata.schedule), metadata.sampler, metadata)
 
 
-class Preview(NamedTuple):
-    """What `sample` hands to `on_segment`: a batch on its way.
-
-    start: the first image's number. done, total: evaluations taken, and in all. x_t, x0_hat: `(n, h, w, c)`, the
-    samples now, and the clean images that the last step predicted.
-    """
-
-    start: int
-    done: int
-    total: int
-    x_t: Array
-    x0_hat: Array
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class DDIM:
     """A diffusion model with everything that sampling it needs. Replace a part with `dataclasses.replace`.
 
@@ -74,6 +100,16 @@ class DDIM:
     schedule: NoiseSchedule
     sampler: SamplerConfig
     metadata: Metadata | None = None
+
+    def __repr__(self) -> str:
+        """One line."""
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.model))
+        used = self.sampler
+        source = "" if self.metadata is None else f", {self.metadata.provenance.get('family', 'jddim')}"
+        return (
+            f"DDIM({self.model.config.summary}; {count:,} parameters; T = {self.schedule.num_train_timesteps}; "
+            f"{used.spacing}, {used.num_steps} steps, predicts {used.prediction_type}{source})"
+        )
 
     def with_sampler(self, **conventions: Any) -> DDIM:
         """The same model with other conventions: fields of `SamplerConfig`, e.g. `steps_offset=1`.
@@ -97,176 +133,111 @@ class DDIM:
         """
         return sampler_table(self.schedule, self.sampler, steps, dtype, spacing)
 
+    @overload
     def sample(
         self,
-        key: Array | None = None,
+        key: Array | int | None = None,
         num: int | None = None,
         *,
-        method: str = "ddim",
-        steps: int | None = None,
-        eta: ArrayLike | None = None,
-        spacing: str | Sequence[int] | np.ndarray | None = None,
-        clip: bool | None = None,
-        clip_range: tuple[float, float] | None = None,
-        rederive_eps: bool | None = None,
-        labels: ArrayLike | None = None,
-        guidance_scale: ArrayLike | None = None,
-        null_label: int | None = None,
-        x_T: Array | np.ndarray | None = None,
-        noise: Array | np.ndarray | None = None,
-        image_size: tuple[int, int] | None = None,
-        batch_size: int | None = None,
-        start: int = 0,
+        trajectory_every: None = None,
+        **options: Unpack[SampleOptions],
+    ) -> Array: ...
+
+    @overload
+    def sample(
+        self,
+        key: Array | int | None = None,
+        num: int | None = None,
+        *,
+        trajectory_every: int,
+        **options: Unpack[SampleOptions],
+    ) -> tuple[Array, Trajectory]: ...
+
+    def sample(
+        self,
+        key: Array | int | None = None,
+        num: int | None = None,
+        *,
         trajectory_every: int | None = None,
-        progress: bool = False,
-        on_segment: Callable[[Preview], Any] | None = None,
-    ) -> Any:
+        **options: Unpack[SampleOptions],
+    ) -> Array | tuple[Array, Trajectory]:
         """Images `(num, h, w, c)` float32, nominally in [-1, 1] (not clamped unless x0 is clipped).
 
-        key: `jax.random.key(seed)`. Image i of the result is image `start + i` of the seed: it depends on nothing
-            else, so `num=7` and then `num=9, start=7` make the images of `num=16`. Or one key per image `(num,)`,
-            such as some of `jddim.sampling.sample_keys`. Not needed if x_T is given, and eta is 0 or noise is given.
-        method: "ddim"; "ddpm", ancestral sampling with the checkpoint's variance (`SamplerConfig.variance`); or one of
-            `jddim.solvers.SOLVERS`, such as "dpm++2m". `noise` then has one row an evaluation.
+        key: `jax.random.key(seed)`, or the seed. Image i of the result is image `start + i` of the seed: it depends on
+            nothing else, so `num=7` and then `num=9, start=7` make the images of `num=16`. Or one key per image
+            `(num,)`, such as some of `jddim.sampling.sample_keys`. Not needed if x_T is given, and eta is 0 or noise is
+            given.
+        trajectory_every: k returns `(images, Trajectory)` with every k-th step.
+
+        The options:
+
+        method: "ddim"; "ddpm", ancestral sampling with the checkpoint's variance or `variance`; one of
+            `jddim.solvers.SOLVERS`, such as "dpm++2m", or a `Solver`. `noise` then has one row an evaluation.
         steps: S; spacing: a name that `jddim.timesteps.make_timesteps` takes, or a descending list of timesteps (then
             no steps).
         eta: 0 deterministic ... 1 as noisy as DDPM; a scalar or one value per image, `(num,)`. May be traced. For
             "ddim" alone.
-        clip: clamp x0 to clip_range at each step (then the checkpoint's thresholding, if it has one, is left out);
-            rederive_eps: use the clipped x0's eps in the direction term.
+        clip: clamp x0 to clip_range at each step; threshold: instead, (ratio, largest) of dynamic thresholding;
+            rederive_eps: use the limited x0's eps in the direction term.
+        steps_offset, set_alpha_to_one, prediction_type, variance: as in `jddim.config.SamplerConfig`.
         labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1 (or what its
             `class_embedding` takes, one row an image).
-        guidance_scale: classifier-free guidance between `null_label`, the label that meant none in training (scale 0;
-            by default what `jddim train` recorded), and `labels` (1), or beyond; a scalar or one value per image. Twice
-            the evaluations. `jddim.guidance` has other kinds.
+        guidance_scale: guidance between `null_label`, the label that meant none in training (scale 0; by default what
+            `jddim train` recorded), and `labels` (1), or beyond; a scalar or one value per image. Twice the
+            evaluations. guidance: its kind, "classifier-free", "projected" or "cfg++" (`jddim.guidance`).
+            guidance_rescale: phi in [0, 1]. guidance_interval: (low, high), the t to guide at; else the scale is 1.
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
         image_size: (height, width) other than the checkpoint's. batch_size: images per compiled call, default all.
-        trajectory_every: k returns `(images, Trajectory)` with every k-th step. progress: run in segments,
-            with a bar on stderr if that is a terminal; the same images to the bit.
+        progress: a bar on stderr if that is a terminal, and Ctrl-C is heard between segments.
         on_segment: called with a `Preview` after each segment, of which a batch has eight or more (or as many as it has
             evaluations); what it raises ends the run.
 
-        Everything that is None comes from the checkpoint; `with_sampler` changes the rest of its conventions. Works
-        inside `jit`, `vmap` and `grad`, where values are traced and only shapes are checked; outside, one compiled
-        program serves every eta, seed, label and set of weights of a shape and S.
+        Everything that is None comes from the checkpoint. Works inside `jit`, `vmap` and `grad`, where values are
+        traced and only shapes are checked; outside, one compiled program serves every eta, seed, label and set of
+        weights of a shape and S, whoever watches.
 
-        Raises ValueError with everything wrong in one message; FloatingPointError if a NaN or infinity appears,
-        naming the image and the step (outside tracing only).
+        Raises ValueError with everything wrong in one message, TypeError for an unknown option; FloatingPointError if a
+        NaN or infinity appears, naming the image and the step (outside tracing only).
         """
-        asked: dict[str, Any] = {"clip": clip, "clip_range": clip_range, "rederive_eps": rederive_eps}
-        ddim = self.with_sampler(**{name: value for name, value in asked.items() if value is not None})
-        dtype = at_least_float32(ddim.model.dtype)
-        program = ddim._program(method, trajectory_every)
-        solver = program.solver
-        table: Any = ddim.table(steps, spacing, np.float64 if solver else dtype)  # or a SolverTable, which has more
-        if solver is not None:
-            table = cast(solver.plan(table), dtype)
-        every = trajectory_every
-        if on_segment is not None and every is None:
-            every = table.num_steps  # one slot, which holds the last step's x0_hat
-        program = dataclasses.replace(program, trajectory_every=every)
-        problems = [] if method == "ddim" or eta is None else [f"eta is DDIM's; method {method!r} takes none"]
-        eta = ddim.sampler.eta if eta is None else eta
-        labels = None if labels is None else jnp.asarray(labels)
-        if num is None and x_T is not None:
-            num = x_T.shape[0] if x_T.ndim else None
-        if image_size is None:
-            image_size = ddim.model.config.image_size
-            if x_T is not None and x_T.ndim == 4 and not channels_first(x_T, ddim.model.config.in_channels):
-                image_size = (x_T.shape[1], x_T.shape[2])
-        shape = (*image_size, ddim.model.config.in_channels)
-        needs_noise = method == "ddpm" or (solver.stochastic if solver else not is_zero(eta))
-        problems += common_problems(
-            ddim.model.config,
-            ddim.sampler,
-            table,
-            num,
-            shape,
-            dtype,
-            x_T=x_T,
-            key=key,
-            noise=noise,
-            needs_noise=needs_noise,
-            batch_size=batch_size,
-        )
-        if num is not None and num >= 1:
-            problems += eta_problems(eta, num, table) if method == "ddim" else []
-            problems += label_problems(ddim.model.config, labels, num)
-            null_label = ddim.null_label_for(guidance_scale, null_label)
-            problems += guidance_problems(ddim.model.config, ddim.sampler, guidance_scale, null_label, num, method)
-        if problems:
-            raise ValueError("sample: " + "; ".join(problems))
-        assert num is not None
+        check_names(options, [*SampleOptions.__annotations__], "sample")
+        planned = self._plan(key, num, options).check("sample")
+        x_0, trajectory = run(planned, trajectory_every=trajectory_every, **_how(options))
+        return x_0 if trajectory is None else (x_0, trajectory)
 
-        limits = ddim._limits(dtype)
-        etas = jnp.broadcast_to(jnp.asarray(eta, dtype), (num,))
-        scales = None if guidance_scale is None else jnp.broadcast_to(jnp.asarray(guidance_scale, dtype), (num,))
+    def edit(
+        self,
+        images: Images,
+        key: Array | int | None = None,
+        *,
+        strength: float | None = None,
+        mask: Images | None = None,
+        resample: int = 1,
+        jump_length: int = 1,
+        **options: Unpack[EditOptions],
+    ) -> Array:
+        """Images made anew from `images` `(num, h, w, c)` float32 in [-1, 1]: all over, or where a mask is white.
 
-        def begin(batch: Batch) -> State:
-            x = batch.of(x_T) if x_T is not None else draw_noise(keys_of(batch), shape, dtype)
-            state = init_state(x, table, every, self_condition=ddim.sampler.self_condition)
-            return state if solver is None else state._replace(memory=memory_of(table, x))
-
-        def keys_of(batch: Batch) -> Array | None:
-            if key is None or key.ndim:
-                return None if key is None else batch.of(key)
-            return draw_keys(key, start + batch.low, batch.size)
-
-        def advance(batch: Batch, state: State, segment: Any) -> State:
-            noise_rows = None
-            if noise is not None:
-                first = int(segment.step[0])
-                noise_rows = batch.of(noise[first : first + segment.num_steps], axis=1)
-            return sample_segment(
-                ddim.model,
-                state,
-                segment,
-                batch.of(etas),
-                keys_of(batch) if noise is None else None,
-                noise_rows,
-                limits,
-                None if labels is None else batch.of(labels),
-                None if scales is None else (batch.of(scales), jnp.asarray(null_label)),
-                program=program,
-            )
-
-        def seen(batch: Batch, state: State, segment: Any) -> None:
-            if on_segment is not None and state.trajectory is not None and every is not None:
-                last = int(segment.step[-1])
-                x_t, x0_hat = (x[: batch.taken] for x in (state.x_t, state.trajectory.x0_hat[last // every]))
-                on_segment(Preview(start + batch.low, last + 1, table.num_steps, x_t, x0_hat))
-
-        images: list[Array] = []
-        trajectories: list[Trajectory] = []
-        watch = None if on_segment is None else seen
-        for taken, state in in_batches(num, batch_size, table, begin, advance, start, progress, watch):
-            images.append(state.x_t[:taken])
-            if state.trajectory is not None and trajectory_every is not None:
-                t, x_t, x0_hat = state.trajectory
-                trajectories.append(Trajectory(t, x_t[:, :taken], x0_hat[:, :taken]))
-        x_0 = images[0] if len(images) == 1 else jnp.concatenate(images)
-        if trajectory_every is None:
-            return x_0
-        x_ts, x0_hats = (jnp.concatenate([part[i] for part in trajectories], axis=1) for i in (1, 2))
-        return x_0, Trajectory(trajectories[0].t, x_ts, x0_hats)
+        Give one of the two: strength, in (0, 1], how far they are noised before they are sampled again
+        (`jddim.editing.tail`); or mask `(h, w, 1)` in [-1, 1], -1 where they stay, 1 where they are made anew, a blend
+        between (`jddim.editing.inpaint_loop`; resample and jump_length are RePaint's).
+        key, the options and what raises are `sample`'s; noise has two draws a row, `(N, 2, num, h, w, c)`, where
+        resample is above 1.
+        """
+        check_names(options, [*EditOptions.__annotations__], "edit")
+        if (strength is None) == (mask is None):
+            raise ValueError("edit: give either strength, to change images all over, or mask, to fill them in")
+        more = {"strength": strength, "resample": resample, "jump_length": jump_length}
+        planned = self._plan(key, None, {**options, **more}, images=images, mask=mask).check("edit")
+        return run(planned, **_how(options))[0]
 
     def invert(
         self,
-        images: Array | np.ndarray,
+        images: Images,
         *,
-        steps: int | None = None,
-        spacing: str | Sequence[int] | np.ndarray | None = None,
         convention: str = "diffusers",
         refine: int = 0,
         eta: ArrayLike = 0.0,
-        clip: bool | None = None,
-        clip_range: tuple[float, float] | None = None,
-        rederive_eps: bool | None = None,
-        labels: ArrayLike | None = None,
-        guidance_scale: ArrayLike | None = None,
-        null_label: int | None = None,
-        batch_size: int | None = None,
-        progress: bool = False,
+        **options: Unpack[Common],
     ) -> Array:
         """The x_T `(num, h, w, c)` float32 of `images`, of the same shape, float32 in [-1, 1]: DDIM inversion.
 
@@ -276,66 +247,24 @@ class DDIM:
         convention: "paper", "diffusers" or "openai" (`jddim.inversion.inversion_table`). refine: k more evaluations a
             step, which solve for the x_T from which `sample` does lead back (`jddim.inversion.invert_loop`).
         eta: 0, the only one that can be inverted; the checkpoint's own plays no part.
-        steps, spacing, clip, clip_range, rederive_eps, labels, guidance_scale, null_label, batch_size, progress: as
-            for `sample`.
+        The options are those of `sample` with the same names.
 
         Works inside `jit`, `vmap` and `grad`, as `sample` does. Raises ValueError with everything wrong in one message,
         images beyond -2..2 and self-conditioned networks included; FloatingPointError if a NaN or infinity appears.
         """
-        asked: dict[str, Any] = {"clip": clip, "clip_range": clip_range, "rederive_eps": rederive_eps}
-        ddim = self.with_sampler(**{name: value for name, value in asked.items() if value is not None})
-        config = ddim.model.config
-        if np.ndim(images) != 4 or not len(images):
-            raise ValueError(
-                f"invert: images must have shape (num, h, w, {config.in_channels}) with num at least 1, "
-                f"got {np.shape(images)}"
-            )
-        dtype = at_least_float32(ddim.model.dtype)
-        table = ddim.table(steps, spacing, dtype)
-        labels = None if labels is None else jnp.asarray(labels)
-        num, shape = len(images), (*images.shape[1:3], config.in_channels)
-        problems = common_problems(
-            config, ddim.sampler, table, num, shape, dtype, x_T=images, batch_size=batch_size, start="images"
-        )
-        problems += label_problems(config, labels, num) + range_problems(images)
-        null_label = ddim.null_label_for(guidance_scale, null_label)
-        problems += guidance_problems(ddim.model.config, ddim.sampler, guidance_scale, null_label, num, "ddim")
-        if not is_zero(eta):
-            problems.append(f"inversion is deterministic, so eta must be 0, got {eta}: added noise cannot be undone")
-        if ddim.sampler.self_condition:
-            problems.append(
-                "this network is self-conditioned: a step depends on the x0 of the one before it, which inversion "
-                "only comes to after it"
-            )
-        try:
-            check_inversion(table, convention, refine, ddim.sampler.prediction_type)
-        except ValueError as error:
-            problems.append(str(error))
-        program = ddim._program("ddim", None)
-        if problems:
-            raise ValueError("invert: " + "; ".join(problems))
+        check_names(options, [*Common.__annotations__], "invert")
+        more = {"convention": convention, "refine": refine, "eta": eta}
+        return run(self._plan(None, None, {**options, **more}, images=images).check("invert"), **_how(options))[0]
 
-        rows, limits = inversion_table(table, convention), ddim._limits(dtype)
-        scales = None if guidance_scale is None else jnp.broadcast_to(jnp.asarray(guidance_scale, dtype), (num,))
-
-        def begin(batch: Batch) -> State:
-            return init_state(batch.of(images), rows)
-
-        def advance(batch: Batch, state: State, segment: StepTable) -> State:
-            return invert_segment(
-                ddim.model,
-                state,
-                segment,
-                limits,
-                None if labels is None else batch.of(labels),
-                None if scales is None else (batch.of(scales), jnp.asarray(null_label)),
-                program=program,
-                refine=refine,
-            )
-
-        batches = in_batches(num, batch_size, rows, begin, advance, 0, progress)
-        inverted = [state.x_t[:taken] for taken, state in batches]
-        return inverted[0] if len(inverted) == 1 else jnp.concatenate(inverted)
+    def _plan(self, key: Array | int | None, num: int | None, options: Any, **arrays: Any) -> Plan:
+        """The plan of keyword arguments: arrays go in as they are, the rest is a `Request`."""
+        asked = {name: value for name, value in options.items() if name not in RUN}
+        given = {name: asked.pop(name) for name in Inputs._fields if name in asked}
+        spacing = asked.get("spacing")
+        if spacing is not None and not isinstance(spacing, str):
+            asked["spacing"] = tuple(np.asarray(spacing).tolist())
+        inputs = Inputs(key=_key(key), **given, **arrays)
+        return plan(self, Request(**asked), inputs, num, options.get("batch_size"))
 
     def denoiser(
         self, labels: ArrayLike | None = None, *, guidance_scale: Scale | None = None, null_label: int | None = None
@@ -350,14 +279,18 @@ class DDIM:
         """
         labels = None if labels is None else jnp.asarray(labels)
         num = 1 if labels is None or labels.ndim == 0 else labels.shape[0]
-        problems = label_problems(self.model.config, labels, num)
+        config, c = self.model.config, self.sampler
         scale = 1.0 if callable(guidance_scale) else guidance_scale
-        null_label = self.null_label_for(guidance_scale, null_label)
-        problems += guidance_problems(self.model.config, self.sampler, scale, null_label, num, "ddim")
+        if guidance_scale is not None and null_label is None:
+            null_label = self.null_label
+        problems = label_problems(config, labels, num) + guidance_problems(config, scale, null_label, num)
         if problems:
-            raise ValueError("denoiser: " + "; ".join(problems))
-        guidance = None if guidance_scale is None else (guidance_scale, null_label)
-        return network_denoiser(self.model, self._program("ddim", None), labels, guidance)
+            raise ValueError(f"denoiser: {sentences(problems)}")
+        program = Program(
+            find("ddim"), c.prediction_type, c.timestep_scale, c.rederive_eps, c.variance, c.self_condition
+        )
+        guidance: Any = None if guidance_scale is None else Guidance(guidance_scale, null_label)  # type: ignore[arg-type]
+        return network_denoiser(self.model, program, labels, guidance)
 
     def conventions(self, dtype: DTypeLike = np.float32) -> dict[str, Any]:
         """The checkpoint's conventions as keyword arguments of `sample_loop`, and of `inpaint_loop` and `invert_loop`.
@@ -367,7 +300,7 @@ class DDIM:
         options: dict[str, Any] = {
             "prediction_type": self.sampler.prediction_type,
             "rederive_eps": self.sampler.rederive_eps,
-            **self._limits(dtype),
+            **limits(self.sampler, dtype),
         }
         return options | ({"self_condition": True} if self.sampler.self_condition else {})
 
@@ -376,28 +309,15 @@ class DDIM:
         """The label that meant none in training, as the checkpoint records it; None: it does not."""
         return None if self.metadata is None else self.metadata.null_label
 
-    def null_label_for(self, guidance_scale: Any, null_label: int | None) -> int | None:
-        """The null label to guide with: the one given, else, where there is guidance, the checkpoint's own."""
-        return null_label if guidance_scale is None or null_label is not None else self.null_label
 
-    def _program(self, method: str, trajectory_every: int | None) -> Program:
-        c = self.sampler
-        return Program(
-            method=method,
-            solver=None if method in ("ddim", "ddpm") else find(method, also=("ddpm",)),
-            prediction_type=c.prediction_type,
-            timestep_scale=c.timestep_scale,
-            rederive_eps=c.rederive_eps,
-            variance=c.variance,
-            self_condition=c.self_condition,
-            trajectory_every=trajectory_every,
-        )
+def _how(options: Any) -> dict[str, Any]:
+    return {name: options[name] for name in RUN if name in options}
 
-    def _limits(self, dtype: DTypeLike) -> dict[str, tuple[Array, Array]]:
-        """What keeps x0 in range, as the loops' arguments."""
-        c = self.sampler
-        if c.threshold_ratio is not None:
-            return {"threshold": (jnp.asarray(c.threshold_ratio, dtype), jnp.asarray(c.threshold_max, dtype))}
-        if not c.clip:
-            return {}
-        return {"clip_range": (jnp.asarray(c.clip_range[0], dtype), jnp.asarray(c.clip_range[1], dtype))}
+
+def _key(key: Any) -> Array | None:
+    """A key as the loops take it: a seed makes one, raw keys of `jax.random.PRNGKey` are wrapped."""
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+        return jax.random.key(key)
+    if isinstance(key, Array) and key.dtype == jnp.uint32 and key.shape[-1:] == (2,) and key.ndim < 3:
+        return jax.random.wrap_key_data(key)
+    return key

@@ -11,6 +11,7 @@ step s from its fold s + 1. Its image depends on (seed, i) alone, whatever else 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -49,14 +50,14 @@ class State(NamedTuple):
     """What the scan carries from step to step.
 
     x_t: `(b, ...)`. first_bad: int32 `(b,)`, the index of the step after which a sample first held a NaN or an
-    infinity, or -1. trajectory: filled as the steps are taken, or None. x0_hat: the last step's x0 (zeros at first),
-    for a self-conditioned network, or None. memory: what a step hands to the next, or None.
+    infinity, or -1. trajectory: filled as the steps are taken, or None. x0_hat: the last step's x0, zeros at first.
+    memory: what a step hands to the next, or None.
     """
 
     x_t: Array
     first_bad: Array
     trajectory: Trajectory | None
-    x0_hat: Array | None = None
+    x0_hat: Array
     memory: Any = None
 
 
@@ -108,7 +109,7 @@ def sample_loop(
     where the table starts at alpha_bar_t = 0 and the denoiser predicts eps, which tells nothing of x0 there.
     A NaN from the denoiser propagates to that sample alone.
     """
-    state = init_state(x_T, table, trajectory_every, self_condition=self_condition)
+    state = init_state(x_T, table, trajectory_every)
     state = ddim_steps(
         denoise,
         state,
@@ -120,6 +121,7 @@ def sample_loop(
         clip_range=clip_range,
         threshold=threshold,
         rederive_eps=rederive_eps,
+        self_condition=self_condition,
         trajectory_every=trajectory_every,
     )
     return result(state)
@@ -146,7 +148,7 @@ def ancestral_loop(
     interpolates between the two. Clips x0 to [-1, 1] by default, as Ho et al. do.
     The other arguments and the result are `sample_loop`'s.
     """
-    state = init_state(x_T, table, trajectory_every, self_condition=self_condition)
+    state = init_state(x_T, table, trajectory_every)
     state = ancestral_steps(
         denoise,
         state,
@@ -157,14 +159,13 @@ def ancestral_loop(
         prediction_type=prediction_type,
         clip_range=clip_range,
         threshold=threshold,
+        self_condition=self_condition,
         trajectory_every=trajectory_every,
     )
     return result(state)
 
 
-def init_state(
-    x_T: Array, table: StepTable, trajectory_every: int | None = None, *, self_condition: bool = False
-) -> State:
+def init_state(x_T: Array, table: StepTable, trajectory_every: int | None = None) -> State:
     """The state before the first step of `table` (the whole one: it sizes the trajectory)."""
     trajectory = None
     if trajectory_every is not None:
@@ -173,8 +174,7 @@ def init_state(
         slots = -(-table.num_steps // trajectory_every)
         empty = jnp.zeros((slots, *x_T.shape), x_T.dtype)
         trajectory = Trajectory(jnp.zeros(slots, jnp.int32), empty, empty)
-    x0_hat = jnp.zeros_like(x_T) if self_condition else None
-    return State(x_T, jnp.full(x_T.shape[0], -1, jnp.int32), trajectory, x0_hat)
+    return State(x_T, jnp.full(x_T.shape[0], -1, jnp.int32), trajectory, jnp.zeros_like(x_T))
 
 
 def result(state: State) -> Any:
@@ -194,6 +194,7 @@ def ddim_steps(
     clip_range: tuple[ArrayLike, ArrayLike] | None = None,
     threshold: tuple[ArrayLike, ArrayLike] | None = None,
     rederive_eps: bool = False,
+    self_condition: bool = False,
     trajectory_every: int | None = None,
 ) -> State:
     """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `sample_loop`.
@@ -217,6 +218,7 @@ def ddim_steps(
         key=key,
         noise=noise,
         deterministic=is_zero(eta),
+        self_condition=self_condition,
         trajectory_every=trajectory_every,
     )
 
@@ -232,6 +234,7 @@ def ancestral_steps(
     prediction_type: str = "epsilon",
     clip_range: tuple[ArrayLike, ArrayLike] | None = (-1.0, 1.0),
     threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    self_condition: bool = False,
     trajectory_every: int | None = None,
 ) -> State:
     """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `ancestral_loop`."""
@@ -241,7 +244,15 @@ def ancestral_steps(
     check_prediction(table, prediction_type)
     outputs = 2 if variance == "learned_range" else 1
     return update_steps(
-        denoise, update, state, table, key=key, noise=noise, outputs=outputs, trajectory_every=trajectory_every
+        denoise,
+        update,
+        state,
+        table,
+        key=key,
+        noise=noise,
+        outputs=outputs,
+        self_condition=self_condition,
+        trajectory_every=trajectory_every,
     )
 
 
@@ -315,13 +326,14 @@ def update_loop(
     state = update_steps(
         denoise,
         update,
-        init_state(x_T, table, trajectory_every, self_condition=self_condition)._replace(memory=memory),
+        init_state(x_T, table, trajectory_every)._replace(memory=memory),
         table,
         key=key,
         noise=noise,
         deterministic=deterministic,
         draws=draws,
         outputs=outputs,
+        self_condition=self_condition,
         trajectory_every=trajectory_every,
     )
     return result(state)
@@ -338,11 +350,12 @@ def update_steps(
     deterministic: bool = False,
     draws: int | None = None,
     outputs: int = 1,
+    self_condition: bool = False,
     trajectory_every: int | None = None,
 ) -> State:
     """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `update_loop`."""
     noise_at = _noise_source(state.x_t, table, key, noise, deterministic=deterministic, draws=draws)
-    return _scan(denoise, state, table, noise_at, update, trajectory_every, outputs)
+    return _scan(denoise, state, table, noise_at, update, trajectory_every, outputs, self_condition)
 
 
 def is_zero(eta: ArrayLike) -> bool:
@@ -367,10 +380,16 @@ def check_prediction(table: StepTable, prediction_type: str) -> None:
         )
 
 
-def segments(table: StepTable, at_least: int = 8) -> list[StepTable]:
-    """`table` cut into equal segments, at least so many if S allows, so that they share one compiled program."""
+def segments(table: StepTable, at_least: int = 8, every: int | None = None) -> list[StepTable]:
+    """`table` cut into equal segments, at least so many if S allows, so that they share one compiled program.
+
+    every: a segment also ends wherever that many steps have been taken.
+    """
     S = table.num_steps
-    length = max(n for n in range(1, max(S // at_least, 1) + 1) if S % n == 0)
+    if every is not None and every < 1:
+        raise ValueError(f"trajectory_every must be at least 1, got {every}")
+    both = S if every is None else math.gcd(S, min(every, S))
+    length = max(n for n in range(1, max(S // at_least, 1) + 1) if both % n == 0)
     return [type(table)(*(column[i : i + length] for column in table)) for i in range(0, S, length)]
 
 
@@ -431,7 +450,8 @@ def _scan(
     noise_at: NoiseSource,
     update: Update,
     trajectory_every: int | None,
-    outputs: int = 1,
+    outputs: int,
+    self_condition: bool,
 ) -> State:
     """The one loop: each row asks the denoiser, for `outputs` times x_t's channels, and takes `update`'s step."""
     noise_rows, noise_of = noise_at
@@ -441,7 +461,7 @@ def _scan(
         state, (row, noise_row) = lax.optimization_barrier((state, row_and_noise))
         x_t = state.x_t
         t = jnp.broadcast_to(row.t, x_t.shape[:1])
-        output = denoise(x_t, t) if state.x0_hat is None else denoise(x_t, t, state.x0_hat)
+        output = denoise(x_t, t, state.x0_hat) if self_condition else denoise(x_t, t)
         expected = (*x_t.shape[:-1], outputs * x_t.shape[-1])
         if output.shape != expected:
             raise ValueError(f"denoise must return {expected} for an x_t like {x_t.shape}, it returned {output.shape}")
@@ -451,8 +471,7 @@ def _scan(
         bad = ~jnp.isfinite(x_prev).reshape(x_prev.shape[0], -1).all(axis=1)
         first_bad = jnp.where(bad & (state.first_bad < 0), row.step, state.first_bad)
         trajectory = _record(state.trajectory, row, x_prev, x0, trajectory_every)
-        x0_hat = None if state.x0_hat is None else x0
-        return State(x_prev, first_bad, trajectory, x0_hat, *carried), None
+        return State(x_prev, first_bad, trajectory, x0, *carried), None
 
     rows = type(table)(*(jnp.asarray(column) for column in table))
     state, _ = lax.scan(step, state, (rows, noise_rows))

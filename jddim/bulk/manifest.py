@@ -11,8 +11,12 @@ from typing import Any
 
 from jddim.bulk.shards import Layout
 from jddim.config import METHODS, SamplerConfig, did_you_mean, from_json, to_json
+from jddim.run.request import Request, options, type_problems
 
 FORMAT_VERSION = 1
+
+ALWAYS = ("seed", "method", "labels", "guidance_scale", "null_label", "dtype")
+"""What a manifest says of a request even where it is the default."""
 
 
 class BulkError(ValueError):
@@ -21,27 +25,22 @@ class BulkError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class BulkConfig:
-    """What a set is: how many images of which seed, made and kept how.
+    """What a set is: how many images, what is asked of the sampler for them, and how they are kept.
 
-    labels: None; "balanced", image i of class i modulo their number, the null label left out; "3"; or "0:10", 0 to 9
-    over and over. shard_size: images a shard, a multiple of batch_size; None: the one nearest below 1024, or one batch.
-    The sampler's conventions, steps and eta are the `DDIM`'s, and stand beside this in the manifest.
+    request: its steps, eta, spacing and conventions are the `DDIM`'s, and stand beside this in the manifest
+    (`Request.settled`). shard_size: images a shard, a multiple of batch_size; None: the one nearest below 1024, or one
+    batch.
     """
 
     num: int
-    seed: int = 0
-    method: str = "ddim"
-    labels: str | None = None
-    guidance_scale: float | None = None
-    null_label: int | None = None
-    dtype: str = "float32"
+    request: Request = Request()  # noqa: RUF009  # frozen
     batch_size: int = 64
     shard_size: int | None = None
     format: str = "npz"
 
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong; fill in shard_size."""
-        problems = []
+        problems = type_problems(self.request)
         if self.batch_size < 1:
             problems.append(f"batch_size must be at least 1, got {self.batch_size}")
         elif self.shard_size is None:
@@ -51,16 +50,33 @@ class BulkConfig:
                 f"shard_size must be a multiple of the batch size {self.batch_size}, so that every batch is whole; "
                 f"got {self.shard_size}"
             )
-        if not 0 <= self.seed < 2**32:
-            problems.append(f"seed must lie in 0..{2**32 - 1}, got {self.seed}")
-        if self.method not in METHODS:
-            problems.append(f"unknown method {self.method!r}{did_you_mean(self.method, METHODS)}")
+        if not 0 <= self.request.seed < 2**32:
+            problems.append(f"seed must lie in 0..{2**32 - 1}, got {self.request.seed}")
+        if "," in (self.request.labels or ""):
+            problems.append(f"labels are balanced, one number, or a range such as 0:10; got {self.request.labels!r}")
+        if self.request.method not in METHODS:
+            problems.append(f"unknown method {self.request.method!r}{did_you_mean(self.request.method, METHODS)}")
         try:
             Layout(self.num, self.shard_size or 1, self.format)
         except ValueError as error:
             problems.append(str(error))
         if problems:
             raise ValueError("; ".join(problems))
+
+    def to_json(self) -> dict[str, Any]:
+        """The set and its request side by side, as JSON; of the request, ALWAYS and what differs from the defaults."""
+        asked = {name: getattr(self.request, name) for name in ALWAYS}
+        kept = {"batch_size": self.batch_size, "shard_size": self.shard_size, "format": self.format}
+        more = {name: value for name, value in self.request.to_json().items() if name not in ALWAYS}
+        return {"num": self.num, **asked, **kept, **more}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> BulkConfig:
+        """The inverse of `to_json`. Raises ValueError on what is unknown, missing or of another type."""
+        names = {o.name for o in options()}
+        asked = {name: value for name, value in data.items() if name in names}
+        rest = {name: value for name, value in data.items() if name not in names}
+        return from_json(BulkConfig, {**rest, "request": Request.from_json(asked)})
 
     @property
     def layout(self) -> Layout:
@@ -88,7 +104,7 @@ class Manifest:
         """All that identifies the run, as JSON; every picture says it too."""
         return {
             "checkpoint_sha256": self.checkpoint_sha256,
-            "bulk": to_json(self.bulk),
+            "bulk": self.bulk.to_json(),
             "sampler": to_json(self.sampler),
             "versions": self.versions,
         }
@@ -110,7 +126,7 @@ class Manifest:
         return Manifest(
             checkpoint,
             settings["checkpoint_sha256"],
-            from_json(BulkConfig, settings["bulk"]),
+            BulkConfig.from_json(settings["bulk"]),
             from_json(SamplerConfig, settings["sampler"]),
             dict(settings["versions"]),
         )

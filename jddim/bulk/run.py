@@ -24,12 +24,14 @@ from jddim.bulk import shards
 from jddim.bulk.lock import locked
 from jddim.bulk.manifest import BulkConfig, Manifest
 from jddim.images import to_uint8
+from jddim.run import batches, plan
+from jddim.run.problems import sentences
 
 if TYPE_CHECKING:
     import jax
 
-    from jddim.checkpoint.metadata import Metadata
-    from jddim.pipeline import DDIM, Preview
+    from jddim.pipeline import DDIM
+    from jddim.run.batches import Preview
 
 Make = Callable[[int], NDArray[np.uint8]]
 """`make(first)` -> images first..first+batch_size-1 of the seed, uint8 `(batch_size, h, w, c)`."""
@@ -101,7 +103,7 @@ def run(
     folder: str | os.PathLike[str],
     manifest: Manifest,
     make: Make,
-    labels: NDArray[np.int32] | None = None,
+    labels: Callable[[range], NDArray[np.int32] | None] = lambda numbers: None,
     *,
     worker: tuple[int, int] = (0, 1),
     say: Callable[[str], None] = lambda line: None,
@@ -109,8 +111,8 @@ def run(
 ) -> Done:
     """Make and write what is not there and whole yet of the shards i, i + n, i + 2n, ... of worker i of n.
 
-    make: see `Make`; it is called for every batch of a shard. labels: as `label_cycle` gives them. say: hears of each
-    shard; made: is told how many images of the set were made, or found.
+    make: see `Make`; it is called for every batch of a shard. labels: those of the images with these numbers
+    (`labels_of`). say: hears of each shard; made: is told how many images of the set were made, or found.
     Raises BulkError if the folder is in use, or holds another set; OSError if the disk is full or read-only. Then, as
     after any other end, all shards that are attested are whole.
     """
@@ -139,58 +141,32 @@ def run(
                     made(len(batch))
                     batches.append(batch)
                     writer.check()
-                writer.put(k, np.concatenate(batches), labels_of(labels, numbers))
+                writer.put(k, np.concatenate(batches), labels(numbers))
     return Done(len(own), len(own) - len(missing), sum(len(layout.images(k)) for k in missing))
 
 
-def labels_of(cycle: NDArray[np.int32] | None, numbers: range) -> NDArray[np.int32] | None:
-    """The labels of these images: image i has the i-th of the cycle, over and over."""
-    return None if cycle is None else cycle[np.arange(numbers.start, numbers.stop) % len(cycle)]
-
-
-def label_cycle(labels: str | None, num_classes: int | None, null_label: int | None = None) -> NDArray[np.int32] | None:
-    """The labels that images take in turn: `BulkConfig.labels`, read. Raises ValueError if it says none."""
-    if labels is None:
+def labels_of(ddim: DDIM, bulk: BulkConfig, numbers: range) -> NDArray[np.int32] | None:
+    """The labels of these images of the set. Raises ValueError if the request's text says none."""
+    if bulk.request.labels is None:
         return None
-    if labels == "balanced":
-        if num_classes is None:
-            raise ValueError("labels balanced: this network has no classes")
-        given = [label for label in range(num_classes) if label != null_label]
-    else:
-        try:
-            low, colon, high = labels.partition(":")
-            given = list(range(int(low), int(high))) if colon else [int(low)]
-        except ValueError:
-            given = []
-    if not given:
-        raise ValueError(f"labels are balanced, one number, or a range such as 0:10; got {labels!r}")
-    return np.array(given, np.int32)
+    null_label = ddim.null_label if bulk.request.null_label is None else bulk.request.null_label
+    labels, problems = plan.labels_of(bulk.request.labels, ddim.model.config.num_classes, null_label, np.array(numbers))
+    if problems:
+        raise ValueError(sentences(problems))
+    return labels
 
 
-def null_label_of(bulk: BulkConfig, metadata: Metadata | None) -> int | None:
-    """The label that means none, and so is not among the balanced."""
-    return metadata.null_label if bulk.null_label is None and metadata is not None else bulk.null_label
-
-
-def sampler(ddim: DDIM, bulk: BulkConfig, on_segment: Callable[[Preview], Any] | None = None) -> Make:
+def sampler(ddim: DDIM, bulk: BulkConfig, on_segment: Callable[[Preview], object] | None = None) -> Make:
     """`make` for `run`: batches of `ddim`, whose conventions are the run's. on_segment: as in `DDIM.sample`."""
     import jax
 
-    key, size = jax.random.key(bulk.seed), bulk.batch_size
-    cycle = label_cycle(bulk.labels, ddim.model.config.num_classes, null_label_of(bulk, ddim.metadata))
+    key, size = jax.random.key(bulk.request.seed), bulk.batch_size
 
     def make(first: int) -> NDArray[np.uint8]:
-        images = ddim.sample(
-            key,
-            size,
-            start=first,
-            method=bulk.method,
-            labels=labels_of(cycle, range(first, first + size)),
-            guidance_scale=bulk.guidance_scale,
-            null_label=bulk.null_label,
-            on_segment=on_segment,
+        inputs = plan.Inputs(key, numbers=np.arange(first, first + size).astype(np.uint32))
+        return to_uint8(
+            batches.run(plan.plan(ddim, bulk.request, inputs, size).check("bulk"), on_segment=on_segment)[0]
         )
-        return to_uint8(images)
 
     return make
 
@@ -204,23 +180,14 @@ def sampler_on(devices: Sequence[jax.Device], ddim: DDIM, bulk: BulkConfig, work
 
     from jddim.scale.sharding import Sharded, make_mesh
 
-    key, size, sharded = jax.random.key(bulk.seed), bulk.batch_size, Sharded(ddim, make_mesh(devices=devices))
-    cycle = label_cycle(bulk.labels, ddim.model.config.num_classes, null_label_of(bulk, ddim.metadata))
+    key, size = jax.random.key(bulk.request.seed), bulk.batch_size
+    sharded = Sharded(ddim, make_mesh(devices=devices))
     held: dict[int, NDArray[np.uint8]] = {}
 
     def make(first: int) -> NDArray[np.uint8]:
         if first not in held:
             firsts = following(bulk, first, len(devices), worker)
-            labels = [labels_of(cycle, range(f, f + size)) for f in firsts]
-            images = sharded.sample_parts(
-                key,
-                firsts,
-                size,
-                labels=None if cycle is None else np.concatenate(labels),  # type: ignore[arg-type]
-                method=bulk.method,
-                guidance_scale=bulk.guidance_scale,
-                null_label=bulk.null_label,
-            )
+            images = sharded.sample_request(bulk.request, key, firsts, size)
             held.clear()
             held.update(zip(firsts, to_uint8(images).reshape(len(firsts), size, *images.shape[1:]), strict=True))
         return held.pop(first)

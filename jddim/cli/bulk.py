@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import functools
 import os
 import random
 import time
@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jddim.bulk import distributed
-from jddim.cli.options import SPACING_NAMES, fastest_batch_size, read_batch_size, read_seed, say
-from jddim.config import METHODS, counted, first_few
+from jddim.cli.options import add_request, fastest_batch_size, read_batch_size, request_of, say
+from jddim.config import counted, first_few
 
 if TYPE_CHECKING:
     from jddim.bulk.manifest import Manifest
     from jddim.bulk.run import Make
-    from jddim.pipeline import DDIM
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -35,21 +34,6 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("out", type=Path, help="a new folder, or one that the same command began")
     sub.add_argument("--num", type=int, required=True, metavar="N", help="images in the whole set")
     sub.add_argument(
-        "--seed", type=read_seed, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0"
-    )
-    sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
-    sub.add_argument("--eta", type=float, metavar="E", help="as in jddim sample; default: the checkpoint's")
-    sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
-    sub.add_argument("--clip", action=argparse.BooleanOptionalAction, help="as in jddim sample")
-    sub.add_argument("--method", choices=METHODS, default="ddim", help="as in jddim sample; default ddim")
-    sub.add_argument(
-        "--labels",
-        metavar="LABELS",
-        help="of a class-conditional model: balanced (image i of class i modulo their number), 3, or 0:10",
-    )
-    sub.add_argument("--guidance-scale", type=float, metavar="W", help="as in jddim sample")
-    sub.add_argument("--null-label", type=int, metavar="N", help="as in jddim sample; not among the balanced")
-    sub.add_argument(
         "--batch-size",
         type=read_batch_size,
         default=64,
@@ -63,7 +47,6 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         default="npz",
         help="of a shard: npz, uint8 arrays (default); png, a folder of pictures; tar, for WebDataset",
     )
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
     sub.add_argument(
         "--shard",
         type=_worker,
@@ -79,6 +62,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="as process I of N that jax.distributed joins, none of which goes on if one dies; without a value: as "
         "SLURM, Open MPI or a TPU pod says",
     )
+    add_request(sub, "bulk")
 
     sub = command(
         "collect",
@@ -146,26 +130,10 @@ def _bulk(args: argparse.Namespace) -> int:
         )
     if automatic:
         args.batch_size = read_manifest(args.out).bulk.batch_size if begun else 1
-    config = BulkConfig(
-        num=args.num,
-        seed=args.seed,
-        method=args.method,
-        labels=args.labels,
-        guidance_scale=args.guidance_scale,
-        null_label=args.null_label,
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-        shard_size=args.shard_size,
-        format=args.format,
-    )
-    if args.method != "ddim" and args.eta is not None:
-        raise ValueError(f"eta is DDIM's; method {args.method!r} takes none")
     metadata = load_metadata(args.ckpt)
-    cycle = bulk.label_cycle(config.labels, metadata.model.num_classes, bulk.null_label_of(config, metadata))
-    classes = metadata.model.num_classes
-    outside = [] if cycle is None or classes is None else [int(label) for label in cycle if not 0 <= label < classes]
-    if outside:
-        raise ValueError(f"--labels {args.labels}: labels must lie in 0..{(classes or 1) - 1}, got {outside[0]}")
+    asked = request_of(args, "bulk")
+    request, used = asked.settled(metadata.sampler)
+    config = BulkConfig(args.num, request, args.batch_size, args.shard_size, args.format)
     if begun:
         read_manifest(args.out)
     else:
@@ -176,18 +144,17 @@ def _bulk(args: argparse.Namespace) -> int:
     import jax
 
     import jddim
+    from jddim.run import plan
 
-    asked = {"num_steps": args.steps, "eta": args.eta, "spacing": args.spacing, "clip": args.clip}
-    ddim = jddim.load(args.ckpt, dtype=args.dtype)
-    ddim = ddim.with_sampler(**{name: value for name, value in asked.items() if value is not None})
+    ddim = dataclasses.replace(jddim.load(args.ckpt, dtype=request.dtype), sampler=used)
+    first = plan.Inputs(jax.random.key(asked.seed))
+    plan.plan(ddim, asked, first, 1, args.batch_size).check("bulk")  # raises before anything is written
     if automatic and not begun:
         size = fastest_batch_size(args, ddim, args.num)
         config = dataclasses.replace(config, batch_size=size, shard_size=args.shard_size)
     manifest = Manifest(_relative(args.ckpt, args.out), metadata.sha256, config, ddim.sampler, bulk.versions())
     if args.distributed is not None:
         distributed.check_same(manifest.run)
-    if not begun:
-        _try(ddim, config)
     (i, n), layout = args.shard, config.layout
     devices = jax.local_devices()
     total = sum(len(layout.images(k)) for k in range(i, layout.count, n))
@@ -197,7 +164,8 @@ def _bulk(args: argparse.Namespace) -> int:
             make = bulk.sampler_on(devices, ddim, config, args.shard)
         else:  # between segments, signals are heard: a batch may take minutes
             make = bulk.sampler(ddim, config, on_segment=lambda now: jax.block_until_ready(now.x_t))
-        done = bulk.run(args.out, manifest, make, cycle, worker=args.shard, say=say, made=bar.add)
+        labels = functools.partial(bulk.labels_of, ddim, config)
+        done = bulk.run(args.out, manifest, make, labels, worker=args.shard, say=say, made=bar.add)
     seconds = time.perf_counter() - started
     if args.distributed is not None:
         distributed.wait_for_all()  # or the first to end would end the others
@@ -215,21 +183,6 @@ def _join(where: str) -> tuple[int, int]:
         "same command goes on, with as many processes as you like"
     )
     return i, n
-
-
-class _BegunError(Exception):
-    """The first steps were taken."""
-
-
-def _try(ddim: DDIM, config: Any) -> None:
-    """Raise what `sample` has against these settings, before anything is written."""
-    from jddim.bulk import run as bulk
-
-    def stop(_: Any) -> None:
-        raise _BegunError
-
-    with contextlib.suppress(_BegunError):
-        bulk.sampler(ddim, config, on_segment=stop)(0)
 
 
 def _relative(ckpt: Path, out: Path) -> str:
@@ -254,7 +207,7 @@ def _maker(manifest: Manifest, folder: Path | None, given: Path | None) -> tuple
             f"{path} is another checkpoint: its SHA-256 is {sha256[:12]}..., the images were made with "
             f"{manifest.checkpoint_sha256[:12]}..."
         )
-    ddim = dataclasses.replace(jddim.load(path, dtype=manifest.bulk.dtype), sampler=manifest.sampler)
+    ddim = dataclasses.replace(jddim.load(path, dtype=manifest.bulk.request.dtype), sampler=manifest.sampler)
     rows = diff_mappings(manifest.versions, bulk.versions())
     return bulk.sampler(ddim, manifest.bulk), [f"{row.name} was {row.a}, here it is {row.b}" for row in rows]
 

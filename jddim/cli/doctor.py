@@ -1,4 +1,4 @@
-"""`jddim doctor`: what jddim runs on, whether compiled programs are kept. `jddim warmup`: compile beforehand."""
+"""`jddim doctor`: what jddim runs on, and whether compiled programs are kept."""
 
 from __future__ import annotations
 
@@ -11,31 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jddim.cli.options import read_labels
-from jddim.config import counted
-
 PACKAGES = ("jddim", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "torch", "diffusers")
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Define the commands. command: `(name, run, text, examples)` -> its parser."""
+    """Define the command. command: `(name, run, text, examples)` -> its parser."""
     command("doctor", _doctor, "versions, devices, and whether the cache of compiled programs works", "")
-    sub = command(
-        "warmup",
-        _warmup,
-        "sample once for nothing, so that the next `jddim sample` with these options finds its programs compiled",
-        "mnist\nmnist --num 256 --steps 50 --eta 0.5",
-    )
-    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
-    sub.add_argument("--num", type=int, default=64, metavar="N", help="images a call, as sample's (default 64)")
-    sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="as sample's (default 64)")
-    sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
-    sub.add_argument("--eta", type=float, metavar="E", help="any: all share a program")
-    sub.add_argument("--spacing", metavar="NAME", help="only where it makes another number of steps")
-    sub.add_argument("--labels", metavar="LIST", help="as sample's, for a class-conditional checkpoint")
-    sub.add_argument("--guidance-scale", type=float, metavar="W", help="any: all share a program, none has another")
-    sub.add_argument("--null-label", type=int, metavar="L", help="as sample's")
-    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -92,29 +73,3 @@ def _trial() -> dict[str, Any]:
     finally:
         jax.monitoring.unregister_event_listener(count)
     return {"seconds": time.perf_counter() - started, **counts}
-
-
-def _warmup(args: argparse.Namespace) -> int:
-    import jax
-
-    import jddim
-
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        raise ValueError("compiled programs are not kept here, so there is nothing to warm: see jddim doctor")
-    started = time.perf_counter()
-    ddim = jddim.load(args.ckpt, dtype=args.dtype)
-    num = min(args.num, args.batch_size)  # all batches of a run have one program, the last included
-    labels = read_labels(args.labels, args.num)
-    ddim.sample(
-        jax.random.key(0),
-        num,
-        steps=args.steps,
-        spacing=args.spacing,
-        eta=args.eta,
-        labels=None if labels is None else labels[:num],
-        guidance_scale=args.guidance_scale,
-        null_label=args.null_label,
-        progress=True,  # cut into segments, as sample is
-    )
-    print(f"ready for {counted(num, 'image')} a call [{time.perf_counter() - started:.1f} s]")
-    return 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from jddim.cli.options import SPACING_NAMES
-from jddim.config import METHODS
+from jddim.cli.options import add_request, request_of
+from jddim.run.request import taken_by
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -22,12 +23,6 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
     sub.add_argument("out", type=Path, metavar="OUT.jddim", help="the file to write")
     sub.add_argument("--step", action="store_true", help="one DDIM step instead, for a loop of your own")
-    sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's; eta is given when it is run")
-    sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
-    sub.add_argument("--clip", action=argparse.BooleanOptionalAction, help="as in jddim sample")
-    sub.add_argument("--method", choices=METHODS, default="ddim", help="as in jddim sample; default ddim")
-    sub.add_argument("--guidance-scale", type=float, metavar="W", help="as in jddim sample; compiled in")
-    sub.add_argument("--null-label", type=int, metavar="N", help="as in jddim sample")
     sub.add_argument("--batch-size", type=int, metavar="B", help="compiled in (default: any, said when it is run)")
     sub.add_argument(
         "--platforms", type=_platforms, default=("cpu", "cuda", "tpu"), metavar="LIST", help="default cpu,cuda,tpu"
@@ -35,7 +30,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--weights", choices=("inside", "beside"), default="inside", help="beside: as OUT.weights.npz (default inside)"
     )
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
+    add_request(sub, "export")
 
 
 def _platforms(text: str) -> tuple[str, ...]:
@@ -51,8 +46,11 @@ def _export(args: argparse.Namespace) -> int:
 
     if args.out.suffix != ".jddim":
         raise ValueError(f"{args.out}: end OUT in .jddim")
-    if args.step and (args.method != "ddim" or args.guidance_scale is not None or args.null_label is not None):
-        raise ValueError("--step is DDIM's, without guidance: leave out --method, --guidance-scale and --null-label")
+    request = request_of(args, "export")
+    taken = {"steps", "spacing", "dtype", *(o.name for o in taken_by("export") if o.convention)} - {"variance"}
+    if args.step and (left := sorted(request.asked().keys() - taken)):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in left)
+        raise ValueError(f"--step is DDIM's, without guidance: leave out {names}")
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     metadata = load_metadata(args.ckpt)
@@ -61,16 +59,12 @@ def _export(args: argparse.Namespace) -> int:
     import jddim
     from jddim.scale import export
 
-    asked = {"num_steps": args.steps, "spacing": args.spacing, "clip": args.clip}
-    ddim = jddim.load(args.ckpt, dtype=args.dtype)
-    ddim = ddim.with_sampler(**{name: value for name, value in asked.items() if value is not None})
-    common = {"batch_size": args.batch_size, "platforms": args.platforms}
+    rest, used = request.settled(metadata.sampler)
+    ddim = dataclasses.replace(jddim.load(args.ckpt, dtype=request.dtype), sampler=used)
     if args.step:
-        exported = export.export_step(ddim, **common)
+        exported = export.export_step(ddim, batch_size=args.batch_size, platforms=args.platforms)
     else:
-        exported = export.export_sampler(
-            ddim, method=args.method, guidance_scale=args.guidance_scale, null_label=args.null_label, **common
-        )
+        exported = export.export_sampler(ddim, rest, batch_size=args.batch_size, platforms=args.platforms)
     written = export.save(args.out, exported, beside=args.weights == "beside")
     takes = ", ".join(["weights", *(f"{name} {shape}" for name, shape in exported.about["arguments"].items())])
     print(f"{' and '.join(map(str, written))}: {exported.about['kind']} for {', '.join(args.platforms)}, takes {takes}")

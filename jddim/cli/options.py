@@ -6,39 +6,99 @@ import argparse
 import difflib
 import os
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from jddim.run.request import OWN, Request, options, taken_by
+
 if TYPE_CHECKING:
-    import numpy as np
-
     from jddim.pipeline import DDIM
+    from jddim.run.plan import Plan
 
-SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, ddimN or N,N,..."
+
+def add_request(sub: argparse.ArgumentParser, command: str, **defaults: Any) -> None:
+    """Give a command every option of `Request` that it takes, and have it refuse the others by their reasons.
+
+    defaults: of this command, in place of the field's. An option that has been defined before is left as it is.
+    """
+    defined = {name for action in sub._actions for name in action.option_strings}
+    conventions = sub.add_argument_group("conventions", "each overrides the checkpoint's (`jddim info` shows them)")
+    for name, default, option in options():
+        reason = option.left_out.get(command)
+        if option.flag in defined or reason == OWN:
+            continue
+        if reason is None:
+            place = conventions if option.convention else sub
+            place.add_argument(
+                option.flag, dest=name, default=defaults.get(name, default), help=option.help, **option.how
+            )
+        elif "alone" not in reason:
+            spellings = [option.flag]
+            if option.how.get("action") is argparse.BooleanOptionalAction:
+                spellings.append(f"--no-{option.flag[2:]}")
+            sub.add_argument(*spellings, action=_Refused, why=reason, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def read_labels(text: str | None, num: int) -> np.ndarray | None:
-    """One label an image, from "3,977" (one each, or one for all) or "0:10" (0 to 9, over and over)."""
-    if text is None:
-        return None
-    if num < 1:
-        raise ValueError(f"--num must be at least 1, got {num}")
-    import numpy as np
+def request_of(args: argparse.Namespace, command: str) -> Request:
+    """The request that a command's options make."""
+    asked: dict[str, Any] = {o.name: getattr(args, o.name) for o in taken_by(command)}
+    asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
+    return Request(**asked)
 
-    try:
-        if ":" in text:
-            low, high = (int(part) for part in text.split(":"))
-            given = list(range(low, high))
-        else:
-            given = [int(part) for part in text.split(",")]
-    except ValueError:
-        given = []
-    if not given:
-        raise ValueError(f"--labels takes integers, 3,977 or a range, 0:10; got {text!r}")
-    if ":" not in text and len(given) not in (1, num):
-        raise ValueError(
-            f"--labels names {len(given)} labels for {num} images; give one for each, one for all, or a range"
-        )
-    return np.resize(np.array(given, np.int32), num)
+
+class _Refused(argparse.Action):
+    """An option that a command does not take, with the reason."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, why: str, help: str | None = None):
+        super().__init__(option_strings, dest, nargs="*", help=help)
+        self.why = why
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """Say why."""
+        parser.error(f"{self.option_strings[0]} is not for {parser.prog}: {self.why}")
+
+
+def load_for(args: argparse.Namespace, request: Request, formats: Sequence[str]) -> DDIM:
+    """The checkpoint, once it is known that OUT can be written."""
+    import jddim
+    from jddim.checkpoint.folder import load_metadata
+    from jddim.images import check_output
+
+    if args.out.suffix.lower() not in formats:
+        raise ValueError(f"{args.out}: end OUT in {' or '.join(filter(None, formats))}")
+    check_output(args.out, load_metadata(args.ckpt).model.in_channels, formats=formats)
+    return jddim.load(args.ckpt, dtype=request.dtype)
+
+
+def settings_of(args: argparse.Namespace, request: Request, ddim: DDIM, planned: Plan, command: str) -> dict[str, Any]:
+    """What a picture says of how it was made: the command's own options, and the request."""
+    from jddim import __version__
+
+    assert ddim.metadata is not None
+    names = {o.name for o in options()} | {"run", "ckpt", "out"}
+    own = {n: v.name if isinstance(v, Path) else v for n, v in vars(args).items() if n not in names}
+    described = request.described(planned.sampler, planned.table.num_steps, command)
+    return {"checkpoint_sha256": ddim.metadata.sha256, "jddim": __version__, **own, **described}
+
+
+def check_num(num: int, least: int) -> None:
+    """Raise ValueError for too few images."""
+    if num < least:
+        raise ValueError(f"--num must be at least {least}{', both ends' if least == 2 else ''}, got {num}")
+
+
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Argparse's type of a list of numbers, separated by commas."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            what = "whole numbers" if kind is int else "numbers"
+            raise argparse.ArgumentTypeError(f"takes {what} separated by commas, got {text!r}") from None
+
+    return parse
 
 
 def read_batch_size(text: str) -> int | str:
@@ -54,17 +114,6 @@ def fastest_batch_size(args: argparse.Namespace, ddim: DDIM, num: int) -> int:
     from jddim.scale.batch_size import best_batch_size
 
     return best_batch_size(ddim, num, evaluations=1 + (args.guidance_scale is not None), say=say)
-
-
-def read_seed(text: str) -> int:
-    """`--seed`: what jax.random.key tells apart."""
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"takes a whole number, got {text!r}") from None
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0..{2**32 - 1}, which seeds are kept apart in")
-    return number
 
 
 def one_line(error: BaseException) -> str:

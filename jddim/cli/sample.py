@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import os
 import sys
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jddim import __version__
-from jddim.cli.options import SPACING_NAMES, fastest_batch_size, read_batch_size, read_labels, read_seed
-from jddim.config import METHODS, PREDICTION_TYPES, VARIANCES, counted
+from jddim.cli.options import add_request, fastest_batch_size, read_batch_size, request_of
+from jddim.config import counted
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from jddim.pipeline import Preview
+    from jddim.run.batches import Preview
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -42,13 +41,6 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "exactly the sampler's result; no suffix: a folder of numbered PNGs",
     )
     sub.add_argument("--num", type=int, metavar="N", help="images (default 64, or as many as --x-T holds)")
-    sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's")
-    sub.add_argument(
-        "--eta", type=float, metavar="E", help="0 deterministic, 1 as noisy as DDPM; default: the checkpoint's"
-    )
-    sub.add_argument(
-        "--seed", type=read_seed, default=0, metavar="I", help="image i depends on (seed, i) alone; default 0"
-    )
     sub.add_argument(
         "--batch-size",
         type=read_batch_size,
@@ -56,61 +48,12 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="B",
         help="images at a time (default 64); auto: tries which is fastest and fits",
     )
-    sub.add_argument("--spacing", metavar="NAME", help=f"{SPACING_NAMES}; default: the checkpoint's")
-    sub.add_argument(
-        "--method",
-        choices=METHODS,
-        default="ddim",
-        help="ddpm: ancestral sampling, with the checkpoint's variance or --variance; the rest: other solvers "
-        "(heun asks the network twice a step); default ddim",
-    )
-    sub.add_argument(
-        "--labels",
-        metavar="LABELS",
-        help="of a class-conditional model: 3,977 (one an image, or one for all) or 0:10 (0 to 9, over and over)",
-    )
-    sub.add_argument(
-        "--guidance-scale",
-        type=float,
-        metavar="W",
-        help="classifier-free guidance: 0 without the label, 1 with it, above 1 beyond; needs a null label",
-    )
-    sub.add_argument(
-        "--null-label", type=int, metavar="N", help="what meant no label in training; default: as recorded"
-    )
     sub.add_argument(
         "--x-T", dest="x_T", type=Path, metavar="FILE.npy", help="start from this noise, (N, H, W, C) float32"
     )
     sub.add_argument(
         "--noise", type=Path, metavar="FILE.npy", help="(S, N, H, W, C) float32; row s is used in the s-th step taken"
     )
-    sub.add_argument(
-        "--clip",
-        action=argparse.BooleanOptionalAction,
-        help="clamp x0 to the clip range at each step; default: the checkpoint's",
-    )
-    conventions = sub.add_argument_group("conventions", "each overrides the checkpoint's (`jddim info` shows them)")
-    conventions.add_argument("--clip-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="for --clip")
-    conventions.add_argument(
-        "--threshold",
-        type=float,
-        nargs=2,
-        metavar=("RATIO", "MAX"),
-        help="dynamic thresholding of x0 in place of --clip: diffusers' dynamic_thresholding_ratio, sample_max_value",
-    )
-    conventions.add_argument(
-        "--rederive-eps",
-        action=argparse.BooleanOptionalAction,
-        help="the direction's eps from the clipped x0 (OpenAI, lucidrains)",
-    )
-    conventions.add_argument("--steps-offset", type=int, metavar="N", help="added to each t of the spacing leading")
-    conventions.add_argument(
-        "--set-alpha-to-one",
-        action=argparse.BooleanOptionalAction,
-        help="of diffusers' spacings: whether the last step ends at alpha_bar 1, or at that of t = 0",
-    )
-    conventions.add_argument("--variance", choices=VARIANCES, help="for ddpm")
-    conventions.add_argument("--prediction-type", choices=PREDICTION_TYPES, help="what the network predicts")
     sub.add_argument(
         "--preview",
         type=Path,
@@ -122,7 +65,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         action="store_true",
         help="every step too: .png a row of x0_hat an image; .npz also t, x_t, x0_hat; .npy x_t, (S, N, H, W, C)",
     )
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
+    add_request(sub, "sample")
 
 
 def _sample(args: argparse.Namespace) -> int:
@@ -152,28 +95,16 @@ def _sample(args: argparse.Namespace) -> int:
 
     import jddim
     from jddim import images
+    from jddim.run.batches import run
+    from jddim.run.plan import Batch, Inputs, plan
 
-    asked = {
-        "spacing": args.spacing,
-        "steps_offset": args.steps_offset,
-        "set_alpha_to_one": args.set_alpha_to_one,
-        "clip": args.clip,
-        "clip_range": None if args.clip_range is None else tuple(args.clip_range),
-        "threshold_ratio": None if args.threshold is None else args.threshold[0],
-        "threshold_max": None if args.threshold is None else args.threshold[1],
-        "rederive_eps": args.rederive_eps,
-        "variance": args.variance,
-        "prediction_type": args.prediction_type,
-    }
-    asked = {name: value for name, value in asked.items() if value is not None}
-    ddim = jddim.load(args.ckpt, dtype=args.dtype).with_sampler(**asked)
-    if args.clip_range is not None and not ddim.sampler.clip:
-        raise ValueError(
-            "--clip-range without --clip: this checkpoint's x0 is not clipped; add --clip, or leave it out"
-        )
+    request = request_of(args, "sample")
+    ddim = jddim.load(args.ckpt, dtype=request.dtype)
     if args.batch_size == "auto":
         args.batch_size = fastest_batch_size(args, ddim, num)
-    table = ddim.table(args.steps)
+    key = jax.random.key(request.seed)
+    planned = plan(ddim, request, Inputs(key, x_T=x_T, noise=noise), num, args.batch_size).check("sample")
+    table, used = planned.rows, planned.sampler
     keep = suffix == ".gif" or args.trajectory
     every = max(1, table.num_steps // 40) if suffix == ".gif" else 1
 
@@ -181,48 +112,31 @@ def _sample(args: argparse.Namespace) -> int:
         save_png(args.preview, images.grid(now.x0_hat), {})
 
     started = time.perf_counter()
-    result = ddim.sample(
-        jax.random.key(args.seed),
-        num,
-        method=args.method,
-        steps=args.steps,
-        eta=args.eta,
-        labels=read_labels(args.labels, num),
-        guidance_scale=args.guidance_scale,
-        null_label=args.null_label,
-        x_T=x_T,
-        noise=noise,
+    made, trajectory = run(
+        planned,
         batch_size=args.batch_size,
         trajectory_every=every if keep else None,
         progress=True,
         on_segment=None if args.preview is None else _in_terminal if in_terminal else to_file,
     )
-    x_0, trajectory = result if keep else (result, None)
-    x_0 = np.asarray(x_0)
+    x_0 = np.asarray(made)
     seconds = time.perf_counter() - started
 
-    eta = None if args.method != "ddim" else ddim.sampler.eta if args.eta is None else args.eta
     settings = {
         "checkpoint_sha256": metadata.sha256,
         "jddim": __version__,
-        "seed": args.seed,
         "num": num,
-        "method": args.method,
-        **dataclasses.asdict(ddim.sampler),
-        "num_steps": table.num_steps,
-        "eta": eta,
-        "labels": args.labels,
-        "guidance_scale": args.guidance_scale,
-        "null_label": args.null_label,
-        "dtype": args.dtype,
+        **request.described(used, table.num_steps, "sample"),
         "x_T": _given_array(args.x_T),
         "noise": _given_array(args.noise),
         "trajectory": args.trajectory,
     }
+    if not planned.program.method.takes_eta:
+        settings["eta"] = None
     if trajectory is None:
         save_images(args.out, x_0, settings)
     elif suffix == ".gif":
-        first = x_T if x_T is not None else _initial(args.seed, num, x_0.shape[1:])
+        first = np.asarray(planned.part(Batch(0, num, num)).x_T)
         save_images(args.out, x_0, settings, frames=[first, *np.asarray(trajectory.x_t)])
     elif suffix == ".png":  # one row an image, the predicted x_0 from left to right, at most 12 columns
         columns = np.unique(np.linspace(0, len(trajectory.t) - 1, 12).round().astype(int))
@@ -235,12 +149,14 @@ def _sample(args: argparse.Namespace) -> int:
                 np.savez(staging, allow_pickle=False, arr_0=images.to_uint8(x_0), **arrays)
             else:
                 np.save(staging, arrays["x_t"])
-    if args.steps is not None and table.num_steps != args.steps:
-        print(f"note: {ddim.sampler.spacing} spacing makes {table.num_steps} steps of {args.steps}, as its source does")
-    how = {"ddim": f", eta {eta}", "ddpm": f", {ddim.sampler.variance}"}.get(args.method, "")
+    steps = planned.table.num_steps
+    if request.steps is not None and steps != request.steps:
+        print(f"note: {used.spacing} spacing makes {steps} steps of {request.steps}, as its source does")
+    how = "" if settings["eta"] is None else f", eta {settings['eta']}"
     print(
-        f"{counted(num, 'image')} in {counted(table.num_steps, f'{args.method} step')} "
-        f"({ddim.sampler.spacing}{how}) -> {args.out}  [{seconds:.1f} s with compiling, {num / seconds:.1f} images/s]"
+        f"{counted(num, 'image')} in {counted(table.num_steps, f'{request.method} step')} "
+        f"({request.spacing or used.spacing}{how}) -> {args.out}  "
+        f"[{seconds:.1f} s with compiling, {num / seconds:.1f} images/s]"
     )
     return 0
 
@@ -252,16 +168,6 @@ def _in_terminal(now: Preview) -> None:
 
     width = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0 where a terminal does not know
     tqdm.write(blocks(now.x0_hat, width), file=sys.stderr)
-
-
-def _initial(seed: int, num: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The x_T that `DDIM.sample` drew, for the first frame."""
-    import jax
-    import numpy as np
-
-    from jddim.sampling import initial_noise, sample_keys
-
-    return np.asarray(initial_noise(sample_keys(jax.random.key(seed), num), shape))
 
 
 def _load_array(path: Path | None, option: str) -> np.ndarray | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jddim.cli.options import SPACING_NAMES
+from jddim.run.request import SPACING_NAMES
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import socket
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jddim.cli.options import say
+from jddim.cli.options import add_request, request_of, say
 from jddim.config import METHODS
 
 
@@ -42,7 +43,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--max-steps", type=int, default=250, metavar="S", help="of a run (default 250)")
     sub.add_argument("--max-num", type=int, default=16, metavar="N", help="images of a run (default 16)")
     sub.add_argument("--queue", type=int, default=64, metavar="N", help="runs that may wait (default 64)")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network's computation")
+    add_request(sub, "serve")
 
 
 def _methods(text: str) -> tuple[str, ...]:
@@ -80,7 +81,9 @@ def _serve(args: argparse.Namespace) -> int:
 
     import jddim
 
-    served = {name: jddim.load(path, dtype=args.dtype) for name, path in zip(names, args.ckpt, strict=True)}
+    request = request_of(args, "serve")
+    loaded = {name: jddim.load(path, dtype=request.dtype) for name, path in zip(names, args.ckpt, strict=True)}
+    served = {name: dataclasses.replace(one, sampler=request.sampler(one.sampler)) for name, one in loaded.items()}
     local = loopback(args.host.lower())
     paths = {name: str(path) if local else name for name, path in zip(names, args.ckpt, strict=True)}
     bounds = Bounds(args.max_steps, args.max_num)

@@ -1,8 +1,8 @@
-"""The loop over batches and segments around a compiled program, which sees a NaN and says where it was."""
+"""The loop over a plan's batches and segments, which sees a NaN and says where it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,56 +11,84 @@ import numpy as np
 from jax import Array
 
 from jddim.ddim import StepTable
+from jddim.run.plan import Batch, Plan, traced
 from jddim.run.progress import Progress
-from jddim.sampling import State, segments
+from jddim.sampling import State, Trajectory, segments
 
 
-class Batch(NamedTuple):
-    """Images low..low+taken-1 of a run, computed as `size` of them: the last batch too has the others' program."""
+class Preview(NamedTuple):
+    """What `sample` hands to `on_segment`: a batch on its way.
 
-    low: int
-    taken: int
-    size: int
-
-    def of(self, x: Array | np.ndarray, axis: int = 0) -> Array:
-        """Its part of `x`; its last sample repeated to make a full batch, whose copies are dropped afterwards."""
-        rows = jnp.asarray(x[(slice(None),) * axis + (slice(self.low, self.low + self.taken),)])
-        missing = self.size - self.taken
-        if not missing:
-            return rows
-        return jnp.concatenate([rows, jnp.repeat(jnp.take(rows, jnp.array([-1]), axis), missing, axis)], axis)
-
-
-def in_batches(
-    num: int,
-    batch_size: int | None,
-    table: Any,
-    begin: Callable[[Batch], State],
-    advance: Callable[[Batch, State, Any], State],
-    start: int,
-    progress: bool,
-    seen: Callable[[Batch, State, Any], None] | None = None,
-) -> Iterator[tuple[int, State]]:
-    """Each batch from `begin` through the table by `advance`: (how many of its samples count, its last state).
-
-    In segments if there is progress to show or `seen` wants to be called after each. start: the number of image 0.
-    Raises FloatingPointError if a sample leaves the finite numbers.
+    start: the first image's number. done, total: evaluations taken, and in all. x_t, x0_hat: `(n, h, w, c)`, the
+    samples now, and the clean images that the last step predicted.
     """
-    size = min(batch_size or num, num)
-    cut = segments(table) if progress or seen else [table]
-    with Progress(num, f"{table.num_steps} steps", enabled=progress) as bar:
+
+    start: int
+    done: int
+    total: int
+    x_t: Array
+    x0_hat: Array
+
+
+def run(
+    plan: Plan,
+    *,
+    batch_size: int | None = None,
+    trajectory_every: int | None = None,
+    progress: bool = False,
+    on_segment: Callable[[Preview], object] | None = None,
+) -> tuple[Array, Trajectory | None]:
+    """A plan's images, and the trajectory if one is asked for.
+
+    Always in the same segments, so that whoever watches has the program, and the bits, of who does not; inside a
+    transformation of the caller's as one scan, where nothing is looked at. Raises FloatingPointError if a sample leaves
+    the finite numbers, ValueError if there is something to watch under a transformation.
+    """
+    num, rows, start = plan.num, plan.rows, _first(plan)
+    inside = traced(plan.model, plan.inputs)
+    if inside and on_segment is not None:
+        raise ValueError("sample: on_segment sees no values inside jit, vmap or grad: leave it out there")
+    size, buffers = min(batch_size or num, num), trajectory_every if inside else None
+    cut = [rows] if inside else segments(rows, every=trajectory_every)
+    images: list[Array] = []
+    trajectories: list[Trajectory] = []
+    with Progress(num, f"{rows.num_steps} steps", enabled=progress and not inside) as bar:
         for low in range(0, num, size):
             batch = Batch(low, min(size, num - low), size)
-            state = begin(batch)
+            part, kept = plan.part(batch), []
+            state = part.begin(buffers)
             for segment in cut:
-                state = advance(batch, state, segment)
+                state = part.advance(state, segment, buffers)
+                if inside:
+                    continue
+                taken = int(segment.step[-1]) + 1
+                if trajectory_every is not None and (taken % trajectory_every == 0 or taken == rows.num_steps):
+                    kept.append((segment.t_prev[-1], state.x_t[: batch.taken], state.x0_hat[: batch.taken]))
                 if progress:  # between segments Ctrl-C is heard, and a NaN seen, with a terminal or without
-                    raise_if_bad(state, table, start + low, batch.taken)
-                    bar.add(batch.taken * segment.num_steps / table.num_steps)
-                if seen is not None:
-                    seen(batch, state, segment)
-            raise_if_bad(state, table, start + low, batch.taken)
-            yield batch.taken, state
+                    raise_if_bad(state, rows, start + low, batch.taken)
+                    bar.add(batch.taken * segment.num_steps / rows.num_steps)
+                if on_segment is not None:
+                    x_t, x0_hat = state.x_t[: batch.taken], state.x0_hat[: batch.taken]
+                    on_segment(Preview(start + low, taken, rows.num_steps, x_t, x0_hat))
+            raise_if_bad(state, rows, start + low, batch.taken)
+            images.append(state.x_t[: batch.taken])
+            if state.trajectory is not None:
+                t, x_t, x0_hat = state.trajectory
+                trajectories.append(Trajectory(t, x_t[:, : batch.taken], x0_hat[:, : batch.taken]))
+            elif kept:
+                t, x_t, x0_hat = (jnp.stack([jnp.asarray(entry[i]) for entry in kept]) for i in range(3))
+                trajectories.append(Trajectory(t, x_t, x0_hat))
+    x_0 = images[0] if len(images) == 1 else jnp.concatenate(images)
+    if not trajectories:
+        return x_0, None
+    x_ts, x0_hats = (jnp.concatenate([part[i] for part in trajectories], axis=1) for i in (1, 2))
+    return x_0, Trajectory(trajectories[0].t, x_ts, x0_hats)
+
+
+def _first(plan: Plan) -> int:
+    """The number of a plan's first image, for messages."""
+    numbers: Any = plan.inputs.numbers
+    return 0 if isinstance(numbers, jax.core.Tracer) else int(np.asarray(numbers)[0])
 
 
 def raise_if_bad(state: State, table: StepTable, start: int, count: int) -> None:

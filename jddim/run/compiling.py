@@ -132,9 +132,9 @@ class Jit:
     def _on(self, kind: Kind) -> Any:
         """The program for a kind of device, of its arguments' leaves: it takes milliseconds to flatten a model."""
 
-        def tuned(leaves: list[Any], structure: Any, **static: Any) -> Any:
-            args, kwargs = jax.tree.unflatten(structure, leaves)
-            return self.function(*faster(args, kind), **kwargs, **static)
+        def tuned(held: list[Any], leaves: list[Any], structure: Any, **static: Any) -> Any:
+            first, (args, kwargs) = map(jax.tree.unflatten, structure, (held, leaves))
+            return self.function(*faster((first, *args), kind), **kwargs, **static)
 
         tuned.__name__ = tuned.__qualname__ = self.function.__name__
         return jax.jit(
@@ -142,13 +142,24 @@ class Jit:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        static = {name: kwargs.pop(name) for name in self.static_argnames if name in kwargs}
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        under_jit = jnp.zeros(())  # then, a tracer
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in [*leaves, under_jit])
-        devices = set() if traced else {each for x in leaves if isinstance(x, jax.Array) for each in x.devices()}
-        kinds = {kind_of(device) for device in devices}
-        if len(kinds) != 1:
-            return self.plain(*args, **kwargs, **static)
-        (kind,) = kinds
-        return self.on(kind)(leaves, structure=structure, **static)
+        """As the function."""
+        return self.bound(args[0])(*args[1:], **kwargs)
+
+    def bound(self, first: Any) -> Callable[..., Any]:
+        """The function with its first argument in place, which is flattened once for all calls."""
+        held, held_structure = jax.tree.flatten(first)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            static = {name: kwargs.pop(name) for name in self.static_argnames if name in kwargs}
+            leaves, structure = jax.tree.flatten((args, kwargs))
+            under_jit = jnp.zeros(())  # then, a tracer
+            every = [*held, *leaves]
+            traced = any(isinstance(leaf, jax.core.Tracer) for leaf in [*every, under_jit])
+            devices = set() if traced else {each for x in every if isinstance(x, jax.Array) for each in x.devices()}
+            kinds = {kind_of(device) for device in devices}
+            if len(kinds) != 1:
+                return self.plain(first, *args, **kwargs, **static)
+            (kind,) = kinds
+            return self.on(kind)(held, leaves, structure=(held_structure, structure), **static)
+
+        return call

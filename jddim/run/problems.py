@@ -1,4 +1,4 @@
-"""What is wrong with the arguments of `DDIM.sample` and `DDIM.invert`: each function returns sentences, or none.
+"""What is wrong with a request: each function returns (field, sentence) pairs, or none.
 
 Of traced values only shapes are looked at.
 """
@@ -13,149 +13,208 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jddim.config import ModelConfig, SamplerConfig, size_problems
 from jddim.ddim import StepTable, largest_eta
+from jddim.run.request import GUIDANCES
 from jddim.sampling import check_prediction
 
+Problems = list[tuple[str, str]]
 
-def common_problems(
-    config: ModelConfig,
-    sampler: SamplerConfig,
-    table: StepTable,
-    num: int | None,
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
-    *,
-    x_T: Array | np.ndarray | None,
-    key: Array | None = None,
-    noise: Array | np.ndarray | None = None,
-    needs_noise: bool = False,
-    batch_size: int | None = None,
-    start: str = "x_T",
-) -> list[str]:
-    """What is wrong with the arguments that all methods take, as sentences.
 
-    shape: (h, w, c) of an image; x_T: `(num, h, w, c)`; noise: `(S, num, h, w, c)`, both of `dtype`; key: one, or
-    `(num,)`; needs_noise: whether a step adds any. start: what x_T is called.
-    """
-    problems = size_problems(config, (shape[0], shape[1]))
-    outputs = 2 if sampler.variance == "learned_range" else 1
-    if outputs * config.in_channels != config.out_channels:
-        problems.append(
-            f"this model maps {config.in_channels} channels to {config.out_channels}; sampling needs "
-            + ("twice as many out (its variance is learned)" if outputs == 2 else "both equal")
-        )
-    if num is None or num < 1:
-        problems.append(f"num must be at least 1, got {num}")
-        return problems
-    if not (batch_size is None or (isinstance(batch_size, (int, np.integer)) and batch_size >= 1)):
-        problems.append(f"batch_size must be a whole number, at least 1, or None; got {batch_size!r}")
-    if key is None and (x_T is None or (noise is None and needs_noise)):
-        what = "x_T" if x_T is None else "the noise of each step (eta > 0)"
-        problems.append(f"a key is needed for {what}: jax.random.key(seed)")
-    if key is not None and not (isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else repr(key)
-        problems.append(f"key must be jax.random.key(seed), got {got}")
-    elif key is not None and key.shape not in ((), (num,)):
-        problems.append(f"key must be one key, or one per image ({num},), got shape {key.shape}")
+def sentences(problems: Problems) -> str:
+    """All in one line."""
+    return "; ".join(sentence for _, sentence in problems)
+
+
+def sampler_problems(sampler: SamplerConfig, table: StepTable) -> Problems:
+    """What is wrong with the conventions, on this table."""
+    problems: Problems = []
     low, high = sampler.clip_range
     if sampler.clip and not low < high:
-        problems.append(f"clip_range must be (low, high) with low < high, got {sampler.clip_range}")
-    if sampler.threshold_ratio is not None and not 0 < sampler.threshold_ratio <= 1:
-        problems.append(f"threshold_ratio must lie in (0, 1], got {sampler.threshold_ratio}")
+        problems.append(("clip_range", f"clip_range must be (low, high) with low < high, got {sampler.clip_range}"))
+    if sampler.threshold_ratio is not None:
+        if not 0 < sampler.threshold_ratio <= 1:
+            problems.append(("threshold", f"threshold_ratio must lie in (0, 1], got {sampler.threshold_ratio}"))
+        if not 1 <= sampler.threshold_max < np.inf:
+            problems.append(("threshold", f"threshold_max must be a number >= 1, got {sampler.threshold_max}"))
     try:
         check_prediction(table, sampler.prediction_type)
     except ValueError as error:
-        problems.append(str(error))
-    for name, array, expected in (
-        (start, x_T, (num, *shape)),
-        ("noise", noise, (table.num_steps, num, *shape)),
-    ):
-        if array is None:
-            continue
-        if np.shape(array) != expected:
-            of_steps = f", one row for each of {table.num_steps} steps" if name == "noise" else ""
-            problems.append(f"{name} must have shape {expected}{of_steps}, got {np.shape(array)}")
-            if np.ndim(array) == len(expected) and channels_first(array, expected[-1]):
-                problems.append(f"{name} looks like (N, C, H, W), got {np.shape(array)}: transpose it to (N, H, W, C)")
-        elif array.dtype != dtype:
-            problems.append(f"{name} must be {jnp.dtype(dtype)}, got {array.dtype}")
-        elif not isinstance(array, jax.core.Tracer) and not _all_finite(array):
-            where = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
-            problems.append(f"{name} holds a NaN or infinity, first at {where}")
+        problems.append(("prediction_type", str(error)))
     return problems
+
+
+def network_problems(config: ModelConfig, sampler: SamplerConfig, image_size: tuple[int, int]) -> Problems:
+    """What is wrong with sampling this network at (height, width)."""
+    problems: Problems = [("image_size", problem) for problem in size_problems(config, image_size)]
+    outputs = 2 if sampler.variance == "learned_range" else 1
+    if outputs * config.in_channels != config.out_channels:
+        needs = "twice as many out (its variance is learned)" if outputs == 2 else "both equal"
+        problems.append(
+            (
+                "variance",
+                f"this model maps {config.in_channels} channels to {config.out_channels}; sampling needs {needs}",
+            )
+        )
+    return problems
+
+
+def num_problems(num: int | None) -> Problems:
+    """What is wrong with the number of images."""
+    if num is not None and num >= 1:
+        return []
+    got = "got none: give num, or x_T" if num is None else f"got {num}"
+    return [("num", f"num must be at least 1, {got}")]
+
+
+def key_problems(key: Array | None, num: int, *, x_T: bool, noise: bool, needs_noise: bool) -> Problems:
+    """What is wrong with the key. x_T, noise: whether they are given."""
+    if key is None:
+        if x_T and (noise or not needs_noise):
+            return []
+        what = "the noise of each step (eta > 0)" if x_T else "x_T"
+        return [("key", f"a key is needed for {what}: jax.random.key(seed)")]
+    if not (isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else repr(key)
+        return [("key", f"key must be jax.random.key(seed), got {got}")]
+    if key.shape not in ((), (num,)):
+        return [("key", f"key must be one key, or one per image ({num},), got shape {key.shape}")]
+    return []
+
+
+def array_problems(
+    name: str, array: Array | np.ndarray | None, expected: tuple[int, ...], dtype: DTypeLike, steps: int | None = None
+) -> Problems:
+    """What is wrong with images or noise. steps: how many rows noise has."""
+    if array is None:
+        return []
+    problems: Problems = []
+    if np.shape(array) != expected:
+        of_steps = "" if steps is None else f", one row for each of {steps} steps"
+        problems.append((name, f"{name} must have shape {expected}{of_steps}, got {np.shape(array)}"))
+        if np.ndim(array) == len(expected) and channels_first(array, expected[-1]):
+            told = f"{name} looks like (N, C, H, W), got {np.shape(array)}: transpose it to (N, H, W, C)"
+            problems.append((name, told))
+    elif not isinstance(array, (Array, np.ndarray)):
+        kind = f"{type(array).__module__.partition('.')[0]}'s {type(array).__name__}"
+        problems.append((name, f"{name} must be an array of jax or NumPy, got {kind}: give numpy.asarray(...) of it"))
+    elif array.dtype != dtype:
+        problems.append((name, f"{name} must be {jnp.dtype(dtype)}, got {array.dtype}"))
+    elif not isinstance(array, jax.core.Tracer) and not _all_finite(array):
+        where = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
+        problems.append((name, f"{name} holds a NaN or infinity, first at {where}"))
+    return problems
+
+
+def batch_size_problems(batch_size: int | None) -> Problems:
+    """What is wrong with the number of images at a time."""
+    if batch_size is None or (isinstance(batch_size, (int, np.integer)) and batch_size >= 1):
+        return []
+    return [("batch_size", f"batch_size must be a whole number, at least 1, or None; got {batch_size!r}")]
 
 
 def guidance_problems(
-    config: ModelConfig, sampler: SamplerConfig, scale: ArrayLike | None, null_label: int | None, num: int, method: str
-) -> list[str]:
-    """What is wrong with guidance of a network with this config, as sentences. scale: a scalar or `(num,)`, or None."""
+    config: ModelConfig,
+    scale: ArrayLike | None,
+    null_label: int | None,
+    num: int,
+    *,
+    kind: str | None = None,
+    rescale: float | None = None,
+    interval: tuple[float, float] | None = None,
+    learned_variance: bool = False,
+    takes_eta: bool = True,
+) -> Problems:
+    """What is wrong with guidance of a network with this config. scale: a scalar or `(num,)`, or None: no guidance.
+
+    learned_variance: the steps read the network's. takes_eta: they are DDIM's.
+    """
+    others = {"guidance": kind, "guidance_rescale": rescale, "guidance_interval": interval, "null_label": null_label}
     if scale is None:
-        return [] if null_label is None else ["null_label is for guidance: give guidance_scale too, or leave it out"]
+        return [
+            (name, f"{name} is for guidance: give guidance_scale too, or leave it out")
+            for name, value in others.items()
+            if value is not None
+        ]
     if config.class_embedding != "learned":
-        return ["guidance_scale needs a network with learned class labels; this one has none"]
-    problems = []
+        told = "guidance_scale needs a network with learned class labels; this one has none"
+        return [("guidance_scale", told)]
+    problems: Problems = []
     if null_label is None or not 0 <= null_label < (config.num_classes or 0):
-        problems.append(
-            f"guidance_scale needs null_label, the one of 0..{(config.num_classes or 1) - 1} that meant no label "
-            f"in training; got {null_label}"
-        )
+        told = f"guidance_scale needs null_label, the one of 0..{(config.num_classes or 1) - 1} that meant no label "
+        problems.append(("null_label", f"{told}in training; got {null_label}"))
+    known = not isinstance(scale, jax.core.Tracer)
     if np.shape(scale) not in ((), (num,)):
-        problems.append(f"guidance_scale must be a scalar or one value per image ({num},), got shape {np.shape(scale)}")
-    elif not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, float)).all():
-        problems.append(f"guidance_scale must be finite, got {scale}")
-    if method == "ddpm" and sampler.variance == "learned_range":
-        problems.append("guidance of a learned variance is not defined: use method ddim, or a fixed variance")
+        told = f"guidance_scale must be a scalar or one value per image ({num},), got shape {np.shape(scale)}"
+        problems.append(("guidance_scale", told))
+    elif known and not np.isfinite(np.asarray(scale, float)).all():
+        problems.append(("guidance_scale", f"guidance_scale must be finite, got {scale}"))
+    elif known and kind == GUIDANCES[2] and not ((np.asarray(scale) >= 0) & (np.asarray(scale) <= 1)).all():
+        problems.append(("guidance_scale", f"guidance_scale of cfg++ must lie in 0..1, got {scale}"))
+    if learned_variance:
+        told = "guidance of a learned variance is not defined: use method ddim, or a fixed variance"
+        problems.append(("guidance_scale", told))
+    if kind == GUIDANCES[2] and not takes_eta:
+        problems.append(("guidance", "guidance cfg++ is a step of DDIM's: use method ddim"))
+    if kind == GUIDANCES[2] and rescale is not None:
+        problems.append(("guidance_rescale", "guidance cfg++ has no rescaling: leave guidance_rescale out"))
+    if rescale is not None and not 0 <= rescale <= 1:
+        problems.append(("guidance_rescale", f"guidance_rescale must lie in [0, 1], got {rescale}"))
+    if interval is not None and not interval[0] <= interval[1]:
+        problems.append(("guidance_interval", f"guidance_interval must be (low, high), low <= high, got {interval}"))
     return problems
 
 
-def eta_problems(eta: ArrayLike, num: int, table: StepTable) -> list[str]:
-    """What is wrong with eta, a scalar or `(num,)`, for this table, as sentences."""
+def eta_problems(eta: ArrayLike, num: int, table: StepTable) -> Problems:
+    """What is wrong with eta, a scalar or `(num,)`, for this table."""
     if np.shape(eta) not in ((), (num,)):
-        return [f"eta must be a scalar or one value per image ({num},), got shape {np.shape(eta)}"]
+        return [("eta", f"eta must be a scalar or one value per image ({num},), got shape {np.shape(eta)}")]
     if isinstance(eta, jax.core.Tracer):
         return []
     etas = np.asarray(eta, float)
     bad = ~((etas >= 0) & np.isfinite(etas))
     if bad.any():
-        return [f"eta must be a finite number >= 0, got {etas[bad].flat[0]}"]
+        return [("eta", f"eta must be a finite number >= 0, got {etas[bad].flat[0]}")]
     if np.max(etas) > (limit := largest_eta(table)):
-        return [
-            f"eta {np.max(etas):g} is too large for this table: above {limit:g} a step's "
-            "1 - alpha_bar_prev - sigma^2 is negative"
-        ]
+        told = f"eta {np.max(etas):g} is too large for this table: above {limit:g} a step's "
+        return [("eta", f"{told}1 - alpha_bar_prev - sigma^2 is negative")]
     return []
 
 
-def range_problems(images: Array | np.ndarray) -> list[str]:
+def range_problems(images: Array | np.ndarray) -> Problems:
     """What is wrong with images to invert: unclipped samples overshoot [-1, 1] a little; [-2, 2] they do not leave."""
     if isinstance(images, jax.core.Tracer) or images.size == 0 or not _all_finite(images):
         return []
     low, high = float(images.min()), float(images.max())
     if low >= -2 and high <= 2:
         return []
-    return [f"images must lie in [-1, 1], got {low:g}..{high:g}; of numbers in 0..255 take x / 127.5 - 1"]
+    told = f"images must lie in [-1, 1], got {low:g}..{high:g}; of numbers in 0..255 take x / 127.5 - 1"
+    return [("images", told)]
 
 
-def label_problems(config: ModelConfig, labels: Array | None, num: int) -> list[str]:
-    """What is wrong with labels for a network with this config, `num` of them or None, as sentences."""
-    kind = config.class_embedding
+def label_problems(config: ModelConfig, labels: Array | np.ndarray | None, num: int) -> Problems:
+    """What is wrong with labels for a network with this config, `num` of them or None."""
+    told = _label_problem(config, labels, num)
+    return [] if told is None else [("labels", told)]
+
+
+def _label_problem(config: ModelConfig, labels: Array | np.ndarray | None, num: int) -> str | None:
+    kind, classes = config.class_embedding, config.num_classes or 1
     if kind is None:
-        return [] if labels is None else ["this network has no classes: leave labels out"]
+        return None if labels is None else "this network has no classes: leave labels out"
     if labels is None:
-        what = f"integers in 0..{(config.num_classes or 1) - 1}" if kind == "learned" else f"for a {kind} embedding"
-        return [f"this network is class-conditional: give labels, one an image, {what}"]
+        what = f"integers in 0..{classes - 1}" if kind == "learned" else f"for a {kind} embedding"
+        return f"this network is class-conditional: give labels, one an image, {what}"
     shape = labels.shape
     if kind == "identity":
-        return [] if len(shape) == 2 and shape[0] == num else [f"labels must have shape ({num}, width), got {shape}"]
+        fits = len(shape) == 2 and shape[0] == num
+        return None if fits else f"labels must have shape ({num}, width), got {shape}"
     if shape != (num,):
-        return [f"labels must have shape ({num},), one an image, got {shape}"]
+        return f"labels must have shape ({num},), one an image, got {shape}"
     if kind == "timestep" or isinstance(labels, jax.core.Tracer):
-        return []
+        return None
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        return [f"labels must be integers, got {labels.dtype}"]
-    outside = [int(label) for label in np.asarray(labels) if not 0 <= label < (config.num_classes or 1)]
-    if outside:
-        return [f"labels must lie in 0..{(config.num_classes or 1) - 1}, got {outside[0]}"]
-    return []
+        return f"labels must be integers, got {labels.dtype}"
+    outside = [int(label) for label in np.asarray(labels) if not 0 <= label < classes]
+    return f"labels must lie in 0..{classes - 1}, got {outside[0]}" if outside else None
 
 
 def channels_first(array: Array | np.ndarray, channels: int) -> bool:
@@ -166,8 +225,3 @@ def channels_first(array: Array | np.ndarray, channels: int) -> bool:
 def _all_finite(array: Array | np.ndarray) -> bool:
     """Asked where the array is: what lies on a GPU is not fetched for it."""
     return bool((jnp if isinstance(array, Array) else np).isfinite(array).all())
-
-
-def is_zero(eta: ArrayLike) -> bool:
-    """Whether eta is known to be 0 for every image."""
-    return not isinstance(eta, jax.core.Tracer) and not np.any(np.asarray(eta))

@@ -1,4 +1,4 @@
-"""What `DDIM.sample` and `DDIM.invert` compile: a segment of the scan each, around the network as the scan takes it."""
+"""What is compiled: a segment of the scan, around the network as the scan takes it. One function for all doors."""
 
 from __future__ import annotations
 
@@ -7,127 +7,116 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax import Array
 
 from jddim.config import PREDICTION_TYPES, VARIANCES, did_you_mean
-from jddim.ddim import StepTable
 from jddim.denoisers import with_labels, with_scaled_time, with_self_condition, without_variance
-from jddim.guidance import classifier_free, label_pair
-from jddim.inversion import invert_steps
+from jddim.editing import keep_known, repaint
+from jddim.guidance import Scale, cfg_plus_plus, classifier_free, label_pair, projected
 from jddim.models import Network
 from jddim.models.layers import cast_kernels
 from jddim.run.compiling import Jit
-from jddim.sampling import Denoiser, State, ancestral_steps, ddim_steps, initial_noise, sample_keys, update_steps
-from jddim.solvers import Solver, solver_update
+from jddim.run.methods import Given, Guidance, Method
+from jddim.run.request import GUIDANCES
+from jddim.sampling import Denoiser, State, initial_noise, numbered_keys, update_steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a compiled segment of sampling depends on beside shapes: static, hashable."""
+    """What a compiled segment depends on beside shapes: static, hashable.
 
-    method: str
-    solver: Solver | None
+    guidance: its kind, or None. resampled: inpainting by RePaint, whose rows draw twice.
+    """
+
+    method: Method
     prediction_type: str
     timestep_scale: float
     rederive_eps: bool
     variance: str
     self_condition: bool
-    trajectory_every: int | None
+    guidance: str | None = None
+    resampled: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError for a name that is not known."""
         for name, value, known in (
             ("prediction_type", self.prediction_type, PREDICTION_TYPES),
             ("variance", self.variance, VARIANCES),
+            ("guidance", self.guidance or GUIDANCES[0], GUIDANCES),
         ):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
 
+    @property
+    def learned_variance(self) -> bool:
+        """Whether a step reads the network's second half of channels."""
+        return self.variance == "learned_range" and self.method.learned_variance
 
-@partial(Jit, static_argnames=("program",))
-def sample_segment(
-    model: Network,
-    state: State,
-    table: StepTable,
-    eta: Array,
-    keys: Array | None,
-    noise: Array | None,
-    limits: dict[str, tuple[Array, Array]],
-    labels: Array | None,
-    guidance: tuple[Array, Array] | None = None,
-    *,
-    program: Program,
+    @property
+    def outputs(self) -> int:
+        """How many times x_t's channels the denoiser returns."""
+        return 2 if self.learned_variance or self.guidance == "cfg++" else 1
+
+
+@partial(Jit, static_argnames=("program", "trajectory_every"))
+def segment(
+    model: Network, state: State, rows: Any, given: Given, *, program: Program, trajectory_every: int | None = None
 ) -> State:
-    """One segment of the scan, the program that `sample` compiles. Everything that may change is an argument."""
-    denoise = network_denoiser(cast_kernels(model), program, labels, guidance)
-    common: dict[str, Any] = {
-        "key": keys,
-        "noise": noise,
-        "prediction_type": program.prediction_type,
-        "trajectory_every": program.trajectory_every,
-        "clip_range": None,
-        **limits,
-    }
-    if program.solver is not None:
-        update = solver_update(program.solver, prediction_type=program.prediction_type, **limits)
-        return update_steps(
-            denoise,
-            update,
-            state,
-            table,
-            key=keys,
-            noise=noise,
-            deterministic=not program.solver.stochastic,
-            trajectory_every=program.trajectory_every,
-        )
-    if program.method == "ddpm":
-        return ancestral_steps(denoise, state, table, variance=program.variance, **common)
-    return ddim_steps(
+    """The rows of a table, or of a part of it, from `state`. Everything that may change is an argument.
+
+    trajectory_every: inside a transformation of the caller's, where the state holds the trajectory's buffers.
+    """
+    denoise = network_denoiser(cast_kernels(model), program, given.labels, given.guidance)
+    update = program.method.update(denoise, given, program)
+    if given.kept is not None:
+        known, keep, noise = given.kept
+        update = repaint(update, known, keep) if program.resampled else keep_known(update, known, keep, noise)
+    return update_steps(
         denoise,
+        update,
         state,
-        table,
-        eta=0.0 if keys is None and noise is None else eta,  # without noise eta is 0: `sample` has checked
-        rederive_eps=program.rederive_eps,
-        **common,
+        rows,
+        key=given.keys,
+        noise=given.noise,
+        deterministic=given.keys is None and given.noise is None,
+        draws=2 if program.resampled else None,
+        outputs=program.outputs,
+        self_condition=program.self_condition,
+        trajectory_every=trajectory_every,
     )
 
 
-@partial(Jit, static_argnames=("program", "refine"))
-def invert_segment(
-    model: Network,
-    state: State,
-    rows: StepTable,
-    limits: dict[str, tuple[Array, Array]],
-    labels: Array | None,
-    guidance: tuple[Array, Array] | None,
-    *,
-    program: Program,
-    refine: int,
-) -> State:
-    """One segment of inversion, the program that `invert` compiles."""
-    denoise = network_denoiser(cast_kernels(model), program, labels, guidance)
-    conventions: dict[str, Any] = {
-        "prediction_type": program.prediction_type,
-        "rederive_eps": program.rederive_eps,
-        **limits,
-    }
-    return invert_steps(denoise, state, rows, refine=refine, **conventions)
-
-
 def network_denoiser(
-    model: Denoiser, program: Program, labels: Array | None, guidance: tuple[Any, Any] | None
+    model: Denoiser, program: Program, labels: jax.Array | None, guidance: Guidance | None
 ) -> Denoiser:
     """The network as the loops take it: given t as it was trained with, at these labels or guided by them."""
     denoise = model if program.timestep_scale == 1 else with_scaled_time(model, program.timestep_scale)
-    if labels is not None and guidance is not None:
-        scale, null_label = guidance
-        denoise = classifier_free(label_pair(denoise, labels, null_label), scale)
-    elif labels is not None:
-        denoise = with_labels(denoise, labels)
-    if program.variance == "learned_range" and program.method != "ddpm":
+    if program.variance == "learned_range" and not program.learned_variance:
         denoise = without_variance(denoise)
+    if labels is not None and guidance is not None:
+        return _guided(denoise, labels, guidance, program.guidance)
+    if labels is not None:
+        return with_labels(denoise, labels)
     return with_self_condition(denoise) if program.self_condition else denoise
 
 
-draw_keys = jax.jit(lambda key, start, num: sample_keys(key, num, start), static_argnums=2)
+def _guided(denoise: Denoiser, labels: jax.Array, guidance: Guidance, kind: str | None) -> Denoiser:
+    pair, scale = label_pair(denoise, labels, guidance.null_label), in_interval(guidance.scale, guidance.interval)
+    rescale = {} if guidance.rescale is None else {"rescale": guidance.rescale}
+    match kind:
+        case "projected":
+            return projected(pair, scale, **rescale)
+        case "cfg++":
+            return cfg_plus_plus(pair, scale)
+    return classifier_free(pair, scale, **rescale)
+
+
+def in_interval(scale: Any, interval: tuple[Any, Any] | None) -> Scale:
+    """A scale that guides where low <= t <= high and is 1 elsewhere (arXiv:2404.07724); None: everywhere."""
+    if interval is None:
+        return scale
+    low, high = interval
+    return lambda t: jax.numpy.where((low <= t) & (t <= high), scale, jax.numpy.ones_like(scale))
+
+
+draw_keys = jax.jit(numbered_keys)
 draw_noise = jax.jit(initial_noise, static_argnums=(1, 2))

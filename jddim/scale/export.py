@@ -20,16 +20,18 @@ import numpy as np
 from jax import Array, export, lax
 
 from jddim import __version__
-from jddim.config import to_json
+from jddim.config import SamplerConfig, to_json
 from jddim.ddim import StepTable
 from jddim.images import atomic
 from jddim.models.building import build_model, flat_params
 from jddim.models.layers import at_least_float32, cast_kernels
 from jddim.pipeline import DDIM
 from jddim.run.compiling import Kind, compiler_options, faster
-from jddim.run.programs import draw_noise, sample_segment
+from jddim.run.methods import Given
+from jddim.run.plan import Inputs, plan
+from jddim.run.programs import draw_noise, segment
+from jddim.run.request import Request
 from jddim.sampling import ddim_update, init_state, numbered_keys
-from jddim.solvers import cast, memory_of
 
 FORMAT_VERSION = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -46,69 +48,67 @@ class Exported:
 
 def export_sampler(
     ddim: DDIM,
+    request: Request | None = None,
     *,
-    method: str = "ddim",
     batch_size: int | None = None,
-    guidance_scale: float | None = None,
-    null_label: int | None = None,
     platforms: tuple[str, ...] = PLATFORMS,
 ) -> Exported:
     """The whole sampler: `program(weights, seed, numbers[, eta][, labels])` -> images `(b, h, w, c)` float32.
 
     weights: float32 arrays by name. seed: uint32. numbers: uint32 `(b,)`, which images of the seed. eta: float32, for
-    method ddim. labels: int32 `(b,)`, for a network with classes. What `DDIM.sample` does with the conventions of
-    `ddim`, steps and guidance included, which are compiled in; values are not checked, a NaN is not looked for.
-    batch_size: b; None leaves it open.
+    methods that take one. labels: int32 `(b,)`, for a network with classes. What `DDIM.sample` does with the
+    conventions of `ddim` and what `request` asks, which are compiled in; values are not checked, a NaN is not looked
+    for. batch_size: b; None leaves it open.
     Raises ValueError as `DDIM.sample` does, ModuleNotFoundError without flatbuffers.
     """
     _need_flatbuffers()
-    config, dtype = ddim.model.config, at_least_float32(ddim.model.dtype)
-    shape = (*config.image_size, config.in_channels)
-    labelled = config.class_embedding is not None
-    null_label = ddim.null_label_for(guidance_scale, null_label)
-    guided: dict[str, Any] = {"guidance_scale": guidance_scale, "null_label": null_label}
-
-    def check() -> Array:  # traced with one image, what `sample` has against the settings is raised
-        labels = jnp.zeros(1, jnp.int32) if labelled else None
-        return ddim.sample(jax.random.key(0), 1, method=method, labels=labels, **guided)
-
     _check_labels(ddim)
-    jax.eval_shape(check)
-    program = ddim._program(method, None)
-    table: Any = ddim.table(None, None, np.float64 if program.solver else dtype)
-    if program.solver is not None:
-        table = cast(program.solver.plan(table), dtype)
+    request = request or Request()
+    config, labelled = ddim.model.config, ddim.model.config.class_embedding is not None
+    one = Inputs(key=jax.random.key(0), labels=np.zeros(1, np.int32) if labelled else None)
+    planned = plan(ddim, request, one, 1).check("sample")
+    method, dtype = planned.program.method, planned.dtype
+    scale = request.guidance_scale
 
     def sample(weights: dict[str, Array], seed: Array, numbers: Array, *rest: Array) -> Array:
         given = dict(zip(names[3:], rest, strict=True))
         keys = numbered_keys(jax.random.key(seed), numbers)
-        x_T = draw_noise(keys, shape, dtype)
-        state = init_state(x_T, table, self_condition=ddim.sampler.self_condition)
-        state = state if program.solver is None else state._replace(memory=memory_of(table, x_T))
+        state = init_state(x_T := draw_noise(keys, planned.shape, dtype), planned.rows)
+        state = state._replace(memory=method.memory(planned.rows, x_T))
         each = lambda value: jnp.broadcast_to(jnp.asarray(value, dtype), numbers.shape)  # noqa: E731
-        guidance = None if guidance_scale is None else (each(guidance_scale), jnp.asarray(null_label))
         # What the live program is given is not folded into this one either: it would round otherwise.
-        values = (
-            state,
-            jax.tree.map(jnp.asarray, table),
-            each(given.get("eta", 0.0)),
-            keys,
-            ddim._limits(dtype),
-            guidance,
+        state, rows, values = lax.optimization_barrier(
+            (
+                state,
+                jax.tree.map(jnp.asarray, planned.rows),
+                Given(
+                    each(given.get("eta", 0.0)),
+                    keys if method.takes_eta or method.stochastic else None,
+                    None,
+                    planned.limits,
+                    given.get("labels"),
+                    None if scale is None else planned.guidance(each(scale)),
+                ),
+            )
         )
-        state, rows, etas, keys, limits, guidance = lax.optimization_barrier(values)
-        model, labels = build_model(config, weights, ddim.model.dtype), given.get("labels")
+        model = build_model(config, weights, ddim.model.dtype)
         if platforms == ("cpu",):  # as `sample` has it there
             model = faster(model, Kind("cpu"))
-        return sample_segment(model, state, rows, etas, keys, None, limits, labels, guidance, program=program).x_t
+        return segment(model, state, rows, values, program=planned.program).x_t
 
     batch = _batch(batch_size)
     takes = {"weights": _shapes(ddim), "seed": _of((), jnp.uint32), "numbers": _of((batch,), jnp.uint32)}
-    takes |= {"eta": _of((), jnp.float32)} if method == "ddim" else {}
+    takes |= {"eta": _of((), jnp.float32)} if method.takes_eta else {}
     takes |= {"labels": _of((batch,), jnp.int32)} if labelled else {}
     names = list(takes)
-    about = {"kind": "sampler", "method": method, **guided}
-    return _exported(ddim, sample, takes, about | {"num_steps": table.num_steps}, platforms)
+    about: dict[str, Any] = {
+        "kind": "sampler",
+        "method": request.method,
+        "guidance_scale": scale,
+        "null_label": planned.null_label,
+    }
+    about |= {"request": request.to_json(), "num_steps": planned.rows.num_steps}
+    return _exported(ddim, sample, takes, about, platforms, planned.sampler)
 
 
 def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[str, ...] = PLATFORMS) -> Exported:
@@ -146,7 +146,7 @@ def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[s
     names = list(takes)
     table = ddim.table()
     rows = {name: np.asarray(getattr(table, name)).tolist() for name in ("t", *bars)}
-    return _exported(ddim, step, takes, {"kind": "step", "table": rows}, platforms)
+    return _exported(ddim, step, takes, {"kind": "step", "table": rows}, platforms, ddim.sampler)
 
 
 def save(path: Path, exported: Exported, *, beside: bool = False) -> list[Path]:
@@ -169,7 +169,12 @@ def save(path: Path, exported: Exported, *, beside: bool = False) -> list[Path]:
 
 
 def _exported(
-    ddim: DDIM, run: Any, takes: dict[str, Any], about: dict[str, Any], platforms: tuple[str, ...]
+    ddim: DDIM,
+    run: Any,
+    takes: dict[str, Any],
+    about: dict[str, Any],
+    platforms: tuple[str, ...],
+    sampler: SamplerConfig,
 ) -> Exported:
     program = export.export(jax.jit(run), platforms=platforms)(*takes.values())
     about = {
@@ -180,7 +185,7 @@ def _exported(
         "platforms": list(program.platforms),
         "compiler_options": {name: compiler_options(Kind(name)) for name in program.platforms},
         "checkpoint_sha256": None if ddim.metadata is None else ddim.metadata.sha256,
-        "sampler": to_json(ddim.sampler),
+        "sampler": to_json(sampler),
         "dtype": jnp.dtype(ddim.model.dtype).name,
         "jddim": __version__,
         "jax": jax.__version__,

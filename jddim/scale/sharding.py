@@ -23,10 +23,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from jddim.config import did_you_mean
 from jddim.models import Network
 from jddim.pipeline import DDIM
+from jddim.run.batches import run as run_plan
 from jddim.run.compiling import compiler_options, faster, kind_of
+from jddim.run.plan import Inputs, labels_of, plan
+from jddim.run.problems import label_problems, sentences
+from jddim.run.request import Request, check_names
+from jddim.run.request import options as every_option
 
 Rules = Sequence[tuple[str, P]]
 """(regular expression, spec) pairs. A parameter's dotted path takes the first that is found in it; the spec is of the
@@ -103,29 +107,44 @@ class Sharded:
         """Images start..start+num-1 of the seed, `(num, h, w, c)`, lying cut along "data". As `DDIM.sample`.
 
         num: a multiple of the mesh's data axis; each device makes as many, in one batch if batch_size does not say
-        otherwise. options: those of `DDIM.sample` in `OPTIONS`, as numbers, names and tuples; they are compiled in.
+        otherwise. options: those fields of `Request`, as numbers, names and tuples; they are compiled in.
         Raises ValueError as it does, and FloatingPointError if a NaN or infinity appears.
         """
+        check_names(
+            options, ["batch_size", *(o.name for o in every_option() if o.name not in ARRAYS)], "Sharded.sample"
+        )
         parts = self.mesh.shape["data"]
-        return self._sample(key, num, [start + i * (num // parts) for i in range(parts)], labels, options)
+        batch_size = options.pop("batch_size", None)
+        firsts = [start + i * (num // parts) for i in range(parts)]
+        return self.sample_request(Request(**options), key, firsts, num // parts, num, labels, batch_size)
 
-    def sample_parts(
-        self, key: Array, firsts: Sequence[int], size: int, *, labels: ArrayLike | None = None, **options: Any
+    def sample_request(
+        self,
+        request: Request,
+        key: Array,
+        firsts: Sequence[int],
+        size: int,
+        num: int | None = None,
+        labels: ArrayLike | None = None,
+        batch_size: int | None = None,
     ) -> Array:
         """Images f..f+size-1 of the seed for each f of `firsts`, one of which each device of the data axis takes.
 
-        `(len(firsts) * size, h, w, c)`, in this order, and labels likewise. As `sample` otherwise.
+        `(len(firsts) * size, h, w, c)`, in this order, and labels likewise, or as the request says. num: how many are
+        asked for, to be refused where the devices do not share them out. As `sample` otherwise.
         """
-        return self._sample(key, len(firsts) * size, firsts, labels, options)
-
-    def _sample(
-        self, key: Array, num: int, firsts: Sequence[int], labels: ArrayLike | None, options: dict[str, Any]
-    ) -> Array:
+        num = len(firsts) * size if num is None else num
+        config, null = self.ddim.model.config, self.ddim.null_label
+        if labels is None and request.labels is not None:
+            numbers = np.concatenate([np.arange(f, f + size) for f in firsts])
+            null = null if request.null_label is None else request.null_label
+            labels, problems = labels_of(request.labels, config.num_classes, null, numbers)
+            if problems:
+                raise ValueError(f"sample: {sentences(problems)}")
         rows = None if labels is None else jnp.asarray(labels)
-        if rows is not None and rows.shape != (num,):
-            raise ValueError(f"labels must have shape ({num},), one an image, got {rows.shape}")
-        self.ddim.denoiser(rows)  # raises if they are not this network's
-        run = self._program(num, rows is not None, tuple(sorted(options.items())))
+        if problems := label_problems(config, rows, num):
+            raise ValueError(f"sample: {sentences(problems)}")
+        run = self._program(num, rows is not None, dataclasses.replace(request, labels=None), batch_size)
         images = run(self.ddim.model, key, jnp.asarray(firsts, jnp.uint32), rows)
         bad = ~jnp.isfinite(images).reshape(num, -1).all(axis=1)
         if bad.any():
@@ -137,15 +156,18 @@ class Sharded:
         return images
 
 
-OPTIONS = (
-    *("method", "steps", "eta", "spacing", "clip", "clip_range", "rederive_eps"),
-    *("guidance_scale", "null_label", "image_size", "batch_size"),
-)
-"""What `DDIM.sample` takes that can be compiled into a sharded program."""
+ARRAYS = ("labels", "start", "seed")
+"""Fields of `Request` that a sharded program is given as arrays."""
 
 
 def program(
-    ddim: DDIM, mesh: Mesh, rules: Rules, num: int, labelled: bool = False, options: tuple[tuple[str, Any], ...] = ()
+    ddim: DDIM,
+    mesh: Mesh,
+    rules: Rules,
+    num: int,
+    labelled: bool = False,
+    request: Request | None = None,
+    batch_size: int | None = None,
 ) -> Any:
     """`run(model, key, firsts, labels)`, jitted: `num` images on the mesh, whose devices need not be there.
 
@@ -154,22 +176,18 @@ def program(
     be.
     """
     parts = mesh.shape["data"]
-    problems = [] if num >= 1 and num % parts == 0 else [f"num must be a multiple of {parts}, the data axis, got {num}"]
-    problems += [
-        f"{name} is no option of a sharded program{did_you_mean(name, OPTIONS)}"
-        for name, _ in options
-        if name not in OPTIONS
-    ]
-    if problems:
-        raise ValueError("sample: " + "; ".join(problems))
+    if num < 1 or num % parts:
+        raise ValueError(f"sample: num must be a multiple of {parts}, the data axis, got {num}")
     data, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     kind = kind_of(mesh.devices.flat[0])
     # Beside another axis than "data" a model stays as it is: how to cut cuDNN's attention there, XLA does not know.
     plain = mesh.size > parts and kind.platform != "cpu"
+    asked, size = request or Request(), num // parts
 
     def part(model: Any, key: Array, first: Array, labels: Array | None) -> Array:
         own: Any = dataclasses.replace(ddim, model=model if plain else faster(model, kind))
-        return own.sample(key, num // parts, start=first[0], labels=labels, **dict(options))
+        inputs = Inputs(key, numbers=first[0] + jnp.arange(size, dtype=jnp.uint32), labels=labels)
+        return run_plan(plan(own, asked, inputs, size, batch_size).check("sample"), batch_size=batch_size)[0]
 
     run = jax.shard_map(
         part,
@@ -177,7 +195,6 @@ def program(
         in_specs=(P(), P(), P("data"), P("data")),
         out_specs=P("data"),
         axis_names={"data", *(axis for axis, size in mesh.shape.items() if size == 1)},  # left open, one is still cut
-        check_vma=False,  # it would have the loop's carry, constants at first, vary from the start
     )
     places = (param_shardings(ddim.model, mesh, rules), whole, data, data if labelled else None)
     return jax.jit(
@@ -189,7 +206,7 @@ def program(
 
 
 def lower(
-    ddim: DDIM, mesh: Mesh, rules: Rules, num: int, options: tuple[tuple[str, Any], ...] = (), *, labelled: bool = False
+    ddim: DDIM, mesh: Mesh, rules: Rules, num: int, request: Request | None = None, *, labelled: bool = False
 ) -> jax.stages.Lowered:
     """`program` lowered for shapes alone: nothing is computed, and the model may be abstract."""
     places = param_shardings(ddim.model, mesh, rules)
@@ -199,4 +216,4 @@ def lower(
     key = jax.eval_shape(lambda: jax.random.key(0))
     firsts = jax.ShapeDtypeStruct((mesh.shape["data"],), jnp.uint32)
     labels = jax.ShapeDtypeStruct((num,), jnp.int32) if labelled else None
-    return program(ddim, mesh, rules, num, labelled, options).lower(model, key, firsts, labels)
+    return program(ddim, mesh, rules, num, labelled, request).lower(model, key, firsts, labels)

@@ -12,14 +12,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jddim import editing
 from jddim.config import did_you_mean
+from jddim.ddim import sampler_table
 from jddim.images import from_uint8
 from jddim.pipeline import DDIM
-from jddim.scale.stepping import Between, Inversion, Inverted, Sampling
+from jddim.run.methods import find
+from jddim.run.plan import Inputs, Plan, plan
+from jddim.run.request import Option, Request, options, taken_by, type_problems
+from jddim.scale.stepping import Between, Inverted, Run, Stepping
 from jddim.timesteps import SPACINGS
 
 MODES = ("sample", "strip", "slerp", "invert", "inpaint")
@@ -45,28 +49,47 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A run of the page. `parse` makes it of JSON.
+    """A run of the page. `parse` makes it of JSON, where the request's fields stand beside the others.
 
-    mode: "sample"; "strip", one x_T at `num` etas from 0 to 1; "slerp", `num` noises from `seed`'s first to
-    `seed_to`'s; "invert", `picture` to its x_T and back at `num` etas from 0 to `eta`; "inpaint", `picture` made anew
-    where `mask` is white. label: one for all images, or "each": 0, 1, 2, ... over and over.
+    mode: "sample"; "strip", one x_T at `num` etas from 0 to 1; "slerp", `num` noises from the seed's first to
+    `seed_to`'s; "invert", `picture` to its x_T and back at `num` etas from 0 to eta; "inpaint", `picture` made anew
+    where `mask` is white. label: one for all images, or "each": 0, 1, 2, ... over and over, the null label left out.
     picture: uint8 `(h, w, c)`; mask: uint8 `(h, w, 1)`; as bytes, so that requests compare.
     """
 
     checkpoint: str
+    request: Request
     mode: str = "sample"
-    method: str = "ddim"
-    steps: int = 20
-    eta: float = 0.0
-    spacing: str = "linspace"
-    seed: int = 0
     seed_to: int = 1
     num: int = 4
     label: int | str | None = None
-    guidance_scale: float | None = None
-    null_label: int | None = None
     picture: bytes | None = None
     mask: bytes | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the pictures, as JSON."""
+        own = {name: getattr(self, name) for name in ("checkpoint", "mode", "seed_to", "num", "label")}
+        return {**own, **{o.name: getattr(self.request, o.name) for o in taken_by("page")}}
+
+
+MADE_BY_HAND = ("method", "steps", "eta", "spacing", "seed", "guidance_scale", "null_label")
+"""Fields of `Request` whose controls the page draws itself; it makes those of the rest from `fields`."""
+
+
+def fields() -> list[dict[str, str]]:
+    """The controls that the page makes of `Request`'s other fields: name, kind ("whole", "pair", "switch"), help."""
+    return [
+        {"name": o.name, "flag": o.option.flag, "kind": _kind(o.option), "help": o.option.help}
+        for o in taken_by("page")
+        if o.name not in MADE_BY_HAND
+    ]
+
+
+def _kind(option: Option) -> str:
+    if option.how.get("nargs") == 2:
+        return "pair"
+    return "whole" if option.how.get("type") is int else "switch"
 
 
 def parse(data: Any, served: Mapping[str, DDIM], methods: Mapping[str, Sequence[str]], bounds: Bounds) -> Asked:
@@ -74,9 +97,11 @@ def parse(data: Any, served: Mapping[str, DDIM], methods: Mapping[str, Sequence[
     if not isinstance(data, dict):
         raise Refused({"request": f"must be a JSON object, got {_shown(data)}"})
     problems: dict[str, str] = {}
-    names = {field.name for field in dataclasses.fields(Asked)}
+    names = {field.name for field in dataclasses.fields(Asked)} - {"request"} | {o.name for o in taken_by("page")}
+    refused = {o.name: o.option.left_out["page"] for o in options() if "page" in o.option.left_out}
     for key in sorted(data.keys() - names)[:5]:
-        problems[_shown(key)] = f"unknown{did_you_mean(str(key)[:40], names)}"
+        why = refused.get(key) if isinstance(key, str) else None
+        problems[_shown(key)] = f"unknown{did_you_mean(str(key)[:40], names)}" if why is None else f"not here: {why}"
 
     def choice(name: str, allowed: Sequence[str], default: str) -> str:
         value = data.get(name, default)
@@ -97,41 +122,58 @@ def parse(data: Any, served: Mapping[str, DDIM], methods: Mapping[str, Sequence[
 
     checkpoint = choice("checkpoint", tuple(served), next(iter(served)))
     ddim = served[checkpoint]
-    config, sampler = ddim.model.config, ddim.sampler
+    config, T = ddim.model.config, ddim.schedule.num_train_timesteps
     mode = choice("mode", MODES, "sample")
     method = choice("method", methods[checkpoint], "ddim")
     if mode != "sample" and method != "ddim":
         problems["method"] = f"mode {mode} is DDIM's: take ddim, got {method}"
-    T = ddim.schedule.num_train_timesteps
     asked: dict[str, Any] = {
-        "checkpoint": checkpoint,
-        "mode": mode,
         "method": method,
         "steps": number("steps", 1, min(bounds.steps, T), min(20, T)),
         "eta": number("eta", 0, 10, 0.0, whole=False),
         "spacing": choice("spacing", spacings(ddim), spacings(ddim)[0]),
         "seed": number("seed", 0, 2**32 - 1, 0),
+    }
+    if not find(method).takes_eta and asked.pop("eta"):
+        problems["eta"] = f"eta is DDIM's; method {method} takes none: 0, got {_shown(data.get('eta'))}"
+    asked |= _plain_fields(data, problems)
+    own: dict[str, Any] = {
         "seed_to": number("seed_to", 0, 2**32 - 1, 1),
         "num": number("num", 2 if mode in ("strip", "slerp") else 1, bounds.num, min(4, bounds.num)),
     }
-    if method != "ddim" and asked["eta"]:
-        problems["eta"] = f"eta is DDIM's; method {method} takes none: 0, got {_shown(data.get('eta'))}"
-    asked |= _classes(data, ddim, number, problems)
-    if mode == "inpaint" and asked["guidance_scale"] is not None:
-        problems["guidance_scale"] = "inpainting goes without guidance here"
+    label, guided = _classes(data, ddim, number, problems)
     if mode in ("invert", "inpaint"):
-        asked["picture"] = _pixels(data, "picture", (*config.image_size, config.in_channels), problems)
+        own["picture"] = _pixels(data, "picture", (*config.image_size, config.in_channels), problems)
     if mode == "inpaint":
-        asked["mask"] = _pixels(data, "mask", (*config.image_size, 1), problems)
-        if asked["mask"] is not None and not any(asked["mask"]):
+        own["mask"] = _pixels(data, "mask", (*config.image_size, 1), problems)
+        if own["mask"] is not None and not any(own["mask"]):
             problems["mask"] = "is empty: paint where the picture is to be made anew"
-    if mode == "invert" and sampler.self_condition:
+    if mode == "invert" and ddim.sampler.self_condition:
         problems["mode"] = "this network is self-conditioned, and cannot be inverted"
     if problems:
         raise Refused(problems)
-    request = Asked(**asked)
-    _check_table(ddim, request, bounds)
+    request = Asked(checkpoint, Request(**asked, **guided), mode, label=label, **own)
+    _check_table(ddim, request.request, bounds)
     return request
+
+
+def _plain_fields(data: Mapping[str, Any], problems: dict[str, str]) -> dict[str, Any]:
+    """The fields that the page makes controls of, checked by their types; their values are the plan's to judge."""
+    found: dict[str, Any] = {}
+    for field in fields():
+        value = data.get(field["name"])
+        found[field["name"]] = tuple(value) if isinstance(value, list) and len(value) < 9 else value
+    for told in type_problems(Request(**found)):
+        name = told.split(" ")[0]
+        problems[name] = f"must be a {field_of(name)}, got {_shown(data.get(name))}"
+        found[name] = None
+    return found
+
+
+def field_of(name: str) -> str:
+    """What a control's value is, in words."""
+    kinds = {"whole": "whole number", "pair": "pair of numbers", "switch": "true or false"}
+    return next(kinds[field["kind"]] for field in fields() if field["name"] == name)
 
 
 def spacings(ddim: DDIM) -> tuple[str, ...]:
@@ -140,28 +182,26 @@ def spacings(ddim: DDIM) -> tuple[str, ...]:
     return (*([own] if own in SPACINGS else []), *(name for name in SPACINGS if name != own))
 
 
-def classes_in_turn(ddim: DDIM) -> int | None:
-    """How many classes "each" goes through: all, but for a last one that means no label."""
-    classes = ddim.model.config.num_classes
-    return classes - 1 if classes is not None and ddim.null_label == classes - 1 else classes
+def classes_in_turn(request: Request, ddim: DDIM) -> list[int]:
+    """The classes that "each" goes through, as labels "balanced" does: all but the null label."""
+    null = ddim.null_label if request.null_label is None else request.null_label
+    return [label for label in range(ddim.model.config.num_classes or 0) if label != null]
 
 
-def labels_of(request: Asked, num_classes: int | None) -> NDArray[np.int32] | None:
+def labels_of(request: Asked, classes: Sequence[int]) -> NDArray[np.int32] | None:
     """One label an image."""
     if request.label is None:
         return None
-    if request.label == "each":
-        return np.resize(np.arange(num_classes or 1, dtype=np.int32), request.num)
-    return np.full(request.num, request.label, np.int32)
+    return np.resize(np.array(classes if request.label == "each" else [request.label], np.int32), request.num)
 
 
 def etas_of(request: Asked) -> Any:
-    """Eta of each image, or of all."""
+    """Eta of each image, or of all; None: the method takes none."""
     if request.mode == "strip":
         return np.linspace(0, 1, request.num)
     if request.mode == "invert":
-        return np.linspace(0, request.eta, request.num)
-    return request.eta if request.method == "ddim" and request.mode != "slerp" else 0.0
+        return np.linspace(0, request.request.eta or 0.0, request.num)
+    return 0.0 if request.mode == "slerp" else request.request.eta
 
 
 def picture_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
@@ -171,66 +211,76 @@ def picture_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
     return from_uint8(pixels.reshape(*config.image_size, config.in_channels))
 
 
-def keep_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
-    """What `jddim edit --mask` makes of the mask: `(h, w, 1)`, 1 where the picture stays."""
+def mask_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
+    """The mask `(h, w, 1)` in [-1, 1], 1 where the picture is made anew."""
     pixels = np.frombuffer(request.mask or b"", np.uint8).reshape(*ddim.model.config.image_size, 1)
-    return editing.keep_of(from_uint8(pixels))
+    return from_uint8(pixels)
 
 
-def run_of(request: Asked, ddim: DDIM) -> Sampling | Between | Inverted:
-    """The run of a request. Raises Refused for what only the table tells."""
-    strip = request.mode == "strip"
-    labels = labels_of(request, classes_in_turn(ddim))
-    guidance: dict[str, Any] = {"guidance_scale": request.guidance_scale, "null_label": request.null_label}
-    table: dict[str, Any] = {"steps": request.steps, "spacing": request.spacing}
-    inpainting: dict[str, Any] = {}
-    if request.mode == "inpaint":
-        inpainting = {"known": picture_of(request, ddim), "keep": keep_of(request, ddim)}
+def run_of(asked: Asked, ddim: DDIM) -> Run:
+    """The run of a request. Raises Refused for what only the plan tells."""
+    labels = labels_of(asked, classes_in_turn(asked.request, ddim))
+    request, num, mode = dataclasses.replace(asked.request, eta=None), asked.num, asked.mode
+    key = jax.random.key(request.seed)
+
+    def planned(**arrays: Any) -> Plan:
+        inputs = Inputs(key, labels=labels, eta=etas_of(asked), **arrays)
+        return _granted(plan(ddim, request, inputs, num))
+
     try:
-        sampling = Sampling(
-            ddim,
-            request.seed,
-            np.zeros(request.num) if strip else np.arange(request.num),
-            method=request.method,
-            etas=etas_of(request),
-            labels=labels,
-            **guidance,
-            **table,
-            **inpainting,
-        )
-        if request.mode == "slerp":
-            return Between(sampling, (request.seed, request.seed_to))
-        if request.mode == "invert":
-            label = None if labels is None else int(labels[0])
-            inversion = Inversion(ddim, picture_of(request, ddim), refine=REFINE, label=label, **guidance, **table)
-            return Inverted(inversion, sampling)
+        if mode == "inpaint":
+            pictures = np.repeat(picture_of(asked, ddim)[None], num, axis=0)
+            return Stepping(planned(images=pictures, mask=mask_of(asked, ddim)))
+        if mode == "strip":
+            return Stepping(planned(numbers=np.zeros(num, np.uint32)))
+        if mode == "sample":
+            return Stepping(planned())
+        steps = planned().rows.num_steps  # raises what is wrong before the first part is made
+        if mode == "slerp":
+            return Between(ddim, num, (request.seed, asked.seed_to), steps, lambda x_T: planned(x_T=x_T))
+        up = dataclasses.replace(request, refine=REFINE)
+        images = Inputs(images=picture_of(asked, ddim)[None], labels=None if labels is None else labels[:1])
+        return Inverted(_granted(plan(ddim, up, images)), num, steps, lambda x_T: planned(x_T=x_T))
     except ValueError as error:
-        message = str(error)
-        raise Refused({"eta" if message.startswith("eta") else "method": message}) from error
-    return sampling
+        if isinstance(error, Refused):
+            raise
+        raise Refused({"method": str(error)}) from error
 
 
-def _check_table(ddim: DDIM, request: Asked, bounds: Bounds) -> None:
+def _granted(plan: Plan) -> Plan:
+    """Itself. Raises Refused with its problems by field."""
+    if plan.problems:
+        raise Refused(dict(reversed(plan.problems)))
+    return plan
+
+
+def _check_table(ddim: DDIM, request: Request, bounds: Bounds) -> None:
     try:
-        rows = ddim.table(request.steps, request.spacing).num_steps
+        sampler = request.sampler(ddim.sampler)
+    except ValueError as error:
+        raise Refused({"clip_range": str(error)}) from error
+    try:
+        rows = sampler_table(ddim.schedule, sampler, request.steps, spacing=request.spacing).num_steps
     except ValueError as error:
         raise Refused({"steps": str(error)}) from error
     if rows > bounds.steps:
         raise Refused({"steps": f"{request.spacing} makes {rows} steps of {request.steps}; at most {bounds.steps}"})
 
 
-def _classes(data: Mapping[str, Any], ddim: DDIM, number: Any, problems: dict[str, str]) -> dict[str, Any]:
-    """label, guidance_scale and null_label."""
+def _classes(
+    data: Mapping[str, Any], ddim: DDIM, number: Any, problems: dict[str, str]
+) -> tuple[int | str | None, dict[str, Any]]:
+    """The label; guidance_scale and null_label."""
     classes = ddim.model.config.num_classes
-    found: dict[str, Any] = {"label": None, "guidance_scale": None, "null_label": None}
     if classes is None:
-        problems |= {name: "this network has no classes" for name in found if data.get(name) is not None}
-        return found
-    found["label"] = "each" if data.get("label") == "each" else number("label", 0, classes - 1, 0)
-    if data.get("guidance_scale") is not None:
-        found["guidance_scale"] = number("guidance_scale", 0, 100, 1.0, whole=False)
-        found["null_label"] = number("null_label", 0, classes - 1, ddim.null_label)
-    return found
+        names = ("label", "guidance_scale", "null_label")
+        problems |= {name: "this network has no classes" for name in names if data.get(name) is not None}
+        return None, {}
+    label = "each" if data.get("label") == "each" else number("label", 0, classes - 1, 0)
+    if data.get("guidance_scale") is None:
+        return label, {}
+    scale = number("guidance_scale", 0, 100, 1.0, whole=False)
+    return label, {"guidance_scale": scale, "null_label": number("null_label", 0, classes - 1, ddim.null_label)}
 
 
 def _pixels(data: Mapping[str, Any], name: str, shape: tuple[int, ...], problems: dict[str, str]) -> bytes | None:

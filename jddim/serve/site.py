@@ -14,6 +14,7 @@ import dataclasses
 import io
 import ipaddress
 import json
+import math
 import secrets
 import threading
 import time
@@ -31,14 +32,26 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jddim import __version__
-from jddim.ddim import ddim_sigma, largest_eta
+from jddim.ddim import ddim_sigma, largest_eta, sampler_table
 from jddim.images import encode_gif, encode_png, grid, to_uint8
 from jddim.inversion import reconstruction_error
 from jddim.pipeline import DDIM
-from jddim.scale.stepping import Between, Inversion, Inverted, Sampling
+from jddim.scale.stepping import Inverted, Run
 from jddim.serve import snippets
 from jddim.serve.jobs import Busy, Job, Queue, status
-from jddim.serve.request import REFINE, Asked, Bounds, Refused, parse, picture_of, run_of, spacings
+from jddim.serve.request import (
+    Asked,
+    Bounds,
+    Refused,
+    classes_in_turn,
+    etas_of,
+    fields,
+    labels_of,
+    parse,
+    picture_of,
+    run_of,
+    spacings,
+)
 from jddim.timetables import traps
 
 KEPT = 256 * 2**20
@@ -113,34 +126,24 @@ class Site:
         programs: list[tuple[tuple[str, str, bool], Callable[[], Any]]] = []
         for name, ddim in self.served.items():
             classes = ddim.model.config.num_classes
-            picture = np.zeros(_shape(ddim), np.float32)
+            picture = base64.b64encode(bytes(math.prod(_shape(ddim)))).decode()
+            mask = base64.b64encode(bytes([255]) * math.prod(_shape(ddim)[:2])).decode()
             for guided in [False] if classes is None else [False, True]:  # guidance is between classes
-                how: dict[str, Any] = {"steps": 2, "spacing": spacings(ddim)[0]}
-                if guided:
-                    how |= {"guidance_scale": 1.0, "null_label": 0}
-                labels = {} if classes is None else {"labels": np.zeros(2, np.int32)}
-                label = {} if classes is None else {"label": 0}
-
-                def sampling(method: str, ddim: DDIM = ddim, how: Any = how, labels: Any = labels, **more: Any) -> Any:
-                    return Sampling(ddim, 0, [0, 1], method=method, **how, **labels, **more)
-
-                def edits(of: Any = sampling, picture: Any = picture) -> Any:
-                    keep = np.ones((*picture.shape[:2], 1), np.float32)
-                    of("ddim", known=picture, keep=keep).step()
-                    return Between(of("ddim"), (0, 1))
-
-                def inversion(ddim: DDIM = ddim, how: Any = how, label: Any = label, picture: Any = picture) -> Any:
-                    return Inversion(ddim, picture, refine=REFINE, **how, **label)
-
-                for method in self.methods[name]:
-                    programs.append(((name, method, guided), partial(sampling, method)))
-                if not guided:
-                    programs.append(((name, "edits", guided), edits))
+                how: dict[str, Any] = {"checkpoint": name, "steps": 2, "num": 1}
+                how |= {"guidance_scale": 1.0, "null_label": 0} if guided else {}
+                asked: dict[str, Any] = {method: {"method": method} for method in self.methods[name]}
+                asked["inpaint"] = {"mode": "inpaint", "picture": picture, "mask": mask}
                 if not ddim.sampler.self_condition:
-                    programs.append(((name, "invert", guided), inversion))
+                    asked["invert"] = {"mode": "invert", "picture": picture}
+                for part, more in asked.items():
+                    programs.append(((name, part, guided), partial(self._first_call, {**how, **more})))
         # What the page begins with comes first, for every checkpoint, without guidance and with it.
-        order = {"ddim": 0, "edits": 1, "invert": 2}
+        order = {"ddim": 0, "inpaint": 1, "invert": 2}
         return sorted(programs, key=lambda program: (order.get(program[0][1], 3), program[0][2]))
+
+    def _first_call(self, data: dict[str, Any]) -> Run:
+        """A run of what is asked, whose first call compiles."""
+        return run_of(parse(data, self.served, self.methods, self.bounds), self.served[data["checkpoint"]])
 
     def compile(self) -> None:
         """Compile everything, one after the other; a method that a checkpoint does not take is left out from then."""
@@ -166,10 +169,9 @@ class Site:
 
     def needs(self, request: Asked) -> set[tuple[str, str, bool]]:
         """The programs of a request."""
-        guided = request.guidance_scale is not None
-        also = {"invert": [("invert", guided)], "inpaint": [("edits", False)], "slerp": [("edits", False)]}
-        parts = [(request.method, guided), *also.get(request.mode, [])]
-        return {(request.checkpoint, part, guided) for part, guided in parts}
+        guided = request.request.guidance_scale is not None
+        parts = {"inpaint": ["inpaint"], "invert": ["invert", "ddim"]}.get(request.mode, [request.request.method])
+        return {(request.checkpoint, part, guided) for part in parts}
 
     # -- routes -------------------------------------------------------------------------------------------------------
 
@@ -180,6 +182,7 @@ class Site:
                 "version": __version__,
                 "checkpoints": [self._about(name, ddim) for name, ddim in self.served.items()],
                 "bounds": dataclasses.asdict(self.bounds),
+                "fields": fields(),
                 "compiling": {"done": len(self.compiled) + len(self.refused), "total": self.total, "now": self.now},
                 "queue": self.queue.counts(),
             }
@@ -207,8 +210,8 @@ class Site:
         return JSONResponse(await asyncio.to_thread(self._table, request))
 
     def _table(self, request: Asked) -> dict[str, Any]:
-        ddim = self.served[request.checkpoint]
-        table = ddim.table(request.steps, request.spacing, np.float64)
+        ddim, asked = self.served[request.checkpoint], request.request
+        table = sampler_table(ddim.schedule, asked.sampler(ddim.sampler), asked.steps, np.float64, asked.spacing)
         alpha_bar = np.asarray(ddim.schedule.alphas_cumprod)
         with np.errstate(divide="ignore"):
             log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
@@ -216,7 +219,7 @@ class Site:
         visited = np.asarray(table.t)
         # Of one length for all tables: jax compiles for each.
         a_t, a_prev = (np.resize(column, self.bounds.steps) for column in (table.alpha_bar_t, table.alpha_bar_prev))
-        sigma = np.asarray(ddim_sigma(a_t, a_prev, request.eta))[: table.num_steps]
+        sigma = np.asarray(ddim_sigma(a_t, a_prev, asked.eta or 0.0))[: table.num_steps]
         return {
             "train_timesteps": len(alpha_bar),
             "t": shown.tolist(),
@@ -278,19 +281,19 @@ class Site:
 
     def _done(self, request: Asked, job: Job) -> dict[str, Any]:
         ddim, path = self.served[request.checkpoint], self.paths[request.checkpoint]
-        run: Any = job.run
-        sampling: Sampling = run if isinstance(run, Sampling) else run.sampling
-        settings = {
-            name: value for name, value in dataclasses.asdict(request).items() if name not in ("picture", "mask")
+        run = job.run
+        settings = request.settings | {
+            "jddim": __version__,
+            "checkpoint_sha256": ddim.metadata.sha256 if ddim.metadata else None,
         }
-        settings |= {"jddim": __version__, "checkpoint_sha256": ddim.metadata.sha256 if ddim.metadata else None}
-        result = Result(request, settings, run.x_t(), sampling.noise(), job.frames[:-1])
+        result = Result(request, settings, run.x_t(), run.noise(), job.frames[:-1])
         name = secrets.token_urlsafe(12)
         with self._lock:
             self._kept[name] = result
             while len(self._kept) > 1 and sum(kept.size for kept in self._kept.values()) > KEPT:
                 self._kept.popitem(last=False)
         command, why = snippets.command(request, ddim, path)
+        labels, etas = labels_of(request, classes_in_turn(request.request, ddim)), etas_of(request)
         files = ["images.png", "images.npz", "images.gif"]
         files += ["picture.png"] if request.picture is not None else []
         files += ["mask.png"] if request.mask is not None else []
@@ -299,9 +302,9 @@ class Site:
             "seconds": round(job.seconds, 3),
             "calls": run.total,
             "images": _sprite(run.x_t),
-            "x_T": _sprite(sampling.noise),
-            "etas": np.broadcast_to(sampling.etas, (sampling.num,)).round(4).tolist(),
-            "labels": None if sampling.labels is None else sampling.labels.tolist(),
+            "x_T": _sprite(run.noise),
+            "etas": np.broadcast_to(0.0 if etas is None else etas, (request.num,)).round(4).tolist(),
+            "labels": None if labels is None else labels.tolist(),
             "python": snippets.python(request, ddim, path),
             "command": command,
             "no_command": why,

@@ -6,121 +6,102 @@ not written; what it lacks is said instead.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from typing import Any
 
 from jddim.pipeline import DDIM
+from jddim.run.request import Request
 from jddim.serve.request import REFINE, Asked, classes_in_turn
 
 
-def python(request: Asked, ddim: DDIM, path: str) -> str:
+def python(asked: Asked, ddim: DDIM, path: str) -> str:
     """A program whose `x_0` are the images. path: the checkpoint's, from where it will be run."""
-    how = _arguments(request, ddim)
-    config = ddim.model.config
-    seed, num = request.seed, request.num
-    head, size = ["import jax", "import jddim"], config.image_size
+    request, num, size = asked.request, asked.num, ddim.model.config.image_size
+    how = {name: repr(value) for name, value in _own(request, ddim).asked().items() if name != "seed"}
+    if asked.label == "each":
+        classes = classes_in_turn(asked.request, ddim)
+        how["labels"] = f"[{classes}[i % {len(classes)}] for i in range({num})]"
+    elif asked.label is not None:
+        how["labels"] = f"[{asked.label}] * {num}"
+    head = ["import jax", "import jddim"]
     load = f"ddim = jddim.load({json.dumps(path)})"
-    etas = {"strip": f"jnp.linspace(0, 1, {num})", "invert": f"jnp.linspace(0, {request.eta!r}, {num})"}
-    match request.mode:
+    match asked.mode:
         case "strip":
             head.insert(1, "import jax.numpy as jnp")
-            how["eta"] = etas["strip"]
+            how["eta"] = f"jnp.linspace(0, 1, {num})"
             body = [
-                f"keys = jnp.stack([jddim.sample_keys(jax.random.key({seed}), 1)[0]] * {num})  # one x_T, one noise",
+                f"keys = jnp.stack([jddim.sample_keys(jax.random.key({request.seed}), 1)[0]] * {num})  # one x_T",
                 f"x_0 = ddim.sample(keys, {num}, {_listed(how)})",
             ]
         case "slerp":
             head.append("from jddim.editing import slerp_line")
             how["eta"] = "0.0"
+            shape = (*size, ddim.model.config.in_channels)
             body = [
-                f"keys = [jddim.sample_keys(jax.random.key(seed), 1) for seed in ({seed}, {request.seed_to})]",
-                f"a, b = (jddim.initial_noise(key, {(*size, config.in_channels)})[0] for key in keys)",
+                f"keys = [jddim.sample_keys(jax.random.key(seed), 1) for seed in ({request.seed}, {asked.seed_to})]",
+                f"a, b = (jddim.initial_noise(key, {shape})[0] for key in keys)",
                 f"x_0 = ddim.sample(x_T=slerp_line(a, b, {num}), {_listed(how)})",
             ]
         case "invert":
             head.insert(1, "import jax.numpy as jnp")
             head.append("from jddim.images import load_images")
-            up = {name: value for name, value in how.items() if name != "eta"}
+            up = {name: value for name, value in how.items() if name not in ("eta", "variance")}
             if "labels" in up:
-                up["labels"] = f"[{0 if request.label == 'each' else request.label}]"
-            how["eta"] = etas["invert"]
+                up["labels"] = f"[{classes_in_turn(asked.request, ddim)[0] if asked.label == 'each' else asked.label}]"
+            how["eta"] = f"jnp.linspace(0, {request.eta!r}, {num})"
             body = [
                 f'picture = load_images("picture.png", {size})',
                 f"x_T = ddim.invert(picture, refine={REFINE}, {_listed(up)})",
                 f"x_T = jnp.repeat(x_T, {num}, axis=0)",
-                f"x_0 = ddim.sample(jax.random.key({seed}), x_T=x_T, {_listed(how)})",
+                f"x_0 = ddim.sample(jax.random.key({request.seed}), x_T=x_T, {_listed(how)})",
             ]
         case "inpaint":
-            head.insert(1, "import jax.numpy as jnp")
-            head += ["from jddim.editing import inpaint_loop, keep_of", "from jddim.images import load_images"]
-            labels = how.get("labels", "")
+            head.append("from jddim.images import load_images")
             body = [
                 f'known = load_images("picture.png", {size})  # as often as there are images',
-                f'mask = load_images("mask.png", {size})',
-                "keep = keep_of(mask[0])",
-                f"keys = jddim.sample_keys(jax.random.key({seed}), len(known))",
-                "x_T = jddim.initial_noise(keys, known.shape[1:])",
-                f"table = ddim.table({request.steps}, {json.dumps(request.spacing)})",
-                f"how = dict(eta={request.eta!r}, key=keys, **ddim.conventions())",
-                f"x_0 = inpaint_loop(ddim.denoiser({labels}), x_T, table, jnp.asarray(known), keep, **how)",
+                f'mask = load_images("mask.png", {size})[0]',
+                f"x_0 = ddim.edit(known, jax.random.key({request.seed}), mask=mask, {_listed(how)})",
             ]
         case _:
-            body = [f"x_0 = ddim.sample(jax.random.key({seed}), {num}, {_listed(how)})"]
+            body = [f"x_0 = ddim.sample(jax.random.key({request.seed}), {num}, {_listed(how)})"]
     return "\n".join([*head, "", load, *body]) + "\n"
 
 
-def command(request: Asked, ddim: DDIM, path: str) -> tuple[str | None, str | None]:
+def command(asked: Asked, ddim: DDIM, path: str) -> tuple[str | None, str | None]:
     """(the command, None), or (None, why there is none)."""
-    options: list[Any] = ["--steps", request.steps]
-    if request.spacing != ddim.sampler.spacing:
-        options += ["--spacing", request.spacing]
-    if request.label is not None:
-        options += ["--labels", f"0:{classes_in_turn(ddim)}" if request.label == "each" else request.label]
-    guidance: list[Any] = []
-    if request.guidance_scale is not None:
-        guidance = ["--guidance-scale", repr(request.guidance_scale), "--null-label", request.null_label]
-    seed = ["--seed", request.seed]
-    match request.mode:
+    request, num = _own(asked.request, ddim), asked.num
+    if asked.label is not None:
+        request = dataclasses.replace(request, labels="balanced" if asked.label == "each" else str(asked.label))
+    match asked.mode:
         case "strip":
-            etas = ",".join(f"{i / (request.num - 1):.9g}" for i in range(request.num))
-            if request.label == "each":
+            if asked.label == "each":
                 return None, "the rows of jddim sweep have the same labels; Python can give each image its own"
-            words = ["sweep", path, "strip.png", "--eta", etas, "--num", 1, *seed]
+            etas = ",".join(f"{i / (num - 1):.9g}" for i in range(num))
+            name, words = "sweep", ["strip.png", "--eta", etas, "--num", "1", "--steps", str(request.steps)]
         case "slerp":
-            words = ["interpolate", path, "line.png", "--seeds", f"{request.seed},{request.seed_to}"]
-            words += ["--num", request.num]
+            request = dataclasses.replace(request, seed=0, eta=None)
+            seeds = f"{asked.request.seed},{asked.seed_to}"
+            name, words = "interpolate", ["line.png", "--seeds", seeds, "--num", str(num)]
         case "invert":
-            if request.num > 1 and request.eta:
+            if num > 1 and request.eta:
                 return None, "jddim invert leads back at eta 0 alone; Python at any"
-            if request.label == "each":
-                options[options.index("--labels") + 1] = 0
-            words = ["invert", path, "picture.png", "x_T.npy", "--refine", REFINE, "--reconstruct", "again.png"]
+            if asked.label == "each":
+                request = dataclasses.replace(request, labels=str(classes_in_turn(asked.request, ddim)[0]))
+            words = ["picture.png", "x_T.npy", "--refine", str(REFINE), "--reconstruct", "again.png"]
+            name = "invert"
         case "inpaint":
-            words = ["edit", path, "picture.png", "filled.png", "--mask", "mask.png", "--eta", repr(request.eta), *seed]
+            name, words = "edit", ["picture.png", "filled.png", "--mask", "mask.png"]
         case _:
-            how = ["--eta", repr(request.eta)] if request.method == "ddim" else ["--method", request.method]
-            words = ["sample", path, "images.png", "--num", request.num, *seed, *how]
-    return shlex.join(["jddim", *map(str, [*words, *options, *guidance])]), None
+            name, words = "sample", ["images.png", "--num", str(num)]
+    return shlex.join(["jddim", name, path, *words, *request.words(name)]), None
 
 
-def _arguments(request: Asked, ddim: DDIM) -> dict[str, str]:
-    """What all methods of DDIM take, as Python."""
-    how = {"steps": repr(request.steps)}
-    if request.spacing != ddim.sampler.spacing:
-        how["spacing"] = json.dumps(request.spacing)
-    if request.method == "ddim":
-        how["eta"] = repr(request.eta)
-    else:
-        how["method"] = json.dumps(request.method)
-    if request.label == "each":
-        how["labels"] = f"[i % {classes_in_turn(ddim)} for i in range({request.num})]"
-    elif request.label is not None:
-        how["labels"] = f"[{request.label}] * {request.num}"
-    if request.guidance_scale is not None:
-        how |= {"guidance_scale": repr(request.guidance_scale), "null_label": repr(request.null_label)}
-    return how
+def _own(request: Request, ddim: DDIM) -> Request:
+    """The request without what the checkpoint says itself."""
+    return dataclasses.replace(request, spacing=None) if request.spacing == ddim.sampler.spacing else request
 
 
-def _listed(arguments: dict[str, str]) -> str:
+def _listed(arguments: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in arguments.items())

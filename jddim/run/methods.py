@@ -1,0 +1,219 @@
+"""The methods of sampling, DDIM, DDPM and the solvers alike: how each walks down a table, and what it needs.
+
+A method turns a float64 step table into the rows that the scan runs over, and takes those rows from a state. To add one
+is to name it in `METHODS`, or a `Solver` in `jddim.solvers.SOLVERS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jax import Array
+from jax.typing import DTypeLike
+
+from jddim.config import did_you_mean
+from jddim.ddim import StepTable
+from jddim.guidance import cfg_plus_plus_update
+from jddim.inversion import inversion_table, invert_update
+from jddim.sampling import Denoiser, Update, ancestral_update, ddim_update
+from jddim.solvers import SOLVERS, Solver, SolverTable, memory_of, solver_update
+
+
+class Guidance(NamedTuple):
+    """scale: `(b,)`. null_label: a scalar. rescale: a scalar, interval: two t; None: not asked for."""
+
+    scale: Array
+    null_label: Array
+    rescale: Array | None = None
+    interval: tuple[Array, Array] | None = None
+
+
+class Kept(NamedTuple):
+    """What inpainting keeps. known: `(b, h, w, c)`; keep: `(h, w, 1)`; noise: x_T, which the known pixels carry."""
+
+    known: Array
+    keep: Array
+    noise: Array
+
+
+class Given(NamedTuple):
+    """What a batch's program is given beside its state and rows. Traced: another value is no other program.
+
+    eta: `(b,)`. keys: `(b,)`, or None where noise is given or none is drawn. noise: `(n, b, ...)`, one entry a row.
+    limits: the loops' clip_range or threshold. labels: `(b,)`.
+    """
+
+    eta: Array
+    keys: Array | None
+    noise: Array | None
+    limits: dict[str, tuple[Array, Array]]
+    labels: Array | None = None
+    guidance: Guidance | None = None
+    kept: Kept | None = None
+
+
+class Statics(Protocol):
+    """What a method reads of a `jddim.run.programs.Program`."""
+
+    @property
+    def prediction_type(self) -> str:
+        """What the network predicts."""
+
+    @property
+    def rederive_eps(self) -> bool:
+        """Whether the direction's eps comes from the limited x0."""
+
+    @property
+    def variance(self) -> str:
+        """The ancestral sampler's."""
+
+    @property
+    def guidance(self) -> str | None:
+        """The kind of guidance, or None."""
+
+
+class Method(Protocol):
+    """A way from x_T to x_0 (or, inverting, from x_0 to x_T). Hashable: part of what identifies a program."""
+
+    @property
+    def takes_eta(self) -> bool:
+        """Whether eta means something to it."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it adds noise whatever eta is."""
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether it reads the second half of a network's channels, if their variance is learned."""
+
+    def rows(self, table: StepTable, dtype: DTypeLike) -> Any:
+        """What the scan runs over, from a float64 table on the host, its floats cast to `dtype`."""
+
+    def memory(self, rows: Any, x_T: Array) -> Any:
+        """What the first step finds of those before it; None: steps remember nothing."""
+
+    def update(self, denoise: Denoiser, given: Given, statics: Statics) -> Update:
+        """One step, for `jddim.sampling.update_steps`. denoise: for a step that asks the network again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ddim:
+    """Eq. 12 of arXiv:2010.02502."""
+
+    takes_eta = True
+    stochastic = False
+    learned_variance = False
+
+    def rows(self, table: StepTable, dtype: DTypeLike) -> StepTable:
+        """The table itself."""
+        return cast(table, dtype)
+
+    def memory(self, rows: StepTable, x_T: Array) -> None:
+        """None."""
+
+    def update(self, denoise: Denoiser, given: Given, statics: Statics) -> Update:
+        """`ddim_update`, or CFG++'s step under that guidance."""
+        if statics.guidance == "cfg++":
+            return cfg_plus_plus_update(eta=given.eta, prediction_type=statics.prediction_type, **given.limits)
+        return ddim_update(
+            eta=given.eta,
+            prediction_type=statics.prediction_type,
+            rederive_eps=statics.rederive_eps,
+            **given.limits,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Ddpm(Ddim):
+    """Algorithm 2 of arXiv:2006.11239 on any table."""
+
+    takes_eta = False
+    stochastic = True
+    learned_variance = True
+
+    def update(self, denoise: Denoiser, given: Given, statics: Statics) -> Update:
+        """`ancestral_update`."""
+        limits: Any = {"clip_range": None, **given.limits}
+        return ancestral_update(variance=statics.variance, prediction_type=statics.prediction_type, **limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class BySolver:
+    """One of `jddim.solvers`, or a `Solver` of the caller's."""
+
+    solver: Solver
+    takes_eta = False
+    learned_variance = False
+
+    @property
+    def stochastic(self) -> bool:
+        """As the solver says."""
+        return self.solver.stochastic
+
+    def rows(self, table: StepTable, dtype: DTypeLike) -> SolverTable:
+        """The solver's plan, of two remembered predictions at least, so that one step has several steps' program."""
+        rows: SolverTable = cast(self.solver.plan(table), dtype)
+        missing = ((0, 0), (0, max(2 - rows.step_history.shape[1], 0)))
+        return rows._replace(
+            base_history=np.pad(rows.base_history, missing), step_history=np.pad(rows.step_history, missing)
+        )
+
+    def memory(self, rows: SolverTable, x_T: Array) -> tuple[Array, Array]:
+        """Zeros."""
+        return memory_of(rows, x_T)
+
+    def update(self, denoise: Denoiser, given: Given, statics: Statics) -> Update:
+        """`solver_update`."""
+        return solver_update(self.solver, prediction_type=statics.prediction_type, **given.limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inversion(Ddim):
+    """DDIM's steps backwards (`jddim.inversion`), of which one may ask the network again."""
+
+    convention: str = "diffusers"
+    refine: int = 0
+
+    takes_eta = False
+
+    def rows(self, table: StepTable, dtype: DTypeLike) -> StepTable:
+        """From x_0 up."""
+        return inversion_table(cast(table, dtype), self.convention)
+
+    def update(self, denoise: Denoiser, given: Given, statics: Statics) -> Update:
+        """`invert_update`."""
+        return invert_update(
+            denoise,
+            refine=self.refine,
+            prediction_type=statics.prediction_type,
+            rederive_eps=statics.rederive_eps,
+            **given.limits,
+        )
+
+
+METHODS: dict[str, Method] = {"ddim": Ddim(), "ddpm": Ddpm()}
+"""By name, beside the solvers of `jddim.solvers.SOLVERS` whose names are not here."""
+
+
+def find(method: str | Solver) -> Method:
+    """The method of that name, or by the solver given. Raises ValueError for an unknown name."""
+    if isinstance(method, Solver):
+        return BySolver(method)
+    if method in METHODS:
+        return METHODS[method]
+    if method not in SOLVERS:
+        raise ValueError(f"unknown method {method!r}{did_you_mean(str(method), names())}")
+    return BySolver(SOLVERS[method])
+
+
+def names() -> tuple[str, ...]:
+    """Every method's name; `config.METHODS` says the same to the command line, which does not import this."""
+    return tuple(dict.fromkeys((*METHODS, *SOLVERS)))
+
+
+def cast(table: Any, dtype: DTypeLike) -> Any:
+    """A table with its floating-point columns in `dtype`."""
+    return type(table)(*(column if column.dtype == np.int32 else column.astype(dtype) for column in table))

@@ -1,0 +1,419 @@
+"""From a request to a run: `plan(ddim, request, inputs)` settles what sampling needs, and says what is wrong.
+
+Every door runs a `Plan`: `DDIM.sample`, `edit` and `invert`, the command line, sets of images, the page, sharding and
+export. A plan is made on the host; nothing is compiled or drawn before a `Part` of it begins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jddim.config import SamplerConfig
+from jddim.ddim import StepTable, add_noise, sampler_table
+from jddim.editing import keep_of, repaint_table, tail
+from jddim.inversion import check_inversion
+from jddim.models import Network
+from jddim.models.layers import at_least_float32
+from jddim.run import methods
+from jddim.run.methods import Given, Guidance, Inversion, Kept, Method, cast
+from jddim.run.problems import (
+    Problems,
+    array_problems,
+    batch_size_problems,
+    channels_first,
+    eta_problems,
+    guidance_problems,
+    key_problems,
+    label_problems,
+    network_problems,
+    num_problems,
+    range_problems,
+    sampler_problems,
+    sentences,
+)
+from jddim.run.programs import Program, draw_keys, draw_noise, segment
+from jddim.run.request import Request
+from jddim.sampling import State, init_state, is_zero
+from jddim.schedule import NoiseSchedule
+
+Images = Array | np.ndarray
+
+
+class Source(Protocol):
+    """What a plan is made for: a `jddim.DDIM`."""
+
+    @property
+    def model(self) -> Network:
+        """The network."""
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """What it was trained with."""
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """Its source's conventions."""
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that meant none in training, if that is recorded."""
+
+
+class Inputs(NamedTuple):
+    """The arrays of a request, a pytree; all may be traced, each None where the request or the checkpoint says it.
+
+    key: one, or one an image `(num,)`. numbers: which images of the key they are, `(num,)`, in place of start,
+    start + 1, ... x_T: `(num, h, w, c)`. noise: `(S, num, h, w, c)`. labels: one an image. eta, guidance_scale: a
+    scalar or `(num,)`. images: `(num, h, w, c)`, what is edited, by a strength or with a mask, else inverted.
+    mask: `(h, w, 1)`, in [-1, 1], 1 where images are made anew.
+    """
+
+    key: Array | None = None
+    numbers: ArrayLike | None = None
+    x_T: Images | None = None
+    noise: Images | None = None
+    labels: ArrayLike | None = None
+    eta: ArrayLike | None = None
+    guidance_scale: ArrayLike | None = None
+    images: Images | None = None
+    mask: Images | None = None
+
+
+class Batch(NamedTuple):
+    """Images low..low+taken-1 of a run, computed as `size` of them: the last batch too has the others' program."""
+
+    low: int
+    taken: int
+    size: int
+
+    def of(self, x: Images, axis: int = 0) -> Array:
+        """Its part of `x`; its last sample repeated to make a full batch, whose copies are dropped afterwards."""
+        rows = jnp.asarray(x[(slice(None),) * axis + (slice(self.low, self.low + self.taken),)])
+        missing = self.size - self.taken
+        if not missing:
+            return rows
+        return jnp.concatenate([rows, jnp.repeat(jnp.take(rows, jnp.array([-1]), axis), missing, axis)], axis)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """A request, settled: what is compiled, what the scan runs over, and every array that goes in.
+
+    sampler: the conventions used. table: the steps asked for; rows: what the scan runs over, as the method takes them.
+    num: images, of `shape` (h, w, c) and `dtype`. inputs: with defaults filled in, eta and guidance_scale `(num,)`.
+    null_label, rescale, interval: of the guidance. problems: (field, sentence); with any, there is nothing to run.
+    """
+
+    model: Network
+    program: Program
+    sampler: SamplerConfig
+    table: StepTable
+    rows: Any
+    limits: dict[str, tuple[Array, Array]]
+    num: int
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    inputs: Inputs
+    null_label: int | None
+    rescale: float | None
+    interval: tuple[float, float] | None
+    problems: Problems
+
+    def part(self, batch: Batch) -> Part:
+        """The run of one batch."""
+        return Part(self, batch)
+
+    def guidance(self, scale: Array) -> Guidance:
+        """The guidance at this scale, one an image."""
+        rescale = None if self.rescale is None else jnp.asarray(self.rescale, self.dtype)
+        interval = None if self.interval is None else (jnp.asarray(self.interval[0]), jnp.asarray(self.interval[1]))
+        return Guidance(scale, jnp.asarray(self.null_label), rescale, interval)
+
+    def check(self, of: str) -> Plan:
+        """Itself. Raises ValueError with everything that is wrong. of: the function that was called."""
+        if self.problems:
+            raise ValueError(f"{of}: {sentences(self.problems)}")
+        return self
+
+
+class Part:
+    """A batch of a plan on its way: `state = part.begin()`, then `part.advance(state, rows)` for each segment."""
+
+    def __init__(self, plan: Plan, batch: Batch):
+        self.plan, self.batch = plan, batch
+
+    @functools.cached_property
+    def keys(self) -> Array | None:
+        """A key for each image; None where there is none."""
+        key, numbers = self.plan.inputs.key, self.plan.inputs.numbers
+        if key is None or key.ndim:
+            return None if key is None else self.batch.of(key)
+        return draw_keys(key, self.batch.of(jnp.asarray(numbers)))
+
+    @functools.cached_property
+    def x_T(self) -> Array:
+        """The standard normal start, given or drawn."""
+        plan = self.plan
+        if plan.inputs.x_T is not None:
+            return self.batch.of(plan.inputs.x_T)
+        return draw_noise(self.keys, plan.shape, plan.dtype)
+
+    @functools.cached_property
+    def given(self) -> Given:
+        """What each segment is given beside its state and rows, noise apart."""
+        plan, inputs, batch = self.plan, self.plan.inputs, self.batch
+        method, guidance, kept = plan.program.method, None, None
+        # A method that eta makes deterministic draws all the same, so that every eta has one program.
+        draws = inputs.noise is None and (method.takes_eta or method.stochastic or plan.program.resampled)
+        keys = self.keys if self.keys is not None or not draws else draw_keys(jax.random.key(0), jnp.arange(batch.size))
+        if inputs.guidance_scale is not None:
+            guidance = plan.guidance(batch.of(inputs.guidance_scale))  # type: ignore[arg-type]
+        if inputs.mask is not None:
+            assert inputs.images is not None
+            kept = Kept(batch.of(inputs.images), jnp.asarray(keep_of(inputs.mask)), self.x_T)
+        return Given(
+            batch.of(inputs.eta),  # type: ignore[arg-type]
+            keys if draws else None,
+            None,
+            plan.limits,
+            None if inputs.labels is None else batch.of(inputs.labels),  # type: ignore[arg-type]
+            guidance,
+            kept,
+        )
+
+    @functools.cached_property
+    def run(self) -> Any:
+        """The compiled segment with the model in it, which is flattened once."""
+        return segment.bound(self.plan.model)
+
+    def begin(self, trajectory_every: int | None = None) -> State:
+        """The state before the first row. trajectory_every: with buffers for a trajectory."""
+        plan, x = self.plan, self.plan.inputs.images
+        if isinstance(plan.program.method, Inversion):
+            x = self.batch.of(x)  # type: ignore[arg-type]
+        elif x is not None and plan.inputs.mask is None:  # image to image: the images, noised to where the rows begin
+            x = add_noise(self.batch.of(x), self.x_T, plan.rows.alpha_bar_t[0])
+        else:
+            x = self.x_T
+        return init_state(x, plan.rows, trajectory_every)._replace(memory=plan.program.method.memory(plan.rows, x))
+
+    def advance(self, state: State, rows: Any, trajectory_every: int | None = None) -> State:
+        """The state after `rows`, all or a segment of the plan's. trajectory_every: as in `begin`."""
+        given, noise = self.given, self.plan.inputs.noise
+        if noise is not None:
+            first = int(rows.step[0])
+            axis = 2 if self.plan.program.resampled else 1
+            given = given._replace(noise=self.batch.of(noise[first : first + rows.num_steps], axis))
+        return self.run(state, rows, given, program=self.plan.program, trajectory_every=trajectory_every)
+
+
+def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None, batch_size: int | None = None) -> Plan:
+    """What `request` and `inputs` ask of `ddim`, settled. num: images; None: as many as x_T or images are.
+
+    Raises ValueError at once where there is no table, for an unknown name; what else is wrong is in `problems`.
+    """
+    sampler, model, config = request.sampler(ddim.sampler), ddim.model, ddim.model.config
+    dtype = np.dtype(at_least_float32(model.dtype))
+    method = _method(request, inputs)
+    table = sampler_table(ddim.schedule, sampler, request.steps, np.float64, _spacing(request))
+    if request.strength is not None:
+        table = tail(table, request.strength)
+    resampled = inputs.mask is not None and request.resample > 1
+    problems: Problems = _edit_problems(request, inputs)
+    rows = method.rows(table, dtype)
+    if resampled:
+        rows = cast(repaint_table(table, request.resample, request.jump_length), dtype)
+    table = cast(table, dtype)
+
+    given = inputs.x_T if inputs.images is None else inputs.images
+    if num is None and given is not None:
+        num = given.shape[0] if np.ndim(given) else None
+    image_size = config.image_size if request.image_size is None else tuple(request.image_size)
+    if request.image_size is None and np.ndim(given) == 4 and not channels_first(given, config.in_channels):  # type: ignore[arg-type]
+        image_size = (given.shape[1], given.shape[2])  # type: ignore[union-attr]
+    shape: Any = (*image_size, config.in_channels)
+    asked_eta = inputs.eta if inputs.eta is not None else request.eta
+    eta = 0.0 if not method.takes_eta else sampler.eta if asked_eta is None else asked_eta
+    scale = inputs.guidance_scale if inputs.guidance_scale is not None else request.guidance_scale
+    null_label = request.null_label if request.null_label is not None or scale is None else ddim.null_label
+    program = Program(
+        method=method,
+        prediction_type=sampler.prediction_type,
+        timestep_scale=sampler.timestep_scale,
+        rederive_eps=sampler.rederive_eps,
+        variance=sampler.variance,
+        self_condition=sampler.self_condition,
+        guidance=None if scale is None else request.guidance,
+        resampled=resampled,
+    )
+
+    problems += network_problems(config, sampler, image_size) + num_problems(num) + sampler_problems(sampler, table)  # type: ignore[arg-type]
+    problems += batch_size_problems(batch_size)
+    if not method.takes_eta and asked_eta is not None:
+        problems += _eta_of_none(method, request, asked_eta)
+    labels = inputs.labels if isinstance(inputs.labels, (Array, np.ndarray)) else None
+    if inputs.labels is not None and labels is None:
+        labels = np.asarray(inputs.labels)
+    if num is not None and num >= 1:
+        numbers = inputs.numbers if inputs.numbers is not None else _numbers(request.start, num)
+        if labels is None and request.labels is not None:
+            null = ddim.null_label if request.null_label is None else request.null_label
+            labels, told = labels_of(request.labels, config.num_classes, null, numbers)
+            problems += told
+        rows_of_noise = (rows.num_steps, *((2,) if resampled else ()), num, *shape)
+        needs_noise = method.stochastic or resampled or (method.takes_eta and not is_zero(eta))
+        if not isinstance(method, Inversion):
+            problems += key_problems(
+                inputs.key, num, x_T=inputs.x_T is not None, noise=inputs.noise is not None, needs_noise=needs_noise
+            )
+        problems += array_problems("x_T", inputs.x_T, (num, *shape), dtype)
+        problems += array_problems("images", inputs.images, (num, *shape), dtype)
+        problems += array_problems("noise", inputs.noise, rows_of_noise, dtype, rows.num_steps)
+        problems += eta_problems(eta, num, table) if method.takes_eta else []
+        problems += label_problems(config, labels, num)  # type: ignore[arg-type]
+        problems += guidance_problems(
+            config,
+            scale,
+            null_label,
+            num,
+            kind=request.guidance,
+            rescale=request.guidance_rescale,
+            interval=request.guidance_interval,
+            learned_variance=program.learned_variance,
+            takes_eta=isinstance(method, methods.Ddim) and method.takes_eta,
+        )
+        if isinstance(method, Inversion):
+            problems += _inversion_problems(sampler, table, request, inputs)
+        if not problems:
+            inputs = inputs._replace(
+                numbers=numbers,
+                labels=labels,
+                eta=_each(eta, num, dtype),
+                guidance_scale=None if scale is None else _each(scale, num, dtype),
+            )
+    return Plan(
+        model,
+        program,
+        sampler,
+        table,
+        rows,
+        limits(sampler, dtype),
+        num or 0,
+        shape,
+        dtype,
+        inputs,
+        null_label,
+        request.guidance_rescale,
+        request.guidance_interval,
+        problems,
+    )
+
+
+def limits(sampler: SamplerConfig, dtype: DTypeLike) -> dict[str, tuple[Array, Array]]:
+    """What keeps x0 in range, as the loops' arguments."""
+    if sampler.threshold_ratio is not None:
+        return {"threshold": (jnp.asarray(sampler.threshold_ratio, dtype), jnp.asarray(sampler.threshold_max, dtype))}
+    if not sampler.clip:
+        return {}
+    return {"clip_range": (jnp.asarray(sampler.clip_range[0], dtype), jnp.asarray(sampler.clip_range[1], dtype))}
+
+
+def labels_of(
+    text: str, classes: int | None, null_label: int | None, numbers: ArrayLike
+) -> tuple[np.ndarray | None, Problems]:
+    """The labels of the images with these numbers, and what is wrong with the text (`Request`)."""
+    num = np.shape(numbers)[0]
+    if text == "balanced":
+        if classes is None:
+            return None, [("labels", "labels balanced: this network has no classes")]
+        cycle = [label for label in range(classes) if label != null_label]
+    else:
+        try:
+            low, colon, high = text.partition(":")
+            cycle = range(int(low), int(high)) if colon else [int(part) for part in text.split(",")]  # type: ignore[assignment]
+        except ValueError:
+            cycle = []
+        if not cycle:
+            told = f"labels are one number, 3,977, a range such as 0:10, or balanced; got {text!r}"
+            return None, [("labels", told)]
+        if isinstance(cycle, list) and len(cycle) not in (1, num):
+            told = f"labels names {len(cycle)} labels for {num} images; give one for each, one for all, or a range"
+            return None, [("labels", told)]
+        if isinstance(cycle, list):
+            return np.resize(np.array(cycle, np.int32), num), []
+        if classes is not None and not 0 <= cycle[0] <= cycle[-1] < classes:  # before a huge range is spelt out
+            outside = cycle[0] if cycle[0] < 0 else max(cycle[0], classes)
+            return None, [("labels", f"labels must lie in 0..{classes - 1}, got {outside}")]
+        if classes is None:
+            return None, [("labels", "this network has no classes: leave labels out")]
+    return np.array(cycle, np.int32)[np.asarray(numbers).astype(np.int64) % len(cycle)], []
+
+
+def _method(request: Request, inputs: Inputs) -> Method:
+    """DDIM's way up for images to invert, else the method asked for."""
+    inverting = inputs.images is not None and inputs.mask is None and request.strength is None
+    return Inversion(request.convention, request.refine) if inverting else methods.find(request.method)
+
+
+def _spacing(request: Request) -> str | np.ndarray | None:
+    return np.asarray(request.spacing) if isinstance(request.spacing, tuple) else request.spacing
+
+
+def _numbers(start: int, num: int) -> np.ndarray:
+    return (start + np.arange(num)).astype(np.uint32)
+
+
+def _each(value: ArrayLike, num: int, dtype: DTypeLike) -> Images:
+    """One value an image; a number is not put on a device for it."""
+    if isinstance(value, Array):
+        return jnp.broadcast_to(value.astype(dtype), (num,))
+    return np.broadcast_to(np.asarray(value, dtype), (num,))
+
+
+def _eta_of_none(method: Method, request: Request, eta: ArrayLike) -> Problems:
+    """What is wrong with an eta that the method has no use for."""
+    if not isinstance(method, Inversion):
+        return [("eta", f"eta is DDIM's; method {request.method!r} takes none")]
+    if is_zero(eta):
+        return []
+    return [("eta", f"inversion is deterministic, so eta must be 0, got {eta}: added noise cannot be undone")]
+
+
+def _edit_problems(request: Request, inputs: Inputs) -> Problems:
+    """What is wrong with the options of editing."""
+    if request.resample < 1:
+        return [("resample", f"resample must be at least 1, got {request.resample}")]
+    if (request.resample, request.jump_length) != (1, 1) and inputs.mask is None:
+        told = "resample and jump_length are RePaint's: they go with a mask, not with strength"
+        return [("resample", told)]
+    if request.resample == 1 and request.jump_length != 1:
+        told = f"jump_length is of resampling: give resample too, at least 2, got jump_length={request.jump_length}"
+        return [("jump_length", told)]
+    return []
+
+
+def _inversion_problems(sampler: SamplerConfig, table: StepTable, request: Request, inputs: Inputs) -> Problems:
+    assert inputs.images is not None
+    problems = range_problems(inputs.images)
+    if sampler.self_condition:
+        told = "this network is self-conditioned: a step depends on the x0 of the one before it, which inversion only "
+        problems.append(("convention", told + "comes to after it"))
+    try:
+        check_inversion(table, request.convention, request.refine, sampler.prediction_type)
+    except ValueError as error:
+        problems.append(("convention", str(error)))
+    return problems
+
+
+def traced(*trees: Any) -> bool:
+    """Whether any leaf is traced, or a transformation of the caller's is under way."""
+    leaves = [*jax.tree.leaves(trees), jnp.zeros(())]
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)

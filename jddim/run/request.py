@@ -1,0 +1,427 @@
+"""What can be asked of sampling, once: a frozen dataclass of what JSON can hold. No jax here, so that --help is quick.
+
+Each field carries what the doors need of it: the option's name, how its text is read, one line of help, and which
+commands leave it out and why. The command line, the manifest, a picture's metadata, the page's form and its copied
+commands are made from these fields, so an option is added here and where its maths is, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jddim.config import (
+    DTYPES,
+    METHODS,
+    PREDICTION_TYPES,
+    VARIANCES,
+    SamplerConfig,
+    did_you_mean,
+    from_json,
+    to_json,
+)
+
+GUIDANCES = ("classifier-free", "projected", "cfg++")
+COMMANDS = ("sample", "bulk", "warmup", "sweep", "edit", "interpolate", "invert", "export", "serve", "page")
+SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, ddimN or N,N,..."
+
+OWN = "an option of its own"
+"""In place of a reason: the command has an option of this name that it defines itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What the doors need to know of a field of `Request`.
+
+    flag: as the command line has it. help: one line. how: argparse's keywords that say how the text is read.
+    left_out: command -> why it does not take this, or OWN. convention: it stands for fields of `SamplerConfig`, and
+    None means the checkpoint's.
+    """
+
+    flag: str
+    help: str
+    how: Mapping[str, Any]
+    left_out: Mapping[str, str]
+    convention: bool
+
+
+def _option(
+    default: Any,
+    flag: str,
+    text: str,
+    /,
+    left_out: Mapping[str, str] = types.MappingProxyType({}),
+    *,
+    only: Sequence[str] = (),
+    convention: bool = False,
+    **how: Any,
+) -> Any:
+    """A field with its `Option`. only: the commands that have it, where others do not even refuse it by a reason."""
+    if only:
+        left_out = {
+            command: f"it is of jddim {' and '.join(only)} alone" for command in COMMANDS if command not in only
+        }
+    return dataclasses.field(default=default, metadata={"option": Option(flag, text, how, left_out, convention)})
+
+
+def whole_seed(text: str) -> int:
+    """The text of a seed: what jax.random.key tells apart."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a whole number, got {text!r}") from None
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0..{2**32 - 1}, which seeds are kept apart in")
+    return number
+
+
+_ASKED_ON_THE_PAGE = {"serve": "whoever uses the page chooses it there"}
+_COMPILED = {"page": "another value is another program, and the page has those of its start: give it to jddim serve"}
+_WHEN_RUN = {"export": "it is given when the exported sampler is run"}
+_SWITCH = argparse.BooleanOptionalAction
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of a checkpoint's sampler, as JSON can hold it; arrays are `jddim.run.plan.Inputs`.
+
+    What is None comes from the checkpoint. The meaning of each is `DDIM.sample`'s, of strength, resample and
+    jump_length `DDIM.edit`'s, of convention and refine `DDIM.invert`'s.
+
+    labels: one label an image, as text: "3,977", one each or one for all; "0:10", 0 to 9 over and over; "balanced", all
+    classes but the null label over and over. seed: image i depends on (seed, i) alone. start: the first image's i.
+    """
+
+    method: str = _option(
+        "ddim",
+        "--method",
+        "ddpm: ancestral sampling; the rest: other solvers (heun asks the network twice a step); default ddim",
+        {
+            "invert": "inversion takes DDIM's own steps backwards",
+            "sweep": "a sweep goes over eta, which is DDIM's",
+            "serve": "--methods names those that the page offers",
+        },
+        choices=METHODS,
+    )
+    steps: int | None = _option(
+        None, "--steps", "default: the checkpoint's", {"sweep": OWN, **_ASKED_ON_THE_PAGE}, type=int, metavar="S"
+    )
+    eta: float | None = _option(
+        None,
+        "--eta",
+        "0 deterministic, 1 as noisy as DDPM; default: the checkpoint's",
+        {"sweep": OWN, "invert": "inversion is deterministic, added noise cannot be undone", **_WHEN_RUN}
+        | _ASKED_ON_THE_PAGE,
+        type=float,
+        metavar="E",
+    )
+    spacing: str | tuple[int, ...] | None = _option(
+        None, "--spacing", f"{SPACING_NAMES}; default: the checkpoint's", _ASKED_ON_THE_PAGE, metavar="NAME"
+    )
+    clip: bool | None = _option(
+        None, "--clip", "clamp x0 to the clip range at each step", _COMPILED, convention=True, action=_SWITCH
+    )
+    clip_range: tuple[float, float] | None = _option(
+        None, "--clip-range", "for --clip", convention=True, type=float, nargs=2, metavar=("LOW", "HIGH")
+    )
+    threshold: tuple[float, float] | None = _option(
+        None,
+        "--threshold",
+        "dynamic thresholding of x0 in place of --clip: diffusers' dynamic_thresholding_ratio, sample_max_value",
+        _COMPILED,
+        convention=True,
+        type=float,
+        nargs=2,
+        metavar=("RATIO", "MAX"),
+    )
+    rederive_eps: bool | None = _option(
+        None,
+        "--rederive-eps",
+        "the direction's eps from the clipped x0 (OpenAI, lucidrains)",
+        _COMPILED,
+        convention=True,
+        action=_SWITCH,
+    )
+    steps_offset: int | None = _option(
+        None, "--steps-offset", "added to each t of the spacing leading", convention=True, type=int, metavar="N"
+    )
+    set_alpha_to_one: bool | None = _option(
+        None,
+        "--set-alpha-to-one",
+        "of diffusers' spacings: whether the last step ends at alpha_bar 1, or at that of t = 0",
+        convention=True,
+        action=_SWITCH,
+    )
+    variance: str | None = _option(
+        None,
+        "--variance",
+        "for method ddpm",
+        {
+            "invert": "inversion draws no noise, so there is no variance",
+            "sweep": "it is of method ddpm, and a sweep is of ddim",
+            **_COMPILED,
+        },
+        convention=True,
+        choices=VARIANCES,
+    )
+    prediction_type: str | None = _option(
+        None, "--prediction-type", "what the network predicts", _COMPILED, convention=True, choices=PREDICTION_TYPES
+    )
+    labels: str | None = _option(
+        None,
+        "--labels",
+        "of a class-conditional model: 3,977 (one an image, or one for all), 0:10 (0 to 9, over and over) or balanced",
+        {**_WHEN_RUN, **_ASKED_ON_THE_PAGE, "page": OWN},
+        metavar="LABELS",
+    )
+    guidance: str | None = _option(
+        None,
+        "--guidance",
+        "the kind: classifier-free (default); projected, without what oversaturates; cfg++, of x0 alone, scale in 0..1",
+        _COMPILED,
+        choices=GUIDANCES,
+    )
+    guidance_scale: float | None = _option(
+        None,
+        "--guidance-scale",
+        "guidance: 0 without the label, 1 with it, above 1 beyond; needs a null label",
+        _ASKED_ON_THE_PAGE,
+        type=float,
+        metavar="W",
+    )
+    guidance_rescale: float | None = _option(
+        None,
+        "--guidance-rescale",
+        "0..1: how far a guided prediction's standard deviation goes back to the conditional one's",
+        _COMPILED,
+        type=float,
+        metavar="PHI",
+    )
+    guidance_interval: tuple[float, float] | None = _option(
+        None,
+        "--guidance-interval",
+        "guide at these t alone, LOW <= t <= HIGH",
+        _COMPILED,
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+    )
+    null_label: int | None = _option(
+        None,
+        "--null-label",
+        "what meant no label in training; default: as recorded",
+        _ASKED_ON_THE_PAGE,
+        type=int,
+        metavar="N",
+    )
+    image_size: tuple[int, int] | None = _option(
+        None,
+        "--image-size",
+        "in place of the checkpoint's",
+        {
+            "edit": "images keep their size",
+            "invert": "images keep their size",
+            "serve": "the page draws at the checkpoint's size",
+            "page": "the page draws at the checkpoint's size",
+        },
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+    )
+    dtype: str = _option(
+        "float32", "--dtype", "of the network's computation; default float32", _COMPILED, choices=DTYPES
+    )
+    seed: int = _option(
+        0,
+        "--seed",
+        "image i depends on (seed, i) alone; default 0",
+        {"invert": "inversion draws nothing", "warmup": "any seed has the same program", **_WHEN_RUN}
+        | _ASKED_ON_THE_PAGE,
+        type=whole_seed,
+        metavar="I",
+    )
+    start: int = _option(
+        0,
+        "--start",
+        "number of the first image; default 0",
+        {
+            "bulk": "a set begins at image 0",
+            "interpolate": "--images names them",
+            "invert": "inversion draws nothing",
+            "warmup": "any images have the same program",
+            "serve": "the page begins at image 0",
+            "page": "the page begins at image 0",
+            **_WHEN_RUN,
+        },
+        type=int,
+        metavar="I",
+    )
+    strength: float | None = _option(
+        None,
+        "--strength",
+        "in (0, 1]: how far they are noised; 1 forgets them",
+        only=("edit",),
+        type=float,
+        metavar="F",
+    )
+    resample: int = _option(
+        1, "--resample", "with --mask: each step R times, RePaint's (default 1)", only=("edit",), type=int, metavar="R"
+    )
+    jump_length: int = _option(
+        1,
+        "--jump-length",
+        "with --resample: going back J steps (default 1)",
+        only=("edit",),
+        type=int,
+        metavar="J",
+    )
+    convention: str = _option(
+        "diffusers",
+        "--convention",
+        "where each step asks the network: diffusers, at the t it reaches (default); paper, at the t it leaves; "
+        "openai, that too, from t = 0 on and one step beyond the last",
+        only=("invert",),
+        metavar="NAME",
+    )
+    refine: int = _option(
+        0,
+        "--refine",
+        "K more evaluations a step, which solve for the x_T that sampling leads back from (default 0)",
+        only=("invert",),
+        type=int,
+        metavar="K",
+    )
+
+    def sampler(self, own: SamplerConfig) -> SamplerConfig:
+        """The checkpoint's conventions `own` with those that are asked for in their place.
+
+        To say clip, on or off, or a threshold, takes the place of the checkpoint's thresholding. Raises ValueError for
+        a clip range where x0 is not clipped.
+        """
+        asked = {o.name: value for o in options() if o.convention and (value := getattr(self, o.name)) is not None}
+        if "clip" in asked:
+            asked["threshold_ratio"] = None
+        if "threshold" in asked:
+            asked["threshold_ratio"], asked["threshold_max"] = asked.pop("threshold")
+        used = dataclasses.replace(own, **asked)
+        if self.clip_range is not None and not used.clip:
+            raise ValueError("clip_range without clip: this checkpoint's x0 is not clipped; add clip, or leave it out")
+        return used
+
+    def settled(self, own: SamplerConfig) -> tuple[Request, SamplerConfig]:
+        """What is asked beside conventions, steps, eta and spacing; and those, in place of the checkpoint's `own`."""
+        asked: dict[str, Any] = {"num_steps": self.steps, "eta": self.eta, "spacing": self.spacing}
+        used = dataclasses.replace(
+            self.sampler(own), **{name: value for name, value in asked.items() if value is not None}
+        )
+        cleared = {o.name: None for o in options() if o.convention} | dict.fromkeys(("steps", "eta", "spacing"))
+        return dataclasses.replace(self, **cleared), used
+
+    def asked(self) -> dict[str, Any]:
+        """The fields that differ from the defaults, by name."""
+        return {o.name: value for o in options() if (value := getattr(self, o.name)) != o.default}
+
+    def words(self, command: str) -> list[str]:
+        """The options of a command that ask for this; what the command does not take is left out."""
+        words: list[str] = []
+        for name, _, option in taken_by(command):
+            value = self.asked().get(name)
+            if value is None:
+                continue
+            if option.how.get("action") is _SWITCH:
+                words.append(option.flag if value else f"--no-{option.flag[2:]}")
+            else:
+                words += [option.flag, *(map(repr, value) if isinstance(value, tuple) else [str(value)])]
+        return words
+
+    def described(self, sampler: SamplerConfig, num_steps: int, command: str) -> dict[str, Any]:
+        """What a picture says of how it was made: the conventions used, and what else was asked of the command.
+
+        sampler: as `sampler` returns it; num_steps: of the table.
+        """
+        asked = {o.name: getattr(self, o.name) for o in taken_by(command) if not o.convention and o.name != "steps"}
+        used = dataclasses.asdict(sampler) | {"num_steps": num_steps}
+        return used | {name: value for name, value in asked.items() if value is not None or name not in used}
+
+    def to_json(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        return {name: value for name, value in to_json(self).items() if name in self.asked()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Request:
+        """The inverse of `to_json`. Raises ValueError for unknown keys and for values of another type."""
+        request = from_json(Request, data)
+        if problems := type_problems(request):
+            raise ValueError("Request: " + "; ".join(problems))
+        return request
+
+
+class Named(typing.NamedTuple):
+    """An `Option` with its field's name and default."""
+
+    name: str
+    default: Any
+    option: Option
+
+    @property
+    def convention(self) -> bool:
+        """Whether it stands for fields of `SamplerConfig`."""
+        return self.option.convention
+
+
+def options() -> tuple[Named, ...]:
+    """Every field's option, in order."""
+    return tuple(Named(field.name, field.default, field.metadata["option"]) for field in dataclasses.fields(Request))
+
+
+def taken_by(command: str) -> tuple[Named, ...]:
+    """The options that are read from the fields for this command (or the page)."""
+    return tuple(o for o in options() if command not in o.option.left_out)
+
+
+def type_problems(request: Request) -> list[str]:
+    """What is wrong with the types of a request's values, as sentences."""
+    hints = typing.get_type_hints(Request)
+    return [
+        f"{name} must be {_said(hints[name])}, got {getattr(request, name)!r}"
+        for name in hints
+        if not _fits(getattr(request, name), hints[name])
+    ]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, each) for each in kind.__args__)
+    if typing.get_origin(kind) is tuple:
+        of = typing.get_args(kind)
+        if not isinstance(value, tuple):
+            return False
+        of = of[:1] * len(value) if of[-1] is Ellipsis else of
+        return len(value) == len(of) and all(map(_fits, value, of))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+
+
+def _said(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_said(each) for each in kind.__args__)
+    return "None" if kind is types.NoneType else kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def check_names(given: Mapping[str, Any], known: Sequence[str], of: str) -> None:
+    """Raise TypeError that names what is unknown among the keyword arguments of a function, and the nearest known."""
+    if unknown := [name for name in given if name not in known]:
+        hint = did_you_mean(unknown[0], [*known, *PEERS])
+        for theirs, ours in PEERS.items():
+            if unknown[0] == theirs and ours in known:
+                hint = f" (here it is {ours!r})"
+        raise TypeError(f"{of}() takes no {unknown[0]!r}{hint}")
+
+
+PEERS = {"num_inference_steps": "steps", "generator": "key", "class_labels": "labels", "ddim_steps": "steps"}
+"""What other libraries call an option of ours."""
