@@ -1,4 +1,4 @@
-"""scripts/environment.sh, around a Python whose venv and pip only note what is asked of them; .ci/run has the real ones."""
+"""scripts/environment.sh, around a Python whose venv and pip only note what they are asked; .ci/run has real ones."""
 
 import shutil
 import subprocess
@@ -29,7 +29,7 @@ def run(tmp_path: Path):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("pyproject.toml", "scripts/environment.sh", "scripts/constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / "a clone" / name)
-    for name in "bash cat cksum cp cut dirname env grep head mkdir mv rm tail".split():
+    for name in ["bash", "cat", "cksum", "cp", "cut", "dirname", "env", "grep", "head", "mkdir", "mv", "rm", "tail"]:
         (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
     fake(tmp_path / "bin" / "python3", PYTHON)
 
