@@ -33,7 +33,7 @@ from jddim import __version__, images, interrupt
 from jddim.checkpoint.diff import diff_mappings
 from jddim.checkpoint.folder import CheckpointError, check_destination, save_checkpoint
 from jddim.checkpoint.metadata import Metadata
-from jddim.checkpoint.orbax import is_full_disk, orbax
+from jddim.checkpoint.orbax import is_full_disk, orbax, quiet_orbax
 from jddim.config import first_few
 from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.pipeline import DDIM
@@ -446,12 +446,10 @@ def _saved_steps(folder: Path, loop: LoopConfig) -> Iterator[Any]:
         cleanup_tmp_directories=True,  # of saves that were cut short
         enable_async_checkpointing=True,
     )
-    manager = ocp.CheckpointManager((folder / "steps").absolute(), options=options, item_names=("state", "about"))
     try:
-        try:
+        steps, names = (folder / "steps").absolute(), ("state", "about")
+        with quiet_orbax(), ocp.CheckpointManager(steps, options=options, item_names=names) as manager:
             yield manager
-        finally:
-            manager.close()
     except Exception as error:  # whatever Orbax makes of it
         if not is_full_disk(error):
             raise
