@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import chex
@@ -12,6 +13,7 @@ import pytest
 
 from jddim.checkpoint.folder import CheckpointError, load_metadata, load_params, save_checkpoint
 from jddim.checkpoint.metadata import Metadata
+from jddim.checkpoint.orbax import quiet_orbax
 from jddim.config import LucidrainsConfig, SamplerConfig, ScheduleConfig, UNetConfig
 from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.pipeline import load
@@ -155,3 +157,16 @@ def test_parameters_are_float32_whatever_jaxs_default_is(config: UNetConfig | Lu
     with jax.enable_x64(True):
         dtypes = {leaf.dtype for leaf in flat_params(abstract_model(config)).values()}
     assert dtypes == {np.dtype(np.float32)}
+
+
+def test_other_libraries_loggers_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Orbax logs through absl's logger, as much else does."""
+    logger = logging.getLogger("absl")
+    before = logger.level, list(logger.filters)
+    save_checkpoint(tmp_path / "ckpt", random_params(), METADATA)
+    load(tmp_path / "ckpt")
+    with quiet_orbax():
+        logger.warning("another's")
+        logger.handle(logger.makeRecord("absl", logging.WARNING, "/orbax/checkpoint/it.py", 1, "Orbax's", (), None))
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == ["another's"]
+    assert (logger.level, logger.filters) == before

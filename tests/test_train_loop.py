@@ -266,7 +266,13 @@ def test_nothing_is_overwritten_silently(tmp_path: Path, run: Callable[..., list
     claimed = train_loop._claimed(train_loop.run_folder(out), other, False, print)
     with pytest.raises(TrainError, match="another training"), claimed:  # one that began between its check and its lock
         pass
+    mine = train_loop._about(job(steps=4), DATA, "", None)
+    with train_loop._claimed(train_loop.run_folder(out), mine, False, print):
+        for _ in range(2):  # neither takes the lock away
+            with pytest.raises(TrainError, match=r"another process is training in .*out\.run"):
+                run(job(steps=4), out, loop)
     run(job(steps=4), out, loop)  # further
+    assert not list(tmp_path.glob(".*"))
     out.rename(tmp_path / "further")
     with pytest.raises(TrainError, match="is after step 4 already, beyond the 2 asked for"):
         run(job(steps=2), out, loop)

@@ -26,7 +26,7 @@ import numpy as np
 from jddim import interrupt
 from jddim.checkpoint.card import NAME, card
 from jddim.checkpoint.metadata import FORMAT_VERSION, Metadata
-from jddim.checkpoint.orbax import is_full_disk, orbax
+from jddim.checkpoint.orbax import is_full_disk, orbax, quiet_orbax
 from jddim.config import SamplerConfig, ScheduleConfig, did_you_mean, from_json
 from jddim.models import MODELS
 from jddim.models.building import Params, abstract_model, check_fit, flat_params
@@ -60,7 +60,7 @@ def save_checkpoint(
             params=ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False),
             metadata=ocp.JsonCheckpointHandler(),
         )
-        with ocp.Checkpointer(handler) as checkpointer:
+        with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(
                 staging,
                 args=ocp.args.Composite(
@@ -155,7 +155,7 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
         )
     ocp = orbax()
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with quiet_orbax(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             data = checkpointer.restore(target, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
     except Exception as error:  # Orbax raises many kinds for a damaged folder; each means the same to the caller
         raise CheckpointError(
@@ -203,7 +203,7 @@ def load_params(path: str | os.PathLike[str], metadata: Metadata) -> dict[str, n
     target = _nested({name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()})
     ocp = orbax()
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with quiet_orbax(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(
                 Path(path).absolute(), args=ocp.args.Composite(params=ocp.args.StandardRestore(target))
             )["params"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -14,8 +16,22 @@ def is_full_disk(error: Exception) -> bool:
 
 
 def orbax() -> Any:
-    """Orbax, imported on first use (it takes half a second), without its notices: what fails in it is raised too."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    """Orbax, imported on first use (it takes half a second)."""
     import orbax.checkpoint as ocp
 
     return ocp
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Meanwhile Orbax logs nothing: what fails in it is raised too. Its logger, absl, is others' too, and goes on."""
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(of_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(of_others)

@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,10 +32,11 @@ from jddim import __version__, images, interrupt
 from jddim.checkpoint.diff import diff_mappings
 from jddim.checkpoint.folder import CheckpointError, check_destination, save_checkpoint
 from jddim.checkpoint.metadata import Metadata
-from jddim.checkpoint.orbax import is_full_disk, orbax
+from jddim.checkpoint.orbax import is_full_disk, orbax, quiet_orbax
 from jddim.config import first_few
 from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.pipeline import DDIM
+from jddim.run.lock import lock, open_lock
 from jddim.schedule import make_schedule
 from jddim.train import step as training
 from jddim.train.data import Data, batches
@@ -385,9 +385,11 @@ def _claimed(folder: Path, about: Mapping[str, Any], overwrite: bool, say: Calla
     """The folder, there and this process's alone."""
     interrupt.unwind()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
-    try:
-        with lock:
+    path = folder.with_name(f".{folder.name}.lock")
+    with open_lock(path) as file:
+        if not lock(file):
+            raise TrainError(f"another process is training in {folder}")
+        try:
             if folder.exists() and overwrite:
                 aside = next(
                     p for i in range(10**6) if not (p := folder.with_name(f"{folder.name}.old{i or ''}")).exists()
@@ -399,13 +401,9 @@ def _claimed(folder: Path, about: Mapping[str, Any], overwrite: bool, say: Calla
             folder.mkdir(exist_ok=True)
             with images.atomic(folder / "run.json") as staging:
                 staging.write_text(json.dumps(about, indent=2) + "\n")
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    Path(lock.lock_file).unlink()
-    except filelock.Timeout as error:
-        raise TrainError(f"another process is training in {folder}") from error
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 class _Best:
@@ -446,12 +444,10 @@ def _saved_steps(folder: Path, loop: LoopConfig) -> Iterator[Any]:
         cleanup_tmp_directories=True,  # of saves that were cut short
         enable_async_checkpointing=True,
     )
-    manager = ocp.CheckpointManager((folder / "steps").absolute(), options=options, item_names=("state", "about"))
     try:
-        try:
+        steps, names = (folder / "steps").absolute(), ("state", "about")
+        with quiet_orbax(), ocp.CheckpointManager(steps, options=options, item_names=names) as manager:
             yield manager
-        finally:
-            manager.close()
     except Exception as error:  # whatever Orbax makes of it
         if not is_full_disk(error):
             raise
