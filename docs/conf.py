@@ -84,26 +84,11 @@ def _signature(
     return (arguments, result) if arguments else (result, "")
 
 
-NOT_PUBLIC = {"__init__", "__main__", "cache", "interrupt", "models.__init__", "progress", "terminal"}
-"""Modules that the reference leaves out, beside the command's, cli* and web*: its own, and what re-exports."""
-
-
-def _others(app: Sphinx, docname: str, content: list[str]) -> None:
-    """Public modules that the reference does not place anywhere yet, after the rest of it."""
-    if docname != "reference":
-        return
-    placed = set(re.findall(r"automodule:: jddim\.([\w.]+)", content[0])) | NOT_PUBLIC
-    for path in sorted((ROOT / "jddim").rglob("*.py")):
-        name = ".".join(path.relative_to(ROOT / "jddim").with_suffix("").parts)
-        if name not in placed and not name.startswith(("cli", "web")):
-            content[0] += f"\n### jddim.{name}\n\n```{{eval-rst}}\n.. automodule:: jddim.{name}\n   :members:\n```\n"
-
-
 def _inside(app: Sphinx, docname: str, content: list[str]) -> None:
     """Links that lead out of docs/ on GitHub, to pages that are part of the site."""
     up = "../" * (docname.count("/") + 1)
-    for outside, page in (("README", "start"), ("CHANGELOG", "changelog"), ("CONTRIBUTING", "contributing")):
-        content[0] = content[0].replace(f"]({up}{outside}.md)", f"]({up[3:]}{page}.md)")
+    for outside in ("CHANGELOG", "CONTRIBUTING"):
+        content[0] = content[0].replace(f"]({up}{outside}.md)", f"]({up[3:]}{outside.lower()}.md)")
 
 
 def _skipped(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
@@ -133,7 +118,6 @@ def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-signature", _signature)
     app.connect("source-read", _inside)
-    app.connect("source-read", _others)
     app.connect("autodoc-process-docstring", _as_written)
     app.connect("autodoc-skip-member", _skipped)
     app.add_directive("jddim-commands", Commands)

@@ -1,9 +1,10 @@
-"""The README's Python runs as it stands, and what it points at is there."""
+"""The README is short; its commands and Python, and the Python of docs/, run as they stand; links lead somewhere."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -11,20 +12,50 @@ import numpy as np
 import pytest
 from tiny import write_checkpoint
 
+from jddim.cli.main import main
 from jddim.config import to_json
 from jddim.solvers import SOLVERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_each_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_page_is_short() -> None:
+    assert len(README.splitlines()) <= 100
+    assert len(README.split()) <= 700
+
+
+def test_the_readmes_commands_and_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ml_dtypes")
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^jddim (.*)$", "".join(re.findall(r"```sh\n(.*?)```", README, re.S)), re.M)
+    assert [command.split()[0] for command in commands] == ["info", "convert", "sample"]
+    for command in commands:
+        assert main(shlex.split(command, comments=True)) == 0, command
+    assert Path("digits.png").is_file()
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    found: dict = {}
+    exec(block, found)
+    assert found["x_0"].shape == (16, 28, 28, 1)  # as its comment says
+    assert found["sweep"].shape == (5, 2, 28, 28, 1)
+    assert bool(jax.numpy.isfinite(found["sweep"]).all())
+
+
+def test_the_readmes_scripts_are_there_and_ci_runs_its_tests() -> None:
+    named = re.findall(r"^(scripts/\w+)( -.*?)? +#", README, re.M)
+    assert [name for name, _ in named] == ["scripts/demo", "scripts/test", "scripts/test"]
+    assert all((ROOT / name).is_file() for name, _ in named)
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert re.search(r'^    tests\) section "tests \(scripts/test\)" scripts/test ', ci, re.M)
+
+
+def test_the_first_steps_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path / "cifar10", image_size=(32, 32), in_channels=3, out_channels=3, attention_levels=())
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == 2
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "start.md").read_text(), re.S)
     names: list[dict] = [{}, {}]
-    for block, found in zip(BLOCKS, names, strict=True):
+    for block, found in zip(blocks, names, strict=True):
         exec(block, found)
     assert names[0]["x_0"].shape == (64, 32, 32, 3)  # as its comment says
     assert names[0]["sweep"].shape == (5, 8, 32, 32, 3)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from PIL import Image
 
 import jddim
-from convert.conversion import convert
+from convert.conversion import convert  # internal
 from jddim import sampling
-from jddim.images import grid
+from jddim.images import grid  # internal
 
 ROOT = next(path for path in [Path.cwd(), *Path.cwd().parents] if (path / "scripts" / "assets").is_dir())
 

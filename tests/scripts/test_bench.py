@@ -94,7 +94,7 @@ def test_report(tmp_path: Path):
         "OMP_WAIT_POLICY",
     }
     assert all(report["settings"]["environment"].values())
-    assert str(tmp_path) not in report["command"]  # a table for the README names no paths of the machine
+    assert str(tmp_path) not in report["command"]  # a table for docs/benchmarks.md names no paths of the machine
 
     (result,) = report["cases"]
     assert (result["size"], result["batch_size"], result["steps"]) == ("mnist", 1, 2)

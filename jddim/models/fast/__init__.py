@@ -1,1 +1,1 @@
-"""Twins of layers that are faster on some device, each equal to the layer that it stands for."""
+"""Twins of layers: each computes the same as a layer of the network, faster on some device."""

@@ -1,18 +1,20 @@
-"""Layers of the UNet with fewer passes over memory, for TPUs and GPUs, where that is what a step in bfloat16 waits for.
+"""Layers for TPUs and GPUs that pass over memory less often. In bfloat16 a step waits for memory more than for
+products.
 
-`NearestConv`: doubling an image and convolving it is one convolution of the small image with zeros between its pixels,
-which XLA does without multiplying by them. With z those pixels and zeros, the doubled image is z[i] + z[i - 1], so
+`NearestConv` replaces "double the image, then convolve" by one convolution of the small image with zeros between its
+pixels; XLA does not multiply by these zeros. Let z be the pixels and zeros. The doubled image is z[i] + z[i - 1], so
+in each direction
 
-    y[i] = sum_k w[k] (z[i + k - 1] + z[i + k - 2]) = sum_m (w[m] + w[m - 1]) z[i + m - 2],
+    y[i] = sum_k w[k] (z[i + k - 1] + z[i + k - 2]) = sum_m (w[m] + w[m - 1]) z[i + m - 2].
 
-in each direction: a 4x4 kernel, and four ninths of the products.
+This is a 4x4 kernel, with four ninths of the products.
 
-`NormOfParts`: a group norm whose sums are taken channel by channel first. The decoder's first norms are of two arrays
-side by side: a TPU sums up an array's channels while the convolution before writes it, but not those of a
-concatenation, which it reads once more; sums over each part are found as the part is made.
+`NormOfParts` is a group norm that sums each channel first. The decoder's first norms read two arrays side by side. A
+TPU sums the channels of an array while the convolution before it writes the array, but it reads a concatenation once
+more. So each part's sums are taken from the part.
 
-`Apart` and `FusedAttention` are for NVIDIA's GPUs, whose convolutions come from a library: what it adds to its result
-and what it does not is decided here.
+`Apart` and `FusedAttention` are for NVIDIA GPUs, where convolutions come from a library, cuDNN. They decide what
+cuDNN adds to the result of a convolution.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ NAMES = ("NHWC", "HWIO", "NHWC")
 
 
 class NearestConv(nnx.Module):
-    """An upsampling layer's place in a network, with its kernel summed: once, where it is made before a scan.
+    """Stands in a network for an upsampling layer. The kernel is summed once, when the layer is made before a scan.
 
-    The kernel is held reversed and reversed when used: so cuDNN has the convolution as a strided one's derivative.
+    The layer stores the reversed kernel and reverses it again in each call: then cuDNN computes the convolution as the
+    derivative of a strided convolution.
     """
 
     def __init__(self, upsample: layers.Upsample | lucidrains.Upsample):
@@ -57,11 +60,14 @@ class NearestConv(nnx.Module):
 
 
 class NormOfParts(nnx.Module):
-    """A group norm's place: `(b, h, w, c)`, two arrays side by side, of `at` channels and the rest, or one (0).
+    """Stands in a network for a group norm of x `(b, h, w, c)`.
 
-    One pass over x: sums of differences from a value, and of their squares. Where flax's norm takes two passes, in
-    float32, that is a pixel in the middle: what is lost is what it is away from the channel's mean, in squares of the
-    standard deviation. Otherwise it is 0, so that a TPU can sum up before any pixel is known.
+    at: x is two arrays side by side, the first with `at` channels; 0: x is one array.
+
+    One pass over x sums the differences from a reference value, and their squares. For norms that flax computes in two
+    passes (float32), the reference is the middle pixel of each channel; precision is lost by the square of that pixel's
+    distance from the mean, in standard deviations. For the other norms the reference is 0, so that a TPU can sum before
+    any pixel is known.
     """
 
     def __init__(self, norm: nnx.GroupNorm, at: int = 0):
@@ -93,10 +99,10 @@ class NormOfParts(nnx.Module):
 
 
 class Apart(nnx.Module):
-    """A convolution whose result nothing is added to but its bias.
+    """Stands for a convolution, and keeps cuDNN from adding anything but the bias to its result.
 
-    XLA would have cuDNN add the time embedding, written out for every pixel first; the norm that reads the result can
-    add it on the way.
+    Otherwise XLA writes the time embedding out for every pixel and lets cuDNN add it; the norm that reads the result
+    adds it without another pass.
     """
 
     def __init__(self, conv: nnx.Conv):
@@ -107,10 +113,12 @@ class Apart(nnx.Module):
 
 
 class FusedAttention(nnx.Module):
-    """An attention's place, `(b, h, w, c)` -> the same, between convolutions of 1x1; cudnn: whether it is cuDNN's.
+    """Stands for an attention layer, `(b, h, w, c)` -> the same shape; q, k, v and the output are 1x1 convolutions.
 
-    cuDNN's attention does not write the weights to memory, and its convolutions add their biases and the residual;
-    XLA makes one product of q's and k's, and then reads that twice to cut it and add the biases.
+    cudnn: take cuDNN's attention, which does not write the attention weights to memory.
+
+    cuDNN's convolutions add the biases and the residual. XLA would compute q and k as one product, then read the
+    product twice, to cut it and to add the biases.
     """
 
     def __init__(self, attention: layers.Attention, *, cudnn: bool):
@@ -130,17 +138,17 @@ class FusedAttention(nnx.Module):
 
 
 def _pointwise(linear: nnx.Linear, x: Array) -> Array:
-    """A product of each pixel, as a convolution."""
+    """A linear layer of each pixel, computed as a 1x1 convolution."""
     kernel = linear.kernel[...].astype(linear.dtype)[None, None]
     y = lax.conv_general_dilated(x.astype(kernel.dtype), kernel, (1, 1), "VALID", dimension_numbers=NAMES)
     return y if linear.bias is None else y + linear.bias[...].astype(y.dtype)
 
 
 def with_tpu_layers(tree: Any) -> Any:
-    """A model, or whatever holds models, with `NearestConv` and, in the decoder, `NormOfParts` in their places.
+    """A copy of a model, or of a pytree of models, with `NearestConv` and, in the decoder, `NormOfParts`.
 
-    The same function to rounding; what is given is not changed. The norms are those that take the variance in one pass
-    anyway, of networks that compute in half precision.
+    The copy computes the same function to rounding, and the original stays unchanged. Only norms that compute the
+    variance in one pass are replaced: norms of networks in half precision.
     """
 
     def put(unet: UNet) -> None:
@@ -152,9 +160,11 @@ def with_tpu_layers(tree: Any) -> Any:
 
 
 def with_gpu_layers(tree: Any, capability: tuple[int, int]) -> Any:
-    """A model, or whatever holds models, with all of these layers in their places, as `with_tpu_layers` otherwise.
+    """A copy of a model, or of a pytree of models, with all layers of this module.
 
-    capability: the GPU's compute capability, on which it depends how wide a head cuDNN's attention can be.
+    The copy computes the same function to rounding, and the original stays unchanged.
+
+    capability: the GPU's compute capability, which limits the width of heads in cuDNN's attention.
     """
 
     def put(unet: UNet) -> None:
@@ -193,7 +203,7 @@ def _doubles(node: Any) -> bool:
 
 
 def _of_two(unet: UNet) -> Iterator[tuple[layers.ResBlock, int]]:
-    """The decoder's blocks, whose input is two arrays side by side, and how many channels the first one has."""
+    """The blocks of the decoder, each with the number of channels of the first of its two input arrays."""
     width = unet.config.widths[-1]
     for level, above in reversed(list(enumerate(unet.config.widths))):
         for block in unet.up[level].blocks:
@@ -202,7 +212,7 @@ def _of_two(unet: UNet) -> Iterator[tuple[layers.ResBlock, int]]:
 
 
 def _cudnn_has(attention: layers.Attention, capability: tuple[int, int]) -> bool:
-    """What jax's documentation asks of cuDNN's attention, forwards: half precision, and heads of so many channels."""
+    """Whether cuDNN's forward attention takes this layer, by jax's documentation: half precision, narrow heads."""
     width = attention.out.in_features // attention.heads
     # 256 on Hopper; later GPUs may have as much, which was not tried. jax looks for it on its default backend alone.
     most = 256 if capability[0] == 9 and jax.default_backend() == "gpu" else 128

@@ -1,16 +1,18 @@
-"""3x3 convolutions with half the multiplications: Winograd's F(4, 3) down the height (arXiv:1509.09308), for CPUs.
+"""3x3 convolutions with half the multiplications, for CPUs: Winograd's F(4, 3) along the height (arXiv:1509.09308).
 
-Four rows of the output are sums of 12 products, each a row of the input convolved with a row of the kernel. This is the
-transpose of multiplying polynomials, one with the kernel's three rows as coefficients, one with four; their product has
-degree 5, so its values at six points tell all of it, and six products do. They are of sums of rows, and the output's
-rows are sums of them:
+Four rows of the output take six products, where the plain convolution takes twelve. A product is one row of the
+input, convolved along the width with one row of the kernel. The reason: four output rows from three kernel rows are
+the transpose of a product of polynomials, one with three coefficients, one with four. That product has degree 5, so
+six of its values determine it, and each value takes one multiplication. The algorithm therefore sums rows of the
+input (B^T) and rows of the kernel (G), multiplies, and sums the products (A^T):
 
     y = A^T [(G w) * (B^T x)]
 
-Along the width * stays a convolution, which XLA does fast. The points are 0, 1, -1, 2, -1/2 and infinity: with the
-usual -2 the error is twice as large (arXiv:1803.10986). It is about 1e-6 of the output's largest value; that of XLA's
-own convolution, 5e-7. F(2x2, 3x3) and F(4x4, 3x3) need fewer multiplications, 4/9 and 1/4 of them, and move more
-memory: the first was slower at all sizes tried, the second at most, with an error of 5e-6.
+Here * is a convolution along the width, which XLA computes fast. The six points are 0, 1, -1, 2, -1/2 and infinity;
+with the usual -2 in place of -1/2 the error is twice as large (arXiv:1803.10986). The error is about 1e-6 of the
+output's largest value; the error of XLA's own convolution is 5e-7. F(2x2, 3x3) and F(4x4, 3x3) take 4/9 and 1/4 of
+the multiplications, but move more memory: F(2x2, 3x3) was slower at all sizes tried, F(4x4, 3x3) at most of them,
+with an error of 5e-6.
 """
 
 from __future__ import annotations
@@ -56,12 +58,12 @@ OUTPUT = np.array(  # A^T
 
 
 def transformed(kernel: Array) -> list[Array]:
-    """G w: a kernel `(3, 3, in, out)` as the six of one row that `convolve` takes, `(1, 3, in, out)` each."""
+    """G w: the kernel `(3, 3, in, out)` as six kernels of one row, `(1, 3, in, out)` each, for `convolve`."""
     return _sums(KERNEL, [kernel[i : i + 1] for i in range(3)])
 
 
 def convolve(x: Array, kernels: Sequence[Array]) -> Array:
-    """The convolution of x `(b, h, w, in)` with zeros around it, like x: `(b, h, w, out)`. kernels: `transformed`."""
+    """The convolution of x `(b, h, w, in)`, padded by zeros: `(b, h, w, out)`. kernels: from `transformed`."""
     b, h, w, _ = x.shape
     count = -(-h // ROWS)  # of groups of four rows, the last filled up with zeros
     padded = jnp.pad(x, ((0, 0), (1, count * ROWS - h + 1), (0, 0), (0, 0)))
@@ -76,7 +78,7 @@ def convolve(x: Array, kernels: Sequence[Array]) -> Array:
 
 
 def _sums(matrix: np.ndarray, terms: list[Array]) -> list[Array]:
-    """The matrix times the terms, without those that are times 0."""
+    """The matrix times the vector of terms; entries that are 0 cost nothing."""
     rows = []
     for row in matrix.tolist():
         total: Any = None
@@ -89,7 +91,7 @@ def _sums(matrix: np.ndarray, terms: list[Array]) -> list[Array]:
 
 
 class Winograd(nnx.Module):
-    """A 3x3 convolution's place in a network, with its kernel transformed: once, where it is made before a scan."""
+    """Stands in a network for a 3x3 convolution. The kernel is transformed once, when the layer is made."""
 
     def __init__(self, conv: nnx.Conv):
         self.conv = conv
@@ -103,15 +105,15 @@ class Winograd(nnx.Module):
 
 
 def pays(conv: nnx.Conv, height: int) -> bool:
-    """Whether `convolve` is the faster one: below 128 channels the sums take what the products save."""
+    """Whether `convolve` is faster than XLA: below 128 channels the sums cost more than the products save."""
     return min(conv.in_features, conv.out_features) >= 128 and height >= 2 * ROWS
 
 
 def with_winograd(tree: Any) -> Any:
-    """A model, or whatever holds models, with `Winograd` in the place of every convolution it is for.
+    """A copy of a model, or of a pytree of models, with `Winograd` in place of each convolution that it can replace.
 
-    That is, of float32 3x3 ones as `jddim.models.layers.conv` makes them. The same function to rounding; what is given
-    is not changed.
+    Those are the float32 3x3 convolutions that `jddim.models.layers.conv` makes, from 128 channels on. The copy
+    computes the same function to rounding, and the original stays unchanged.
     """
     return jax.tree.map(
         lambda node: Winograd(node) if isinstance(node, nnx.Conv) and _fits(node) else node,
