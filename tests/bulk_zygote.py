@@ -23,13 +23,19 @@ import numpy as np
 from jddim.bulk import run as bulk
 from jddim.bulk.manifest import BulkConfig, Manifest
 from jddim.config import SamplerConfig
+from jddim.run.request import Request, options
 
 NUM, BATCH, SIZE = 43, 3, 6  # the last batch and the last shard are not whole
-LABELS = np.arange(5, dtype=np.int32)
+
+
+def LABELS(numbers: range) -> np.ndarray:
+    return (np.array(numbers) % 5).astype(np.int32)
 
 
 def manifest(format: str = "npz", **changes: Any) -> Manifest:
-    config = BulkConfig(**({"num": NUM, "batch_size": BATCH, "shard_size": SIZE, "format": format} | changes))
+    asked = {o.name: changes.pop(o.name) for o in options() if o.name in changes}
+    sizes = {"num": NUM, "batch_size": BATCH, "shard_size": SIZE, "format": format} | changes
+    config = BulkConfig(**sizes, request=Request(**asked))
     return Manifest("../ckpt", "0" * 64, config, SamplerConfig(eta=0.5), {"jax": "none"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -20,7 +21,7 @@ from tiny import tree
 from jddim.bulk import collecting, shards
 from jddim.bulk import run as bulk
 from jddim.bulk.lock import locked
-from jddim.bulk.manifest import BulkConfig, BulkError, manifest_path, read_manifest
+from jddim.bulk.manifest import BulkConfig, BulkError, Manifest, manifest_path, read_manifest
 from jddim.bulk.shards import FORMATS, Layout
 
 pytestmark = pytest.mark.unoptimised
@@ -268,6 +269,7 @@ def test_a_shard_of_no_set_is_named(undisturbed: dict[str, Path], tmp_path: Path
         ({"format": "tiff"}, "unknown format 'tiff' .allowed: npz, png, tar."),
         ({"method": "ddmp"}, "did you mean 'ddpm'"),
         ({"seed": -1}, "seed must lie in"),
+        ({"labels": "1,2"}, "labels are balanced, one number, or a range"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict, message: str) -> None:
@@ -275,15 +277,18 @@ def test_settings_that_cannot_be(changes: dict, message: str) -> None:
         manifest(**changes)
 
 
-def test_labels_are_balanced_and_belong_to_the_image() -> None:
-    assert bulk.label_cycle("balanced", 4, null_label=3).tolist() == [0, 1, 2]
-    assert bulk.label_cycle("2:5", None).tolist() == [2, 3, 4]
-    assert bulk.labels_of(bulk.label_cycle("balanced", 3), range(7, 12)).tolist() == [1, 2, 0, 1, 2]
-    for wrong in ("3:3", "cat", "1,2", ""):
-        with pytest.raises(ValueError, match="labels are balanced, one number, or a range"):
-            bulk.label_cycle(wrong, 5)
-    with pytest.raises(ValueError, match="no classes"):
-        bulk.label_cycle("balanced", None)
+def test_old_and_new_manifests_are_read(tmp_path: Path) -> None:
+    asked = manifest(method="ddpm", guidance="projected", guidance_interval=(100.0, 900.0))
+    again = Manifest.of(json.loads(asked.text()), "../ckpt")
+    assert again == asked
+    assert again.bulk.request.guidance_interval == (100.0, 900.0)
+    old = (
+        '{"num": 43, "seed": 0, "method": "ddim", "labels": null, "guidance_scale": null, "null_label": null, '
+        '"dtype": "float32", "batch_size": 3, "shard_size": 6, "format": "npz"}'
+    )
+    assert json.dumps(manifest().bulk.to_json()) == old  # word for word what it was before a request had more fields
+    with pytest.raises(ValueError, match="guidance_interval must be tuple"):
+        BulkConfig.from_json(json.loads(old) | {"guidance_interval": [1, "x"]})
 
 
 def test_the_default_shard_is_whole_batches() -> None:

@@ -13,6 +13,8 @@ import jddim
 from jddim.bulk import run as bulk
 from jddim.bulk.manifest import BulkConfig
 from jddim.evaluate import mnist_cnn
+from jddim.run.plan import Inputs, plan
+from jddim.run.request import Request
 from jddim.serve.request import classes_in_turn
 
 pytestmark = pytest.mark.unoptimised
@@ -36,16 +38,11 @@ def test_what_training_recorded_is_the_null_label() -> None:
     ddim = jddim.load(folder)
     assert ddim.metadata is not None
     assert ddim.metadata.null_label == 10
-    assert (ddim.null_label_for(3.0, None), ddim.null_label_for(3.0, 4), ddim.null_label_for(None, None)) == (
-        10,
-        4,
-        None,
-    )
-    config = BulkConfig(num=13, seed=0, batch_size=13, shard_size=13, labels="balanced")
-    cycle = bulk.label_cycle("balanced", 11, bulk.null_label_of(config, ddim.metadata))
-    assert cycle is not None
-    assert cycle.tolist() == list(range(10))
-    assert classes_in_turn(ddim) == 10
+    config = BulkConfig(num=13, request=Request(labels="balanced"), batch_size=13, shard_size=13)
+    assert bulk.labels_of(ddim, config, range(13)).tolist() == [*range(10), 0, 1, 2]
+    assert classes_in_turn(Request(), ddim) == list(range(10))
+    planned = plan(ddim, Request(labels="3", guidance_scale=3.0), Inputs(jax.random.key(0)), 2)
+    assert (planned.problems, planned.null_label) == ([], 10)
     command = re.findall("^jddim (sample CKPT .*?) +#", (folder / "README.md").read_text(), re.MULTILINE)
     assert command == ["sample CKPT samples.png --num 10 --labels 0:10 --guidance-scale 3"]
     assert "/" not in "".join(path.read_text() for path in folder.rglob("commit_success.txt"))  # a machine's paths

@@ -20,6 +20,7 @@ import jax, numpy as np
 from tiny import random_model, small_config
 from jddim.config import SamplerConfig
 from jddim.pipeline import DDIM
+from jddim.run.request import Request
 from jddim.schedule import linear_schedule
 from jddim.scale.sharding import CHANNELS, REPLICATED, Sharded, lower, make_mesh
 
@@ -38,14 +39,14 @@ except ValueError as error:
     assert "labels must lie in 0..4, got 5" in str(error)
 else:
     raise AssertionError
-compiled = lower(ddim, make_mesh(4), REPLICATED, 12, tuple(sorted(how.items())), labelled=True).compile()
+compiled = lower(ddim, make_mesh(4), REPLICATED, 12, Request(**how), labelled=True).compile()
 firsts = np.arange(12, 24, 3, dtype=np.uint32)
 np.testing.assert_array_equal(compiled(ddim.model, key, firsts, labels[12:]), one[12:])
 assert not re.search("all-(reduce|gather|to-all)|collective-permute|reduce-scatter", compiled.as_text())
 
 from jddim.bulk import run as bulk
 from jddim.bulk.manifest import BulkConfig
-config = BulkConfig(num=40, batch_size=3, shard_size=6, seed=3, labels="balanced")
+config = BulkConfig(num=40, batch_size=3, shard_size=6, request=Request(seed=3, labels="balanced"))
 ddim = ddim.with_sampler(**how)
 make, made = bulk.sampler(ddim, config), bulk.sampler_on(jax.devices(), ddim, config, (1, 3))
 assert bulk.following(config, 9, 8, (1, 3)) == [9, 24, 27, *[27] * 5]
@@ -133,7 +134,7 @@ def test_what_cannot_be_compiled_in_is_refused() -> None:
 
     ddim = DDIM(random_model(small_config()), linear_schedule(10), SamplerConfig(num_steps=3))
     sharded = Sharded(ddim, make_mesh(1), REPLICATED)
-    with pytest.raises(ValueError, match="progress is no option of a sharded program"):
+    with pytest.raises(TypeError, match=r"Sharded.sample\(\) takes no 'progress'"):
         sharded.sample(jax.random.key(0), 2, progress=True)
     with pytest.raises(ValueError, match="num must be a multiple of 1, the data axis, got 0"):
         sharded.sample(jax.random.key(0), 0)
