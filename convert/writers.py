@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import ConversionError
+from .engine import ConversionError
 
 
 def save_torch(value: Any, path: Path) -> None:

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.engine import ConversionError
-from convert.families.tensors import Tensors
-from convert.rules import Rules
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig
 from jddim.ddim import StepTable, largest_eta, sampler_table
 from jddim.sampling import check_prediction
 from jddim.schedule import make_schedule
+
+from ..engine import ConversionError
+from ..rules import Rules
+from .tensors import Tensors
 
 
 @dataclasses.dataclass(frozen=True)
