@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files.mapped import FLOATS, release
-from convert.rules import (
+from jddim.converting import ConversionError
+
+from .files.mapped import FLOATS, release
+from .rules import (
     Fused,
     Rules,
     Target,
@@ -25,10 +27,6 @@ from convert.rules import (
     to_layout,
     torch_shape,
 )
-
-
-class ConversionError(ValueError):
-    """A source that cannot be converted, with what was found and what to do about it."""
 
 
 def fill(
