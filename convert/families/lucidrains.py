@@ -265,7 +265,7 @@ def _memory(tensors: Tensors, levels: int, full: list[bool]) -> int:
     places = {f"downs.{i}.2": full[i] for i in range(levels)} | {
         f"ups.{levels - 1 - i}.2": full[i] for i in range(levels)
     }
-    counts = Counter(
+    counts: Counter[int] = Counter(
         memory.shape[2 if is_full else 3]
         for place, is_full in {**places, "mid_attn": True}.items()
         if (memory := tensors.get(f"{place}.mem_kv")) is not None and memory.ndim == 4
