@@ -60,7 +60,7 @@ def convert(
     family, source, plan = opened.family, opened.source, opened.plan
     expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
     try:
-        params = fill(source.tensors, expected, plan.rules, plan.ignored)
+        params = fill(source.tensors, expected, plan.rules, plan.ignored, family.pointwise)
     except ConversionError as error:
         raise ConversionError(f"{src}: {error}") from error
     say(f"  {len(params)} parameters filled, {sum(p.size for p in params.values()):,} numbers")

@@ -553,6 +553,7 @@ FAMILY = Family(
     plan=plan,
     reference=reference,
     settings=SETTINGS,
+    pointwise=dict.fromkeys(_ATTENTION, 2),
     presets=PRESETS,
     formats={"ermongroup": write_ermongroup, "pesser": write_pesser},
     locate=locate,

@@ -678,5 +678,6 @@ FAMILY = Family(
     plan=plan,
     reference=reference,
     settings=SETTINGS,
+    pointwise=dict.fromkeys(("res_conv", "to_qkv", "to_out", "to_out.0", "3.1", "final_conv"), 2),
     formats={"lucidrains": write_trainer, "lucidrains-unet": write_unet},
 )

@@ -680,6 +680,7 @@ FAMILY = Family(
     plan=plan,
     reference=reference,
     settings=SETTINGS,
+    pointwise={"qkv": 1, "proj_out": 1},
     presets=PRESETS,
     formats={"openai": write_openai},
 )
