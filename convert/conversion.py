@@ -1,4 +1,4 @@
-"""The conversion, end to end: read, recognise, infer, fill, verify, write. What `jddim convert` and `info` call."""
+"""The conversion, end to end: read, recognise, infer, fill, verify, write. What `jddim.converting` calls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,28 @@ import numpy as np
 import yaml
 
 import jddim
-from convert import verify as verification
-from convert.engine import ConversionError, fill
-from convert.families import Family, Plan, Source, recognise
-from convert.files.pickles import plain
-from convert.files.readers import sha256
-from convert.files.shards import read_weights
-from convert.sources import Origin, find
 from jddim.checkpoint.folder import CheckpointError, check_destination, load_metadata, load_params, save_checkpoint
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import did_you_mean, to_json
+from jddim.converting import Paths, Verification
 from jddim.models.building import abstract_model, build_model, flat_params
 
+from . import verify as verification
+from .engine import ConversionError, fill
+from .families import Family, Plan, Source, recognise
+from .files.pickles import plain
+from .files.readers import sha256
+from .files.shards import read_weights
+from .sources import Origin, find
+
 Say = Callable[[str], None]
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
-    config: Paths = None,
+    config: Paths | None = None,
     settings: Mapping[str, str] | None = None,
     preset: str | None = None,
     weights: str | None = None,
@@ -47,16 +48,7 @@ def convert(
     overwrite: bool = False,
     say: Say = lambda line: None,
 ) -> Metadata:
-    """Convert a PyTorch checkpoint into a jddim checkpoint folder.
-
-    src: the file, a folder that a family knows (a run's with `ckpt.pth`, a diffusers pipeline's), or a hub id.
-    config: the source's config file or files; those that lie where the family has them are used for the rest.
-    settings: facts under the family's own names, over the config's. preset: a name of the family's for a whole set of
-    settings, which `settings` override. weights: "ema" or "raw"; by default the EMA's where there are any. variant:
-    such as "fp16", of a folder's files. revision: of a hub id. license: the weights', for the record: no
-    file tells it. verify: compare with the PyTorch reference, refuse above `convert.verify.TOLERANCE`; where PyTorch is
-    not installed, say and record that it was not done. say: told what is found, line by line. Returns the metadata
-    written.
+    """Convert a PyTorch checkpoint into a jddim checkpoint folder: `jddim.convert`, whose docstring has the arguments.
 
     Raises ConversionError or CheckpointError, each with all that is wrong; nothing is then written.
     """
@@ -68,7 +60,7 @@ def convert(
     family, source, plan = opened.family, opened.source, opened.plan
     expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
     try:
-        params = fill(source.tensors, expected, plan.rules, plan.ignored)
+        params = fill(source.tensors, expected, plan.rules, plan.ignored, family.pointwise)
     except ConversionError as error:
         raise ConversionError(f"{src}: {error}") from error
     say(f"  {len(params)} parameters filled, {sum(p.size for p in params.values()):,} numbers")
@@ -116,10 +108,8 @@ def convert(
     return metadata
 
 
-def verify(
-    ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Paths = None
-) -> verification.Verification:
-    """Compare a converted checkpoint with the PyTorch file it came from, block by block.
+def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Paths | None = None) -> Verification:
+    """Compare a converted checkpoint with the PyTorch file it came from, block by block: `jddim.verify`.
 
     Raises ConversionError if `src` is not that file (by SHA-256).
     """
@@ -142,7 +132,7 @@ def verify(
 
 def describe(
     src: str | os.PathLike[str],
-    config: Paths = None,
+    config: Paths | None = None,
     settings: Mapping[str, str] | None = None,
     preset: str | None = None,
     variant: str | None = None,
@@ -203,7 +193,7 @@ class _Opened:
 
 
 def _open(
-    origin: Origin, config: Paths, settings: Mapping[str, str], preset: str | None, weights: str | None, say: Say
+    origin: Origin, config: Paths | None, settings: Mapping[str, str], preset: str | None, weights: str | None, say: Say
 ) -> _Opened:
     src = origin.file
     given = _given(config)
@@ -251,7 +241,7 @@ def _fitting_presets(family: Family, source: Source) -> list[str]:
     return fitting
 
 
-def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> verification.Verification:
+def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> Verification:
     tensors = {name: value for name, value in source.tensors.items() if name not in plan.ignored}
     return verification.verify(
         build_model(plan.model, verification.in_place(params)),
@@ -263,7 +253,7 @@ def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.
     )
 
 
-def _given(config: Paths) -> list[Path]:
+def _given(config: Paths | None) -> list[Path]:
     if config is None:
         return []
     files = [Path(config)] if isinstance(config, (str, os.PathLike)) else [Path(file) for file in config]
@@ -272,7 +262,7 @@ def _given(config: Paths) -> list[Path]:
     return files
 
 
-def _configs(family: Family, weights: Path, config: Paths) -> tuple[dict[str, Any] | None, tuple[Path, ...]]:
+def _configs(family: Family, weights: Path, config: Paths | None) -> tuple[dict[str, Any] | None, tuple[Path, ...]]:
     """What `Family.plan` gets, and the files it is from: those given, then those found, one for each section."""
     section = family.config_section or (lambda contents: "")
     found: dict[str, tuple[Path, dict[str, Any]]] = {}

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.files.mapped import FLOATS, release
-from convert.rules import (
+from jddim.converting import ConversionError
+
+from .files.mapped import FLOATS, release
+from .rules import (
     Fused,
     Rules,
     Target,
@@ -27,20 +29,18 @@ from convert.rules import (
 )
 
 
-class ConversionError(ValueError):
-    """A source that cannot be converted, with what was found and what to do about it."""
-
-
 def fill(
     source: Mapping[str, NDArray],
     expected: Mapping[str, tuple[int, ...]],
     rules: Rules,
     ignored: Mapping[str, str] | None = None,
+    pointwise: Mapping[str, int] | None = None,
 ) -> dict[str, NDArray[np.float32]]:
     """The model's parameters, by dotted path, from a source's tensors.
 
     source: torch names -> arrays in torch's layout. expected: parameter paths -> shapes. rules: `convert.rules`.
-    ignored: source names that are not weights -> the reason. Raises ConversionError naming every tensor that is
+    ignored: source names that are not weights -> the reason. pointwise: a family's (`convert.families.base`); None:
+    any linear may be a 1x1 convolution there. Raises ConversionError naming every tensor that is
     missing, unexpected, of a wrong shape, not floating point or not finite (the first few of each kind).
     """
     ignored = ignored or {}
@@ -62,19 +62,20 @@ def fill(
             problems["rules"].append(f"{name} and {origin[taken[0]]} both fill {taken[0]}")
             continue
         origin |= dict.fromkeys(leaves, name)
+        ones = None if pointwise is None else _ones(name, pointwise)
+        wanted = torch_shape(expected[leaves[0]], array, leaves[0], ones)
+        if isinstance(target, Fused):
+            wanted = (len(leaves) * wanted[0], *wanted[1:])
         pieces = target.split(array) if isinstance(target, Fused) else [array]
-        values = [to_layout(piece, expected[leaf], leaf) for leaf, piece in zip(leaves, pieces, strict=False)]
-        if [value.shape for value in values] != [expected[leaf] for leaf in leaves]:
-            wanted = torch_shape(expected[leaves[0]], array, leaves[0])
-            if isinstance(target, Fused):
-                wanted = (len(leaves) * wanted[0], *wanted[1:])
+        if array.shape != wanted or not pieces:
             problems["misshapen"].append(f"{name} has shape {array.shape}, expected {wanted}")
             continue
         if not np.issubdtype(array.dtype, np.floating) and array.dtype.name not in FLOATS:
             problems["not usable"].append(f"{name} holds {array.dtype}, not floating point numbers")
             continue
         with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is reported as such
-            values = [_float32(value) for value in values]
+            pairs = zip(leaves, pieces, strict=True)
+            values = [_float32(to_layout(piece, expected[leaf], leaf)) for leaf, piece in pairs]
         release(array)  # what has been copied out of a mapped file need not stay in memory
         if bad := sum(int(np.count_nonzero(~np.isfinite(value))) for value in values):
             problems["not usable"].append(f"{name} holds NaN or infinity in {bad} of {array.size} float32 numbers")
@@ -86,6 +87,11 @@ def fill(
         what = "1 tensor does not fit" if count == 1 else f"{count} tensors do not fit"
         raise ConversionError(f"{what} the model: " + "; ".join(shortened(kind) for kind in problems.values() if kind))
     return filled
+
+
+def _ones(name: str, pointwise: Mapping[str, int]) -> int:
+    module = f".{name.rpartition('.')[0]}"
+    return next((sides for end, sides in pointwise.items() if module.endswith(f".{end}")), 0)
 
 
 def _float32(value: NDArray) -> NDArray[np.float32]:

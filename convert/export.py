@@ -10,11 +10,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from convert.engine import ConversionError
-from convert.families import FAMILIES
 from jddim.checkpoint.folder import load_metadata, load_params
 from jddim.config import did_you_mean
 from jddim.images import atomic
+
+from .engine import ConversionError
+from .families import FAMILIES
 
 
 def formats() -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from convert.engine import ConversionError
+from .engine import ConversionError
 
 
 def is_id(src: str) -> bool:

@@ -88,19 +88,14 @@ def target_leaves(target: Target, kind: str, leaves: Sequence[str] | Mapping[str
 
 
 def to_layout(array: NDArray, shape: tuple[int, ...], leaf: str = "kernel") -> NDArray:
-    """A torch tensor in the layout of a target leaf of this shape. Returned as it is where no layout rule applies.
+    """A torch tensor, of the shape that `torch_shape` says, in the layout of a target leaf of this shape.
 
-    Kernels alone change: 4-d ones are convolutions, OIHW -> HWIO; 2-d ones are linears, from (out, in) or a 1x1
-    convolution. Lists of c may come as (1, c, 1, 1), shaped to broadcast over an image (lucidrains' norms). leaf: the
-    target leaf's name, or the last part of it.
+    Kernels are transposed: 4-d ones are convolutions, OIHW -> HWIO; 2-d ones are linears, from (out, in) or a 1x1
+    convolution. leaf: the target leaf's name, or the last part of it.
     """
     if not _is_kernel(leaf):
-        return array.reshape(-1) if len(shape) == 1 and array.shape == (1, *shape, 1, 1) else array
-    if len(shape) == 4 and array.ndim == 4:
-        return array.transpose(2, 3, 1, 0)
-    if len(shape) == 2 and array.ndim >= 2 and all(side == 1 for side in array.shape[2:]):
-        return array.reshape(array.shape[:2]).T
-    return array
+        return array.reshape(shape)
+    return array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.reshape(array.shape[:2]).T
 
 
 def from_layout(array: NDArray, leaf: str = "kernel") -> NDArray:
@@ -110,15 +105,19 @@ def from_layout(array: NDArray, leaf: str = "kernel") -> NDArray:
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
 
-def torch_shape(target: tuple[int, ...], array: NDArray, leaf: str = "kernel") -> tuple[int, ...]:
-    """The shape that `array` would need in torch's layout to fill a leaf of shape `target`; for error messages."""
+def torch_shape(
+    target: tuple[int, ...], array: NDArray, leaf: str = "kernel", ones: int | None = None
+) -> tuple[int, ...]:
+    """The shape in torch's layout of a tensor that fills a leaf of shape `target`.
+
+    ones: how many sides of 1 a linear's kernel has there, as a convolution; None: as many as `array` has. A list named
+    g is (1, c, 1, 1), shaped to broadcast over an image (lucidrains' norms).
+    """
     if len(target) == 4 and _is_kernel(leaf):
         return (target[3], target[2], target[0], target[1])
     if len(target) == 2 and _is_kernel(leaf):
-        return (target[1], target[0]) + (1,) * max(np.ndim(array) - 2, 0)
-    if len(target) == 1 and np.ndim(array) == 4:
-        return (1, *target, 1, 1)
-    return target
+        return (target[1], target[0]) + (1,) * (max(np.ndim(array) - 2, 0) if ones is None else ones)
+    return (1, *target, 1, 1) if leaf.rpartition(".")[2] == "g" else target
 
 
 def _is_kernel(leaf: str) -> bool:

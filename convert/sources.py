@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from convert import hub
-from convert.engine import ConversionError
-from convert.families import FAMILIES
-from convert.files.shards import digest, files_of
+from . import hub
+from .engine import ConversionError
+from .families import FAMILIES
+from .files.shards import digest, files_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.engine import ConversionError
-from convert.families import Family
-from convert.files.mapped import release
 from jddim.config import ModelConfig, UNetConfig
+from jddim.converting import Verification
 from jddim.models import Network
+
+from .engine import ConversionError
+from .families import Family
+from .files.mapped import release
 
 TOLERANCE = 1e-4
 """Largest error over largest output. float32 rounding through 60 convolutions leaves 1e-6 to 1e-5; a wrong epsilon,
@@ -24,42 +25,6 @@ padding or transpose 1e-3 and up."""
 
 LARGE = 100_000_000
 """Parameters from which on one sample is run, not three, and XLA does not optimise: compiling would take longer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Verification:
-    """What was compared and how far apart it was.
-
-    blocks: name -> largest absolute error over the reference block's largest magnitude, in forward order; the last
-    is the network's output. t, image_size, seed: the inputs. torch, jax: versions.
-    """
-
-    blocks: Mapping[str, float]
-    t: tuple[int, ...]
-    image_size: tuple[int, int]
-    seed: int
-    torch: str
-    jax: str
-    tolerance: float = TOLERANCE
-
-    @property
-    def output_error(self) -> float:
-        """The last block's error: the network's output."""
-        return list(self.blocks.values())[-1]
-
-    @property
-    def first_bad(self) -> str | None:
-        """The first block out of tolerance (a NaN is), or None."""
-        return next((name for name, error in self.blocks.items() if not error <= self.tolerance), None)
-
-    def to_json(self) -> dict[str, Any]:
-        """For provenance and `verify.json`."""
-        return {
-            **dataclasses.asdict(self),
-            "output_error": self.output_error,
-            "first_bad": self.first_bad,
-            "matmul_precision": "highest",
-        }
 
 
 def can_verify() -> bool:
@@ -129,6 +94,7 @@ def verify(
         seed=seed,
         torch=torch.__version__,
         jax=jax.__version__,
+        tolerance=TOLERANCE,
     )
 
 
@@ -170,16 +136,6 @@ def scaled_error(actual: np.ndarray, expected: np.ndarray) -> float:
     """Largest absolute error over the largest expected magnitude; NaN if either holds one."""
     scale = np.abs(expected).max()
     return float(np.abs(actual - expected).max() / (scale if scale > 0 else 1.0))
-
-
-def table(verification: Verification) -> str:
-    """A text table of the blocks' errors, marking the first out of tolerance."""
-    width = max(map(len, verification.blocks))
-    lines = [f"{'block':<{width}}  error / scale"]
-    for name, error in verification.blocks.items():
-        mark = "" if error <= verification.tolerance else "  out of tolerance"
-        lines.append(f"{name:<{width}}  {error:.2e}{mark}{' (first)' if name == verification.first_bad else ''}")
-    return "\n".join(lines)
 
 
 def _to_torch(value: np.ndarray) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import ConversionError
+from .engine import ConversionError
 
 
 def save_torch(value: Any, path: Path) -> None:
@@ -21,7 +21,10 @@ def save_safetensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     """A `.safetensors` file marked as PyTorch's, as `transformers` and `diffusers` want it. Bits are kept."""
     from safetensors.numpy import save_file
 
+    path.touch()
+    mode = path.stat().st_mode  # the library's own is for its owner alone
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def state_shapes(build: Callable[[], Any]) -> dict[str, tuple[int, ...]]:

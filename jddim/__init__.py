@@ -4,14 +4,30 @@ Names are imported on first use, so that `jddim --help` answers at once and Ctrl
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # what type checkers and editors read; `_HOME` says the same at run time, a test compares them
+if TYPE_CHECKING:  # what type checkers and editors read; the tables below say the same, a test compares them
+    from jddim import ddim as ddim
+    from jddim import denoisers as denoisers
+    from jddim import editing as editing
+    from jddim import guidance as guidance
+    from jddim import inversion as inversion
+    from jddim import sampling as sampling
+    from jddim import schedule as schedule
+    from jddim import solvers as solvers
+    from jddim import timesteps as timesteps
+    from jddim import timetables as timetables
     from jddim.config import SamplerConfig as SamplerConfig
     from jddim.config import ScheduleConfig as ScheduleConfig
     from jddim.config import UNetConfig as UNetConfig
+    from jddim.converting import ConversionError as ConversionError
+    from jddim.converting import Verification as Verification
+    from jddim.converting import convert as convert
+    from jddim.converting import export_torch as export_torch
+    from jddim.converting import info as info
+    from jddim.converting import verify as verify
     from jddim.ddim import StepTable as StepTable
     from jddim.ddim import ddim_sigma as ddim_sigma
     from jddim.ddim import ddim_step as ddim_step
@@ -44,6 +60,7 @@ _HOME = {
     name: module
     for module, names in {
         "config": "SamplerConfig ScheduleConfig UNetConfig",
+        "converting": "ConversionError Verification convert export_torch info verify",
         "ddim": "StepTable ddim_sigma ddim_step ddpm_step predict_eps predict_x0 step_table",
         "inversion": "invert_loop",
         "models.unet": "UNet",
@@ -55,14 +72,23 @@ _HOME = {
     for name in names.split()
 }
 
+_MODULES = (
+    *("ddim", "sampling", "schedule", "timesteps", "timetables"),
+    *("denoisers", "guidance", "solvers", "inversion", "editing"),
+)
 
-def __getattr__(name: str) -> Any:
+__all__ = sorted([*_HOME, *_MODULES])
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"jddim.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'jddim' has no attribute {name!r}")
-    value = getattr(import_module(f"jddim.{_HOME[name]}"), name)
+    value: object = getattr(import_module(f"jddim.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return [*__all__, "__version__"]

@@ -368,7 +368,7 @@ def read(folder: Path, specimen: Specimen) -> str:
             return "read"
         opened = _open(find(folder / specimen.source), (), specimen.settings, None, None, lambda line: None)
         expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(opened.plan.model)).items()}
-        fill(opened.source.tensors, expected, opened.plan.rules, opened.plan.ignored)
+        fill(opened.source.tensors, expected, opened.plan.rules, opened.plan.ignored, opened.family.pointwise)
     except (ConversionError, CheckpointError) as error:
         return type(error).__name__
     return "read"

@@ -184,10 +184,8 @@ def load_or_convert(ckpt: Path | None, out: Path) -> Any:
 
     path = ckpt or out / "mnist"
     if ckpt is None and not path.exists():
-        from convert.conversion import convert
-
         print(f"converting {SOURCE.relative_to(ROOT)}", flush=True)
-        convert(SOURCE, path)
+        jddim.convert(SOURCE, path)
     return jddim.load(path)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.engine import ConversionError
-from convert.families import diffusers, ho, lucidrains, openai
-from convert.families.base import Family, Plan, Source
+from ..engine import ConversionError
+from . import diffusers, ho, lucidrains, openai
+from .base import Family, Plan, Source
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (ho.FAMILY, diffusers.FAMILY, openai.FAMILY, lucidrains.FAMILY)

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.engine import ConversionError
-from convert.families.tensors import Tensors
-from convert.rules import Rules
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig
 from jddim.ddim import StepTable, largest_eta, sampler_table
 from jddim.sampling import check_prediction
 from jddim.schedule import make_schedule
+
+from ..engine import ConversionError
+from ..rules import Rules
+from .tensors import Tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +77,10 @@ class Family:
     Source. plan: tensors, config file's contents or None, --set values -> Plan. reference: config, and the plan's
     reference_options by keyword -> a torch module with the source's parameter names, whose `activations(x_t NCHW, t,
     labels or None)` are (name, output) of each block, named as by the Flax network's. settings: what --set takes ->
-    what it means. presets: what --preset takes -> the settings that it stands for, which --set overrides. formats:
-    name -> a function that writes a checkpoint as the source does (`convert.export`), the one to use by default first.
+    what it means. pointwise: the ends of the names of modules that are 1x1 convolutions there and linear here -> how
+    many sides of 1 their kernels have. presets: what --preset takes -> the settings that it stands for, which --set
+    overrides. formats: name -> a function that writes a checkpoint as the source does (`convert.export`), the one to
+    use by default first.
 
     For sources of several files: locate: (folder, "ema" | "raw" | None, variant or None) -> the weights file or index
     of shards in it, None if the folder is not this family's. config_files: weights file -> where its configs lie, the
@@ -93,6 +96,7 @@ class Family:
     plan: Callable[[Tensors, Mapping[str, Any] | None, Mapping[str, str]], Plan]
     reference: Callable[..., Any]
     settings: Mapping[str, str]
+    pointwise: Mapping[str, int] = dataclasses.field(default_factory=dict)
     presets: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     formats: Mapping[str, Callable[[Metadata, Tensors, Path], None]] = dataclasses.field(default_factory=dict)
     locate: Callable[[Path, str | None, str | None], Path | None] | None = None

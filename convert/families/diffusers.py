@@ -13,15 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.engine import ConversionError, shortened, source_tensors
-from convert.families import diffusers_config as configs
-from convert.families.base import Family, Plan, Source
-from convert.families.tensors import Tensors, check_tensors
-from convert.files.shards import INDEX
-from convert.rules import Rules
-from convert.writers import save_safetensors, state_shapes
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import UNetConfig, did_you_mean
+
+from ..engine import ConversionError, shortened, source_tensors
+from ..files.shards import INDEX
+from ..rules import Rules
+from ..writers import save_safetensors, state_shapes
+from . import diffusers_config as configs
+from .base import Family, Plan, Source
+from .tensors import Tensors, check_tensors
 
 # -- the files --------------------------------------------------------------------------------------------------------
 
@@ -197,7 +198,7 @@ def rules(config: UNetConfig) -> Rules:
 
 def reference(config: UNetConfig) -> Any:
     """The PyTorch reference of this config, whose parameters have diffusers' names."""
-    from convert.reference.diffusers_unet import ReferenceUNet2D
+    from ..reference.diffusers_unet import ReferenceUNet2D
 
     skipped = ("_class_name", "sample_size", "dropout")
     return ReferenceUNet2D(**{key: value for key, value in configs.unet_json(config).items() if key not in skipped})

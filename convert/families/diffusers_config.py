@@ -11,12 +11,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from convert.engine import ConversionError, cannot_hold
-from convert.families.base import Wording, check_sampler, scaled_t
-from convert.families.values import boolean, integer, is_integer, literal, number, one_of, parse, positive, whole
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
 from jddim.schedule import make_schedule
+
+from ..engine import ConversionError, cannot_hold
+from .base import Wording, check_sampler, scaled_t
+from .values import boolean, integer, is_integer, literal, number, one_of, parse, positive, whole
 
 # -- values: JSON's, or --set's text, to ours; a ValueError says what was wanted ---------------------------------------
 

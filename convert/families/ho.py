@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 import yaml
 
-from convert.engine import ConversionError, cannot_hold, shortened, source_tensors
-from convert.families.base import Family, Plan, Source, Wording, check_sampler, scaled_t
-from convert.families.tensors import Tensors, check_tensors, common_size
-from convert.families.values import boolean, integer, is_integer, literal, number, parse, positive, settling
-from convert.rules import Rules, from_layout, source_of
-from convert.writers import save_torch, state_shapes
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, levels_at_resolutions
 from jddim.models.building import abstract_model, flat_params
 from jddim.schedule import LARGEST_T, make_schedule, schedule_config_from_betas
+
+from ..engine import ConversionError, cannot_hold, shortened, source_tensors
+from ..rules import Rules, from_layout, source_of
+from ..writers import save_torch, state_shapes
+from .base import Family, Plan, Source, Wording, check_sampler, scaled_t
+from .tensors import Tensors, check_tensors, common_size
+from .values import boolean, integer, is_integer, literal, number, parse, positive, settling
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -404,7 +405,7 @@ def rules(config: UNetConfig) -> Rules:
 
 def reference(config: UNetConfig) -> Any:
     """The PyTorch reference of this config, whose parameters have the sources' names."""
-    from convert.reference.unet import ReferenceUNet
+    from ..reference.unet import ReferenceUNet
 
     return ReferenceUNet(
         ch=config.channels,
@@ -552,6 +553,7 @@ FAMILY = Family(
     plan=plan,
     reference=reference,
     settings=SETTINGS,
+    pointwise=dict.fromkeys(_ATTENTION, 2),
     presets=PRESETS,
     formats={"ermongroup": write_ermongroup, "pesser": write_pesser},
     locate=locate,

@@ -17,17 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import ConversionError, source_tensors
-from convert.families.base import Family, Plan, Source, Wording, scaled_t
-from convert.families.tensors import Tensors, check_tensors, common_size
-from convert.families.values import integer, is_integer, number, one_of, parse, settling
-from convert.rules import Rules
-from convert.writers import save_torch, state_shapes
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleConfig
 from jddim.ddim import largest_eta, step_table
 from jddim.schedule import make_schedule, schedule_config_from_betas
 from jddim.timesteps import make_timesteps
+
+from ..engine import ConversionError, source_tensors
+from ..rules import Rules
+from ..writers import save_torch, state_shapes
+from .base import Family, Plan, Source, Wording, scaled_t
+from .tensors import Tensors, check_tensors, common_size
+from .values import integer, is_integer, number, one_of, parse, settling
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -264,7 +265,7 @@ def _memory(tensors: Tensors, levels: int, full: list[bool]) -> int:
     places = {f"downs.{i}.2": full[i] for i in range(levels)} | {
         f"ups.{levels - 1 - i}.2": full[i] for i in range(levels)
     }
-    counts = Counter(
+    counts: Counter[int] = Counter(
         memory.shape[2 if is_full else 3]
         for place, is_full in {**places, "mid_attn": True}.items()
         if (memory := tensors.get(f"{place}.mem_kv")) is not None and memory.ndim == 4
@@ -577,7 +578,7 @@ def rules(config: LucidrainsConfig) -> Rules:
 
 def reference(config: LucidrainsConfig) -> Any:
     """The PyTorch reference of this config, whose parameters have the source's names."""
-    from convert.reference.lucidrains_unet import LucidrainsUNet
+    from ..reference.lucidrains_unet import LucidrainsUNet
 
     return LucidrainsUNet(
         dim=config.channels,
@@ -677,5 +678,6 @@ FAMILY = Family(
     plan=plan,
     reference=reference,
     settings=SETTINGS,
+    pointwise=dict.fromkeys(("res_conv", "to_qkv", "to_out", "to_out.0", "3.1", "final_conv"), 2),
     formats={"lucidrains": write_trainer, "lucidrains-unet": write_unet},
 )

@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import ConversionError, cannot_hold, source_tensors
-from convert.families.base import Family, Plan, Source, Wording
-from convert.families.tensors import Tensors, check_tensors, common_size
-from convert.families.values import number, parse, settling, whole
-from convert.rules import Fused, Rules, Target
-from convert.writers import save_torch, state_shapes
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
 from jddim.schedule import make_schedule
 from jddim.timesteps import make_timesteps
+
+from ..engine import ConversionError, cannot_hold, source_tensors
+from ..rules import Fused, Rules, Target
+from ..writers import save_torch, state_shapes
+from .base import Family, Plan, Source, Wording
+from .tensors import Tensors, check_tensors, common_size
+from .values import number, parse, settling, whole
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -514,7 +515,7 @@ def rules(config: UNetConfig, *, use_new_attention_order: bool) -> Rules:
 
 def reference(config: UNetConfig, *, use_new_attention_order: bool) -> Any:
     """The PyTorch reference of this config, whose parameters have the sources' names."""
-    from convert.reference.openai_unet import OpenAIUNet
+    from ..reference.openai_unet import OpenAIUNet
 
     return OpenAIUNet(
         in_channels=config.in_channels,
@@ -679,6 +680,7 @@ FAMILY = Family(
     plan=plan,
     reference=reference,
     settings=SETTINGS,
+    pointwise={"qkv": 1, "proj_out": 1},
     presets=PRESETS,
     formats={"openai": write_openai},
 )

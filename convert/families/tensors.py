@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import ConversionError, shortened
+from ..engine import ConversionError, shortened
 
 Tensors = Mapping[str, np.ndarray]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -56,7 +56,7 @@ def literal(text: str) -> Any:
         return text
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> TypeGuard[int]:
     """Whether this is a whole number, as which Python takes true and false too."""
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -102,7 +102,7 @@ def one_of(*allowed: str) -> Callable[[Any], str]:
     """One of these names."""
 
     def read(value: Any) -> str:
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"one of {', '.join(allowed)}")
         return value
 

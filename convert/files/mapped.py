@@ -47,7 +47,7 @@ class LayoutError(UnreadableError):
 class MappedFile:
     """A file's bytes, read-only; an operating system reads them when they are touched and may drop them again."""
 
-    buffer: Any
+    buffer: mmap.mmap
 
     @classmethod
     def open(cls, path: Path) -> MappedFile:

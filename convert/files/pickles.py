@@ -13,7 +13,7 @@ import pickletools
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-from convert.files.mapped import UnreadableError
+from .mapped import UnreadableError
 
 MAX_DEPTH = 100
 """Containers within containers: far more than a checkpoint has, far less than Python's recursion limit."""

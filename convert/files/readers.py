@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.engine import ConversionError
-from convert.files import safetensors_file, torch_legacy, torch_zip
-from convert.files.mapped import FLOATS, UnreadableError
-from convert.files.pickles import PickleError, RefusedGlobalError, plain, printable
+from ..engine import ConversionError
+from . import safetensors_file, torch_legacy, torch_zip
+from .mapped import FLOATS, UnreadableError
+from .pickles import PickleError, RefusedGlobalError, plain, printable
 
 
 def read(path: str | os.PathLike[str]) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.files.mapped import DTYPES, MappedFile, UnreadableError
-from convert.files.pickles import printable
+from .mapped import DTYPES, MappedFile, UnreadableError
+from .pickles import printable
 
 MAX_HEADER = 100_000_000
 """The format's own limit, in bytes."""

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert.engine import ConversionError, shortened
-from convert.files.pickles import printable
-from convert.files.readers import read, sha256
+from ..engine import ConversionError, shortened
+from .pickles import printable
+from .readers import read, sha256
 
 INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 """The end of an index's name: `NAME.safetensors.index.json`, `NAME.bin.index.fp16.json`."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from convert.files.mapped import MappedFile, UnreadableError
-from convert.files.pickles import PickleError, load, printable
-from convert.files.torch_zip import DamagedFileError, Storage, known_globals, parse_storage
+from .mapped import MappedFile, UnreadableError
+from .pickles import PickleError, load, printable
+from .torch_zip import DamagedFileError, Storage, known_globals, parse_storage
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.files.mapped import DTYPES, LayoutError, MappedFile, UnreadableError
-from convert.files.pickles import Constructor, PickleError, load, plain, printable
+from .mapped import DTYPES, LayoutError, MappedFile, UnreadableError
+from .pickles import Constructor, PickleError, load, plain, printable
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 """Of a zip entry: signature, version, flags, method, time, date, CRC, sizes, lengths of name and extra field."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.reference.recorded import recorded
+from .recorded import recorded
 
 
 class RMSNorm(nn.Module):

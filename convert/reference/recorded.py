@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ def recorded(model: nn.Module, parts: Mapping[str, nn.Module], *inputs: Tensor) 
     """The output of each of `parts`, modules of `model`, in the order computed. Runs `model(*inputs)`, no gradients."""
     outputs: dict[str, Tensor] = {}
 
-    def record(name: str):
+    def record(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
             outputs[name] = output.detach().clone()
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convert.reference.recorded import recorded
+from .recorded import recorded
 
 
 def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

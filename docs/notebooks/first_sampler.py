@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from PIL import Image
 
 import jddim
-from convert.conversion import convert  # internal
 from jddim import sampling
 from jddim.images import grid  # internal
 
@@ -26,7 +25,7 @@ ROOT = next(path for path in [Path.cwd(), *Path.cwd().parents] if (path / "scrip
 
 # %%
 folder = Path(tempfile.mkdtemp()) / "mnist"
-convert(ROOT / "scripts" / "assets" / "mnist-ddpm" / "ckpt.pth", folder, verify=False, say=print)  # True needs torch
+jddim.convert(ROOT / "scripts/assets/mnist-ddpm/ckpt.pth", folder, verify=False, say=print)  # True needs torch
 
 # %%
 ddim = jddim.load(folder)

@@ -1,4 +1,4 @@
-"""The model card that lies in each checkpoint folder as README.md: what its metadata says, for people.
+"""What a checkpoint folder's metadata says, for people: the model card in it, README.md, and the lines of `jddim info`.
 
 Everything is taken from the metadata; nothing reads the card back. What a file or a user told is printed as code,
 on one line, so that it cannot become markup.
@@ -6,6 +6,7 @@ on one line, so that it cannot become markup.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,27 @@ def card(metadata: Metadata, parameters: int) -> str:
         f"- SHA-256 of this checkpoint, as `jddim info` prints it: {_code(metadata.sha256)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def lines(metadata: Metadata, parameters: int) -> list[str]:
+    """All that is recorded, a fact a line. parameters: how many numbers the network has."""
+    data = metadata.to_json()
+    provenance = data.pop("provenance")
+    wording = provenance.pop("wording", {})
+    facts = {"sha256": metadata.sha256, "parameters": f"{parameters:,}", **data, **provenance}
+    found = []
+    for name, value in facts.items():
+        if name == "verification" and "blocks" in value:
+            value = f"{value['output_error']:.1e} of the output's scale, against PyTorch {value['torch']}"
+        found.append(f"{name:<15} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+        if name in ("schedule", "sampler") and wording.get(name):
+            found.append(f"{'  in ' + provenance['family']:<15} {_worded(wording[name], wording['told'])}")
+    return found
+
+
+def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:
+    """Facts as their source spells them; those that --set or --preset told are marked so."""
+    return ", ".join(f"{name}={value}" + (f" ({told[name]})" if name in told else "") for name, value in facts.items())
 
 
 def _labels(metadata: Metadata) -> str:

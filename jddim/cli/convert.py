@@ -1,4 +1,4 @@
-"""`jddim convert`, `export-torch` and `verify`: what reads PyTorch's checkpoints, through the package `convert`."""
+"""`jddim convert`, `export-torch` and `verify`: what reads and writes PyTorch's checkpoints."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from jddim import converting
 from jddim.cli.options import say
 
 
@@ -75,8 +75,7 @@ def source_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    convert = convert_module()
-    convert.convert(
+    converting.convert(
         args.src,
         args.dst,
         config=args.config,
@@ -94,21 +93,16 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _export_torch(args: argparse.Namespace) -> int:
-    convert_module()
-    from convert.export import export
-
-    name = export(args.ckpt, args.dst, args.format, overwrite=args.overwrite)
+    name = converting.export_torch(args.ckpt, args.dst, args.format, overwrite=args.overwrite)
     print(f"wrote {args.dst} ({name})")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    convert = convert_module()
-    from convert.verify import table
     from jddim.images import atomic
 
-    result = convert.verify(args.ckpt, args.src, args.config)
-    print(table(result))
+    result = converting.verify(args.ckpt, args.src, config=args.config)
+    print(result)
     with atomic(Path(args.ckpt) / "verify.json") as staging:
         staging.write_text(json.dumps(result.to_json(), indent=2) + "\n")
     if result.first_bad is not None:
@@ -120,18 +114,6 @@ def _verify(args: argparse.Namespace) -> int:
         return 1
     print(f"equal: largest error of the output {result.output_error:.1e} of its scale; kept in {args.ckpt}/verify.json")
     return 0
-
-
-def convert_module() -> Any:
-    """`convert.conversion`. Raises ModuleNotFoundError that says what to install."""
-    try:
-        from convert import conversion as convert
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"this command reads PyTorch checkpoints and needs {error.name}: pip install 'jddim[convert]', or "
-            "'jddim[convert-core]' to go without PyTorch and its verification"
-        ) from error
-    return convert
 
 
 def settings(pairs: Sequence[str]) -> Mapping[str, str]:

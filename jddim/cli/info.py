@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-from jddim.cli.convert import convert_module, settings, source_options
+from jddim import converting
+from jddim.cli.convert import settings, source_options
 from jddim.cli.options import printable
 
 
@@ -41,35 +41,16 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _info(args: argparse.Namespace) -> int:
-    path = Path(args.path)
-    if (path / "metadata").is_dir():
-        from jddim.checkpoint.folder import load_metadata
-        from jddim.models.building import abstract_model, flat_params
-
-        metadata = load_metadata(path)
-        data = metadata.to_json()
-        provenance = data.pop("provenance")
-        wording = provenance.pop("wording", {})
-        count = sum(leaf.size for leaf in flat_params(abstract_model(metadata.model)).values())
-        lines = {"checkpoint": path, "sha256": metadata.sha256, "parameters": f"{count:,}", **data, **provenance}
-        for name, value in lines.items():
-            if name == "verification" and "blocks" in value:
-                value = f"{value['output_error']:.1e} of the output's scale, against PyTorch {value['torch']}"
-            shown = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-            print(f"{name:<15} {printable(shown)}")
-            if name in ("schedule", "sampler") and wording.get(name):
-                print(printable(f"{'  in ' + provenance['family']:<15} {_worded(wording[name], wording['told'])}"))
-        return 0
-    lines = convert_module().describe(
-        args.path, args.config, settings(args.set), args.preset, args.variant, args.revision
+    lines = converting.info(
+        args.path,
+        config=args.config,
+        settings=settings(args.set),
+        preset=args.preset,
+        variant=args.variant,
+        revision=args.revision,
     )
     print("\n".join(map(printable, lines)))
     return 0
-
-
-def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:
-    """Facts as their source spells them; those that --set or --preset told are marked so."""
-    return ", ".join(f"{name}={value}" + (f" ({told[name]})" if name in told else "") for name, value in facts.items())
 
 
 def _diff(args: argparse.Namespace) -> int:

@@ -56,6 +56,15 @@ def test_there_and_back_is_bit_identical(tmp_path: Path, name: str) -> None:
     assert again.provenance["assumed"] == []
 
 
+@pytest.mark.parametrize("format", ["ermongroup", "pesser", "diffusers"])
+def test_every_file_has_the_mode_that_the_system_gives(tmp_path: Path, format: str) -> None:
+    first = converted(tmp_path, {**SETTINGS, "image_size": "10"})
+    (tmp_path / "plain").touch()
+    export(first, tmp_path / "out", format)
+    files = [path for path in [tmp_path / "out", *(tmp_path / "out").rglob("*"), *first.rglob("*")] if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_the_source_loads_it(tmp_path: Path) -> None:
     first = converted(tmp_path, {**SETTINGS, "image_size": "10"})
     export(first, tmp_path / "out")

@@ -95,22 +95,6 @@ def test_a_square_linear_is_transposed_too() -> None:
     np.testing.assert_array_equal(to_layout(weight, (3, 3)), weight.T)
 
 
-@pytest.mark.parametrize(
-    ("shape", "target"),
-    [
-        ((5,), (5,)),
-        ((5, 3, 3, 3), (3, 5)),
-        ((5,), (3, 5)),
-        ((), (3, 5)),
-        ((5, 3), (3, 3, 3, 5)),
-        ((2, 3, 4), (4, 3, 2)),
-    ],
-)
-def test_what_no_rule_covers_comes_back_as_it_is(shape: tuple[int, ...], target: tuple[int, ...]) -> None:
-    array = np.ones(shape)
-    assert to_layout(array, target).shape == shape
-
-
 @pytest.mark.parametrize("shape", [(7, 5, 3, 2), (7, 5), (7, 5, 1, 1), (7,)])
 def test_torch_shape_inverts_to_layout(shape: tuple[int, ...]) -> None:
     target = {4: (3, 2, 5, 7), 2: (5, 7), 1: (7,)}[1 if len(shape) == 1 else 2 if shape[2:] in ((), (1, 1)) else 4]
@@ -119,9 +103,14 @@ def test_torch_shape_inverts_to_layout(shape: tuple[int, ...]) -> None:
     assert torch_shape(target, array) == shape
 
 
+@pytest.mark.parametrize(("ones", "shape"), [(None, (5, 3, 1)), (0, (5, 3)), (1, (5, 3, 1)), (2, (5, 3, 1, 1))])
+def test_a_linears_shape_is_the_familys(ones: int | None, shape: tuple[int, ...]) -> None:
+    assert torch_shape((3, 5), np.ones((5, 3, 1)), ones=ones) == shape
+
+
 def test_tables_are_not_transposed_even_if_square() -> None:
     table = np.arange(9.0).reshape(3, 3)
-    assert to_layout(table, (3, 3), "class_embed.embedding") is table
+    np.testing.assert_array_equal(to_layout(table, (3, 3), "class_embed.embedding"), table)
     assert from_layout(table, "class_embed.embedding") is table
     assert torch_shape((5, 3), table, "class_embed.embedding") == (5, 3)
 

@@ -1,0 +1,237 @@
+"""PyTorch checkpoints from Python: `jddim.convert`, `verify`, `info` and `export_torch`, through the package `convert`.
+
+This is the one module of jddim that knows that package. It is the folder beside jddim's own, in a checkout as in a
+wheel, and nothing else is taken for it, so that a script named convert.py may call `jddim.convert`. Where `import
+convert` gives that folder, it is imported by that name and there is one copy, whoever asks. Where the name is another
+module's, the same files are imported as `jddim_convert` and the other module is neither run nor touched; the relative
+imports within the package allow it. What the package raises and returns is defined here, and so is one class under both
+names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # it imports jax, which the command line must not wait for
+    from jddim.checkpoint.metadata import Metadata
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Settings = Mapping[str, str | int | float | bool]
+
+_FOLDER = Path(__file__).resolve().parent.parent / "convert"
+_OTHER_NAME = "jddim_convert"
+
+
+class ConversionError(ValueError):
+    """A source that cannot be converted, with what was found and what to do about it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What was compared of the Flax network and PyTorch's, and how far apart it was; its `str` is a table.
+
+    blocks: name -> largest absolute error over the reference block's largest magnitude, in forward order; the last
+    is the network's output. t, image_size (height, width), seed: the inputs `(len(t), height, width, channels)`, of
+    normal numbers. torch, jax: versions. tolerance: the largest error that passes.
+    """
+
+    blocks: Mapping[str, float]
+    t: tuple[int, ...]
+    image_size: tuple[int, int]
+    seed: int
+    torch: str
+    jax: str
+    tolerance: float
+
+    @property
+    def output_error(self) -> float:
+        """The last block's error: the network's output."""
+        return list(self.blocks.values())[-1]
+
+    @property
+    def first_bad(self) -> str | None:
+        """The first block out of tolerance (a NaN is), or None."""
+        return next((name for name, error in self.blocks.items() if not error <= self.tolerance), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """For provenance and `verify.json`."""
+        return {
+            **dataclasses.asdict(self),
+            "output_error": self.output_error,
+            "first_bad": self.first_bad,
+            "matmul_precision": "highest",
+        }
+
+    def __str__(self) -> str:
+        width = max(map(len, self.blocks))
+        lines = [f"{'block':<{width}}  error / scale"]
+        for name, error in self.blocks.items():
+            mark = "" if error <= self.tolerance else "  out of tolerance"
+            lines.append(f"{name:<{width}}  {error:.2e}{mark}{' (first)' if name == self.first_bad else ''}")
+        return "\n".join(lines)
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    config: Paths | None = None,
+    settings: Settings | None = None,
+    preset: str | None = None,
+    weights: Literal["ema", "raw"] | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Metadata:
+    """Convert a PyTorch checkpoint into a jddim checkpoint folder, for `jddim.load`. Nothing in the file is run.
+
+    src: a checkpoint file, a folder that a family knows (a run's with `ckpt.pth`, a diffusers pipeline's), or a hub id,
+    `google/ddpm-cifar10-32`. dst: the folder to write, whole or not at all. config: the source's config file or files;
+    those that lie where the family has them are used for the rest. settings: facts that the tensors do not tell, under
+    the source's own names and over the config's, `{"image_size": 32}` (pixels); each is read as the text that `--set`
+    takes. preset: a published model's name, `"guided-256"`, which stands for all of its settings; `settings` override
+    it. weights: None takes the EMA's where there are any. variant: which of a folder's files, such as "fp16".
+    revision: branch, tag or commit of a hub id. license: the weights', recorded; no file tells it. verify: run both
+    networks on the same inputs and refuse where a block differs by more than 1e-4 of its scale; where PyTorch is not
+    installed it is not done, which `say` is told and the metadata records. overwrite: replace `dst` if it is a jddim
+    checkpoint. say: is given what is found, line by line; `print`, say.
+
+    Returns the metadata written: the configs of model, schedule and sampler, and in `provenance` the source, all that
+    was assumed and the verification's figures.
+
+    Raises ConversionError if jddim does not read the source, or it is not whole, needs settings, or differs from
+    PyTorch; CheckpointError if `dst` cannot be written. Both are ValueErrors, one message has all that is wrong, and
+    nothing is then written. Raises ModuleNotFoundError where what `jddim[convert-core]` installs is missing.
+    """
+    metadata: Metadata = _part("conversion").convert(
+        src,
+        dst,
+        config=config,
+        settings=_as_text(settings),
+        preset=preset,
+        weights=weights,
+        variant=variant,
+        revision=revision,
+        license=license,
+        verify=verify,
+        overwrite=overwrite,
+        say=say or (lambda line: None),
+    )
+    return metadata
+
+
+def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], *, config: Paths | None = None) -> Verification:
+    """Compare a converted checkpoint with the PyTorch source it came from, block by block. Nothing is written.
+
+    ckpt: a folder that `convert` wrote. src: the file, folder or hub id that it was converted from. config: as given to
+    `convert`. Returns each block's error; `first_bad` is None where all are within tolerance.
+
+    Raises ConversionError if `src` is not that source (by its SHA-256), or PyTorch is not installed;
+    ModuleNotFoundError where what `jddim[convert-core]` installs is missing.
+    """
+    result: Verification = _part("conversion").verify(ckpt, src, config=config)
+    return result
+
+
+def info(
+    path: str | os.PathLike[str],
+    *,
+    config: Paths | None = None,
+    settings: Settings | None = None,
+    preset: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> list[str]:
+    """What a checkpoint is, in the lines that `jddim info` prints. Nothing in a file is run.
+
+    path: a jddim folder, of which all that is recorded is listed; or a PyTorch source as `convert` takes it, of which
+    the lines are its family, weights and parameters, what its conversion would assume or still need, and the command
+    for it. config, settings, preset, variant, revision: of a PyTorch source, as `convert` takes them. The lines are for
+    people, and may change; what they quote of a file is as it stands there, control characters included.
+
+    Raises ConversionError if no family knows the source, CheckpointError if a jddim folder is damaged; of a PyTorch
+    source, ModuleNotFoundError where what `jddim[convert-core]` installs is missing.
+    """
+    if (Path(path) / "metadata").is_dir():
+        from jddim.checkpoint.card import lines
+        from jddim.checkpoint.folder import load_metadata
+        from jddim.models.building import abstract_model, flat_params
+
+        metadata = load_metadata(path)
+        count = sum(leaf.size for leaf in flat_params(abstract_model(metadata.model)).values())
+        return [f"{'checkpoint':<15} {path}", *lines(metadata, count)]
+    told = {"settings": _as_text(settings), "preset": preset, "variant": variant, "revision": revision}
+    described: list[str] = _part("conversion").describe(path, config=config, **told)
+    return described
+
+
+def export_torch(
+    ckpt: str | os.PathLike[str], dst: str | os.PathLike[str], format: str | None = None, *, overwrite: bool = False
+) -> str:
+    """Write a checkpoint folder in the format of a PyTorch source, for that source's own loader.
+
+    Parameters keep their bits, so that converting the result again gives the same `params_sha256`.
+
+    ckpt: a jddim checkpoint folder. dst: the file or folder to write, whole or not at all. format: "ermongroup",
+    "pesser", "diffusers", "openai", "lucidrains" or "lucidrains-unet"; None is the one that the checkpoint came from.
+    overwrite: replace `dst` if it is a file, never a folder. Returns the format's name.
+
+    Raises ConversionError if the format is unknown or cannot hold the model (with every reason), `dst` exists, or
+    PyTorch is not installed; nothing is then written. Raises ModuleNotFoundError where what `jddim[convert-core]`
+    installs is missing.
+    """
+    name: str = _part("export").export(ckpt, dst, format, overwrite=overwrite)
+    return name
+
+
+def _as_text(settings: Settings | None) -> dict[str, str]:
+    return {key: str(value) for key, value in (settings or {}).items()}
+
+
+def _part(name: str) -> Any:
+    """A module of the package `convert`. Raises ModuleNotFoundError that says what to install."""
+    try:
+        return importlib.import_module(f"{_package()}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None:
+            raise
+        raise ModuleNotFoundError(
+            f"reading PyTorch checkpoints needs {error.name}: pip install 'jddim[convert]', or "
+            "'jddim[convert-core]' to go without PyTorch and its verification",
+            name=error.name,
+        ) from error
+
+
+def _package() -> str:
+    """The name by which the folder beside jddim's is, or can be, imported as a package."""
+    start = _FOLDER / "__init__.py"
+    if _OTHER_NAME in sys.modules:
+        return _OTHER_NAME
+    if _is(start, "convert"):
+        return "convert"
+    if not start.is_file():
+        raise ModuleNotFoundError(f"jddim is not whole: its package convert is not at {_FOLDER}; install it again")
+    spec = importlib.util.spec_from_file_location(_OTHER_NAME, start, submodule_search_locations=[str(_FOLDER)])
+    assert spec is not None
+    sys.modules[_OTHER_NAME] = importlib.util.module_from_spec(spec)  # its __init__ holds nothing to run
+    return _OTHER_NAME
+
+
+def _is(file: Path, name: str) -> bool:
+    """Whether `import name` gives the module of this file; found out without running what it would give."""
+    if name in sys.modules:
+        found = getattr(sys.modules[name], "__file__", None)
+    else:
+        spec = importlib.util.find_spec(name)
+        found = None if spec is None else spec.origin
+    return found is not None and Path(found).resolve() == file

@@ -1,0 +1,65 @@
+"""A tensor has the shape that its family gives it, or is refused: PyTorch's own networks say which that is."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert.engine import ConversionError, fill
+from convert.families import diffusers, ho, lucidrains, openai
+from convert.writers import state_shapes
+from jddim.config import LucidrainsConfig, ModelConfig, UNetConfig
+from jddim.models.building import abstract_model, flat_params
+
+pytest.importorskip("torch", reason="the shapes are PyTorch's")
+
+SMALL: dict[str, Any] = {"image_size": (8, 8), "channels": 4, "channel_mults": (1, 2), "num_res_blocks": 1}
+SMALL |= {"in_channels": 3, "out_channels": 3}
+UNET = SMALL | {"attention_levels": (1,), "norm_groups": 2}
+LEVELS = {"full_attention": (False, True), "num_heads": (2, 3), "head_channels": (5, 7)}
+LUCIDRAINS = {name: value for name, value in SMALL.items() if name != "num_res_blocks"} | LEVELS
+CASES: dict[str, tuple[ModuleType, ModelConfig, dict[str, bool]]] = {
+    "ho": (ho, UNetConfig(**UNET), {}),
+    "ho, 3x3 shortcuts": (ho, UNetConfig(**UNET, conv_shortcut=True), {}),
+    "diffusers": (diffusers, UNetConfig(**UNET), {}),
+    "openai": (openai, UNetConfig(**UNET, **openai._FIXED, num_heads=2), {"use_new_attention_order": False}),
+    "lucidrains": (lucidrains, LucidrainsConfig(**LUCIDRAINS, stem_channels=6), {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ones_too_many_or_too_few_are_refused(name: str) -> None:
+    family, config, options = CASES[name]
+    rules = family.rules(config, **options)
+    expected = {leaf: value.shape for leaf, value in flat_params(abstract_model(config)).items()}
+    right = {name: np.zeros(shape) for name, shape in state_shapes(lambda: family.reference(config, **options)).items()}
+    pointwise = family.FAMILY.pointwise
+    assert fill(right, expected, rules, {}, pointwise).keys() == expected.keys()
+    wrong = {name: [value[..., None], value[None]] for name, value in right.items()}
+    for name, value in right.items():
+        if value.ndim > 1 and value.shape[-1] == 1:
+            wrong[name] += [value[..., 0], value.reshape(value.shape[:2]), value.reshape(-1)]
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ConversionError, match=f"1 tensor does not fit the model: {name} has shape") as caught:
+                fill(right | {name: value}, expected, rules, {}, pointwise)
+            assert str(caught.value).endswith(f"has shape {value.shape}, expected {right[name].shape}")
+
+
+def test_attention_by_2d_convolutions_is_no_file_of_openais(tmp_path: Any) -> None:
+    """As consistency models have it, with q, k and v in another order."""
+    import torch
+
+    from convert.conversion import convert
+
+    _, config, options = CASES["openai"]
+    shapes = state_shapes(lambda: openai.reference(config, **options))
+    tensors = {name: torch.ones(*shape, *([1] if "qkv.weight" in name else [])) for name, shape in shapes.items()}
+    torch.save(tensors, tmp_path / "model000001.pt")
+    settings = {"image_size": "8", "num_heads": "2", "norm_groups": "2"}
+    for verify in (True, False):
+        with pytest.raises(ConversionError, match=r"qkv\.weight has shape \(24, 8, 1, 1\), expected \(24, 8, 1\)"):
+            convert(tmp_path / "model000001.pt", tmp_path / "out", settings=settings, verify=verify)
