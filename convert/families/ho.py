@@ -332,7 +332,7 @@ def _wording(schedule: Mapping[str, Any], sampler: SamplerConfig, var_type: str)
 
 
 def _sampler(told: Mapping[str, Any], T: int, variance: str) -> SamplerConfig:
-    """Ermongroup's sampling, whose row in the README's table says the same: no clipping, eps as predicted."""
+    """Ermongroup's sampling (its column in docs/conventions.md): no clipping, eps as predicted."""
     return SamplerConfig(
         spacing=told.get("spacing", "uniform"),
         num_steps=told.get("num_steps", min(50, T)),
