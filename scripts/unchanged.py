@@ -26,7 +26,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,7 +177,7 @@ def house(root: Path) -> dict[str, str]:
     }
 
 
-def table(title: str, rows: Iterator[Sequence[str]] | Sequence[Sequence[str]], *columns: str) -> str:
+def table(title: str, rows: Sequence[Sequence[str]], *columns: str) -> str:
     lines = [(title, *columns), ("---", *("--:" for _ in columns)), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -337,7 +337,11 @@ def check_out(commit: str, place: Path) -> Path:
     return place
 
 
-def report(args: argparse.Namespace, scratch: Path, say: Callable[[str], None] = print) -> int:
+def say(text: str) -> None:
+    print(text, flush=True)  # into a pipe too: a run takes minutes
+
+
+def report(args: argparse.Namespace, scratch: Path) -> int:
     """Everything that was asked for, said as it is found; the exit status."""
     commit = commit_of(args.old)
     dirty = " with uncommitted changes" if git("status", "--porcelain").strip() else ""
