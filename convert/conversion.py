@@ -23,7 +23,7 @@ from jddim.converting import Paths, Verification
 from jddim.models.building import abstract_model, build_model, flat_params
 
 from . import verify as verification
-from .engine import ConversionError, fill
+from .engine import ConversionError, fill, refusing
 from .families import Family, Plan, Source, recognise
 from .files.pickles import plain
 from .files.readers import sha256
@@ -59,10 +59,8 @@ def convert(
     opened = _open(origin, config, settings or {}, preset, weights, say)
     family, source, plan = opened.family, opened.source, opened.plan
     expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
-    try:
+    with refusing(src):
         params = fill(source.tensors, expected, plan.rules, plan.ignored, family.pointwise)
-    except ConversionError as error:
-        raise ConversionError(f"{src}: {error}") from error
     say(f"  {len(params)} parameters filled, {sum(p.size for p in params.values()):,} numbers")
 
     figure: dict[str, Any] = {"skipped": True}
@@ -141,9 +139,7 @@ def describe(
     """What a PyTorch source is, what its conversion would need, and the command for it. Runs nothing in the file."""
     settings = settings or {}
     origin = find(src, None, variant, revision)
-    raw = read_weights(origin.file)
-    family = recognise(raw, str(src))
-    source = family.open_source(raw, None, origin.file.name)
+    family, source = _read(origin, str(src), None)
     options = [f"--config {file}" for file in _given(config)] + [
         f"--set {key}={value}" for key, value in settings.items()
     ]
@@ -192,24 +188,27 @@ class _Opened:
     settings: Mapping[str, str]
 
 
+def _read(origin: Origin, name: str, weights: str | None) -> tuple[Family, Source]:
+    raw = read_weights(origin.file)
+    family = recognise(raw, name)
+    return family, family.open_source(raw, weights, origin.file.name)
+
+
 def _open(
     origin: Origin, config: Paths | None, settings: Mapping[str, str], preset: str | None, weights: str | None, say: Say
 ) -> _Opened:
     src = origin.file
     given = _given(config)
-    raw = read_weights(src)
-    family = recognise(raw, str(src))
+    family, source = _read(origin, str(src), weights)
     contents, files = _configs(family, src, config)
-    source = family.placed(family.open_source(raw, weights, src.name), src, contents)
+    source = family.placed(source, src, contents)
     say(f"{src}: {family.title}")
     say(f"  weights: {_weights(source)}")
     for file in files:
         say(f"  config: {file}" + ("" if file in given else " (found beside the checkpoint)"))
-    try:
+    with refusing(src):
         settings = _with_preset(family, preset, settings)
         plan = family.plan(source.tensors, contents, settings)
-    except ConversionError as error:
-        raise ConversionError(f"{src}: {error}") from error
     say(f"  model: {plan.model.summary}")
     for fact in plan.assumed:
         say(f"  assumed: {fact}")

@@ -6,8 +6,9 @@ agree; values are finite. Nothing is returned unless all of it holds. No torch h
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,21 @@ def _float32(value: NDArray) -> NDArray[np.float32]:
     for at in range(0, value.shape[-1] if value.ndim > 1 else 0, 16):
         copy[..., at : at + 16] = value[..., at : at + 16]
     return copy
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise ConversionError with all that is wrong, if anything is."""
+    if said := "; ".join(problems):
+        raise ConversionError(said)
+
+
+@contextlib.contextmanager
+def refusing(what: object) -> Iterator[None]:
+    """A ValueError from within becomes ConversionError("what: why")."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConversionError(f"{what}: {error}") from error
 
 
 def shortened(items: list[str], shown: int = 6) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .engine import ConversionError
+from .engine import ConversionError, source_tensors
+from .rules import Rules
 
 
 def save_torch(value: Any, path: Path) -> None:
@@ -25,6 +26,11 @@ def save_safetensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
     mode = path.stat().st_mode  # the library's own is for its owner alone
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata={"format": "pt"})
     path.chmod(mode)
+
+
+def torch_tensors(params: Mapping[str, np.ndarray], rules: Rules, build: Callable[[], Any]) -> dict[str, np.ndarray]:
+    """The parameters as the state dict of the torch module that `build` makes: its names, layouts and order."""
+    return source_tensors(params, rules, state_shapes(build))
 
 
 def state_shapes(build: Callable[[], Any]) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig
@@ -13,7 +13,7 @@ from jddim.ddim import StepTable, largest_eta, sampler_table
 from jddim.sampling import check_prediction
 from jddim.schedule import make_schedule
 
-from ..engine import ConversionError
+from ..engine import ConversionError, refusing
 from ..rules import Rules
 from .tensors import Tensors
 
@@ -106,6 +106,23 @@ class Family:
     hub_files: Callable[[str | None], Sequence[Sequence[str]]] | None = None
 
 
+C = TypeVar("C", bound=ModelConfig)
+
+
+def of_wiring(config: ModelConfig, wiring: type[C]) -> C:
+    """The config itself. Raises ConversionError if it is of another wiring than this one, a family's own."""
+    if not isinstance(config, wiring):
+        raise ConversionError(f"another wiring than this family's ({type(config).__name__})")
+    return config
+
+
+def checked(schedule: ScheduleConfig) -> ScheduleConfig:
+    """The schedule itself. Raises ConversionError if it cannot be built."""
+    with refusing("the noise schedule cannot be built"):
+        make_schedule(schedule)
+    return schedule
+
+
 def scaled_t(sampler: SamplerConfig) -> list[str]:
     """Why a source that gives its network t itself cannot hold this sampler; empty if it can."""
     scale = sampler.timestep_scale
@@ -114,11 +131,9 @@ def scaled_t(sampler: SamplerConfig) -> list[str]:
 
 def check_sampler(sampler: SamplerConfig, schedule: ScheduleConfig) -> StepTable:
     """The table of the sampler's defaults, or ConversionError if sampling with them would fail."""
-    try:
+    with refusing("the sampler's defaults do not work"):
         table = sampler_table(make_schedule(schedule), sampler)
         check_prediction(table, sampler.prediction_type)
-    except ValueError as error:
-        raise ConversionError(f"the sampler's defaults do not work: {error}") from error
     limit = largest_eta(table)
     if not 0 <= sampler.eta <= limit:
         raise ConversionError(f"eta must lie in 0..{limit:.4g} for this table of steps, got {sampler.eta:g}")

@@ -16,12 +16,12 @@ from typing import Any
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import UNetConfig, did_you_mean
 
-from ..engine import ConversionError, shortened, source_tensors
+from ..engine import ConversionError, refuse, shortened
 from ..files.shards import INDEX
 from ..rules import Rules
-from ..writers import save_safetensors, state_shapes
+from ..writers import save_safetensors, torch_tensors
 from . import diffusers_config as configs
-from .base import Family, Plan, Source
+from .base import Family, Plan, Source, of_wiring
 from .tensors import Tensors, check_tensors
 
 # -- the files --------------------------------------------------------------------------------------------------------
@@ -212,20 +212,18 @@ def write_pipeline(metadata: Metadata, params: Tensors, path: Path) -> None:
 
     Or DDPMPipeline's, where DDIMScheduler has not what the checkpoint has (`scheduler_json`).
     """
+    config = of_wiring(metadata.model, UNetConfig)
     problems, parts = [], {}
     for name, make in (
-        ("unet", lambda: configs.unet_json(metadata.model)),
+        ("unet", lambda: configs.unet_json(config)),
         ("scheduler", lambda: configs.scheduler_json(metadata)),
     ):
         try:
             parts[name] = make()
         except ConversionError as error:
             problems.append(str(error))
-    if problems:
-        raise ConversionError("; ".join(problems))
-    config = metadata.model
-    assert isinstance(config, UNetConfig)
-    tensors = source_tensors(params, rules(config), state_shapes(lambda: reference(config)))
+    refuse(problems)
+    tensors = torch_tensors(params, rules(config), lambda: reference(config))
     scheduler = parts["scheduler"]["_class_name"]
     index = {
         "_class_name": scheduler.replace("Scheduler", "Pipeline"),

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jddim.checkpoint.metadata import Metadata
-from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
+from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
 from jddim.schedule import make_schedule
 
-from ..engine import ConversionError, cannot_hold
-from .base import Wording, check_sampler, scaled_t
-from .values import boolean, integer, is_integer, literal, number, one_of, parse, positive, whole
+from ..engine import ConversionError, cannot_hold, refuse, refusing
+from .base import Wording, check_sampler, checked, scaled_t
+from .values import boolean, integer, is_integer, literal, number, one_of, parse, positive, sides, whole
 
 # -- values: JSON's, or --set's text, to ours; a ValueError says what was wanted ---------------------------------------
 
@@ -52,14 +52,10 @@ def _list(reader: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
 
 
 def _size(value: Any) -> tuple[int, int]:
-    sides = value
-    if isinstance(value, str):  # --set sample_size=32x48
-        sides = [int(side) for side in value.replace(",", "x").split("x") if side.isdecimal()]
-    elif not isinstance(value, list):
-        sides = [value, value]
-    if len(sides) != 2 or any(not is_integer(side) or side < 1 for side in sides):
-        raise ValueError("a side in pixels, or [height, width] (--set sample_size=32x48)")
-    return sides[0], sides[1]
+    found = sides(value.replace(",", "x") if isinstance(value, str) else value)  # --set sample_size=32,48
+    if min(found) < 1:
+        raise ValueError("a side of at least 1 pixel, or [height, width]")
+    return found
 
 
 def _or_none(reader: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -251,8 +247,7 @@ def read_configs(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> 
         parsed, refused = parse(sources, {key: option.parse for key, option in options.items()})
         problems += refused
         parts[name] = {key: option.default for key, option in options.items()} | parsed
-    if problems:
-        raise ConversionError("; ".join(problems))
+    refuse(problems)
     named = {"unet": {*unet, *given}, "scheduler": {*scheduler, *given}}
     return Told(parts["unet"], parts["scheduler"], parts["call"], (*obsolete, *_defaulted(named)))
 
@@ -320,8 +315,7 @@ def unet_config(c: Mapping[str, Any]) -> UNetConfig:
         )
     if (c["time_embedding_type"] == "learned") and c["num_train_timesteps"] is None:
         problems.append("time_embedding_type learned needs config.json's num_train_timesteps")
-    if problems:
-        raise ConversionError("; ".join(problems))
+    refuse(problems)
     up = up[::-1]  # by level, as the encoder's
     learned = c["class_embed_type"] is None and c["num_class_embeds"] is not None
     attended = [i for i, name in enumerate(down) if name.startswith("Attn")]
@@ -357,10 +351,8 @@ def unet_config(c: Mapping[str, Any]) -> UNetConfig:
         "num_classes": c["num_class_embeds"] if learned else None,
         "center_input": c["center_input_sample"],
     }
-    try:
+    with refusing("config.json makes no valid UNet"):
         return UNetConfig(**fields)
-    except ValueError as error:
-        raise ConversionError(f"config.json makes no valid UNet: {error}") from error
 
 
 def _mid_norm_groups(c: Mapping[str, Any]) -> int | None:
@@ -378,11 +370,9 @@ def _resamplings(blocks: Sequence[str], of_attention: str) -> tuple[str, ...]:
     return kinds if len(set(kinds)) > 1 else kinds[:1] or ("conv",)
 
 
-def unet_json(config: ModelConfig) -> dict[str, Any]:
+def unet_json(c: UNetConfig) -> dict[str, Any]:
     """The `config.json` of a network, the inverse of `unet_config`. Raises ConversionError with every misfit."""
-    if not isinstance(config, UNetConfig):
-        raise ConversionError(f"another wiring than UNet2DModel's ({type(config).__name__})")
-    c, levels = config, range(len(config.channel_mults))
+    levels = range(len(c.channel_mults))
     head_dim, problems = _head_dim(c)
     problems += cannot_hold(c, _VARIES)
     if not c.widths[0] == c.channels == c.stem:
@@ -408,8 +398,7 @@ def unet_json(config: ModelConfig) -> dict[str, Any]:
             f"Attn{word}Block2D" if here else f"Resnet{word}sampleBlock2D" if kind == "resnet" else f"{word}Block2D"
             for kind, here in zip(of_level, attended, strict=True)
         ]
-    if problems:
-        raise ConversionError("; ".join(problems))
+    refuse(problems)
     height, width = c.image_size
     groups = c.norm_groups if c.mid_norm_groups is None and c.scale_shift else c.mid_norm_groups or None
     return {
@@ -482,11 +471,7 @@ def schedule_config(c: Mapping[str, Any]) -> ScheduleConfig:
     config = ScheduleConfig(name, T, start, end, zero_terminal_snr=zero)
     if betas is not None:
         config = ScheduleConfig("betas", T, betas=betas, zero_terminal_snr=zero)
-    try:
-        make_schedule(config)
-    except ValueError as error:
-        raise ConversionError(f"the noise schedule cannot be built: {error}") from error
-    return config
+    return checked(config)
 
 
 def sampler_config(told: Told, model: UNetConfig, schedule: ScheduleConfig) -> SamplerConfig:
@@ -558,8 +543,7 @@ def scheduler_json(metadata: Metadata) -> dict[str, Any]:
     problems += scaled_t(s)
     if s.self_condition:
         problems.append("self_condition is True, there always False")
-    if problems:
-        raise ConversionError("; ".join(problems))
+    refuse(problems)
     ancestral = config.name == "sigmoid" or s.variance == "learned_range"
     names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
     known = config.name in names

@@ -17,16 +17,16 @@ import numpy as np
 import yaml
 
 from jddim.checkpoint.metadata import Metadata
-from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, levels_at_resolutions
+from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, levels_at_resolutions
 from jddim.models.building import abstract_model, flat_params
 from jddim.schedule import LARGEST_T, make_schedule, schedule_config_from_betas
 
-from ..engine import ConversionError, cannot_hold, shortened, source_tensors
+from ..engine import ConversionError, cannot_hold, refuse, refusing, shortened
 from ..rules import Rules, from_layout, source_of
-from ..writers import save_torch, state_shapes
-from .base import Family, Plan, Source, Wording, check_sampler, scaled_t
+from ..writers import save_torch, torch_tensors
+from .base import Family, Plan, Source, Wording, check_sampler, checked, of_wiring, scaled_t
 from .tensors import Tensors, check_tensors, common_size
-from .values import boolean, integer, is_integer, literal, number, parse, positive, settling
+from .values import boolean, integer, is_integer, literal, number, parse, positive, settling, sides
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -87,9 +87,6 @@ def infer(tensors: Tensors, told: Mapping[str, Any] | None = None) -> dict[str, 
     reported as such and not as a different network. None stands for a fact that no tensor tells.
     """
 
-    def votes(pattern: str, axis: int, divide: int = 1) -> int | None:
-        return common_size((value for name, value in tensors.items() if re.fullmatch(pattern, name)), axis, divide)
-
     def parts(pattern: str, tensors_each: int) -> dict[int, int]:
         """Level -> blocks or attentions there; one counts if at least half of its tensors are there."""
         found = Counter(tuple(map(int, m.groups())) for name in tensors if (m := re.match(pattern, name)))
@@ -98,10 +95,15 @@ def infer(tensors: Tensors, told: Mapping[str, Any] | None = None) -> dict[str, 
     down, up = parts(r"down\.(\d+)\.block\.(\d+)\.", 10), parts(r"up\.(\d+)\.block\.(\d+)\.", 10)
     levels = sorted(set(down) | set(up))
     blocks = Counter(down.values()) + Counter(number - 1 for number in up.values())
-    ch = votes(
-        r"temb\.dense\.[01]\.bias|mid\.block_[12]\.temb_proj\.weight|down\.\d+\.block\.\d+\.temb_proj\.weight", -1, 4
+    ch = common_size(
+        tensors,
+        r"temb\.dense\.[01]\.bias|mid\.block_[12]\.temb_proj\.weight|down\.\d+\.block\.\d+\.temb_proj\.weight",
+        -1,
+        4,
     )
-    widths = [votes(rf"(down|up)\.{level}\.block\.\d+\.(conv1|conv2|temb_proj)\.bias", 0) for level in levels]
+    widths = [
+        common_size(tensors, rf"(down|up)\.{level}\.block\.\d+\.(conv1|conv2|temb_proj)\.bias", 0) for level in levels
+    ]
     if not ch or not levels or levels != list(range(len(levels))) or None in widths:
         raise ConversionError("too few tensors of the UNet are there to tell its shape; is the file whole?")
     odd = [width for width in widths if width % ch]  # type: ignore[operator]
@@ -167,14 +169,6 @@ SETTINGS = {
 }
 
 
-def _image_size(value: Any) -> tuple[int, int]:
-    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)x(\d+)", value)):
-        return int(found.group(1)), int(found.group(2))
-    if not is_integer(value):
-        raise ValueError("an integer or HEIGHTxWIDTH")
-    return value, value
-
-
 def _integers(value: Any) -> tuple[int, ...]:
     if isinstance(value, str):  # --set ch_mult=1,2,2
         value = [literal(part) for part in value.split(",")]
@@ -184,19 +178,15 @@ def _integers(value: Any) -> tuple[int, ...]:
     return tuple(items)
 
 
-def _text(value: Any) -> str:
-    return str(value)
-
-
 _PARSERS: dict[str, Callable[[Any], Any]] = {
-    "image_size": _image_size,
+    "image_size": sides,
     **dict.fromkeys(("ch", "num_res_blocks", "in_channels", "out_ch", "norm_groups"), integer),
     **dict.fromkeys(("num_diffusion_timesteps", "num_steps"), integer),
     **dict.fromkeys(("beta_start", "beta_end", "eta"), number),
     "norm_eps": positive,
     **dict.fromkeys(("resamp_with_conv", "rescaled", "clip"), boolean),
     **dict.fromkeys(("attn_resolutions", "ch_mult"), _integers),
-    **dict.fromkeys(("beta_schedule", "var_type", "spacing"), _text),
+    **dict.fromkeys(("beta_schedule", "var_type", "spacing"), str),
 }
 
 
@@ -212,8 +202,7 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
             raise ConversionError(f"config: section {section!r} must hold key: value lines, it holds {entries!r}")
         told |= {key: value for key, value in entries.items() if key in SETTINGS}
     parsed, problems = parse({"config": told, "--set": {k: literal(v) for k, v in given.items()}}, _PARSERS)
-    if problems:
-        raise ConversionError("; ".join(problems))
+    refuse(problems)
     return parsed
 
 
@@ -267,8 +256,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "the config says rescaled: false, a model of images in [0, 1]; jddim's images are [-1, 1], so its samples "
             "would be wrong by a shift (--set rescaled=true if the config is mistaken)"
         )
-    if problems:
-        raise ConversionError("; ".join(problems))
+    refuse(problems)
     assert image_size is not None
 
     source = "all checkpoints of this family"
@@ -344,7 +332,7 @@ def _sampler(told: Mapping[str, Any], T: int, variance: str) -> SamplerConfig:
 
 def _schedule(name: str, T: int, beta_start: float, beta_end: float) -> ScheduleConfig:
     """The schedule under the sources' names for it ("quad" is our scaled_linear), checked by building it."""
-    try:
+    with refusing("the noise schedule cannot be built"):
         if name == "const":
             if not 1 <= T <= LARGEST_T:  # before there is a list of so many
                 raise ValueError(f"num_diffusion_timesteps must lie in 1..{LARGEST_T}, got {T}")
@@ -353,12 +341,8 @@ def _schedule(name: str, T: int, beta_start: float, beta_end: float) -> Schedule
             raise ValueError(
                 "beta_schedule jsd ends in beta = 1, where alpha_bar is 0 and x_0 cannot be had from a predicted eps"
             )
-        known = {"quad": "scaled_linear"}.get(name, name)
-        config = ScheduleConfig(known, T, *((None, None) if known == "cosine" else (beta_start, beta_end)))
-        make_schedule(config)
-    except ValueError as error:
-        raise ConversionError(f"the noise schedule cannot be built: {error}") from error
-    return config
+    known = {"quad": "scaled_linear"}.get(name, name)
+    return checked(ScheduleConfig(known, T, *((None, None) if known == "cosine" else (beta_start, beta_end))))
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -429,10 +413,10 @@ def write_ermongroup(metadata: Metadata, params: Tensors, path: Path) -> None:
 
     Raw and EMA weights in it are equal: a jddim checkpoint holds one set. The optimizer's state is empty.
     """
-    if problems := _wiring_problems(metadata.model) + _config_problems(metadata):
-        raise ConversionError("; ".join(problems))
-    config = _config_yml(metadata)
-    state = _source_tensors(metadata, params)
+    network = of_wiring(metadata.model, UNetConfig)
+    refuse(_wiring_problems(network) + _config_problems(metadata))
+    config = _config_yml(network, metadata.schedule, metadata.sampler)
+    state = torch_tensors(params, rules(network), lambda: reference(network))
     step = metadata.provenance.get("step") or 0
     path.mkdir()
     save_torch([{f"module.{name}": value for name, value in state.items()}, {}, 0, step, state], path / "ckpt.pth")
@@ -441,21 +425,13 @@ def write_ermongroup(metadata: Metadata, params: Tensors, path: Path) -> None:
 
 def write_pesser(metadata: Metadata, params: Tensors, path: Path) -> None:
     """One file, the bare state dict that pesser's models load."""
-    if problems := _wiring_problems(metadata.model):
-        raise ConversionError("; ".join(problems))
-    save_torch(_source_tensors(metadata, params), path)
+    network = of_wiring(metadata.model, UNetConfig)
+    refuse(_wiring_problems(network))
+    save_torch(torch_tensors(params, rules(network), lambda: reference(network)), path)
 
 
-def _source_tensors(metadata: Metadata, params: Tensors) -> dict[str, np.ndarray]:
-    config = metadata.model
-    assert isinstance(config, UNetConfig)
-    return source_tensors(params, rules(config), state_shapes(lambda: reference(config)))
-
-
-def _wiring_problems(c: ModelConfig) -> list[str]:
+def _wiring_problems(c: UNetConfig) -> list[str]:
     """Why this family's network cannot be a model."""
-    if not isinstance(c, UNetConfig):
-        return [f"another wiring than this family's ({type(c).__name__})"]
     problems = cannot_hold(c, _VARIES, {"up_attention_levels": c.up_attention_levels})
     if c.up_attention_levels not in (None, c.attention_levels):
         problems.append(f"attention is at levels {c.attention_levels} down and {c.up_attention_levels} up, there equal")
@@ -508,10 +484,8 @@ def _source_schedule(config: ScheduleConfig) -> tuple[str, float, float] | None:
     return _SCHEDULES[config.name], start, end
 
 
-def _config_yml(metadata: Metadata) -> dict[str, Any]:
+def _config_yml(c: UNetConfig, schedule: ScheduleConfig, sampler: SamplerConfig) -> dict[str, Any]:
     """The config that ermongroup's runner needs to build the network and its schedule, and our sampler's defaults."""
-    c, schedule, sampler = metadata.model, metadata.schedule, metadata.sampler
-    assert isinstance(c, UNetConfig)
     found = _source_schedule(schedule)
     assert found is not None
     name, start, end = found

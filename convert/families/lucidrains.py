@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 
 from jddim.checkpoint.metadata import Metadata
-from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleConfig
+from jddim.config import LucidrainsConfig, SamplerConfig, ScheduleConfig
 from jddim.ddim import largest_eta, step_table
 from jddim.schedule import make_schedule, schedule_config_from_betas
 from jddim.timesteps import make_timesteps
 
-from ..engine import ConversionError, source_tensors
+from ..engine import ConversionError, refuse, refusing
 from ..rules import Rules
-from ..writers import save_torch, state_shapes
-from .base import Family, Plan, Source, Wording, scaled_t
+from ..writers import save_torch, torch_tensors
+from .base import Family, Plan, Source, Wording, of_wiring, scaled_t
 from .tensors import Tensors, check_tensors, common_size
-from .values import integer, is_integer, number, one_of, parse, settling
+from .values import boolean, integer, number, one_of, parse, settling, sides
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -141,37 +141,22 @@ OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_predict
 BETA_SCHEDULES = ("linear", "cosine", "sigmoid")
 
 
-def _boolean(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("True or False")
-    return value
-
-
 def _each(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """One value, or a tuple of one for each level."""
     return lambda value: tuple(map(parse, value)) if isinstance(value, (tuple, list)) else parse(value)
 
 
-def _image_size(value: Any) -> tuple[int, int]:
-    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)x(\d+)", value)):
-        value = [int(number) for number in found.groups()]
-    sides = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(sides) != 2 or not all(map(is_integer, sides)):
-        raise ValueError("an integer, HEIGHTxWIDTH or (height, width)")
-    return sides[0], sides[1]
-
-
 _PARSERS: dict[str, Callable[[Any], Any]] = {
-    "image_size": _image_size,
+    "image_size": sides,
     "objective": one_of(*OBJECTIVES),
     "beta_schedule": one_of(*BETA_SCHEDULES),
     **dict.fromkeys(("timesteps", "sampling_timesteps", "dim", "init_dim", "out_dim", "channels"), integer),
     **dict.fromkeys(("learned_sinusoidal_dim",), integer),
     **dict.fromkeys(("ddim_sampling_eta", "sinusoidal_pos_emb_theta"), number),
-    **dict.fromkeys(("auto_normalize", "self_condition", "learned_variance"), _boolean),
-    **dict.fromkeys(("learned_sinusoidal_cond", "random_fourier_features"), _boolean),
+    **dict.fromkeys(("auto_normalize", "self_condition", "learned_variance"), boolean),
+    **dict.fromkeys(("learned_sinusoidal_cond", "random_fourier_features"), boolean),
     **dict.fromkeys(("dim_mults", "attn_dim_head", "attn_heads"), _each(integer)),
-    "full_attn": _each(_boolean),
+    "full_attn": _each(boolean),
 }
 
 
@@ -182,8 +167,7 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
     """
     filed = {key: value for key, value in (config or {}).items() if key not in given}
     parsed, problems = parse({"config": filed, "--set": {k: _literal(v) for k, v in given.items()}}, _PARSERS)
-    if problems:
-        raise ConversionError("; ".join(problems))
+    refuse(problems)
     return parsed
 
 
@@ -208,8 +192,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     """
 
     def votes(pattern: str, axis: int, divide: int = 1) -> int:
-        size = common_size((value for name, value in tensors.items() if re.fullmatch(pattern, name)), axis, divide)
-        if size is None:
+        if (size := common_size(tensors, pattern, axis, divide)) is None:
             raise ConversionError(f"too few tensors of the Unet are there to tell its shape (none named {pattern})")
         return size
 
@@ -338,22 +321,16 @@ def _schedule(tensors: Tensors) -> tuple[ScheduleConfig, str | None]:
     # alphas_cumprod is all that DDIM uses, and float32 betas do not give it back where 1 - beta is small.
     previous = np.concatenate([[1.0], alpha_bar[:-1].astype(np.float64)])
     config = schedule_config_from_betas(list(1 - alpha_bar.astype(np.float64) / previous))
-    try:
+    with refusing("the buffer alphas_cumprod is no noise schedule"):
         make_schedule(config)
-    except ValueError as error:
-        raise ConversionError(f"the buffer alphas_cumprod is no noise schedule: {error}") from error
     return config, None
 
 
 def _source_schedule(name: str, T: int) -> ScheduleConfig:
     """The source's schedule of this name."""
-    match name:
-        case "linear":
-            return ScheduleConfig("linear", T, 1000 / T * 1e-4, 1000 / T * 0.02)
-        case "cosine":
-            return ScheduleConfig("cosine", T)
-        case _:
-            return ScheduleConfig("sigmoid_alpha_bar", T)
+    if name == "linear":
+        return ScheduleConfig("linear", T, 1000 / T * 1e-4, 1000 / T * 0.02)
+    return ScheduleConfig({"sigmoid": "sigmoid_alpha_bar"}.get(name, name), T)
 
 
 def _built(config: ScheduleConfig) -> Any:
@@ -412,13 +389,10 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         limit = largest_eta(step_table(make_schedule(schedule), make_timesteps("linspace", T, steps)))
         if not 0 <= eta <= limit:
             problems.append(f"ddim_sampling_eta={eta:g} must lie in 0..{limit:.4g} for this table of steps")
-    if problems:
-        raise ConversionError("; ".join(problems))
+    refuse(problems)
 
-    try:
+    with refusing("the tensors and settings make no valid Unet"):
         model = _model(found, told["image_size"], theta)
-    except ValueError as error:
-        raise ConversionError(f"the tensors and settings make no valid Unet: {error}") from error
     sampler = SamplerConfig(
         spacing="linspace",
         num_steps=steps,
@@ -601,16 +575,15 @@ def reference(config: LucidrainsConfig) -> Any:
 
 def write_trainer(metadata: Metadata, params: Tensors, path: Path) -> None:
     """One file as the Trainer saves and loads it. Raw and EMA weights are equal; the optimizer is untrained."""
-    problems = _wiring_problems(metadata.model)
-    if not problems and metadata.model.time_embedding == "learned":  # type: ignore[attr-defined]
+    config, problems = of_wiring(metadata.model, LucidrainsConfig), []
+    if config.time_embedding == "learned":
         problems.append("GaussianDiffusion refuses a Unet with learned or random features of t; use lucidrains-unet")
     if metadata.schedule.zero_terminal_snr:
         problems.append("the schedule ends at alpha_bar = 0, which GaussianDiffusion divides by")
     problems += scaled_t(metadata.sampler)
-    if problems:
-        raise ConversionError("; ".join(problems))
+    refuse(problems)
     objective = next(name for name, kind in OBJECTIVES.items() if kind == metadata.sampler.prediction_type)
-    unet = _unet_tensors(metadata, params)
+    unet = torch_tensors(params, rules(config), lambda: reference(config))
     diffusion = buffers(metadata.schedule, objective) | {f"model.{name}": value for name, value in unet.items()}
     step = metadata.provenance.get("step") or 0
     ema = {"initted": np.array(True), "step": np.array(step)}
@@ -621,21 +594,8 @@ def write_trainer(metadata: Metadata, params: Tensors, path: Path) -> None:
 
 def write_unet(metadata: Metadata, params: Tensors, path: Path) -> None:
     """One file, the Unet's own state dict."""
-    if problems := _wiring_problems(metadata.model):
-        raise ConversionError("; ".join(problems))
-    save_torch(_unet_tensors(metadata, params), path)
-
-
-def _wiring_problems(config: ModelConfig) -> list[str]:
-    if not isinstance(config, LucidrainsConfig):
-        return [f"another wiring than this family's ({type(config).__name__})"]
-    return []
-
-
-def _unet_tensors(metadata: Metadata, params: Tensors) -> dict[str, np.ndarray]:
-    config = metadata.model
-    assert isinstance(config, LucidrainsConfig)
-    return source_tensors(params, rules(config), state_shapes(lambda: reference(config)))
+    config = of_wiring(metadata.model, LucidrainsConfig)
+    save_torch(torch_tensors(params, rules(config), lambda: reference(config)), path)
 
 
 def buffers(schedule: ScheduleConfig, objective: str) -> dict[str, np.ndarray]:

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jddim.checkpoint.metadata import Metadata
-from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
 from jddim.schedule import make_schedule
 from jddim.timesteps import make_timesteps
 
-from ..engine import ConversionError, cannot_hold, source_tensors
+from ..engine import ConversionError, cannot_hold, refuse, refusing
 from ..rules import Fused, Rules, Target
-from ..writers import save_torch, state_shapes
-from .base import Family, Plan, Source, Wording
+from ..writers import save_torch, torch_tensors
+from .base import Family, Plan, Source, Wording, checked, of_wiring
 from .tensors import Tensors, check_tensors, common_size
 from .values import number, parse, settling, whole
 
@@ -103,19 +103,15 @@ def infer(tensors: Tensors) -> dict[str, Any]:
             f"output_blocks up to {max(exits, default='none')}, {levels - 1} upsamplings; is the file whole?"
         )
 
-    def votes(names: Sequence[str], axis: int, divide: int = 1) -> int | None:
-        return common_size((tensors[name] for name in names if name in tensors), axis, divide)
-
     def at(level: int) -> list[str]:
         entry = [f"input_blocks.{1 + level * each + j}" for j in range(each - 1)]
         return entry + [f"output_blocks.{(levels - 1 - level) * each + j}" for j in range(each)]
 
     places = [at(level) for level in range(levels)]
     every = [f"{place}.0" for level in places for place in level] + ["middle_block.0", "middle_block.2"]
-    biases = ("in_layers.2.bias", "out_layers.0.bias", "out_layers.3.bias")
-    widths = [votes([f"{place}.0.{bias}" for place in level for bias in biases], 0) for level in places]
-    times = ["time_embed.0.bias", "time_embed.2.bias", "time_embed.0.weight", "time_embed.2.weight"]
-    channels = votes(times, 0, 4)
+    biases = r"\.0\.(in_layers\.2|out_layers\.[03])\.bias"
+    widths = [common_size(tensors, f"({'|'.join(map(re.escape, level))}){biases}", 0) for level in places]
+    channels = common_size(tensors, r"time_embed\.[02]\.(bias|weight)", 0, 4)
     ends = _ends(tensors)
     if not channels or None in widths or None in ends:
         raise ConversionError("too few tensors of the UNet are there to tell its shape; is the file whole?")
@@ -252,8 +248,7 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
     """
     filed = {key: _spelled(value).strip() for key, value in (config or {}).items() if key in SETTINGS}
     told, problems = parse({"config": filed, "--set": {k: v.strip() for k, v in given.items()}}, _PARSERS)
-    if problems:
-        raise ConversionError("; ".join(problems))
+    refuse(problems)
     return told
 
 
@@ -291,8 +286,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     if missing:
         missing[-1] += "; --preset NAME says all of it for a published model"
         problems.append("the tensors do not tell " + "; nor ".join(missing))
-    if problems:
-        raise ConversionError("; ".join(problems))
+    refuse(problems)
 
     model = _model(told, found, settle("norm_groups", 32, "fixed in both sources"))
     one_head = all(count == 1 for count in _head_counts(model))
@@ -304,11 +298,9 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     predict_xstart = settle("predict_xstart", False, both)
     learned = found["out_channels"] == 2 * found["in_channels"]
     small = not learned and settle("sigma_small", False, f"{both}; DDIM does not use it")
-    try:
+    with refusing("timestep_respacing"):
         spacing, num_steps = _spacing(told.get("timestep_respacing", ""), T)
         make_timesteps(spacing, T, num_steps)
-    except ValueError as error:
-        raise ConversionError(f"timestep_respacing: {error}") from error
     sampler = SamplerConfig(
         spacing=spacing,
         num_steps=num_steps,
@@ -402,10 +394,8 @@ def _model(told: Mapping[str, Any], found: Mapping[str, Any], groups: int) -> UN
         "num_classes": found["num_classes"],
         **_FIXED,
     }
-    try:
+    with refusing("the tensors and flags make no valid UNet"):
         return UNetConfig(**fields)
-    except ValueError as error:
-        raise ConversionError(f"the tensors and flags make no valid UNet: {error}") from error
 
 
 _FIXED: dict[str, Any] = {
@@ -428,11 +418,7 @@ def _schedule(name: str, T: int) -> ScheduleConfig:
     """Linear's ends are for T = 1000 and scale with its inverse, so that any T ends equally noisy."""
     scale = 1000 / T
     config = ScheduleConfig(name, T, *((scale * 1e-4, scale * 0.02) if name == "linear" else (None, None)))
-    try:
-        make_schedule(config)
-    except ValueError as error:
-        raise ConversionError(f"the noise schedule cannot be built: {error}") from error
-    return config
+    return checked(config)
 
 
 def _spacing(respacing: str, T: int) -> tuple[str, int]:
@@ -543,15 +529,12 @@ def write_openai(metadata: Metadata, params: Tensors, path: Path) -> None:
     The attention order is the one that the checkpoint came with; use_new_attention_order=True if it came from another
     family. A state dict does not say so, nor the heads, the schedule and the rest: they are flags in the source.
     """
-    config = metadata.model
-    if problems := _wiring_problems(config) + _diffusion_problems(metadata):
-        raise ConversionError("; ".join(problems))
-    assert isinstance(config, UNetConfig)
+    config = of_wiring(metadata.model, UNetConfig)
+    refuse(_wiring_problems(config) + _diffusion_problems(metadata))
     options = {"use_new_attention_order": True}
     if metadata.provenance.get("family") == FAMILY.name:
         options = dict(metadata.provenance["reference_options"])
-    shapes = state_shapes(lambda: reference(config, **options))
-    save_torch(source_tensors(params, rules(config, **options), shapes), path)
+    save_torch(torch_tensors(params, rules(config, **options), lambda: reference(config, **options)), path)
 
 
 _VARIES = (
@@ -562,10 +545,8 @@ _VARIES = (
 )
 
 
-def _wiring_problems(c: ModelConfig) -> list[str]:
+def _wiring_problems(c: UNetConfig) -> list[str]:
     """Why this family's network cannot be a model."""
-    if not isinstance(c, UNetConfig):
-        return [f"another wiring than this family's ({type(c).__name__})"]
     problems = cannot_hold(c, _VARIES, _FIXED)
     if c.up_attention_levels not in (None, c.attention_levels):
         problems.append(f"attention is at levels {c.attention_levels} down and {c.up_attention_levels} up, there equal")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ def check_tensors(state: Mapping[Any, Any], file_name: str) -> None:
         raise ConversionError(f"{file_name} holds entries that are not tensors: {shortened(odd)}")
 
 
-def common_size(tensors: Iterable[np.ndarray], axis: int, divide: int = 1) -> int | None:
-    """The size of an axis that most of these tensors have, divided; None if none has the axis.
+def common_size(tensors: Tensors, pattern: str, axis: int, divide: int = 1) -> int | None:
+    """The size of an axis that most tensors of these names have, divided; None if none has the axis.
 
     A majority, so that one missing, misshapen or stray tensor is reported as such and not as a different network.
     """
-    sizes = Counter(value.shape[axis] // divide for value in tensors if value.ndim > max(axis, 0))
+    matching = (value for name, value in tensors.items() if re.fullmatch(pattern, name))
+    sizes = Counter(value.shape[axis] // divide for value in matching if value.ndim > max(axis, 0))
     return sizes.most_common(1)[0][0] if sizes else None

@@ -7,6 +7,7 @@ The spellings here are YAML's, which several sources share; a source with its ow
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
@@ -89,6 +90,16 @@ def positive(value: Any) -> float:
     if (found := number(value)) <= 0:
         raise ValueError("a number above 0")
     return found
+
+
+def sides(value: Any) -> tuple[int, int]:
+    """(height, width) from the side of a square, text "HEIGHTxWIDTH", or both sides."""
+    if isinstance(value, str) and re.fullmatch(r"\d+x\d+", value):
+        value = [int(side) for side in value.split("x")]
+    found = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(found) != 2 or not all(map(is_integer, found)):
+        raise ValueError("an integer, HEIGHTxWIDTH or (height, width)")
+    return found[0], found[1]
 
 
 def boolean(value: Any) -> bool:

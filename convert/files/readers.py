@@ -14,8 +14,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..engine import ConversionError
 from . import safetensors_file, torch_legacy, torch_zip
 from .mapped import FLOATS, UnreadableError
@@ -30,13 +28,16 @@ def read(path: str | os.PathLike[str]) -> Any:
     Raises ConversionError, saying what the file is, if it is not a whole checkpoint or its pickle would run code.
     """
     path = Path(path)
-    match _kind(path):
-        case "safetensors":
-            return _read_safetensors(path)
-        case "zip":
-            return _read_zip(path)
-        case _:
-            return _read_legacy(path)
+    kind = _kind(path)
+    try:
+        if kind == "safetensors":
+            return safetensors_file.read(path)
+        if kind == "zip":
+            return torch_zip.read(path)
+        torch_legacy.check(path)
+    except UnreadableError as error:
+        raise _refusal(path, error) from error
+    return read_by_torch(path)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -97,28 +98,6 @@ def _check_zip(path: Path) -> None:
         raise ConversionError(f"{path} is damaged: {printable(str(error))}; copy or download it again") from error
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return safetensors_file.read(path)
-    except UnreadableError as error:
-        raise ConversionError(f"{path} is not a whole .safetensors file: {error}") from error
-
-
-def _read_zip(path: Path) -> Any:
-    try:
-        return torch_zip.read(path)
-    except UnreadableError as error:
-        raise _refusal(path, error) from error
-
-
-def _read_legacy(path: Path) -> Any:
-    try:
-        torch_legacy.check(path)
-    except UnreadableError as error:
-        raise _refusal(path, error) from error
-    return read_by_torch(path)
-
-
 def read_by_torch(path: Path) -> Any:
     """What `read` gives, of a PyTorch file of either format, by way of `torch.load(weights_only=True)`."""
     try:
@@ -142,7 +121,9 @@ def read_by_torch(path: Path) -> Any:
 
 
 def _refusal(path: Path, error: Exception) -> ConversionError:
-    """What is wrong with a PyTorch file, in the same words for both formats."""
+    """What is wrong with a file, in the same words for both of PyTorch's formats."""
+    if path.suffix == ".safetensors":
+        return ConversionError(f"{path} is not a whole .safetensors file: {error}")
     match error:
         case RefusedGlobalError():
             return ConversionError(

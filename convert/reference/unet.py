@@ -234,11 +234,8 @@ class ReferenceUNet(nn.Module):
                 return []
             return [AttnBlock(c, norm_groups=norm_groups, norm_eps=norm_eps) for _ in range(count)]
 
-        self.ch = ch
         self.ch_mult = tuple(ch_mult)
         self.num_res_blocks = num_res_blocks
-        self.in_channels = in_channels
-        self.out_ch = out_ch
 
         self.temb = TimeEmbedding(ch)
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)

@@ -27,8 +27,9 @@ def test_entries_that_are_not_tensors_are_named() -> None:
     ],
 )
 def test_a_size_is_the_majoritys(shapes: list[tuple[int, ...]], axis: int, size: int | None) -> None:
-    assert common_size([np.zeros(shape) for shape in shapes], axis) == size
+    tensors = {f"x.{i}": np.zeros(shape) for i, shape in enumerate(shapes)}
+    assert common_size(tensors | {"y.0": np.zeros((7, 7)), "x.0.y": np.zeros((7, 7))}, r"x\.\d", axis) == size
 
 
 def test_a_size_is_divided_before_it_is_counted() -> None:
-    assert common_size(map(np.zeros, [(9,), (8,), (12,)]), 0, 4) == 2
+    assert common_size({"a": np.zeros(9), "b": np.zeros(8), "c": np.zeros(12)}, ".", 0, 4) == 2
