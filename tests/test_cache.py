@@ -74,14 +74,12 @@ def test_warmup_leaves_nothing_to_compile_and_doctor_says_whether_it_works(tmp_p
     run = started("warmup", ckpt, *options, "--guidance-scale", 2, JDDIM_CACHE=str(programs))
     assert run.wait(300) == 0, run.stderr.read()
     assert run.stdout.read().startswith("ready for 2 images a call")
-    large = sorted(
-        programs.glob("*/jit_sample_segment-*-cache")
-    )  # the network's; what joins batches compiles in no time
+    large = sorted(programs.glob("*/jit_segment-*-cache"))  # the network's; what joins batches compiles in no time
     assert len(large) == 1
     options += ("--guidance-scale", 3)  # no other program
     run = started("sample", ckpt, tmp_path / "a.npy", *options, JDDIM_CACHE=str(programs))
     assert run.wait(300) == 0, run.stderr.read()
-    assert sorted(programs.glob("*/jit_sample_segment-*-cache")) == large
+    assert sorted(programs.glob("*/jit_segment-*-cache")) == large
     entries = sorted(programs.glob("*/*-cache"))
 
     run = started("doctor", JDDIM_CACHE=str(programs))

@@ -14,7 +14,7 @@ from tiny import tree, write_checkpoint
 import jddim
 from jddim import images
 from jddim.cli.main import main
-from jddim.cli.options import SPACING_NAMES
+from jddim.run.request import SPACING_NAMES
 from jddim.timesteps import SPACINGS
 
 pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]

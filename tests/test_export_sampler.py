@@ -22,6 +22,7 @@ import jddim
 from jddim.cli.main import main
 from jddim.config import SamplerConfig
 from jddim.pipeline import DDIM
+from jddim.run.request import Request
 from jddim.scale.export import Exported, export_sampler, export_step
 from jddim.schedule import linear_schedule
 
@@ -73,7 +74,9 @@ def test_labels_guidance_and_ancestral_sampling(open_batch: bool) -> None:
     where = {} if open_batch else {"batch_size": 5, "platforms": ("cpu",)}
     labels = np.array([0, 3, 1, 2, 0], np.int32)
     seed = 2**32 - 1
-    made = run(export_sampler(ddim, **how, **where), np.uint32(seed), np.arange(7, 12, dtype=np.uint32), labels)
+    made = run(
+        export_sampler(ddim, Request(**how), **where), np.uint32(seed), np.arange(7, 12, dtype=np.uint32), labels
+    )
     live = ddim.sample(jax.random.key(seed), 5, start=7, labels=labels, **how)
     # the open program is another one to XLA: rounding, amplified by three steps of an untrained network
     np.testing.assert_allclose(made, live, rtol=0, atol=1e-3 if open_batch else 0)

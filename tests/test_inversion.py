@@ -17,10 +17,10 @@ from jddim.inversion import (
     inversion_table,
     invert_loop,
     invert_step,
-    invert_steps,
+    invert_update,
     reconstruction_error,
 )
-from jddim.sampling import init_state, sample_loop, segments
+from jddim.sampling import init_state, sample_loop, segments, update_loop, update_steps
 from jddim.schedule import linear_schedule, zero_terminal_snr
 from jddim.timesteps import linspace_timesteps, quad_timesteps
 
@@ -153,9 +153,10 @@ def test_predictions_of_v_and_x0_lead_where_those_of_eps_do() -> None:
         rows = inversion_table(table, "diffusers")
         for i in range(S):
             row = type(rows)(*(column[i : i + 1] for column in rows))
-            x = invert_steps(denoise, init_state(x, row), row).x_t
+            x = update_loop(denoise, invert_update(denoise), x, row, deterministic=True)
             denoise_told = told(kind, float(row.alpha_bar_t[0]))
-            y = invert_steps(denoise_told, init_state(y, row), row, prediction_type=kind).x_t
+            update = invert_update(denoise_told, prediction_type=kind)
+            y = update_loop(denoise_told, update, y, row, deterministic=True)
         chex.assert_trees_all_close(x, y, atol=1e-3 if kind == "sample" else 1e-4)
 
 
@@ -167,7 +168,8 @@ def test_segments_equal_the_whole_and_the_trajectory_ascends(convention: str, re
 
     @jax.jit
     def segment(state, rows):
-        return invert_steps(denoise, state, rows, refine=refine, trajectory_every=5)
+        update = invert_update(denoise, refine=refine)
+        return update_steps(denoise, update, state, rows, deterministic=True, trajectory_every=5)
 
     state = init_state(X_0, rows, 5)
     for part in segments(rows):

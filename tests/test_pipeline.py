@@ -183,11 +183,11 @@ def test_no_bar_without_a_terminal(ddim: jddim.DDIM, capsys: pytest.CaptureFixtu
 def test_one_program_for_every_eta_seed_and_weights(ddim: jddim.DDIM) -> None:
     other = dataclasses.replace(ddim, model=random_model(ddim.model.config, 8))
     ddim.sample(KEY, 4, steps=5, eta=0.1)
-    compiled = programs.sample_segment.on(kind_of())._cache_size()
+    compiled = programs.segment.on(kind_of())._cache_size()
     for i, eta in enumerate((0, 0.0, 0.5, np.float64(1), jnp.float32(0.3))):
         ddim.sample(jax.random.key(i), 4, steps=5, eta=eta)
         other.sample(jax.random.key(i), 4, steps=5, eta=eta)
-    assert programs.sample_segment.on(kind_of())._cache_size() == compiled
+    assert programs.segment.on(kind_of())._cache_size() == compiled
 
 
 def test_jit_vmap_and_grad_go_through(ddim: jddim.DDIM) -> None:

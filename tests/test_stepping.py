@@ -17,7 +17,9 @@ from tiny import SIZE, write_checkpoint
 import jddim
 from jddim.editing import inpaint_loop
 from jddim.pipeline import DDIM
-from jddim.scale.stepping import GROUP, Inversion, Run, Sampling
+from jddim.run.plan import Inputs, plan
+from jddim.run.request import Request
+from jddim.scale.stepping import GROUP, Run, Stepping
 
 pytestmark = pytest.mark.unoptimised
 
@@ -61,8 +63,8 @@ def made(run: Run) -> np.ndarray:
 )
 def test_the_images_are_samples(ddim: DDIM, method: str, how: dict[str, Any]) -> None:
     expected = ddim.sample(jax.random.key(11), NUM, method=method, labels=LABELS, **how)
-    steps = {name: value for name, value in how.items() if name != "eta"}
-    run = Sampling(ddim, 11, range(NUM), method=method, labels=LABELS, etas=how.get("eta", 0.0), **steps)
+    inputs = Inputs(jax.random.key(11), labels=LABELS)
+    run = Stepping(plan(ddim, Request(method=method, **how), inputs, NUM).check("sample"))
     same(made(run), expected)
     last = run.x0_hat()  # all these tables end at the clean image, which is what the last step predicts
     same(last, run.x_t())
@@ -72,8 +74,8 @@ def test_the_images_are_samples(ddim: DDIM, method: str, how: dict[str, Any]) ->
 def test_no_choice_compiles_again(ddim: DDIM) -> None:
     def run(seed: int, num: int, steps: int, eta: float, label: int, scale: float) -> None:
         labels = np.full(num, label, np.int32)
-        guidance = {"guidance_scale": scale, "null_label": 2}
-        made(Sampling(ddim, seed, range(num), steps=steps, etas=eta, labels=labels, **guidance))
+        request = Request(steps=steps, eta=eta, guidance_scale=scale, null_label=2)
+        made(Stepping(plan(ddim, request, Inputs(jax.random.key(seed), labels=labels), num).check("sample")))
 
     run(0, NUM, 2, 0.0, 0, 1.0)
     compiled: list[str] = []
@@ -101,24 +103,17 @@ def test_inpainting_keeps_what_is_known(ddim: DDIM) -> None:
     table = ddim.table(3)
     how = {"eta": 0.6, "key": keys, **ddim.conventions()}
     expected = inpaint_loop(ddim.denoiser(LABELS), x_T, table, jnp.repeat(known[None], NUM, axis=0), keep, **how)
-    run = Sampling(ddim, 9, range(NUM), steps=3, etas=0.6, labels=LABELS, known=known, keep=keep)
+    inputs = Inputs(jax.random.key(9), labels=LABELS, images=np.repeat(known[None], NUM, axis=0), mask=(1 - 2 * keep))
+    run = Stepping(plan(ddim, Request(steps=3, eta=0.6), inputs).check("edit"))
     images = made(run)
     same(images, expected)
     assert (images[:, keep == 1] == known[keep == 1]).all()
     assert np.abs(images[:, keep == 0] - known[keep == 0]).max() > 0.1
 
 
-def test_what_is_wrong_is_said_before_the_device_is_used(ddim: DDIM) -> None:
-    with pytest.raises(ValueError, match=r"guidance_scale needs null_label.*labels must lie in 0..4, got 7.*eta must"):
-        Sampling(ddim, 0, range(2), etas=-1, labels=np.array([1, 7], np.int32), guidance_scale=2.0)
-    with pytest.raises(ValueError, match="inpainting is by method ddim"):
-        Sampling(ddim, 0, range(2), method="heun", labels=LABELS[:2], known=np.zeros((*SIZE, 1), np.float32))
-    with pytest.raises(ValueError, match="class-conditional"):
-        Inversion(ddim, np.zeros((*SIZE, 1), np.float32))
-
-
 def test_a_nan_is_said(tmp_path: Path) -> None:
     broken = write_checkpoint(tmp_path / "nan", edit=lambda name, v: v * np.nan if "conv_out" in name else v, **SMALL)
-    run = Sampling(jddim.load(broken), 0, range(2), steps=2, labels=LABELS[:2])
+    inputs = Inputs(jax.random.key(0), labels=LABELS[:2])
+    run = Stepping(plan(jddim.load(broken), Request(steps=2), inputs, 2).check("sample"))
     with pytest.raises(FloatingPointError, match="NaN or infinity appeared in image 0 at step 1 of 2"):
         made(run)

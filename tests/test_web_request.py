@@ -14,7 +14,7 @@ from tiny import SIZE, write_checkpoint
 import jddim
 from jddim.images import from_uint8
 from jddim.pipeline import DDIM
-from jddim.serve.request import Bounds, Refused, etas_of, keep_of, labels_of, parse, picture_of, run_of
+from jddim.serve.request import Bounds, Refused, etas_of, fields, labels_of, mask_of, parse, picture_of, run_of
 
 PICTURE = np.random.default_rng(3).integers(0, 256, (*SIZE, 1), dtype=np.uint8)
 MASK = np.tile(np.array([0, 255], np.uint8), 30)
@@ -34,8 +34,14 @@ def ask(served: dict[str, DDIM], **data: Any) -> Any:
 
 def test_defaults_and_every_field(served: dict[str, DDIM]) -> None:
     plain = ask(served)
-    assert (plain.checkpoint, plain.mode, plain.steps, plain.num, plain.label) == ("plain", "sample", 20, 4, None)
-    assert plain.spacing == "uniform"  # the checkpoint's own
+    assert (plain.checkpoint, plain.mode, plain.request.steps, plain.num, plain.label) == (
+        "plain",
+        "sample",
+        20,
+        4,
+        None,
+    )
+    assert plain.request.spacing == "uniform"  # the checkpoint's own
     asked: dict[str, Any] = {
         "checkpoint": "classes",
         "mode": "strip",
@@ -49,8 +55,11 @@ def test_defaults_and_every_field(served: dict[str, DDIM]) -> None:
         "label": 4,
         "guidance_scale": 1.5,
         "null_label": 2,
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
     }
-    got = dataclasses.asdict(ask(served, **asked))
+    assert {"steps_offset", "set_alpha_to_one"} <= {field["name"] for field in fields()}
+    got = ask(served, **asked).settings
     assert {name: got[name] for name in asked} == asked
 
 
@@ -59,8 +68,8 @@ def test_the_null_label_is_the_recorded_one(served: dict[str, DDIM]) -> None:
     assert metadata is not None
     trained = dataclasses.replace(metadata, provenance=metadata.provenance | {"training": {"null_label": 3}})
     served = served | {"classes": dataclasses.replace(served["classes"], metadata=trained)}
-    assert ask(served, checkpoint="classes", guidance_scale=2).null_label == 3
-    assert ask(served, checkpoint="classes", guidance_scale=2, null_label=1).null_label == 1
+    assert ask(served, checkpoint="classes", guidance_scale=2).request.null_label == 3
+    assert ask(served, checkpoint="classes", guidance_scale=2, null_label=1).request.null_label == 1
 
 
 @pytest.mark.parametrize(
@@ -100,6 +109,10 @@ def test_the_null_label_is_the_recorded_one(served: dict[str, DDIM]) -> None:
         ({"spacing": "trailing", "steps": 61}, {"steps": "61"}),  # for which diffusers has no table
         ({"spacing": "uniform", "steps": 99}, {"steps": "uniform makes 100 steps"}),
         ({"step": 3}, {"'step'": "did you mean 'steps'?"}),
+        ({"steps_offset": "1"}, {"steps_offset": "must be a whole number, got '1'"}),
+        ({"set_alpha_to_one": 1}, {"set_alpha_to_one": "must be a true or false, got 1"}),
+        ({"clip_range": [1, 2, 3]}, {"clip_range": "must be a pair of numbers"}),
+        ({"rederive_eps": True}, {"'rederive_eps'": "give it to jddim serve"}),
         ({"steps": 0, "num": 0, "seed": "x"}, {"steps": "got 0", "num": "got 0", "seed": "got 'x'"}),
     ],
 )
@@ -128,12 +141,12 @@ def test_what_a_request_means(served: dict[str, DDIM]) -> None:
     mask = base64.b64encode(MASK.tobytes()).decode()
     asked = ask(served, mode="inpaint", picture=text, mask=mask, num=3)
     np.testing.assert_array_equal(picture_of(asked, served["plain"]), from_uint8(PICTURE))
-    np.testing.assert_array_equal(keep_of(asked, served["plain"]).ravel(), 1 - MASK / 255)  # white is made anew
+    np.testing.assert_array_equal(mask_of(asked, served["plain"]).ravel(), MASK / 127.5 - 1)  # white is made anew
     with pytest.raises(Refused, match="mask: is empty"):
         ask(served, mode="inpaint", picture=text, mask=base64.b64encode(bytes(60)).decode())
     np.testing.assert_array_equal(etas_of(ask(served, mode="strip", num=3)), [0, 0.5, 1])
     np.testing.assert_array_equal(etas_of(ask(served, mode="invert", picture=text, num=3, eta=0.5)), [0, 0.25, 0.5])
     each = ask(served, checkpoint="classes", label="each", num=7)
-    np.testing.assert_array_equal(labels_of(each, 5), [0, 1, 2, 3, 4, 0, 1])
+    np.testing.assert_array_equal(labels_of(each, range(5)), [0, 1, 2, 3, 4, 0, 1])
     one = ask(served, checkpoint="classes", label=3, num=2)
-    np.testing.assert_array_equal(labels_of(one, 5), [3, 3])
+    np.testing.assert_array_equal(labels_of(one, range(5)), [3, 3])
