@@ -1,43 +1,10 @@
 """How the programs of `sample` and `invert` are compiled: what XLA does not choose by itself, in one place.
 
-On a TPU nothing was run; of v5e XLA's compiler says (`scripts/tpu_compile`: CIFAR-10's network, 256 images a chip,
-bfloat16, Mcycles a step) 48.97 as the network stands, about 44.9 with upsampling and its convolution as one, 39.2 with
-the decoder's norms by parts as well (`lean_layers`), and 36.9 with twice the scoped memory. Tried and left out:
-four times that memory (0.3 less, twice as long to compile), q, k and v in one product (0.14 less), upsampling as four
-convolutions (2.4 more than as it stands).
-
-On an H100 (CIFAR-10's network, bfloat16, 256 images, 10 steps as one program, jax 0.11.2, ms a step) the network takes
-10.62 as it stands; 10.14 with upsampling and its convolution as one, 10.07 with the time embedding added by the norm
-that reads it and not by the convolution, 10.06 with cuDNN's attention between 1x1 convolutions, 10.47 with norms in
-one pass by channel; 9.15 with all four, 9.43 on a slower machine. There the decoder's norms by parts took 9.79 to
-9.46, both times without CUDA graphs. In TF32 the network went from 19.4 to 16.7 with the four, but for cuDNN's
-attention, which is not for it.
-
-CUDA graphs, by default, leave each convolution out, so that a step is some thirty of them. With convolutions it is
-one: nothing gained at 256 images, but 2.13 becomes 1.95 at 8, and MNIST's network as it stands, 16 images in TF32,
-goes from 1.34 to 0.73.
-
-Tried on the H100 and left out: q, k and v as separate products (10.23 with cuDNN's attention), the decoder's shortcuts
-as two convolutions so that nothing is put side by side (as fast), norm, time and activation as one Pallas kernel (9.65
-with the rest: a prototype, in Pallas for Triton, which jax has deprecated).
-
-On a CPU, XLA gives convolutions to YNNPACK, whose 3x3 ones are slower than Eigen's at nearly all sizes in a UNet.
-Medians of two runs, jax 0.10.2, 2 cores, one evaluation, milliseconds without and with the option: MNIST's network at
-batch 64 449 -> 262 and 408 -> 244, at 16 106 -> 76 and 115 -> 72; CIFAR-10's at 8 803 -> 583 and 789 -> 591.
-
-From 128 channels on `winograd` is faster again: CIFAR-10's at 8 524 -> 407 and 508 -> 400, medians of ten
-interleaved calls, for 4 s more of compiling; 1.1 to 1.9 times for single convolutions of 128 to 512 channels and at
-least 8 rows, batches of 1, 8 and 64. In MNIST's network, which has 64, it would be 1.02 to 1.06. Tried and left out,
-since the whole network was not faster: group norms as sums over pixels by channel (0.98 to 1.07), q, k and v in one
-product (0.98, 1.01), Eigen's products of matrices instead of YNNPACK's (0.99 to 1.02), and, of Winograd's, the
-two-dimensional F(2x2) and F(4x4), input rows put together without padding (0.9), all six products as one convolution in
-groups (0.7).
-
-jaxlib has oneDNN's convolutions, PyTorch's own, but no option leads to them: the pass that would do so needs a macro
-that its wheels are built without (jaxlib 0.10.2; IsOneDnnCompatible in XLA's cpu_compiler.cc). A custom call by their
-name reaches them, and MNIST's network was 1.13 and 1.18 times as fast at batches of 64 and 16, CIFAR-10's no faster
-(10 interleaved calls). Left out: such a program cannot be serialised (std::bad_alloc), so each start would compile it,
-and export could not promise where it runs.
+On a CPU XLA gives convolutions to YNNPACK, whose 3x3 ones are slower than Eigen's at nearly all sizes in a UNet: an
+option leaves them to Eigen, and from 128 channels on `jddim.models.fast.winograd` is faster again. On NVIDIA's GPUs
+CUDA graphs by default leave each convolution out, which cuts a step into some thirty; an option makes it one. On TPUs
+with room for it a fused operation may use twice the memory on the chip. On both `jddim.models.fast.lean_layers` has
+layers that read and write less. docs/benchmarks.md says what each was measured to do, and what was tried and left out.
 """
 
 from __future__ import annotations
