@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -165,14 +164,19 @@ def build_jddim(case: Case, device: str) -> Sampler:
 
 def torch_reference(case: Case, device: str) -> Any:
     """The PyTorch reference with the case's weights, on the device."""
+    from convert.families.ho import reference, rules
+
+    return with_weights(reference(case.config), rules(case.config), case, device)
+
+
+def with_weights(model: Any, rules: Mapping[str, str], case: Case, device: str) -> Any:
+    """A PyTorch module with the case's weights, by a family's rename table, on the device."""
     import torch
 
     from convert.engine import source_tensors
-    from convert.families.ho import reference, rules
 
-    model = reference(case.config)
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    tensors = source_tensors(case.params, rules(case.config), shapes)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    tensors = source_tensors(case.params, rules, shapes)
     state = {name: torch.from_numpy(np.array(value, order="C")) for name, value in tensors.items()}
     model.load_state_dict(state, strict=True)
     return model.eval().requires_grad_(False).to(torch_device(device), torch_dtype(case))
@@ -250,34 +254,17 @@ def build_diffusers(case: Case, device: str, *, channels_last: bool, compile: bo
         raise UnavailableError("diffusers is not installed (pip install diffusers)") from error
     import torch
 
+    from convert.engine import ConversionError
+    from convert.families.diffusers import rules
+    from convert.families.diffusers_config import unet_json
+
     diffusers.utils.logging.set_verbosity_error()
-    c = case.config
-    if c.conv_shortcut or c.downsample != ("conv",):
-        raise UnavailableError("diffusers has no such UNet (3x3 shortcuts, or resampling without convolutions)")
-    attention = [level in c.attention_levels for level in range(len(c.channel_mults))]
-    unet: Any = diffusers.UNet2DModel(
-        sample_size=c.image_size,
-        in_channels=c.in_channels,
-        out_channels=c.out_channels,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        block_out_channels=tuple(c.channels * mult for mult in c.channel_mults),
-        down_block_types=tuple("AttnDownBlock2D" if here else "DownBlock2D" for here in attention),
-        up_block_types=tuple("AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attention)),
-        layers_per_block=c.num_res_blocks,
-        downsample_padding=0,
-        attention_head_dim=None,
-        norm_num_groups=c.norm_groups,
-        norm_eps=c.norm_epsilon,
-    )
-    shapes = {name: value.shape for name, value in unet.state_dict().items()}
-    state = {}
-    for name, value in torch_reference(case, "cpu").state_dict().items():
-        renamed = diffusers_name(name, len(c.channel_mults))
-        state[renamed] = value.reshape(shapes[renamed])  # attention's 1x1 convolutions are linears there
-    unet.load_state_dict(state, strict=True)
-    unet.eval().requires_grad_(False).to(torch_device(device), torch_dtype(case))
+    try:
+        settings = unet_json(case.config)
+    except ConversionError as error:
+        raise UnavailableError(f"diffusers has no such UNet: {error}") from error
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    unet = with_weights(diffusers.UNet2DModel.from_config(settings), rules(case.config), case, device)
     unet.to(memory_format=layout)
     network = compiled(unet, device) if compile else unet
 
@@ -308,40 +295,6 @@ def build_diffusers(case: Case, device: str, *, channels_last: bool, compile: bo
         return x
 
     return or_unavailable(sample) if compile else sample
-
-
-_DIFFUSERS = {
-    r"temb\.dense\.(\d)": lambda m, _: f"time_embedding.linear_{int(m[1]) + 1}",
-    r"(down|up)\.(\d+)\.block\.(\d+)": lambda m, n: f"{_blocks(m[1], m[2], n)}.resnets.{m[3]}",
-    r"(down|up)\.(\d+)\.attn\.(\d+)": lambda m, n: f"{_blocks(m[1], m[2], n)}.attentions.{m[3]}",
-    r"(down|up)\.(\d+)\.(down|up)sample": lambda m, n: f"{_blocks(m[1], m[2], n)}.{m[3]}samplers.0",
-    r"mid\.block_(\d)": lambda m, _: f"mid_block.resnets.{int(m[1]) - 1}",
-    r"mid\.attn_1": lambda m, _: "mid_block.attentions.0",
-    r"norm_out": lambda m, _: "conv_norm_out",
-}
-_DIFFUSERS_PARTS = {
-    "temb_proj": "time_emb_proj",
-    "nin_shortcut": "conv_shortcut",
-    "norm": "group_norm",
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "proj_out": "to_out.0",
-}
-
-
-def diffusers_name(name: str, levels: int) -> str:
-    """The Ho et al. reference's parameter `name` as diffusers' UNet2DModel of so many levels names it."""
-    for pattern, rename in _DIFFUSERS.items():
-        if found := re.match(pattern, name):
-            rest = [_DIFFUSERS_PARTS.get(part, part) for part in name[found.end() :].split(".")]
-            return rename(found, levels) + ".".join(rest)
-    return name
-
-
-def _blocks(side: str, level: str, levels: int) -> str:
-    # diffusers numbers the decoder's levels in the order computed, the deepest first
-    return f"{side}_blocks.{level if side == 'down' else levels - 1 - int(level)}"
 
 
 CONTESTANTS = {
