@@ -68,13 +68,15 @@ def write_checkpoint(
     edit: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
     seed: int = 0,
     prediction_type: str = "epsilon",
+    sampler: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Path:
     """A jddim checkpoint with random parameters, made without torch.
 
     edit: (dotted name, array) -> what to store instead. prediction_type: what the random network is taken to predict;
-    as eps its images reach hundreds, as v ("v_prediction") they stay about 1. fields: of `small_config`, over one level
-    with attention: what reads a checkpoint does not care, and compiling takes half the time.
+    as eps its images reach hundreds, as v ("v_prediction") they stay about 1. sampler: other conventions.
+    fields: of `small_config`, over one level with attention: what reads a checkpoint does not care, and compiling takes
+    half the time.
     """
     from jddim.checkpoint.folder import save_checkpoint
     from jddim.checkpoint.metadata import Metadata
@@ -87,8 +89,9 @@ def write_checkpoint(
         name: edit(name, (name.endswith("scale") + 0.2 * rng.standard_normal(leaf.shape)).astype(np.float32))
         for name, leaf in flat_params(abstract_model(config)).items()
     }
-    sampler = SamplerConfig(spacing="uniform", num_steps=5, clip=False, prediction_type=prediction_type)
-    save_checkpoint(path, params, Metadata(config, ScheduleConfig(), sampler, {"family": "ho", "source": {}}))
+    own = {"spacing": "uniform", "num_steps": 5, "clip": False, "prediction_type": prediction_type} | (sampler or {})
+    metadata = Metadata(config, ScheduleConfig(), SamplerConfig(**own), {"family": "ho", "source": {}})
+    save_checkpoint(path, params, metadata)
     return path
 
 

@@ -33,7 +33,7 @@ def _warmup(args: argparse.Namespace) -> int:
     from jddim.run.batches import run
     from jddim.run.plan import Inputs, plan
 
-    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    if not _kept():
         raise ValueError("compiled programs are not kept here, so there is nothing to warm: see jddim doctor")
     started = time.perf_counter()
     request = request_of(args, "warmup")
@@ -46,3 +46,10 @@ def _warmup(args: argparse.Namespace) -> int:
     jax.block_until_ready(run(plan(ddim, request, inputs, num).check("sample"))[0])
     print(f"ready for {counted(num, 'image')} a call [{time.perf_counter() - started:.1f} s]")
     return 0
+
+
+def _kept() -> bool:
+    """Whether compiled programs are kept here."""
+    import jax
+
+    return bool(jax.config.jax_compilation_cache_dir)  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ const $ = (id) => document.getElementById(id);
 const NUMBERS = ["steps", "eta", "num", "seed", "seed_to", "guidance_scale", "null_label"];
 const CHOICES = ["checkpoint", "method", "label", "spacing"];
 const CHECKS = ["lock", "live", "guided"];
-const FIELDS = ["steps", "eta", "num", "seed", "seed_to", "guidance_scale", "null_label", "method", "label", "spacing",
+let FIELDS = ["steps", "eta", "num", "seed", "seed_to", "guidance_scale", "null_label", "method", "label", "spacing",
   "picture", "mask", "request"];
 const MODES = {
   sample: "Images of a seed: image i depends on the seed and i alone.",
@@ -25,12 +25,66 @@ function mode() {
   return document.querySelector("input[name=mode]:checked").value;
 }
 
+// -- controls that the server lists: fields of its request that have none of their own ----------------------------
+
+const KINDS = {
+  whole: ["number"],
+  pair: ["number", "number"],
+  switch: ["select"],
+};
+
+function build(fields) {
+  for (const { name, kind, help } of fields) {
+    const field = document.createElement("div");
+    Object.assign(field, { className: "field" }).dataset.field = name;
+    const label = Object.assign(document.createElement("label"), { textContent: name.replaceAll("_", " ") });
+    label.htmlFor = name;
+    field.append(label, Object.assign(document.createElement("small"), { textContent: help }));
+    KINDS[kind].forEach((type, i) => {
+      const control = document.createElement(type === "select" ? "select" : "input");
+      if (type === "select") {
+        control.append(...[["as the checkpoint", ""], ["yes", "true"], ["no", "false"]].map((one) => new Option(...one)));
+      } else {
+        Object.assign(control, { type, step: "any" });
+      }
+      control.id = control.name = i === 0 ? name : `${name}-${i}`;
+      if (i > 0) control.ariaLabel = `${name}, second`;
+      control.setAttribute("aria-describedby", `${name}-problem`);
+      control.addEventListener("change", () => changed());
+      field.append(control);
+    });
+    const problem = Object.assign(document.createElement("p"), { className: "problem", id: `${name}-problem` });
+    problem.setAttribute("role", "alert");
+    field.append(problem);
+    $("fields").append(field);
+  }
+  FIELDS = [...FIELDS, ...fields.map((field) => field.name)];
+  $("more").hidden = fields.length === 0;
+}
+
+function controlsOf({ name, kind }) {
+  return KINDS[kind].map((_, i) => $(i === 0 ? name : `${name}-${i}`));
+}
+
+// Their values, those of the checkpoint left out.
+function listed() {
+  const data = {};
+  for (const field of about.fields) {
+    const controls = controlsOf(field);
+    if (controls.every((control) => control.value === "" && !control.validity.badInput)) continue;
+    if (field.kind === "switch") data[field.name] = controls[0].value === "true";
+    else data[field.name] = controls.length === 1 ? typed(controls[0].id) : controls.map((control) => typed(control.id));
+  }
+  return data;
+}
+
 // -- state <-> hash ----------------------------------------------------------------------------------------------
 
 function save() {
   const state = new URLSearchParams({ mode: mode() });
   for (const name of [...NUMBERS, ...CHOICES]) if ($(name).value !== "") state.set(name, $(name).value);
   for (const name of CHECKS) state.set(name, $(name).checked ? "1" : "0");
+  for (const control of about.fields.flatMap(controlsOf)) if (control.value !== "") state.set(control.id, control.value);
   history.replaceState(null, "", `#${state}`);
 }
 
@@ -49,6 +103,7 @@ function restore() {
     if ($(name).value === "") $(name).value = before; // of another checkpoint
   }
   for (const name of CHECKS) if (state.has(name)) $(name).checked = state.get(name) === "1";
+  for (const control of about.fields.flatMap(controlsOf)) control.value = state.get(control.id) ?? "";
 }
 
 // What this checkpoint has.
@@ -112,7 +167,7 @@ function typed(id) {
 function asked() {
   const now = mode();
   const visible = (id) => !$(id).closest(".field").hidden;
-  const data = { checkpoint: current.name, mode: now, spacing: $("spacing").value };
+  const data = { checkpoint: current.name, mode: now, spacing: $("spacing").value, ...listed() };
   data.method = now === "sample" ? $("method").value : "ddim";
   for (const id of ["steps", "num", "seed"]) data[id] = typed(id);
   if (visible("eta") && !$("eta").disabled) data.eta = typed("eta");
@@ -151,7 +206,8 @@ async function plot() {
   tableRun?.abort();
   tableRun = new AbortController();
   const data = asked();
-  const wanted = { checkpoint: data.checkpoint, steps: data.steps, spacing: data.spacing, eta: data.eta ?? 0 };
+  const { checkpoint, steps, spacing } = data;
+  const wanted = { checkpoint, steps, spacing, eta: data.eta ?? 0, ...listed() };
   if (data.label !== undefined) wanted.label = data.label;
   try {
     table = await post("/api/table", wanted, tableRun.signal);
@@ -399,6 +455,7 @@ async function watch() {
 
 async function start() {
   about = await (await fetch("/api/about")).json();
+  build(about.fields);
   $("checkpoint").replaceChildren(...about.checkpoints.map((one) => new Option(one.name, one.name)));
   Object.assign($("steps"), { value: 20 });
   Object.assign($("eta"), { value: 0 });
