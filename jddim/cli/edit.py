@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from jddim.cli.options import add_request, load_for, request_of, settings_of
+from jddim.cli.options import add_request, load_for, quiet, request_of, settings_of
 from jddim.config import counted
 
 
@@ -28,7 +28,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="FILE.png",
         help="of the checkpoint's size: black stays, white is made anew, grey is a blend",
     )
-    add_request(sub, "edit", eta=0.0)
+    add_request(sub, "edit", eta="0 deterministic, 1 as noisy as DDPM; default 0")
 
 
 def _edit(args: argparse.Namespace) -> int:
@@ -46,7 +46,7 @@ def _edit(args: argparse.Namespace) -> int:
     from jddim.run.batches import run
     from jddim.run.plan import Inputs, plan
 
-    config = ddim.model.config
+    request, config = quiet(request), ddim.model.config
     known = load_images(args.images, config.image_size)
     if known.shape[1:] != (*config.image_size, config.in_channels) or known.dtype != np.float32:
         raise ValueError(

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from jddim.cli.options import add_request, check_num, load_for, numbers, request_of, settings_of
+from jddim.cli.options import add_request, check_num, load_for, numbers, quiet, request_of, settings_of
 from jddim.run.request import whole_seed
 
 
@@ -31,7 +31,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--seeds", type=numbers(whole_seed), metavar="A,B[,C,D]", help="instead: the first image of each of these seeds"
     )
-    add_request(sub, "interpolate", eta=0.0)
+    add_request(sub, "interpolate", eta="0 deterministic, 1 as noisy as DDPM; default 0")
 
 
 def _interpolate(args: argparse.Namespace) -> int:
@@ -57,6 +57,7 @@ def _interpolate(args: argparse.Namespace) -> int:
     from jddim.run.plan import Inputs, plan
     from jddim.sampling import initial_noise, sample_keys
 
+    request = quiet(request)
     size, seed = request.image_size or ddim.model.config.image_size, request.seed
     named = [(seed, i) for i in args.images] if args.seeds is None else [(other, 0) for other in args.seeds]
     keys = jax.numpy.stack([sample_keys(jax.random.key(one), 1, i)[0] for one, i in named])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import os
 import sys
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
     from jddim.run.plan import Plan
 
 
-def add_request(sub: argparse.ArgumentParser, command: str, **defaults: Any) -> None:
+def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None:
     """Give a command every option of `Request` that it takes, and have it refuse the others by their reasons.
 
-    defaults: of this command, in place of the field's. An option that has been defined before is left as it is.
+    told: help in place of a field's. An option that has been defined before is left as it is.
     """
     defined = {name for action in sub._actions for name in action.option_strings}
     conventions = sub.add_argument_group("conventions", "each overrides the checkpoint's (`jddim info` shows them)")
@@ -30,9 +31,7 @@ def add_request(sub: argparse.ArgumentParser, command: str, **defaults: Any) -> 
             continue
         if reason is None:
             place = conventions if option.convention else sub
-            place.add_argument(
-                option.flag, dest=name, default=defaults.get(name, default), help=option.help, **option.how
-            )
+            place.add_argument(option.flag, dest=name, default=default, help=told.get(name, option.help), **option.how)
         elif "alone" not in reason:
             spellings = [option.flag]
             if option.how.get("action") is argparse.BooleanOptionalAction:
@@ -45,6 +44,13 @@ def request_of(args: argparse.Namespace, command: str) -> Request:
     asked: dict[str, Any] = {o.name: getattr(args, o.name) for o in taken_by(command)}
     asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
     return Request(**asked)
+
+
+def quiet(request: Request) -> Request:
+    """The request at eta 0 where it says none, and its method takes one."""
+    from jddim.run.methods import find
+
+    return dataclasses.replace(request, eta=0.0) if request.eta is None and find(request.method).takes_eta else request
 
 
 class _Refused(argparse.Action):
