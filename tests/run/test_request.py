@@ -39,7 +39,7 @@ VALUES: dict[str, tuple[Any, dict[str, Any]]] = {  # a value that changes someth
     "set_alpha_to_one": (False, {}),
     "variance": ("fixed_large", {"method": "ddpm"}),
     "prediction_type": ("v_prediction", {}),
-    "labels": ("1:3", {}),
+    "labels": ("2:4", {}),
     "guidance": ("projected", GUIDED),
     "guidance_scale": (2.0, {"null_label": 4}),
     "guidance_rescale": (0.5, GUIDED),
@@ -139,7 +139,7 @@ def planned_by(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
 
 def expected(command: str, folder: Path, asked: dict[str, Any]) -> Plan:
     """The plan that Python makes of the same."""
-    eta = {"invert": None, "edit": 0.0, "interpolate": 0.0}.get(command, 0.3)
+    eta = {"invert": None, "edit": 0.0, "interpolate": 0.0, "sweep": 0.0}.get(command, 0.3)  # a sweep has its own
     asked = {"labels": "1", "eta": eta, **asked}
     ddim = loaded(folder / "ckpt", dtype=asked.get("dtype", "float32"))
     key = None if command == "invert" else jax.random.key(asked.get("seed", 0))
@@ -149,8 +149,8 @@ def expected(command: str, folder: Path, asked: dict[str, Any]) -> Plan:
         inputs, num = inputs._replace(images=np.load(folder / "x.npy")), None
     if command == "edit":
         asked["strength"] = 1.0
-    if command in ("interpolate", "export"):
-        num = 2 if command == "interpolate" else 1
+    if command in ("bulk", "export"):  # what is settled before anything is made
+        num = 1
     if command == "export":
         asked["labels"] = "0"
     if methods.find(asked.get("method", "ddim")).takes_eta is False:
