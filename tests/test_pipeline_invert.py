@@ -148,7 +148,7 @@ def test_a_nan_names_the_image_and_the_step() -> None:
     [
         (IMAGES[0], {}, ["must have shape (num, h, w, 2) with num at least 1, got (6, 10, 2)"]),
         (IMAGES[:0], {}, ["num at least 1, got (0, 6, 10, 2)"]),
-        (IMAGES.transpose(0, 3, 1, 2), {}, ["images must have shape (3, 2, 6, 2), got (3, 2, 6, 10)"]),
+        (IMAGES.transpose(0, 3, 1, 2), {}, ["images looks like (N, C, H, W), got (3, 2, 6, 10): transpose"]),
         (IMAGES[..., :1], {}, ["images must have shape (3, 6, 10, 2), got (3, 6, 10, 1)"]),
         (IMAGES[:, :5], {}, ["multiples of 2"]),
         (IMAGES.astype(np.float64), {"eta": 0.5}, ["must be float32, got float64", "eta must be 0, got 0.5"]),

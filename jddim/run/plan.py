@@ -19,7 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jddim.config import SamplerConfig
 from jddim.ddim import StepTable, add_noise, sampler_table
 from jddim.editing import keep_of, repaint_table, tail
-from jddim.inversion import check_inversion
+from jddim.inversion import CONVENTIONS, check_inversion
 from jddim.models import Network
 from jddim.models.layers import at_least_float32
 from jddim.run import methods
@@ -236,6 +236,14 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     given = inputs.x_T if inputs.images is None else inputs.images
     if num is None and given is not None:
         num = given.shape[0] if np.ndim(given) else None
+    if inputs.images is not None and (np.ndim(inputs.images) != 4 or not num):
+        told = f"images must have shape (num, h, w, {config.in_channels}) with num at least 1, got {np.shape(given)}"
+        problems.append(("images", told))
+        inputs, given, num = (
+            inputs._replace(images=np.zeros((1, *config.image_size, config.in_channels), dtype)),
+            None,
+            1,
+        )
     image_size = config.image_size if request.image_size is None else tuple(request.image_size)
     if request.image_size is None and np.ndim(given) == 4 and not channels_first(given, config.in_channels):  # type: ignore[arg-type]
         image_size = (given.shape[1], given.shape[2])  # type: ignore[union-attr]
@@ -360,7 +368,10 @@ def labels_of(
 def _method(request: Request, inputs: Inputs) -> Method:
     """DDIM's way up for images to invert, else the method asked for."""
     inverting = inputs.images is not None and inputs.mask is None and request.strength is None
-    return Inversion(request.convention, request.refine) if inverting else methods.find(request.method)
+    if not inverting:
+        return methods.find(request.method)
+    known = request.convention in CONVENTIONS  # an unknown one is among the problems
+    return Inversion(request.convention if known else CONVENTIONS[0], request.refine)
 
 
 def _spacing(request: Request) -> str | np.ndarray | None:
