@@ -23,9 +23,9 @@ from jddim.models.building import build_model
 from jddim.run.batches import Preview, run
 from jddim.run.methods import Guidance, find
 from jddim.run.plan import Inputs, Plan, limits, plan
-from jddim.run.problems import guidance_problems, label_problems, sentences
+from jddim.run.problems import guidance_problems, label_problems
 from jddim.run.programs import Program, network_denoiser
-from jddim.run.request import Request, check_names
+from jddim.run.request import Request, RequestError, check_names
 from jddim.sampling import Denoiser, Trajectory
 from jddim.schedule import NoiseSchedule, make_schedule
 from jddim.solvers import Solver
@@ -285,7 +285,7 @@ class DDIM:
             null_label = self.null_label
         problems = label_problems(config, labels, num) + guidance_problems(config, scale, null_label, num)
         if problems:
-            raise ValueError(f"denoiser: {sentences(problems)}")
+            raise RequestError(problems, "denoiser")
         program = Program(
             find("ddim"), c.prediction_type, c.timestep_scale, c.rederive_eps, c.variance, c.self_condition
         )

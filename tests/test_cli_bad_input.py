@@ -156,7 +156,7 @@ def test_destinations(tmp_path: Path, fails: Callable[..., str], mnist_checkpoin
         (["--eta", "nan"], "got nan"),
         (["--num", "0"], "num must be at least 1"),
         (["--spacing", "cubic"], "unknown spacing"),
-        (["--clip-range", "-1", "1"], "--clip-range without --clip"),
+        (["--clip-range", "-1", "1"], "--clip-range without clip"),
     ],
 )
 def test_sampling_options(

@@ -90,7 +90,6 @@ def test_pictures_are_read_and_the_reconstruction_says_how_it_was_made(tmp_path:
         ("x_T.npy", "class-conditional: give labels, one an image, integers in 0..4"),
         ("x_T.npy --labels 5", "labels must lie in 0..4, got 5"),
         ("x_T.npy --labels 1,2", "--labels names 2 labels for 3 images"),
-        ("x_T.npy --labels 1 --eta 0.5", "inversion is deterministic, so eta must be 0, got 0.5"),
         ("x_T.npy --labels 1 --convention ddim", "unknown convention 'ddim'"),
         ("x_T.npy --labels 1 --refine -1", "refine must be at least 0"),
         ("x_T.png --labels 1", "end OUT in .npy"),

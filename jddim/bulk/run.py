@@ -25,7 +25,7 @@ from jddim.bulk.lock import locked
 from jddim.bulk.manifest import BulkConfig, Manifest
 from jddim.images import to_uint8
 from jddim.run import batches, plan
-from jddim.run.problems import sentences
+from jddim.run.request import RequestError
 
 if TYPE_CHECKING:
     import jax
@@ -152,7 +152,7 @@ def labels_of(ddim: DDIM, bulk: BulkConfig, numbers: range) -> NDArray[np.int32]
     null_label = ddim.null_label if bulk.request.null_label is None else bulk.request.null_label
     labels, problems = plan.labels_of(bulk.request.labels, ddim.model.config.num_classes, null_label, np.array(numbers))
     if problems:
-        raise ValueError(sentences(problems))
+        raise RequestError(problems, "bulk")
     return labels
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jddim.run.request import OWN, Request, options, taken_by
+from jddim.run.request import OWN, Request, RequestError, options, taken_by
 
 if TYPE_CHECKING:
     from jddim.pipeline import DDIM
@@ -82,10 +82,10 @@ def settings_of(args: argparse.Namespace, request: Request, ddim: DDIM, planned:
     from jddim import __version__
 
     assert ddim.metadata is not None
-    names = {o.name for o in options()} | {"run", "ckpt", "out"}
+    names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out"}
     own = {n: v.name if isinstance(v, Path) else v for n, v in vars(args).items() if n not in names}
     described = request.described(planned.sampler, planned.table.num_steps, command)
-    return {"checkpoint_sha256": ddim.metadata.sha256, "jddim": __version__, **own, **described}
+    return {"checkpoint_sha256": ddim.metadata.sha256, "jddim": __version__, **described, **own}
 
 
 def check_num(num: int, least: int) -> None:
@@ -126,7 +126,17 @@ def one_line(error: BaseException) -> str:
     """What an error says, without line breaks."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return printable(" ".join(str(error).split())) or type(error).__name__
+    said = "; ".join(map(_by_flag, error.problems)) if isinstance(error, RequestError) else str(error)
+    return printable(" ".join(said.split())) or type(error).__name__
+
+
+def _by_flag(problem: tuple[str, str]) -> str:
+    """A problem's sentence with the option's name in place of the field's."""
+    name, sentence = problem
+    flags = {o.name: o.option.flag for o in options()}
+    flags |= {"num": "--num", "x_T": "--x-T", "noise": "--noise", "batch_size": "--batch-size"}
+    rest = sentence.removeprefix(f"{name} ")
+    return sentence if rest == sentence or name not in flags else f"{flags[name]} {rest}"
 
 
 def say(line: str) -> None:

@@ -25,7 +25,6 @@ from jddim.models.layers import at_least_float32
 from jddim.run import methods
 from jddim.run.methods import Given, Guidance, Inversion, Kept, Method, cast
 from jddim.run.problems import (
-    Problems,
     array_problems,
     batch_size_problems,
     channels_first,
@@ -37,10 +36,9 @@ from jddim.run.problems import (
     num_problems,
     range_problems,
     sampler_problems,
-    sentences,
 )
 from jddim.run.programs import Program, draw_keys, draw_noise, segment
-from jddim.run.request import Request
+from jddim.run.request import Problems, Request, RequestError
 from jddim.sampling import State, init_state, is_zero
 from jddim.schedule import NoiseSchedule
 
@@ -138,9 +136,9 @@ class Plan:
         return Guidance(scale, jnp.asarray(self.null_label), rescale, interval)
 
     def check(self, of: str) -> Plan:
-        """Itself. Raises ValueError with everything that is wrong. of: the function that was called."""
+        """Itself. Raises RequestError with everything that is wrong. of: the function that was called."""
         if self.problems:
-            raise ValueError(f"{of}: {sentences(self.problems)}")
+            raise RequestError(self.problems, of)
         return self
 
 
@@ -286,7 +284,8 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         problems += array_problems("images", inputs.images, (num, *shape), dtype)
         problems += array_problems("noise", inputs.noise, rows_of_noise, dtype, rows.num_steps)
         problems += eta_problems(eta, num, table) if method.takes_eta else []
-        problems += label_problems(config, labels, num)  # type: ignore[arg-type]
+        if request.labels is None or labels is not None:
+            problems += label_problems(config, labels, num)  # type: ignore[arg-type]
         problems += guidance_problems(
             config,
             scale,

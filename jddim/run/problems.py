@@ -13,15 +13,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jddim.config import ModelConfig, SamplerConfig, size_problems
 from jddim.ddim import StepTable, largest_eta
-from jddim.run.request import GUIDANCES
+from jddim.run.request import GUIDANCES, Problems
 from jddim.sampling import check_prediction
-
-Problems = list[tuple[str, str]]
-
-
-def sentences(problems: Problems) -> str:
-    """All in one line."""
-    return "; ".join(sentence for _, sentence in problems)
 
 
 def sampler_problems(sampler: SamplerConfig, table: StepTable) -> Problems:

@@ -25,6 +25,18 @@ from jddim.config import (
     to_json,
 )
 
+Problems = list[tuple[str, str]]
+"""(field, sentence) pairs: what is wrong with a request. A sentence that is about its field begins with its name."""
+
+
+class RequestError(ValueError):
+    """A request that cannot be. problems: what is wrong, field by field; of: the function that was called."""
+
+    def __init__(self, problems: Problems, of: str):
+        super().__init__(f"{of}: " + "; ".join(sentence for _, sentence in problems))
+        self.problems, self.of = problems, of
+
+
 GUIDANCES = ("classifier-free", "projected", "cfg++")
 COMMANDS = ("sample", "bulk", "warmup", "sweep", "edit", "interpolate", "invert", "export", "serve", "page")
 SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, ddimN or N,N,..."
@@ -299,8 +311,8 @@ class Request:
     def sampler(self, own: SamplerConfig) -> SamplerConfig:
         """The checkpoint's conventions `own` with those that are asked for in their place.
 
-        To say clip, on or off, or a threshold, takes the place of the checkpoint's thresholding. Raises ValueError for
-        a clip range where x0 is not clipped.
+        To say clip, on or off, or a threshold, takes the place of the checkpoint's thresholding. Raises RequestError
+        for a clip range where x0 is not clipped.
         """
         asked = {o.name: value for o in options() if o.convention and (value := getattr(self, o.name)) is not None}
         if "clip" in asked:
@@ -309,7 +321,8 @@ class Request:
             asked["threshold_ratio"], asked["threshold_max"] = asked.pop("threshold")
         used = dataclasses.replace(own, **asked)
         if self.clip_range is not None and not used.clip:
-            raise ValueError("clip_range without clip: this checkpoint's x0 is not clipped; add clip, or leave it out")
+            told = "clip_range without clip: this checkpoint's x0 is not clipped; add clip, or leave it out"
+            raise RequestError([("clip_range", told)], "sample")
         return used
 
     def settled(self, own: SamplerConfig) -> tuple[Request, SamplerConfig]:

@@ -28,8 +28,8 @@ from jddim.pipeline import DDIM
 from jddim.run.batches import run as run_plan
 from jddim.run.compiling import compiler_options, faster, kind_of
 from jddim.run.plan import Inputs, labels_of, plan
-from jddim.run.problems import label_problems, sentences
-from jddim.run.request import Request, check_names
+from jddim.run.problems import label_problems
+from jddim.run.request import Request, RequestError, check_names
 from jddim.run.request import options as every_option
 
 Rules = Sequence[tuple[str, P]]
@@ -140,10 +140,10 @@ class Sharded:
             null = null if request.null_label is None else request.null_label
             labels, problems = labels_of(request.labels, config.num_classes, null, numbers)
             if problems:
-                raise ValueError(f"sample: {sentences(problems)}")
+                raise RequestError(problems, "sample")
         rows = None if labels is None else jnp.asarray(labels)
         if problems := label_problems(config, rows, num):
-            raise ValueError(f"sample: {sentences(problems)}")
+            raise RequestError(problems, "sample")
         run = self._program(num, rows is not None, dataclasses.replace(request, labels=None), batch_size)
         images = run(self.ddim.model, key, jnp.asarray(firsts, jnp.uint32), rows)
         bad = ~jnp.isfinite(images).reshape(num, -1).all(axis=1)

@@ -11,7 +11,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jddim.pipeline import DDIM
-from jddim.run.problems import eta_problems, sentences
+from jddim.run.problems import eta_problems
+from jddim.run.request import RequestError
 from jddim.sampling import sample_keys
 
 PER_IMAGE = {"labels": 0, "guidance_scale": 0, "x_T": 0, "noise": 1}
@@ -46,7 +47,7 @@ def sweep(
     if options.get("trajectory_every") is not None:
         raise ValueError("a sweep keeps no trajectory: call sample at each eta")
     if problems := eta_problems(etas, len(etas), table):
-        raise ValueError(f"sweep: {sentences(problems)}")
+        raise RequestError(problems, "sweep")
     if num is None:
         num = len(options["x_T"]) if options.get("x_T") is not None else 0
     rows = min(rows_at_once or len(etas), len(etas))

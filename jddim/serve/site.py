@@ -106,6 +106,7 @@ class Site:
     ):
         self.served, self.paths, self.say = dict(served), dict(paths), say
         self.bounds = bounds or Bounds()
+        self.offered = tuple(methods)
         self.methods = {name: list(methods) for name in served}
         self.queue = Queue(waiting)
         self.compiled: set[tuple[str, str, bool]] = set()
@@ -143,7 +144,8 @@ class Site:
 
     def _first_call(self, data: dict[str, Any]) -> Run:
         """A run of what is asked, whose first call compiles."""
-        return run_of(parse(data, self.served, self.methods, self.bounds), self.served[data["checkpoint"]])
+        asked = parse(data, self.served, dict.fromkeys(self.served, self.offered), self.bounds)
+        return run_of(asked, self.served[data["checkpoint"]])
 
     def compile(self) -> None:
         """Compile everything, one after the other; a method that a checkpoint does not take is left out from then."""
