@@ -110,16 +110,16 @@ def linspace_diffusers_timesteps(num_train_timesteps: int, num_steps: int) -> Ti
 def ddim_timesteps(num_train_timesteps: int, num_steps: int) -> Timesteps:
     """OpenAI's "ddimN": range(0, T, stride) with the smallest integer stride that gives exactly N entries, reversed.
 
-    Raises ValueError where no stride does, as the source does (T = 1000: 60, 75, 80, ...).
+    Raises ValueError where no stride below T does, as the source does (T = 1000: 1, 60, 75, 80, ...).
 
     >>> ddim_timesteps(1000, 3)
     array([668, 334,   0])
     """
     T, S = _check(num_train_timesteps, num_steps)
-    for stride in range(1, T + 1):
+    for stride in range(1, T):
         if len(range(0, T, stride)) == S:
             return check_timesteps(np.arange(0, T, stride)[::-1], T)
-    fits = sorted({len(range(0, T, stride)) for stride in range(1, T + 1)}, key=lambda n: abs(n - S))
+    fits = sorted({len(range(0, T, stride)) for stride in range(1, T)}, key=lambda n: abs(n - S))
     raise ValueError(f"no integer stride makes {S} timesteps of {T} (OpenAI's ddimN); the nearest that fit: {fits[:3]}")
 
 

@@ -40,7 +40,7 @@ def timestep_embedding(
     log, divisor = np.asarray(-math.log(theta), dtype), np.asarray(half - shift, dtype)
     exponents = i * log / divisor if divide_last else i * np.asarray(-math.log(theta) / (half - shift), dtype)
     frequencies = np.exp(exponents.astype(np.float64)).astype(dtype)
-    angles = t.astype(dtype)[:, None] * frequencies
+    angles = t.astype(dtype)[:, None] * frequencies[None]
     waves = [jnp.sin(angles), jnp.cos(angles)]
     return jnp.pad(jnp.concatenate(waves[::-1] if cosine_first else waves, axis=1), ((0, 0), (0, dim % 2)))
 
@@ -148,7 +148,7 @@ class FourierFeatures(nnx.Module):
 
     def __call__(self, t: Array, dtype: DTypeLike = jnp.float32) -> Array:
         frequencies = self.kernel[...].astype(dtype)
-        angles = jnp.log(t.astype(dtype))[:, None] * frequencies * np.asarray(2 * math.pi, dtype)
+        angles = jnp.log(t.astype(dtype))[:, None] * frequencies[None] * np.asarray(2 * math.pi, dtype)
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
 
@@ -250,7 +250,8 @@ class Attention(nnx.Module):
         q, k, v = (
             project(pixels).reshape(b, h * w, self.heads, c // self.heads) for project in (self.q, self.k, self.v)
         )
-        return _divided(x + self.out(self.mix(q, k, v).reshape(b, h, w, c)), self.scale)
+        mixed = self.out(self.mix(q, k, v).reshape(b, h * w, c))
+        return _divided(x + mixed.reshape(b, h, w, c), self.scale)
 
     def mix(self, q: Array, k: Array, v: Array) -> Array:
         """v, weighted by the softmax of q k: each `(b, pixels, heads, c / heads)`."""

@@ -38,7 +38,8 @@ class RMSNorm(nnx.Module):
         square = jnp.sum(x * x, axis=-1, keepdims=True)
         # The floor is inside the root, where its square is the same number and the root's slope stays finite at x = 0.
         unit = x / jnp.sqrt(jnp.maximum(square, 1e-24))
-        return (unit * self.g[...].astype(x.dtype) * np.asarray(x.shape[-1] ** 0.5, x.dtype)).astype(self.dtype)
+        g = self.g[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (unit * g * np.asarray(x.shape[-1] ** 0.5, x.dtype)).astype(self.dtype)
 
 
 class LearnedFeatures(nnx.Module):
@@ -49,7 +50,7 @@ class LearnedFeatures(nnx.Module):
 
     def __call__(self, t: Array, dtype: DTypeLike) -> Array:
         t = t.astype(dtype)[:, None]
-        angles = t * self.weights[...].astype(dtype) * 2 * np.asarray(math.pi, dtype)
+        angles = t * self.weights[...].astype(dtype)[None] * 2 * np.asarray(math.pi, dtype)
         return jnp.concatenate([t, jnp.sin(angles), jnp.cos(angles)], axis=1)
 
 
@@ -99,14 +100,16 @@ class Attention(nnx.Module):
         self.out = linear(heads * head_channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        b, h, w, _ = x.shape
+        b, h, w, c = x.shape
         _, heads, _, width = self.mem_kv.shape
-        q, k, v = (part.reshape(b, h * w, heads, width) for part in jnp.split(self.qkv(self.norm(x)), 3, axis=-1))
+        qkv = self.qkv(self.norm(x).reshape(b, h * w, c))
+        q, k, v = (part.reshape(b, h * w, heads, width) for part in jnp.split(qkv, 3, axis=-1))
         memory = self.mem_kv[...].astype(self.dtype).transpose(0, 2, 1, 3)  # (2, memory, heads, width)
         k, v = (_prepend(memory[i], pixels) for i, pixels in enumerate((k, v)))
         scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=at_least_float32(self.dtype))
         weights = jax.nn.softmax(scores * width**-0.5, axis=-1).astype(v.dtype)
-        return self.out(jnp.einsum("bnqk,bknd->bqnd", weights, v).reshape(b, h, w, heads * width))
+        mixed = jnp.einsum("bnqk,bknd->bqnd", weights, v).reshape(b, h * w, heads * width)
+        return self.out(mixed).reshape(b, h, w, c)
 
 
 class LinearAttention(nnx.Module):
@@ -125,17 +128,17 @@ class LinearAttention(nnx.Module):
         self.out_norm = RMSNorm(channels, dtype=dtype)
 
     def __call__(self, x: Array) -> Array:
-        b, h, w, _ = x.shape
+        b, h, w, c = x.shape
         _, heads, width, _ = self.mem_kv.shape
         dtype = at_least_float32(self.dtype)
-        qkv = self.qkv(self.norm(x)).astype(dtype)
+        qkv = self.qkv(self.norm(x).reshape(b, h * w, c)).astype(dtype)
         q, k, v = (part.reshape(b, h * w, heads, width) for part in jnp.split(qkv, 3, axis=-1))
         memory = self.mem_kv[...].astype(dtype).transpose(0, 3, 1, 2)  # (2, memory, heads, width)
         k, v = (_prepend(memory[i], pixels) for i, pixels in enumerate((k, v)))
         q = jax.nn.softmax(q, axis=-1) * width**-0.5
         context = jnp.einsum("bknd,bkne->bnde", jax.nn.softmax(k, axis=1), v)
-        mixed = jnp.einsum("bnde,bqnd->bqne", context, q).reshape(b, h, w, heads * width)
-        return self.out_norm(self.out_proj(mixed.astype(self.dtype)))
+        mixed = jnp.einsum("bnde,bqnd->bqne", context, q).reshape(b, h * w, heads * width)
+        return self.out_norm(self.out_proj(mixed.astype(self.dtype)).reshape(b, h, w, c))
 
 
 class Downsample(nnx.Module):
@@ -146,7 +149,8 @@ class Downsample(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         b, h, w, c = x.shape
-        squares = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)  # channel, then row, then column
+        squares = x.reshape(b, h // 2, 2, w, c).reshape(b, h // 2, 2, w // 2, 2, c)  # one axis at a time, for sharding
+        squares = squares.transpose(0, 1, 3, 5, 2, 4)  # channel, then row, then column
         return self.proj(squares.reshape(b, h // 2, w // 2, 4 * c))
 
 
@@ -304,4 +308,4 @@ class LucidrainsUNet(nnx.Module):
 
 def _prepend(memory: Array, pixels: Array) -> Array:
     """Memory `(m, heads, width)`, the same for every image, before pixels `(b, n, heads, width)`: `(b, m + n, ...)`."""
-    return jnp.concatenate([jnp.broadcast_to(memory, (pixels.shape[0], *memory.shape)), pixels], axis=1)
+    return jax.vmap(lambda of_one: jnp.concatenate([memory, of_one]))(pixels)
