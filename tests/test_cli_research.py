@@ -214,7 +214,7 @@ def test_interpolate_draws(ckpt: Path, tmp_path: Path, suffix: str) -> None:
         assert picture.size == ((50, 10) if suffix == "png" else (10, 6))
         assert getattr(picture, "n_frames", 1) == (1 if suffix == "png" else 4)
         said = json.loads(picture.text["jddim"] if suffix == "png" else picture.info["comment"])
-    assert [said[name] for name in ("images", "steps", "spacing", "clip")] == [[0, 1], 2, "uniform", False]
+    assert [said[name] for name in ("images", "num_steps", "spacing", "clip")] == [[0, 1], 2, "uniform", False]
 
 
 @pytest.mark.parametrize(
