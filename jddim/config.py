@@ -191,7 +191,7 @@ class UNetConfig:
     @property
     def size_factor(self) -> int:
         """Height and width must be multiples of it: each level but the last halves them."""
-        return 2 ** (len(self.channel_mults) - 1)
+        return 1 << (len(self.channel_mults) - 1)
 
     @property
     def summary(self) -> str:
@@ -366,7 +366,7 @@ class LucidrainsConfig:
     @property
     def size_factor(self) -> int:
         """Height and width must be multiples of it: each level but the last halves them."""
-        return 2 ** (len(self.channel_mults) - 1)
+        return 1 << (len(self.channel_mults) - 1)
 
     @property
     def class_embedding(self) -> str | None:

@@ -25,7 +25,8 @@ FORMATS = (".png", ".gif", ".npz", ".npy")
 
 def to_uint8(images: ArrayLike) -> NDArray[np.uint8]:
     """[-1, 1] -> 0..255: (x + 1) * 127.5, clamped and truncated, as OpenAI's samplers write for FID evaluators."""
-    return np.clip((np.asarray(images, np.float32) + 1) * 127.5, 0, 255).astype(np.uint8)
+    levels: NDArray[np.float32] = np.clip((np.asarray(images, np.float32) + 1) * 127.5, 0, 255)
+    return levels.astype(np.uint8)
 
 
 def grid(images: ArrayLike, columns: int | None = None, border: int = 2) -> NDArray[np.uint8]:
@@ -68,7 +69,8 @@ _FROM_UINT8 = _all_levels()
 
 def from_uint8(pixels: ArrayLike) -> NDArray[np.float32]:
     """0..255 -> [-1, 1]: pixels / 127.5 - 1, as OpenAI's loaders do; its last bit such that `to_uint8` leads back."""
-    return _FROM_UINT8[np.asarray(pixels)]
+    levels: NDArray[np.uint8] = np.asarray(pixels)
+    return _FROM_UINT8[levels]
 
 
 def cut_grid(picture: NDArray[np.uint8], size: tuple[int, int], border: int = 2) -> NDArray[np.uint8] | None:
@@ -251,7 +253,8 @@ def save_gif(
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings that a PNG of ours was made with. Raises KeyError for a PNG without, AttributeError for no PNG."""
     with Image.open(path) as image:
-        return json.loads(image.text["jddim"])  # type: ignore[attr-defined]
+        settings: dict[str, Any] = json.loads(image.text["jddim"])  # type: ignore[attr-defined]
+        return settings
 
 
 @contextmanager

@@ -319,5 +319,6 @@ def _key(key: Any) -> Array | None:
     if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
         return jax.random.key(key)
     if isinstance(key, Array) and key.dtype == jnp.uint32 and key.shape[-1:] == (2,) and key.ndim < 3:
-        return jax.random.wrap_key_data(key)
-    return key
+        key = jax.random.wrap_key_data(key)
+    given: Array | None = key
+    return given

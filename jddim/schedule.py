@@ -33,7 +33,7 @@ class NoiseSchedule:
 
     def alpha_bar(self, timesteps: ArrayLike) -> NDArray[np.float64]:
         """alpha_bar at integer timesteps in -1..T-1; t = -1 is the clean image, where alpha_bar = 1."""
-        t = np.asarray(timesteps)
+        t: NDArray[np.int64] = np.asarray(timesteps)
         if t.size and (t.min() < -1 or t.max() >= self.num_train_timesteps):
             raise ValueError(f"timesteps must lie in -1..{self.num_train_timesteps - 1}, got {t.min()}..{t.max()}")
         return np.concatenate([self.alphas_cumprod, [1.0]])[t]  # index -1 is the appended 1

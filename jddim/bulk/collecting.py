@@ -127,7 +127,8 @@ def remake(make: Make, bulk: BulkConfig, index: int) -> NDArray[np.uint8]:
     if not 0 <= index < bulk.num:
         raise ValueError(f"the set's images are 0..{bulk.num - 1}, got {index}")
     first = index - index % bulk.batch_size
-    return make(first)[index - first]
+    image: NDArray[np.uint8] = make(first)[index - first]
+    return image
 
 
 def kept(folder: Path, manifest: Manifest, index: int) -> NDArray[np.uint8]:
@@ -138,4 +139,5 @@ def kept(folder: Path, manifest: Manifest, index: int) -> NDArray[np.uint8]:
     k, place = divmod(index, bulk.layout.size)
     if (wrong := shards.problem(folder, bulk.layout, k, manifest.run)) is not None:
         raise BulkError(f"{folder}: {wrong}")
-    return shards.read(folder, bulk.layout, k)[0][place]
+    image: NDArray[np.uint8] = shards.read(folder, bulk.layout, k)[0][place]
+    return image

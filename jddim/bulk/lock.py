@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from jddim.bulk.manifest import BulkError, Manifest, check_folder, check_settings, manifest_path
 from jddim.images import atomic
@@ -56,13 +56,13 @@ def locked(folder: Path, manifest: Manifest, worker: tuple[int, int] = (0, 1)) -
         yield
 
 
-def _write(file: Any, text: str) -> None:
+def _write(file: IO[str], text: str) -> None:
     file.seek(0)
     file.truncate()
     file.write(text)
     file.flush()
 
 
-def _read(file: Any) -> str:
+def _read(file: IO[str]) -> str:
     file.seek(0)
     return file.read(200)

@@ -181,7 +181,7 @@ _LATEX = {
 }
 
 
-def latex(text: Any) -> str:
+def latex(text: object) -> str:
     """Text as LaTeX shows it; what cannot be printed becomes `?`."""
     return "".join(_LATEX.get(c, c) if c.isprintable() else "?" for c in str(text))
 

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. A user's mistake is one line on stderr and status 1 (2: bad options)."""
     try:
         args = _parser().parse_args(argv)
-        return args.run(args)
+        status: int = args.run(args)
+        return status
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

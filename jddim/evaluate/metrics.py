@@ -112,11 +112,13 @@ def kernel_distance(
     rng = np.random.default_rng(seed)
 
     def kernel(a: Floats, b: Floats) -> Floats:
-        return (a @ b.T / a.shape[1] + 1) ** 3
+        cubes: Floats = (a @ b.T / a.shape[1] + 1) ** 3
+        return cubes
 
     def between(a: Floats) -> float:  # without the pairs of a sample with itself
         k = kernel(a, a)
-        return (k.sum() - np.trace(k)) / (size * (size - 1))
+        mean: float = (k.sum() - np.trace(k)) / (size * (size - 1))
+        return mean
 
     distances = []
     for _ in range(subsets):
@@ -136,7 +138,8 @@ def precision_recall(real: ArrayLike, made: ArrayLike, k: int = 3) -> tuple[floa
         raise ValueError(f"k = {k} neighbours need more than {k} samples of each, got {len(real)} and {len(made)}")
 
     def squared(a: Floats, b: Floats) -> Floats:
-        return np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0)
+        distances: Floats = np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0)
+        return distances
 
     def inside(points: Floats, of: Floats) -> float:
         radius = np.partition(squared(of, of), k, axis=1)[:, k]  # the 0-th is the point itself

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -26,6 +27,13 @@ class Network(Protocol):
         """The forward pass, one `(name, output)` per block in the order computed; the last is the output."""
 
 
+class Keys(Protocol):
+    """What a wiring draws its parameters with, where it is no `nnx.Rngs`."""
+
+    def params(self) -> Array:
+        """The next parameter's key."""
+
+
 # By the name that a checkpoint's metadata has for the wiring: the config that describes it, the network it builds.
 MODELS: dict[str, tuple[type[Any], type[Any]]] = {
     "unet": (UNetConfig, UNet),
@@ -33,9 +41,10 @@ MODELS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 
 
-def build(config: ModelConfig, *, dtype: DTypeLike, rngs: Any) -> Any:
+def build(config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | Keys) -> Network:
     """The network that `config` describes, with fresh parameters. rngs: `nnx.Rngs`, or what has its `params()`."""
-    return MODELS[wiring_of(config)][1](config, dtype=dtype, rngs=rngs)
+    network: Network = MODELS[wiring_of(config)][1](config, dtype=dtype, rngs=rngs)
+    return network
 
 
 def wiring_of(config: ModelConfig) -> str:

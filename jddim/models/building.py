@@ -19,12 +19,12 @@ Params = Mapping[str, np.ndarray]
 """Dotted name -> array."""
 
 
-def flat_params(model: nnx.Module) -> dict[str, Any]:
+def flat_params(model: nnx.Module | Network) -> dict[str, Any]:
     """A model's parameters by dotted path, `down.0.blocks.1.conv1.kernel`; arrays, or shapes of an abstract model."""
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
-def abstract_model(config: ModelConfig, dtype: DTypeLike = np.float32) -> Any:
+def abstract_model(config: ModelConfig, dtype: DTypeLike = np.float32) -> Network:
     """The model with shapes in place of parameters; nothing is allocated."""
     graph, leaves = _abstract(config, np.dtype(dtype))
     return _merged(graph, {path: leaf.get_value() for path, leaf in leaves.items()}, leaves)
@@ -80,5 +80,7 @@ def _abstract(config: ModelConfig, dtype: np.dtype) -> tuple[Any, Mapping[Any, A
     return graph, dict(nnx.to_flat_state(state))
 
 
-def _merged(graph: Any, values: Mapping[Any, Any], leaves: Mapping[Any, Any]) -> Any:
-    return nnx.merge(graph, nnx.from_flat_state({path: leaves[path].replace(values[path]) for path in leaves}))
+def _merged(graph: Any, values: Mapping[Any, Any], leaves: Mapping[Any, Any]) -> Network:
+    state = nnx.from_flat_state({path: leaves[path].replace(values[path]) for path in leaves})
+    model: Network = nnx.merge(graph, state)
+    return model

@@ -12,13 +12,16 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jddim.models.fast.lean_layers import with_gpu_layers, with_tpu_layers
 from jddim.models.fast.winograd import with_winograd
+
+R = TypeVar("R")
+P = ParamSpec("P")
 
 CPU_OPTIONS: dict[str, bool | str] = {
     # Products of matrices stay with YNNPACK; convolutions do not go there.
@@ -50,7 +53,7 @@ class Kind(NamedTuple):
     capability: tuple[int, int] | None = None
 
 
-def kind_of(device: Any = None) -> Kind:
+def kind_of(device: jax.Device | None = None) -> Kind:
     """A device's kind; by default that of jax's first."""
     device = jax.devices()[0] if device is None else device
     version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))  # AMD's are gfx90a, ...
@@ -84,14 +87,14 @@ def faster(tree: Any, kind: Kind | None = None) -> Any:
     return tree if kind.capability is None else with_gpu_layers(tree, kind.capability)
 
 
-class Jit:
+class Jit(Generic[P, R]):
     """`jax.jit` with `compiler_options` and `faster` for the device of its arguments.
 
     jax takes options for a whole program only: under a transformation of the caller's the function is a plain `jit`, a
     part of the caller's program, which has the caller's options.
     """
 
-    def __init__(self, function: Callable[..., Any], static_argnames: Sequence[str]):
+    def __init__(self, function: Callable[P, R], static_argnames: Sequence[str]):
         self.function, self.static_argnames = function, static_argnames
         self.plain = jax.jit(function, static_argnames=static_argnames)
         self.on = functools.cache(self._on)
@@ -108,11 +111,11 @@ class Jit:
             tuned, static_argnames=("structure", *self.static_argnames), compiler_options=compiler_options(kind)
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """As the function."""
         return self.bound(args[0])(*args[1:], **kwargs)
 
-    def bound(self, first: Any) -> Callable[..., Any]:
+    def bound(self, first: object) -> Callable[..., R]:
         """The function with its first argument in place, which is flattened once for all calls."""
         held, held_structure = jax.tree.flatten(first)
 

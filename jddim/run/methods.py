@@ -109,7 +109,8 @@ class Ddim:
 
     def rows(self, table: StepTable, dtype: DTypeLike) -> StepTable:
         """The table itself."""
-        return cast(table, dtype)
+        rows: StepTable = cast(table, dtype)
+        return rows
 
     def memory(self, rows: StepTable, x_T: Array) -> None:
         """None."""

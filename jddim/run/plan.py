@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -162,7 +163,8 @@ class Part:
         plan = self.plan
         if plan.inputs.x_T is not None:
             return self.batch.of(plan.inputs.x_T)
-        return draw_noise(self.keys, plan.shape, plan.dtype)
+        drawn: Array = draw_noise(self.keys, plan.shape, plan.dtype)
+        return drawn
 
     @functools.cached_property
     def given(self) -> Given:
@@ -188,7 +190,7 @@ class Part:
         )
 
     @functools.cached_property
-    def run(self) -> Any:
+    def run(self) -> Callable[..., State]:
         """The compiled segment with the model in it, which is flattened once."""
         return segment.bound(self.plan.model)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+from jax.typing import ArrayLike
 
 from jddim.config import PREDICTION_TYPES, VARIANCES, did_you_mean
 from jddim.denoisers import with_labels, with_scaled_time, with_self_condition, without_variance
@@ -110,7 +112,7 @@ def _guided(denoise: Denoiser, labels: jax.Array, guidance: Guidance, kind: str 
     return classifier_free(pair, scale, **rescale)
 
 
-def in_interval(scale: Any, interval: tuple[Any, Any] | None) -> Scale:
+def in_interval(scale: jax.Array, interval: tuple[jax.Array, jax.Array] | None) -> Scale:
     """A scale that guides where low <= t <= high and is 1 elsewhere (arXiv:2404.07724); None: everywhere."""
     if interval is None:
         return scale
@@ -118,5 +120,5 @@ def in_interval(scale: Any, interval: tuple[Any, Any] | None) -> Scale:
     return lambda t: jax.numpy.where((low <= t) & (t <= high), scale, jax.numpy.ones_like(scale))
 
 
-draw_keys = jax.jit(numbered_keys)
+draw_keys: Callable[[jax.Array, ArrayLike], jax.Array] = jax.jit(numbered_keys)
 draw_noise = jax.jit(initial_noise, static_argnums=(1, 2))

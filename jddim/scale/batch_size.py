@@ -20,7 +20,12 @@ WORTH = 1.05
 
 
 def best_batch_size(
-    ddim: DDIM, num: int, *, memory: int | None = None, evaluations: int = 1, say: Callable[[str], Any] = lambda _: None
+    ddim: DDIM,
+    num: int,
+    *,
+    memory: int | None = None,
+    evaluations: int = 1,
+    say: Callable[[str], object] = lambda _: None,
 ) -> int:
     """The batch size for `num` images: 8 doubled while that pays and the network fits, or halved until it does.
 
@@ -61,7 +66,8 @@ def free_memory() -> int | None:
     """Bytes that the default device has left; of a CPU, the machine. None if nobody says."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
+        free: int = stats["bytes_limit"] - stats["bytes_in_use"]
+        return free
     if jax.default_backend() == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None

@@ -94,7 +94,8 @@ def export_sampler(
         model = build_model(config, weights, ddim.model.dtype)
         if platforms == ("cpu",):  # as `sample` has it there
             model = faster(model, Kind("cpu"))
-        return segment(model, state, rows, values, program=planned.program).x_t
+        state = segment(model, state, rows, values, program=planned.program)
+        return state.x_t
 
     batch = _batch(batch_size)
     takes = {"weights": _shapes(ddim), "seed": _of((), jnp.uint32), "numbers": _of((batch,), jnp.uint32)}
@@ -210,8 +211,7 @@ def _shapes(ddim: DDIM) -> Any:
 
 
 def _params(ddim: DDIM) -> dict[str, Array]:
-    model: Any = ddim.model
-    return flat_params(model)
+    return flat_params(ddim.model)
 
 
 def _check_labels(ddim: DDIM) -> None:

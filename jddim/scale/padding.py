@@ -83,7 +83,8 @@ def padded_loop(
         still = is_zero(eta)
         return update_loop(denoise, update, x_T, rows, key=key, deterministic=still, self_condition=self_condition)
 
-    return jax.vmap(run)(PaddedTable(*(jnp.asarray(column) for column in table)))
+    images: Array = jax.vmap(run)(PaddedTable(*(jnp.asarray(column) for column in table)))
+    return images
 
 
 def live_rows(update: Update) -> Update:

@@ -56,7 +56,7 @@ def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Dev
     return Mesh(np.array(given[: data * model]).reshape(data, model), ("data", "model"))
 
 
-def param_shardings(model: Network, mesh: Mesh, rules: Rules = REPLICATED) -> Any:
+def param_shardings(model: Network, mesh: Mesh, rules: Rules = REPLICATED) -> Network:
     """Where each leaf of `model` lies, as a tree like it of `NamedSharding`. The model may be abstract.
 
     Raises one ValueError that names every parameter that no rule is for, or that its rule does not fit.
@@ -87,7 +87,8 @@ def param_shardings(model: Network, mesh: Mesh, rules: Rules = REPLICATED) -> An
     placed = {path: variable.replace(place(path, variable.get_value())) for path, variable in flat.items()}
     if problems:
         raise ValueError(f"{len(problems)} parameters cannot be placed: " + "; ".join(problems[:8]))
-    return nnx.merge(graph, nnx.from_flat_state(placed))
+    shardings: Network = nnx.merge(graph, nnx.from_flat_state(placed))
+    return shardings
 
 
 class Sharded:
@@ -145,7 +146,7 @@ class Sharded:
         if problems := label_problems(config, rows, num):
             raise RequestError(problems, "sample")
         run = self._program(num, rows is not None, dataclasses.replace(request, labels=None), batch_size)
-        images = run(self.ddim.model, key, jnp.asarray(firsts, jnp.uint32), rows)
+        images: Array = run(self.ddim.model, key, jnp.asarray(firsts, jnp.uint32), rows)
         bad = ~jnp.isfinite(images).reshape(num, -1).all(axis=1)
         if bad.any():
             part, place = divmod(int(jnp.argmax(bad)), num // len(firsts))
@@ -168,7 +169,7 @@ def program(
     labelled: bool = False,
     request: Request | None = None,
     batch_size: int | None = None,
-) -> Any:
+) -> jax.stages.Wrapped:
     """`run(model, key, firsts, labels)`, jitted: `num` images on the mesh, whose devices need not be there.
 
     firsts: uint32, the number of each data part's first image; labels: `(num,)`, or None if not labelled. The model

@@ -9,17 +9,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 
 from jddim.config import PREDICTION_TYPES, did_you_mean
-from jddim.ddim import add_noise, per_sample, predict_both
+from jddim.ddim import Column, add_noise, per_sample, predict_both
 from jddim.denoisers import with_scaled_time
 from jddim.models.building import build_model
 from jddim.models.layers import at_least_float32
@@ -39,11 +39,11 @@ class Table(NamedTuple):
     beta (Eq. 15 of arXiv:2102.09672).
     """
 
-    alpha_bar: Any
-    weight: Any
-    x0_factor: Any
-    log_small: Any
-    log_large: Any
+    alpha_bar: Column
+    weight: Column
+    x0_factor: Column
+    log_small: Column
+    log_large: Column
 
 
 def training_table(task: Task) -> Table:
@@ -98,7 +98,7 @@ class Draws(NamedTuple):
     drop: Array | None = None
 
 
-def draw(key: Array, task: Task, shape: tuple[int, ...], dtype: Any) -> Draws:
+def draw(key: Array, task: Task, shape: tuple[int, ...], dtype: DTypeLike) -> Draws:
     """The draws of one step for a batch `shape`, `(b, h, w, c)`; key: the step's. Sample i's are of fold_in(key, i)."""
     b, T = shape[0], task.schedule.num_train_timesteps
     keys = jax.vmap(functools.partial(jax.random.split, num=3))(sample_keys(key, b))
@@ -146,7 +146,7 @@ def losses_of(task: Task, table: Table, output: Array, x_0: Array, x_t: Array, d
     values = None
     if task.learns_variance:
         output, values = jnp.split(output, 2, axis=-1)
-    loss = row.weight * _mean(jnp.square(output - target_of(kind, x_0, noise, row.alpha_bar)))
+    loss = _mean(jnp.square(output - target_of(kind, x_0, noise, row.alpha_bar))) * row.weight
     if values is None:
         return loss
     x0_hat, _ = predict_both(lax.stop_gradient(output), x_t, row.alpha_bar, kind)

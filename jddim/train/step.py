@@ -52,7 +52,8 @@ def fresh_params(config: ModelConfig, seed: int) -> Params:
     def make(key: Array) -> Params:
         return flat_params(build(config, dtype=jnp.float32, rngs=_Keys(key)))
 
-    return make(jax.random.fold_in(jax.random.key(seed), 2**32 - 1))  # no step's key
+    params: Params = make(jax.random.fold_in(jax.random.key(seed), 2**32 - 1))  # no step's key
+    return params
 
 
 def with_classes(
@@ -90,16 +91,16 @@ class _Keys:
         return jax.random.fold_in(self.key, self.count)
 
 
-def learning_rate(config: TrainConfig) -> Callable[[Any], Any]:
+def learning_rate(config: TrainConfig) -> Callable[[ArrayLike], Array | float]:
     """The learning rate as a function of the number of updates made."""
     optax = _optax()
     first, left = config.warmup_steps, max(config.updates - config.warmup_steps, 1)
-    after = optax.constant_schedule(config.lr)
+    after: Callable[[ArrayLike], Array | float] = optax.constant_schedule(config.lr)
     if config.lr_schedule == "cosine":
         after = optax.cosine_decay_schedule(config.lr, left, config.final_lr / config.lr)
-    if not first:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0, config.lr, first), after], [first])
+    if first:
+        after = optax.join_schedules([optax.linear_schedule(0, config.lr, first), after], [first])
+    return after
 
 
 def make_optimizer(task: Task) -> Any:
@@ -148,7 +149,8 @@ def update(
 def ema_decay(config: TrainConfig, n: ArrayLike) -> Array:
     """The average's decay at update n = 1, 2, ...: TensorFlow's ExponentialMovingAverage with num_updates = n."""
     if not config.ema_warmup:
-        return jnp.float32(config.ema_decay)
+        decay: Array = jnp.float32(config.ema_decay)
+        return decay
     n = jnp.asarray(n, jnp.float32)
     return jnp.minimum(config.ema_decay, (1 + n) / (10 + n))
 
@@ -156,7 +158,7 @@ def ema_decay(config: TrainConfig, n: ArrayLike) -> Array:
 TrainStep = Callable[[TrainState, Mapping[str, Array], Array], tuple[TrainState, dict[str, Array]]]
 
 
-def make_train_step(task: Task, mesh: Mesh | None = None) -> Any:
+def make_train_step(task: Task, mesh: Mesh | None = None) -> jax.stages.Wrapped:
     """`train_step(state, batch, key)` -> (state, {"loss", "grad_norm"}), jitted; a `TrainStep`.
 
     key: `jax.random.key(seed)`, the same at every step. mesh: data parallel along its axis "data": the state is whole
@@ -165,7 +167,7 @@ def make_train_step(task: Task, mesh: Mesh | None = None) -> Any:
     """
     optimizer, table = make_optimizer(task), training_table(task)
 
-    def train_step(state: TrainState, batch: Mapping[str, Array], key: Array) -> Any:
+    def train_step(state: TrainState, batch: Mapping[str, Array], key: Array) -> tuple[TrainState, dict[str, Array]]:
         dtype = at_least_float32(task.train.dtype)
         draws = draw(jax.random.fold_in(key, state.step), task, batch["images"].shape, dtype)
         return update(task, table, optimizer, state, batch, draws)

@@ -109,7 +109,8 @@ class Apart(nnx.Module):
         self.conv = conv
 
     def __call__(self, x: Array) -> Array:
-        return lax.optimization_barrier(self.conv(x))
+        y: Array = lax.optimization_barrier(self.conv(x))
+        return y
 
 
 class FusedAttention(nnx.Module):
