@@ -73,6 +73,25 @@ class SampleOptions(EditOptions, total=False):
     on_segment: Callable[[Preview], object] | None
 
 
+class Conventions(TypedDict, total=False):
+    """The fields of `jddim.config.SamplerConfig`, which says what they mean, as `DDIM.with_sampler` takes them."""
+
+    spacing: str
+    num_steps: int
+    eta: float
+    steps_offset: int
+    set_alpha_to_one: bool
+    clip: bool
+    clip_range: tuple[float, float]
+    threshold_ratio: float | None
+    threshold_max: float
+    rederive_eps: bool
+    prediction_type: str
+    timestep_scale: float
+    self_condition: bool
+    variance: str
+
+
 RUN = ("batch_size", "progress", "on_segment", "trajectory_every")
 """How a plan is run; no part of what is asked for."""
 
@@ -111,7 +130,7 @@ class DDIM:
             f"{used.spacing}, {used.num_steps} steps, predicts {used.prediction_type}{source})"
         )
 
-    def with_sampler(self, **conventions: Any) -> DDIM:
+    def with_sampler(self, **conventions: Unpack[Conventions]) -> DDIM:
         """The same model with other conventions: fields of `SamplerConfig`, e.g. `steps_offset=1`.
 
         To say `clip`, on or off, leaves the checkpoint's thresholding out, unless threshold_ratio is said as well.

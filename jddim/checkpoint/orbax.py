@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any
+from types import ModuleType
 
 
 def is_full_disk(error: Exception) -> bool:
@@ -15,11 +15,12 @@ def is_full_disk(error: Exception) -> bool:
     return os.strerror(errno.ENOSPC) in str(error)
 
 
-def orbax() -> Any:
+def orbax() -> ModuleType:
     """Orbax, imported on first use (it takes half a second)."""
     import orbax.checkpoint as ocp
 
-    return ocp
+    module: ModuleType = ocp
+    return module
 
 
 @contextlib.contextmanager

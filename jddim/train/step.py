@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,16 @@ class TrainState(NamedTuple):
     params: Params
     ema: Params
     opt_state: Any
+
+
+class Optimizer(Protocol):
+    """What optax's transformations and its `MultiSteps` have in common."""
+
+    def init(self, params: Params) -> object:
+        """The state before the first update."""
+
+    def update(self, updates: Params, state: object, params: Params) -> tuple[Params, object]:
+        """What a gradient changes of the parameters, and the next state."""
 
 
 def fresh_params(config: ModelConfig, seed: int) -> Params:
@@ -103,7 +113,7 @@ def learning_rate(config: TrainConfig) -> Callable[[ArrayLike], Array | float]:
     return after
 
 
-def make_optimizer(task: Task) -> Any:
+def make_optimizer(task: Task) -> Optimizer:
     """Clipping, then Adam; over `accumulate` batches' mean gradient. What a checkpoint's source keeps fixed, stays."""
     optax, config = _optax(), task.train
     parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
@@ -114,7 +124,7 @@ def make_optimizer(task: Task) -> Any:
         parts.append(optax.adam(learning_rate(config), **settings))
     if isinstance(task.model, UNetConfig) and task.model.time_embedding == "fourier":
         parts.append(optax.masked(optax.set_to_zero(), lambda params: {name: name in FIXED for name in params}))
-    optimizer = optax.chain(*parts)
+    optimizer: Optimizer = optax.chain(*parts)
     return optimizer if config.accumulate == 1 else optax.MultiSteps(optimizer, config.accumulate)
 
 
@@ -131,7 +141,7 @@ def init_state(task: Task, params: Mapping[str, ArrayLike]) -> TrainState:
 
 
 def update(
-    task: Task, table: Table, optimizer: Any, state: TrainState, batch: Mapping[str, Array], draws: Draws
+    task: Task, table: Table, optimizer: Optimizer, state: TrainState, batch: Mapping[str, Array], draws: Draws
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step with these draws. Returns the state and the step's loss (per value) and gradient norm, unclipped."""
     config = task.train
