@@ -129,7 +129,7 @@ def run(
             if wrong is None:
                 made(len(layout.images(k)))
                 continue
-            if not wrong.endswith("is missing"):
+            if layout.path(out, k).exists() or layout.receipt(out, k).exists():
                 say(f"{wrong}; it is made again")
             shards.remove(out, layout, k)
             missing.append(k)

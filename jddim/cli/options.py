@@ -32,7 +32,7 @@ def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None
         if reason is None:
             place = conventions if option.convention else sub
             place.add_argument(option.flag, dest=name, default=default, help=told.get(name, option.help), **option.how)
-        elif "alone" not in reason:
+        elif not option.only:
             spellings = [option.flag]
             if option.how.get("action") is argparse.BooleanOptionalAction:
                 spellings.append(f"--no-{option.flag[2:]}")

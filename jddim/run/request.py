@@ -50,7 +50,8 @@ class Option:
     """What the doors need to know of a field of `Request`.
 
     flag: as the command line has it. help: one line. how: argparse's keywords that say how the text is read.
-    left_out: command -> why it does not take this, or OWN. convention: it stands for fields of `SamplerConfig`, and
+    left_out: command -> why it does not take this, or OWN. only: the commands that it is of, where the rest do not know
+    it at all; all of them where this is empty. convention: it stands for fields of `SamplerConfig`, and
     None means the checkpoint's.
     """
 
@@ -58,6 +59,7 @@ class Option:
     help: str
     how: Mapping[str, Any]
     left_out: Mapping[str, str]
+    only: Sequence[str]
     convention: bool
 
 
@@ -77,7 +79,7 @@ def _option(
         left_out = {
             command: f"it is of jddim {' and '.join(only)} alone" for command in COMMANDS if command not in only
         }
-    return dataclasses.field(default=default, metadata={"option": Option(flag, text, how, left_out, convention)})
+    return dataclasses.field(default=default, metadata={"option": Option(flag, text, how, left_out, only, convention)})
 
 
 def whole_seed(text: str) -> int:
