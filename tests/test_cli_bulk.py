@@ -44,6 +44,34 @@ def command(*words: object, status: int = 0) -> None:
     assert main([str(word) for word in words]) == status
 
 
+def test_a_set_of_ermongroups_ddpm_noisy_is_its_numpy_loop(tmp_path: Path) -> None:
+    """Its `sample_type: ddpm_noisy`, `skip_type: uniform`, for the network and the noise of the set."""
+    ckpt = write_checkpoint(tmp_path / "ckpt", **(SMALL | {"class_embedding": None, "num_classes": None}))
+    how = ["--method", "ddpm", "--variance", "fixed_large", "--steps", "7", "--clip", "--seed", "3"]
+    command("bulk", ckpt, tmp_path / "set", "--num", 5, "--batch-size", 5, *how)
+    with np.load(tmp_path / "set" / "shard-00000.npz") as held:
+        images = held["arr_0"].astype(int)
+
+    ddim = jddim.load(ckpt)
+    keys, network = jddim.sample_keys(jax.random.key(3), 5), jax.jit(ddim.model)
+    shape = images.shape[1:]
+    at = dict(enumerate([1.0, *ddim.schedule.alphas_cumprod], start=-1))
+    seq = list(range(0, 1000, 1000 // 7))
+    x = np.asarray(jddim.initial_noise(keys, shape), np.float64)
+    for s, (t, t_next) in enumerate(zip(reversed(seq), reversed([-1, *seq[:-1]]), strict=True)):
+        e = np.asarray(network(x.astype(np.float32), np.full(5, t)), np.float64)
+        noise = [jax.random.normal(jax.random.fold_in(key, s + 1), shape) for key in keys]
+        beta_t = 1 - at[t] / at[t_next]
+        x0_from_e = np.clip(np.sqrt(1 / at[t]) * x - np.sqrt(1 / at[t] - 1) * e, -1, 1)
+        mean = (np.sqrt(at[t_next]) * beta_t * x0_from_e + np.sqrt(1 - beta_t) * (1 - at[t_next]) * x) / (1 - at[t])
+        x = mean + (t != 0) * np.sqrt(beta_t) * np.asarray(noise, np.float64)
+    again = to_uint8(x.astype(np.float32)).astype(int)
+    assert np.ptp(again) > 100
+    apart = np.abs(images - again)  # float32 beside float64: a value may fall on the other side of a rounding
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 0.02
+
+
 def test_the_images_are_the_samplers(folder: Path, tmp_path: Path) -> None:
     command("collect", folder / "png", tmp_path / "all.npz")
     with np.load(tmp_path / "all.npz") as held:

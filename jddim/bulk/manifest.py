@@ -11,12 +11,9 @@ from typing import Any
 
 from jddim.bulk.shards import Layout
 from jddim.config import METHODS, SamplerConfig, did_you_mean, from_json, to_json
-from jddim.run.request import Request, options, type_problems
+from jddim.run.request import ALWAYS_SAID, Request, options, type_problems
 
 FORMAT_VERSION = 1
-
-ALWAYS = ("seed", "method", "labels", "guidance_scale", "null_label", "dtype")
-"""What a manifest says of a request even where it is the default."""
 
 
 class BulkError(ValueError):
@@ -64,10 +61,10 @@ class BulkConfig:
             raise ValueError("; ".join(problems))
 
     def to_json(self) -> dict[str, Any]:
-        """The set and its request side by side, as JSON; of the request, ALWAYS and what differs from the defaults."""
-        asked = {name: getattr(self.request, name) for name in ALWAYS}
+        """The set and its request side by side, as JSON; of the request, ALWAYS_SAID and what differs from the defaults."""
+        asked = {name: getattr(self.request, name) for name in ALWAYS_SAID}
         kept = {"batch_size": self.batch_size, "shard_size": self.shard_size, "format": self.format}
-        more = {name: value for name, value in self.request.to_json().items() if name not in ALWAYS}
+        more = {name: value for name, value in self.request.to_json().items() if name not in ALWAYS_SAID}
         return {"num": self.num, **asked, **kept, **more}
 
     @staticmethod

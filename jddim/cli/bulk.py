@@ -150,7 +150,7 @@ def _bulk(args: argparse.Namespace) -> int:
     first = plan.Inputs(jax.random.key(asked.seed))
     plan.plan(ddim, asked, first, 1, args.batch_size).check("bulk")  # raises before anything is written
     if automatic and not begun:
-        size = fastest_batch_size(args, ddim, args.num)
+        size = fastest_batch_size(request, ddim, args.num)
         config = dataclasses.replace(config, batch_size=size, shard_size=args.shard_size)
     manifest = Manifest(_relative(args.ckpt, args.out), metadata.sha256, config, ddim.sampler, bulk.versions())
     if args.distributed is not None:

@@ -63,7 +63,7 @@ def _invert(args: argparse.Namespace) -> int:
     request = request_of(args, "invert")
     ddim = jddim.load(args.ckpt, dtype=request.dtype)
     if args.batch_size == "auto":
-        args.batch_size = fastest_batch_size(args, ddim, len(images))
+        args.batch_size = fastest_batch_size(request, ddim, len(images))
     up = plan(ddim, request, Inputs(images=images), batch_size=args.batch_size).check("invert")
     started = time.perf_counter()
     x_T, _ = run(up, batch_size=args.batch_size, progress=True)

@@ -115,11 +115,11 @@ def read_batch_size(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"takes a number of images, or auto; got {text!r}") from None
 
 
-def fastest_batch_size(args: argparse.Namespace, ddim: DDIM, num: int) -> int:
+def fastest_batch_size(request: Request, ddim: DDIM, num: int) -> int:
     """What `--batch-size auto` stands for: tried, and told of, here."""
     from jddim.scale.batch_size import best_batch_size
 
-    return best_batch_size(ddim, num, evaluations=1 + (args.guidance_scale is not None), say=say)
+    return best_batch_size(ddim, num, evaluations=request.evaluations, say=say)
 
 
 def one_line(error: BaseException) -> str:

@@ -101,7 +101,7 @@ def _sample(args: argparse.Namespace) -> int:
     request = request_of(args, "sample")
     ddim = jddim.load(args.ckpt, dtype=request.dtype)
     if args.batch_size == "auto":
-        args.batch_size = fastest_batch_size(args, ddim, num)
+        args.batch_size = fastest_batch_size(request, ddim, num)
     key = jax.random.key(request.seed)
     planned = plan(ddim, request, Inputs(key, x_T=x_T, noise=noise), num, args.batch_size).check("sample")
     table, used = planned.rows, planned.sampler

@@ -130,6 +130,11 @@ class Plan:
         """The run of one batch."""
         return Part(self, batch)
 
+    @property
+    def scale(self) -> Images | None:
+        """The guidance's, one an image; None: nothing is guided."""
+        return self.inputs.guidance_scale  # type: ignore[return-value]  # a plan's is an array
+
     def guidance(self, scale: Array) -> Guidance:
         """The guidance at this scale, one an image."""
         rescale = None if self.rescale is None else jnp.asarray(self.rescale, self.dtype)
@@ -237,7 +242,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     if num is None and given is not None:
         num = given.shape[0] if np.ndim(given) else None
     if inputs.images is not None and (np.ndim(inputs.images) != 4 or not num):
-        told = f"images must have shape (num, h, w, {config.in_channels}) with num at least 1, got {np.shape(given)}"
+        told = f"images must have shape (num, h, w, {config.in_channels}) with num at least 1, got {np.shape(inputs.images)}"
         problems.append(("images", told))
         inputs, given, num = (
             inputs._replace(images=np.zeros((1, *config.image_size, config.in_channels), dtype)),
@@ -274,8 +279,8 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         numbers = inputs.numbers if inputs.numbers is not None else _numbers(request.start, num)
         if labels is None and request.labels is not None:
             null = ddim.null_label if request.null_label is None else request.null_label
-            labels, told = labels_of(request.labels, config.num_classes, null, numbers)
-            problems += told
+            labels, wrong = labels_of(request.labels, config.num_classes, null, numbers)
+            problems += wrong
         rows_of_noise = (rows.num_steps, *((2,) if resampled else ()), num, *shape)
         needs_noise = method.stochastic or resampled or (method.takes_eta and not is_zero(eta))
         if not isinstance(method, Inversion):

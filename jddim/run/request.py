@@ -336,6 +336,11 @@ class Request:
         cleared = {o.name: None for o in options() if o.convention} | dict.fromkeys(("steps", "eta", "spacing"))
         return dataclasses.replace(self, **cleared), used
 
+    @property
+    def evaluations(self) -> int:
+        """Images that the network sees for each one that is made, in one evaluation."""
+        return 1 if self.guidance_scale is None else 2
+
     def asked(self) -> dict[str, Any]:
         """The fields that differ from the defaults, by name."""
         return {o.name: value for o in options() if (value := getattr(self, o.name)) != o.default}
@@ -373,6 +378,10 @@ class Request:
         if problems := type_problems(request):
             raise ValueError("Request: " + "; ".join(problems))
         return request
+
+
+ALWAYS_SAID = ("seed", "method", "labels", "guidance_scale", "null_label", "dtype")
+"""The fields that a manifest says even where they are the defaults: those that its first version had."""
 
 
 class Named(typing.NamedTuple):

@@ -68,7 +68,7 @@ def export_sampler(
     one = Inputs(key=jax.random.key(0), labels=np.zeros(1, np.int32) if labelled else None)
     planned = plan(ddim, request, one, 1).check("sample")
     method, dtype = planned.program.method, planned.dtype
-    scale = request.guidance_scale
+    scale = planned.scale
 
     def sample(weights: dict[str, Array], seed: Array, numbers: Array, *rest: Array) -> Array:
         given = dict(zip(names[3:], rest, strict=True))
@@ -87,7 +87,7 @@ def export_sampler(
                     None,
                     planned.limits,
                     given.get("labels"),
-                    None if scale is None else planned.guidance(each(scale)),
+                    None if scale is None else planned.guidance(each(scale[0])),
                 ),
             )
         )
@@ -102,13 +102,7 @@ def export_sampler(
     takes |= {"eta": _of((), jnp.float32)} if method.takes_eta else {}
     takes |= {"labels": _of((batch,), jnp.int32)} if labelled else {}
     names = list(takes)
-    about: dict[str, Any] = {
-        "kind": "sampler",
-        "method": request.method,
-        "guidance_scale": scale,
-        "null_label": planned.null_label,
-    }
-    about |= {"request": request.to_json(), "num_steps": planned.rows.num_steps}
+    about = {"kind": "sampler", "request": request.to_json(), "num_steps": planned.rows.num_steps}
     return _exported(ddim, sample, takes, about, platforms, planned.sampler)
 
 

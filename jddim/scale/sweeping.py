@@ -10,12 +10,13 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jddim.pipeline import DDIM
+from jddim.pipeline import DDIM, SampleOptions
+from jddim.run.plan import Inputs
 from jddim.run.problems import eta_problems
 from jddim.run.request import RequestError
 from jddim.sampling import sample_keys
 
-PER_IMAGE = {"labels": 0, "guidance_scale": 0, "x_T": 0, "noise": 1}
+PER_IMAGE = {name: int(name == "noise") for name in Inputs._fields if name in SampleOptions.__annotations__}
 """Options of `DDIM.sample` that may have one value per image, and along which axis."""
 
 

@@ -67,11 +67,19 @@ class Asked:
     mask: bytes | None = None
 
     @property
+    def guided(self) -> bool:
+        """Whether there is guidance, which is another program."""
+        return self.request.guidance_scale is not None
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All but the pictures, as JSON."""
         own = {name: getattr(self, name) for name in ("checkpoint", "mode", "seed_to", "num", "label")}
         return {**own, **{o.name: getattr(self.request, o.name) for o in taken_by("page")}}
 
+
+GUIDED = {"guidance_scale": 1.0, "null_label": 0}
+"""Of a request with guidance, whichever."""
 
 MADE_BY_HAND = ("method", "steps", "eta", "spacing", "seed", "guidance_scale", "null_label")
 """Fields of `Request` whose controls the page draws itself; it makes those of the rest from `fields`."""

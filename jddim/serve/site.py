@@ -40,6 +40,7 @@ from jddim.scale.stepping import Inverted, Run
 from jddim.serve import snippets
 from jddim.serve.jobs import Busy, Job, Queue, status
 from jddim.serve.request import (
+    GUIDED,
     Asked,
     Bounds,
     Refused,
@@ -131,7 +132,7 @@ class Site:
             mask = base64.b64encode(bytes([255]) * math.prod(_shape(ddim)[:2])).decode()
             for guided in [False] if classes is None else [False, True]:  # guidance is between classes
                 how: dict[str, Any] = {"checkpoint": name, "steps": 2, "num": 1}
-                how |= {"guidance_scale": 1.0, "null_label": 0} if guided else {}
+                how |= GUIDED if guided else {}
                 asked: dict[str, Any] = {method: {"method": method} for method in self.methods[name]}
                 asked["inpaint"] = {"mode": "inpaint", "picture": picture, "mask": mask}
                 if not ddim.sampler.self_condition:
@@ -171,7 +172,7 @@ class Site:
 
     def needs(self, request: Asked) -> set[tuple[str, str, bool]]:
         """The programs of a request."""
-        guided = request.request.guidance_scale is not None
+        guided = request.guided
         parts = {"inpaint": ["inpaint"], "invert": ["invert", "ddim"]}.get(request.mode, [request.request.method])
         return {(request.checkpoint, part, guided) for part in parts}
 
