@@ -13,7 +13,8 @@ that x_next. As in `jddim.sampling`, the loops are traceable and hold no jit of 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Unpack, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,13 +24,21 @@ from jax.typing import ArrayLike
 from jddim import ddim
 from jddim.config import did_you_mean
 from jddim.ddim import StepTable
-from jddim.sampling import Denoiser, Update, check_prediction, limiter, update_loop
+from jddim.sampling import Conventions, Denoiser, Limits, Trajectory, check_prediction, limiter, update_loop
 
 CONVENTIONS = ("paper", "diffusers", "openai")
 
 
+class InvertOptions(Conventions, total=False):
+    """The keyword arguments of `invert_loop`, but trajectory_every."""
+
+    convention: str
+    refine: int
+    rederive_eps: bool
+
+
 def inversion_table(table: StepTable, convention: str = "diffusers") -> StepTable:
-    """The rows of inversion, from x_0 up to x_T, for the sampler's `table` (on the host).
+    """The rows of inversion, from x_0 up to x_T, for the sampler's `table`, whose timesteps are on the host.
 
     convention: "paper", the sampler's steps taken backwards, each asking the network at the t it leaves (Eq. 13; t = 0
     for the clean image, whose eps no network is trained for); "diffusers" (DDIMInverseScheduler), the same steps,
@@ -45,7 +54,7 @@ def inversion_table(table: StepTable, convention: str = "diffusers") -> StepTabl
     >>> rows.t.tolist(), rows.t_prev.tolist()
     ([0, 9, 400], [9, 400, 800])
     """
-    up = StepTable(*(np.asarray(column)[::-1] for column in table))
+    up = StepTable(*(column[::-1] for column in table))
     step = up.step[::-1]
     match convention:
         case "paper":
@@ -54,7 +63,8 @@ def inversion_table(table: StepTable, convention: str = "diffusers") -> StepTabl
             return StepTable(step, up.t, up.t, up.alpha_bar_prev, up.alpha_bar_t)
         case "openai":
             t_next = np.append(up.t[1:], up.t[-1:] + 1)
-            alpha_bar_next = np.append(up.alpha_bar_t[1:], np.zeros_like(up.alpha_bar_t[:1]))
+            concatenate = np.concatenate if isinstance(up.alpha_bar_t, np.ndarray) else jnp.concatenate
+            alpha_bar_next = concatenate([up.alpha_bar_t[1:], np.zeros(1, up.alpha_bar_t.dtype)])
             return StepTable(step, up.t, t_next, up.alpha_bar_t, alpha_bar_next)
     raise ValueError(f"unknown convention {convention!r}{did_you_mean(convention, CONVENTIONS)}")
 
@@ -65,9 +75,17 @@ def invert_step(x0: Array, eps: Array, *, alpha_bar_next: ArrayLike) -> Array:
     With the x0 of `jddim.ddim.predict_x0` this is Eq. 13; like it, it goes either way.
     """
     a = ddim.per_sample(alpha_bar_next, x0)
-    return jnp.sqrt(a) * x0 + jnp.sqrt(1 - a) * eps
+    return ddim.root(a) * x0 + ddim.root(1 - a) * eps
 
 
+@overload
+def invert_loop(
+    denoise: Denoiser, x_0: Array, table: StepTable, *, trajectory_every: None = None, **options: Unpack[InvertOptions]
+) -> Array: ...
+@overload
+def invert_loop(
+    denoise: Denoiser, x_0: Array, table: StepTable, *, trajectory_every: int, **options: Unpack[InvertOptions]
+) -> tuple[Array, Trajectory]: ...
 def invert_loop(
     denoise: Denoiser,
     x_0: Array,
@@ -76,15 +94,15 @@ def invert_loop(
     convention: str = "diffusers",
     refine: int = 0,
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    clip_range: Limits | None = None,
+    threshold: Limits | None = None,
     rederive_eps: bool = False,
     trajectory_every: int | None = None,
-) -> Any:
+) -> Array | tuple[Array, Trajectory]:
     """DDIM inversion from x_0 to x_T, along the sampler's `table`. Traceable; deterministic, so without eta and noise.
 
     denoise: as for `jddim.sampling.sample_loop`. x_0: `(b, ...)` float, clean images. table: the one to sample x_T
-    with, on the host. convention: see `inversion_table`.
+    with, its timesteps on the host. convention: see `inversion_table`.
     refine: k more evaluations a step, each asking for eps at the x_next found last and finding another x_next with it.
     Where that settles, the sampler's step from x_next, with the same arguments, returns x_t, and the way back at
     eta = 0 leads to x_0 up to rounding. With x0 limited but eps not re-derived, it can only if no x0 leaves the limits.
@@ -113,10 +131,10 @@ def invert_update(
     *,
     refine: int = 0,
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    clip_range: Limits | None = None,
+    threshold: Limits | None = None,
     rederive_eps: bool = False,
-) -> Update:
+) -> Callable[..., tuple[Array, Array]]:
     """`invert_loop`'s step, for an `inversion_table`; what the arguments mean is said there. It uses no noise."""
     limit = limiter(clip_range, threshold)
 
@@ -146,10 +164,14 @@ def invert_update(
 
 
 def check_inversion(table: StepTable, convention: str, refine: int, prediction_type: str) -> None:
-    """Raise ValueError, with all that is wrong, if the sampler's `table` cannot be inverted so."""
+    """Raise ValueError, with all that is wrong, if the sampler's `table` cannot be inverted so.
+
+    Of alpha_bar, only what is on the host is looked at.
+    """
     problems = []
     try:
-        from_clean = inversion_table(table, convention).alpha_bar_t[0] == 1
+        start = inversion_table(table, convention).alpha_bar_t[0]
+        from_clean = not isinstance(start, Array) and start == 1
     except ValueError as error:
         problems.append(str(error))
         from_clean = False

@@ -61,7 +61,7 @@ class BulkConfig:
             raise ValueError("; ".join(problems))
 
     def to_json(self) -> dict[str, Any]:
-        """The set and its request side by side, as JSON; of the request, ALWAYS_SAID and what differs from the defaults."""
+        """The set and its request side by side, as JSON: ALWAYS_SAID, and what differs from the defaults."""
         asked = {name: getattr(self.request, name) for name in ALWAYS_SAID}
         kept = {"batch_size": self.batch_size, "shard_size": self.shard_size, "format": self.format}
         more = {name: value for name, value in self.request.to_json().items() if name not in ALWAYS_SAID}

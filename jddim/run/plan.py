@@ -242,8 +242,8 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     if num is None and given is not None:
         num = given.shape[0] if np.ndim(given) else None
     if inputs.images is not None and (np.ndim(inputs.images) != 4 or not num):
-        told = f"images must have shape (num, h, w, {config.in_channels}) with num at least 1, got {np.shape(inputs.images)}"
-        problems.append(("images", told))
+        told = f"images must have shape (num, h, w, {config.in_channels}) with num at least 1, got "
+        problems.append(("images", f"{told}{np.shape(inputs.images)}"))
         inputs, given, num = (
             inputs._replace(images=np.zeros((1, *config.image_size, config.in_channels), dtype)),
             None,
