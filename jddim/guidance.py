@@ -235,7 +235,8 @@ def label_gradient(classifier: Callable[[Array, Array], Array], labels: Array, s
             log_p = jax.nn.log_softmax(classifier(x_t, t))
             return jnp.take_along_axis(log_p, labels[:, None], axis=1).sum()
 
-        return _at(scale, t, x_t) * jax.grad(log_likelihood)(x_t)
+        gradient: Array = jax.grad(log_likelihood)(x_t)
+        return _at(scale, t, x_t) * gradient
 
     return cond_fn
 

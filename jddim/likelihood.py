@@ -105,7 +105,8 @@ def _with_divergence(f: Denoiser, y: Array, probes: Array | None) -> tuple[Array
 
     def along(v: Array) -> Array:
         v = jnp.zeros_like(y) + v
-        return (v * derivative(v)).reshape(y.shape[0], -1).sum(axis=1)
+        products: Array = v * derivative(v)
+        return products.reshape(y.shape[0], -1).sum(axis=1)
 
     if probes is not None:
         return value, lax.map(along, probes).mean(axis=0)

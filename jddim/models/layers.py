@@ -291,7 +291,8 @@ class Upsample(nnx.Module):
 
 def average_pool(x: Array) -> Array:
     """The mean of each 2x2 square: `(b, h, w, c)` -> `(b, h/2, w/2, c)`."""
-    return nnx.avg_pool(x, (2, 2), strides=(2, 2))
+    pooled: Array = nnx.avg_pool(x, (2, 2), strides=(2, 2))
+    return pooled
 
 
 def nearest(x: Array) -> Array:
