@@ -16,7 +16,9 @@ from jddim.run.problems import eta_problems
 from jddim.run.request import RequestError
 from jddim.sampling import sample_keys
 
-PER_IMAGE = {name: int(name == "noise") for name in Inputs._fields if name in SampleOptions.__annotations__}
+PER_IMAGE = {
+    name: int(name == "noise") for name in Inputs._fields if name in SampleOptions.__annotations__ and name != "eta"
+}
 """Options of `DDIM.sample` that may have one value per image, and along which axis."""
 
 
