@@ -6,6 +6,7 @@ Equation numbers are the paper's; its alpha_t is the DDPM papers' alpha_bar_t, t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -105,19 +106,19 @@ def sampler_table(
 def add_noise(x0: Array, noise: Array, alpha_bar_t: ArrayLike) -> Array:
     """A sample of q(x_t | x0), Eq. 4: sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise, noise ~ N(0, I) like x0."""
     a = per_sample(alpha_bar_t, x0)
-    return jnp.sqrt(a) * x0 + jnp.sqrt(1 - a) * noise
+    return root(a) * x0 + root(1 - a) * noise
 
 
 def predict_x0(x_t: Array, eps: Array, alpha_bar_t: ArrayLike) -> Array:
     """The clean image that x_t and its noise imply, Eq. 9: (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
     a = per_sample(alpha_bar_t, x_t)
-    return (x_t - jnp.sqrt(1 - a) * eps) / jnp.sqrt(a)
+    return (x_t - root(1 - a) * eps) / jnp.sqrt(a)
 
 
 def predict_eps(x_t: Array, x0: Array, alpha_bar_t: ArrayLike) -> Array:
     """The noise that x_t and its clean image imply, Eq. 9 solved for eps; alpha_bar_t < 1."""
     a = per_sample(alpha_bar_t, x_t)
-    return (x_t - jnp.sqrt(a) * x0) / jnp.sqrt(1 - a)
+    return (x_t - root(a) * x0) / jnp.sqrt(1 - a)
 
 
 def predict_both(
@@ -135,7 +136,7 @@ def predict_both(
             return output, predict_eps(x_t, output, alpha_bar_t)
         case "v_prediction":
             a = per_sample(alpha_bar_t, x_t)
-            return jnp.sqrt(a) * x_t - jnp.sqrt(1 - a) * output, jnp.sqrt(a) * output + jnp.sqrt(1 - a) * x_t
+            return root(a) * x_t - root(1 - a) * output, root(a) * output + root(1 - a) * x_t
     raise ValueError(f"unknown prediction_type {prediction_type!r}{did_you_mean(prediction_type, PREDICTION_TYPES)}")
 
 
@@ -145,7 +146,8 @@ def dynamic_threshold(x0: Array, ratio: ArrayLike = 0.995, largest: ArrayLike = 
     s: each sample's `ratio` quantile of abs(x0), held between 1 and `largest` (diffusers' `sample_max_value`; its
     default 1 makes this the clamp to [-1, 1]).
     """
-    s = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], -1), ratio, axis=1)
+    ratio = jnp.asarray(ratio, jnp.result_type(ratio, x0))  # 1 as well as 1.0
+    s = jnp.quantile(jnp.abs(x0).reshape(x0.shape[0], math.prod(x0.shape[1:])), ratio, axis=1)
     s = per_sample(jnp.clip(s, 1, largest), x0)
     return jnp.clip(x0, -s, s) / s
 
@@ -153,7 +155,7 @@ def dynamic_threshold(x0: Array, ratio: ArrayLike = 0.995, largest: ArrayLike = 
 def ddim_sigma(alpha_bar_t: ArrayLike, alpha_bar_prev: ArrayLike, eta: ArrayLike) -> Array:
     """The standard deviation of the noise a step adds, Eq. 16. eta 0: none; eta 1: the DDPM posterior's."""
     a_t, a_prev = jnp.asarray(alpha_bar_t), jnp.asarray(alpha_bar_prev)
-    return jnp.asarray(eta) * jnp.sqrt((1 - a_prev) * _forgotten(a_t, a_prev))
+    return jnp.asarray(eta) * root((1 - a_prev) * _forgotten(a_t, a_prev))
 
 
 def ddim_step(
@@ -179,8 +181,8 @@ def ddim_step(
     a_t, a_prev, eta = (per_sample(value, x0) for value in (alpha_bar_t, alpha_bar_prev, eta))
     sigma = ddim_sigma(a_t, a_prev, eta)
     # 1 - alpha_bar_prev - sigma^2, factored: in float32 the plain difference rounds below 0 where alpha_bar_t is tiny.
-    direction = _sqrt((1 - a_prev) * (1 - eta**2 * _forgotten(a_t, a_prev)))
-    return jnp.sqrt(a_prev) * x0 + direction * eps + sigma * noise
+    direction = root((1 - a_prev) * (1 - eta**2 * _forgotten(a_t, a_prev)))
+    return root(a_prev) * x0 + direction * eps + sigma * noise
 
 
 def ddpm_step(
@@ -202,12 +204,13 @@ def ddpm_step(
     """
     a_t, a_prev = per_sample(alpha_bar_t, x_t), per_sample(alpha_bar_prev, x_t)
     beta = 1 - a_t / a_prev
-    mean = (jnp.sqrt(a_prev) * beta * x0 + jnp.sqrt(1 - beta) * (1 - a_prev) * x_t) / (1 - a_t)
-    small, large = ddim_sigma(a_t, a_prev, 1.0), jnp.sqrt(beta)
+    mean = (root(a_prev) * beta * x0 + root(1 - beta) * (1 - a_prev) * x_t) / (1 - a_t)
+    small, large = ddim_sigma(a_t, a_prev, 1.0), root(beta)
     inner = (a_prev < 1) & (a_prev > a_t)  # a step to the clean image, or from t to itself, adds none
     if not isinstance(variance, str):
         fraction = (variance + 1) / 2
-        sigma = jnp.where(inner, large**fraction * jnp.where(inner, small, 1) ** (1 - fraction), 0)
+        small, large = jnp.where(inner, small, 1), jnp.where(inner, large, 1)
+        sigma = jnp.where(inner, large**fraction * small ** (1 - fraction), 0)
     elif variance == "fixed_small":
         sigma = small
     elif variance == "fixed_large":
@@ -234,15 +237,16 @@ def per_sample(value: ArrayLike, x: Array) -> Array:
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim)) if value.ndim == 1 else value
 
 
+def root(u: ArrayLike) -> Array:
+    """sqrt(u) with derivative 0, not infinity, at u = 0: where a step begins or ends at alpha_bar = 0 or 1."""
+    u = jnp.asarray(u)
+    zero = u == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, u)))
+
+
 def _forgotten(a_t: ArrayLike, a_prev: ArrayLike) -> Array:
     """sigma^2 / (1 - alpha_bar_prev) at eta = 1: how much of the noise at alpha_bar_prev is drawn anew.
 
     In [0, 1], in floating point too: alpha_bar_t / alpha_bar_prev never rounds below alpha_bar_t.
     """
     return (1 - jnp.asarray(a_t) / a_prev) / (1 - a_t)
-
-
-def _sqrt(u: Array) -> Array:
-    """sqrt(u) with derivative 0, not infinity, at u = 0: the last step has 1 - alpha_bar_prev - sigma^2 = 0."""
-    zero = u == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, u)))

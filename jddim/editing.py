@@ -33,6 +33,7 @@ def slerp(a: Array, b: Array, fraction: ArrayLike) -> Array:
     """
     axes = (-3, -2, -1)
     fraction = jnp.asarray(fraction, a.dtype)[..., None, None, None]
+    fraction = fraction.reshape((1,) * (a.ndim - fraction.ndim) + fraction.shape)
     norms = jnp.sqrt(jnp.square(a).sum(axes, keepdims=True) * jnp.square(b).sum(axes, keepdims=True))
     cosine = (a * b).sum(axes, keepdims=True) / norms
     line = 1 - jnp.abs(cosine) < 1e-6  # float32's rounding of the cosine
@@ -162,7 +163,7 @@ def repaint(update: Update, known: Array, keep: ArrayLike) -> Update:
             )
         x_prev, x0 = keep_known(update, known, keep, noise[0])(x_t, output, noise[0], row)
         a = per_sample(row.alpha_bar_back / row.alpha_bar_prev, x_t)
-        return jnp.sqrt(a) * x_prev + jnp.sqrt(1 - a) * noise[1], x0
+        return ddim.root(a) * x_prev + ddim.root(1 - a) * noise[1], x0
 
     return painted
 
@@ -219,4 +220,4 @@ def _mask(keep: ArrayLike, known: Array) -> Array:
     if not fits:
         example = (*known.shape[1:3], 1)
         raise ValueError(f"keep must broadcast to the images {known.shape}, e.g. {example}; got {keep.shape}")
-    return keep
+    return keep.reshape((1,) * (known.ndim - keep.ndim) + keep.shape)

@@ -45,7 +45,7 @@ def inversion_table(table: StepTable, convention: str = "diffusers") -> StepTabl
     >>> rows.t.tolist(), rows.t_prev.tolist()
     ([0, 9, 400], [9, 400, 800])
     """
-    up = StepTable(*(np.asarray(column)[::-1] for column in table))
+    up = StepTable(*(column[::-1] for column in table))
     step = up.step[::-1]
     match convention:
         case "paper":
@@ -54,7 +54,8 @@ def inversion_table(table: StepTable, convention: str = "diffusers") -> StepTabl
             return StepTable(step, up.t, up.t, up.alpha_bar_prev, up.alpha_bar_t)
         case "openai":
             t_next = np.append(up.t[1:], up.t[-1:] + 1)
-            alpha_bar_next = np.append(up.alpha_bar_t[1:], np.zeros_like(up.alpha_bar_t[:1]))
+            concatenate = np.concatenate if isinstance(up.alpha_bar_t, np.ndarray) else jnp.concatenate
+            alpha_bar_next = concatenate([up.alpha_bar_t[1:], np.zeros(1, up.alpha_bar_t.dtype)])
             return StepTable(step, up.t, t_next, up.alpha_bar_t, alpha_bar_next)
     raise ValueError(f"unknown convention {convention!r}{did_you_mean(convention, CONVENTIONS)}")
 
@@ -65,7 +66,7 @@ def invert_step(x0: Array, eps: Array, *, alpha_bar_next: ArrayLike) -> Array:
     With the x0 of `jddim.ddim.predict_x0` this is Eq. 13; like it, it goes either way.
     """
     a = ddim.per_sample(alpha_bar_next, x0)
-    return jnp.sqrt(a) * x0 + jnp.sqrt(1 - a) * eps
+    return ddim.root(a) * x0 + ddim.root(1 - a) * eps
 
 
 def invert_loop(
@@ -151,10 +152,14 @@ def invert_steps(
 
 
 def check_inversion(table: StepTable, convention: str, refine: int, prediction_type: str) -> None:
-    """Raise ValueError, with all that is wrong, if the sampler's `table` cannot be inverted so."""
+    """Raise ValueError, with all that is wrong, if the sampler's `table` cannot be inverted so.
+
+    Of alpha_bar, only what is on the host is looked at.
+    """
     problems = []
     try:
-        from_clean = inversion_table(table, convention).alpha_bar_t[0] == 1
+        start = inversion_table(table, convention).alpha_bar_t[0]
+        from_clean = not isinstance(start, Array) and start == 1
     except ValueError as error:
         problems.append(str(error))
         from_clean = False

@@ -88,11 +88,12 @@ def log_likelihood(
     h_log = np.diff(np.log(sigma)) / 2
     columns = (alpha_bar[:-1], alpha_bar[1:], np.diff(sigma), h_log * sigma[:-1], h_log * sigma[1:])
     floats = [jnp.asarray(column, x_0.dtype) for column in columns]
-    start = (x_0 / math.sqrt(alpha_bar[0]), jnp.zeros(x_0.shape[0], x_0.dtype))
+    nothing = jnp.zeros_like(x_0.sum(axis=tuple(range(1, x_0.ndim))))  # one for each sample, where it lies
+    start = (x_0 / math.sqrt(alpha_bar[0]), nothing)
     (y, integral), _ = lax.scan(step, start, (jnp.asarray(t[:-1]), jnp.asarray(t[1:]), *floats))
 
     x_T = math.sqrt(alpha_bar[-1]) * y
-    size = x_0[0].size
+    size = math.prod(x_0.shape[1:])
     log_normal = -0.5 * (jnp.square(x_T).reshape(x_T.shape[0], -1).sum(axis=1) + size * math.log(2 * math.pi))
     scaled = size / 2 * (math.log(alpha_bar[-1]) - math.log(alpha_bar[0]))  # x_T and x_0 are y by a factor
     return LogLikelihood(log_normal + scaled + integral, x_T)
@@ -103,12 +104,12 @@ def _with_divergence(f: Denoiser, y: Array, probes: Array | None) -> tuple[Array
     value, derivative = jax.linearize(f, y)
 
     def along(v: Array) -> Array:
-        v = jnp.broadcast_to(v, y.shape)
+        v = jnp.zeros_like(y) + v
         return (v * derivative(v)).reshape(y.shape[0], -1).sum(axis=1)
 
     if probes is not None:
         return value, lax.map(along, probes).mean(axis=0)
-    axes = jnp.eye(y[0].size, dtype=y.dtype).reshape(-1, *y.shape[1:])
+    axes = jnp.eye(math.prod(y.shape[1:]), dtype=y.dtype).reshape(-1, 1, *y.shape[1:])
     return value, lax.map(along, axes, batch_size=min(16, len(axes))).sum(axis=0)
 
 

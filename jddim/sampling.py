@@ -165,16 +165,19 @@ def ancestral_loop(
 def init_state(
     x_T: Array, table: StepTable, trajectory_every: int | None = None, *, self_condition: bool = False
 ) -> State:
-    """The state before the first step of `table` (the whole one: it sizes the trajectory)."""
+    """The state before the first step of `table` (the whole one: it sizes the trajectory).
+
+    All of it is made from x_T, so it lies where x_T does, and varies over the devices that x_T varies over.
+    """
     trajectory = None
     if trajectory_every is not None:
         if trajectory_every < 1:
             raise ValueError(f"trajectory_every must be at least 1, got {trajectory_every}")
         slots = -(-table.num_steps // trajectory_every)
-        empty = jnp.zeros((slots, *x_T.shape), x_T.dtype)
-        trajectory = Trajectory(jnp.zeros(slots, jnp.int32), empty, empty)
+        empty = jnp.broadcast_to(jnp.zeros_like(x_T), (slots, *x_T.shape))
+        trajectory = Trajectory(jnp.zeros_like(x_T, jnp.int32, shape=slots), empty, empty)
     x0_hat = jnp.zeros_like(x_T) if self_condition else None
-    return State(x_T, jnp.full(x_T.shape[0], -1, jnp.int32), trajectory, x0_hat)
+    return State(x_T, jnp.full_like(_all_finite(x_T), -1, jnp.int32), trajectory, x0_hat)
 
 
 def result(state: State) -> Any:
@@ -448,8 +451,8 @@ def _scan(
         carried = [] if state.memory is None else [state.memory]
         x_prev, x0, *carried = update(x_t, output.astype(x_t.dtype), noise_of(row.step, noise_row), row, *carried)
         x_prev, x0 = x_prev.astype(x_t.dtype), x0.astype(x_t.dtype)  # a float32 table may not widen a bfloat16 state
-        bad = ~jnp.isfinite(x_prev).reshape(x_prev.shape[0], -1).all(axis=1)
-        first_bad = jnp.where(bad & (state.first_bad < 0), row.step, state.first_bad)
+        newly_bad = ~_all_finite(x_prev) & (state.first_bad < 0)
+        first_bad = jnp.where(newly_bad, row.step, state.first_bad)
         trajectory = _record(state.trajectory, row, x_prev, x0, trajectory_every)
         x0_hat = None if state.x0_hat is None else x0
         return State(x_prev, first_bad, trajectory, x0_hat, *carried), None
@@ -457,6 +460,11 @@ def _scan(
     rows = type(table)(*(jnp.asarray(column) for column in table))
     state, _ = lax.scan(step, state, (rows, noise_rows))
     return state
+
+
+def _all_finite(x: Array) -> Array:
+    """Whether each sample of x `(b, ...)` is finite, `(b,)`."""
+    return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
 
 def _record(

@@ -142,7 +142,8 @@ def _sum(weights: Array, history: Array) -> Array:
 
 def memory_of(table: SolverTable, x_T: Array) -> tuple[Array, Array]:
     """What a solver remembers at first: (the last base, the older predictions `(K - 1, b, ...)`), zeros."""
-    return jnp.zeros_like(x_T), jnp.zeros((table.step_history.shape[1] - 1, *x_T.shape), x_T.dtype)
+    zero = jnp.zeros_like(x_T)
+    return zero, jnp.broadcast_to(zero, (table.step_history.shape[1] - 1, *x_T.shape))
 
 
 def find(solver: str | Solver, also: tuple[str, ...] = ()) -> Solver:
