@@ -11,7 +11,7 @@ Inpainting is the loop with a step that puts back what is known: `inpaint_loop`,
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,19 @@ from jax.typing import ArrayLike
 
 from jddim import ddim
 from jddim.ddim import Column, StepTable, per_sample
-from jddim.sampling import Denoiser, Update, check_prediction, ddim_update, is_zero, update_loop
+from jddim.sampling import (
+    Denoiser,
+    Limits,
+    Memory,
+    Rows,
+    SampleOptions,
+    Trajectory,
+    Update,
+    check_prediction,
+    ddim_update,
+    is_zero,
+    update_loop,
+)
 
 
 def slerp(a: Array, b: Array, fraction: ArrayLike) -> Array:
@@ -66,6 +78,35 @@ def tail(table: StepTable, strength: float) -> StepTable:
     return StepTable(*(column[table.num_steps - kept :] for column in table))
 
 
+class InpaintOptions(SampleOptions, total=False):
+    """The keyword arguments of `inpaint_loop`, but trajectory_every."""
+
+    resample: int
+    jump_length: int
+
+
+@overload
+def inpaint_loop(
+    denoise: Denoiser,
+    x_T: Array,
+    table: StepTable,
+    known: Array,
+    keep: ArrayLike,
+    *,
+    trajectory_every: None = None,
+    **options: Unpack[InpaintOptions],
+) -> Array: ...
+@overload
+def inpaint_loop(
+    denoise: Denoiser,
+    x_T: Array,
+    table: StepTable,
+    known: Array,
+    keep: ArrayLike,
+    *,
+    trajectory_every: int,
+    **options: Unpack[InpaintOptions],
+) -> tuple[Array, Trajectory]: ...
 def inpaint_loop(
     denoise: Denoiser,
     x_T: Array,
@@ -79,12 +120,12 @@ def inpaint_loop(
     key: Array | None = None,
     noise: Array | None = None,
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    clip_range: Limits | None = None,
+    threshold: Limits | None = None,
     rederive_eps: bool = False,
     self_condition: bool = False,
     trajectory_every: int | None = None,
-) -> Any:
+) -> Array | tuple[Array, Trajectory]:
     """DDIM that fills in what is not known of an image: after each step the known pixels are put back, noised.
 
     known: `(b, h, w, c)` in [-1, 1], of which the pixels count where `keep` is 1. keep: in [0, 1], broadcast against
@@ -110,12 +151,12 @@ def inpaint_loop(
         rederive_eps=rederive_eps,
     )
     if resample == 1:
-        update, draws, deterministic = keep_known(update, known, keep, x_T), None, is_zero(eta)
+        edit, draws, deterministic = keep_known(update, known, keep, x_T), None, is_zero(eta)
     else:
-        update, draws, deterministic = repaint(update, known, keep), 2, False
+        edit, draws, deterministic = repaint(update, known, keep), 2, False
     return update_loop(
         denoise,
-        update,
+        edit,
         x_T,
         table if resample == 1 else repaint_table(table, resample, jump_length),
         key=key,
@@ -139,7 +180,9 @@ def keep_known(update: Update, known: Array, keep: ArrayLike, known_noise: Array
     """
     keep = _mask(keep, known)
 
-    def kept(x_t: Array, output: Array, noise: Array, row: Any, *memory: Any) -> tuple[Any, ...]:
+    def kept(
+        x_t: Array, output: Array, noise: Array, row: Rows, *memory: Memory
+    ) -> tuple[Array, Array, *tuple[Memory, ...]]:
         x_prev, x0, *memory_next = update(x_t, output, noise, row, *memory)
         x_known = ddim.add_noise(known, known_noise, row.alpha_bar_prev)
         return keep * x_known + (1 - keep) * x_prev, x0, *memory_next
@@ -155,13 +198,13 @@ def repaint(update: Update, known: Array, keep: ArrayLike) -> Update:
     Raises ValueError for a step with a memory.
     """
 
-    def painted(x_t: Array, output: Array, noise: Array, row: RepaintTable, *memory: Any) -> tuple[Array, Array]:
+    def painted(x_t: Array, output: Array, noise: Array, row: RepaintTable, *memory: Memory) -> tuple[Array, Array]:
         if memory:
             raise ValueError(
                 "RePaint goes back to noisier samples, of which a solver's memory knows nothing: take a step without "
                 "one (ddim_update, ancestral_update), or resample=1"
             )
-        x_prev, x0 = keep_known(update, known, keep, noise[0])(x_t, output, noise[0], row)
+        x_prev, x0, *_ = keep_known(update, known, keep, noise[0])(x_t, output, noise[0], row)
         a = per_sample(row.alpha_bar_back / row.alpha_bar_prev, x_t)
         return ddim.root(a) * x_prev + ddim.root(1 - a) * noise[1], x0
 

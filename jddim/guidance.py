@@ -11,7 +11,7 @@ and lucidrains; Ho and Salimans' w (arXiv:2207.12598) is scale - 1.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from jddim import ddim
 from jddim.ddim import StepTable, per_sample
-from jddim.sampling import Denoiser, as_eta, check_prediction, is_zero, update_loop
+from jddim.sampling import Denoiser, Draws, Limits, Trajectory, as_eta, check_prediction, is_zero, update_loop
 from jddim.schedule import NoiseSchedule
 
 Scale = ArrayLike | Callable[[Array], ArrayLike]
@@ -88,6 +88,34 @@ def projected(predict: Pair, scale: Scale, *, rescale: ArrayLike = 0.7, keep_par
     return denoise
 
 
+class GuidedOptions(Draws, total=False):
+    """The keyword arguments of `cfg_plus_plus_loop`, but scale and trajectory_every."""
+
+    eta: ArrayLike
+    prediction_type: str
+    clip_range: Limits | None
+
+
+@overload
+def cfg_plus_plus_loop(
+    predict: Pair,
+    x_T: Array,
+    table: StepTable,
+    *,
+    scale: Scale,
+    trajectory_every: None = None,
+    **options: Unpack[GuidedOptions],
+) -> Array: ...
+@overload
+def cfg_plus_plus_loop(
+    predict: Pair,
+    x_T: Array,
+    table: StepTable,
+    *,
+    scale: Scale,
+    trajectory_every: int,
+    **options: Unpack[GuidedOptions],
+) -> tuple[Array, Trajectory]: ...
 def cfg_plus_plus_loop(
     predict: Pair,
     x_T: Array,
@@ -98,9 +126,9 @@ def cfg_plus_plus_loop(
     key: Array | None = None,
     noise: Array | None = None,
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
+    clip_range: Limits | None = None,
     trajectory_every: int | None = None,
-) -> Any:
+) -> Array | tuple[Array, Trajectory]:
     """DDIM with CFG++ (Chung et al., arXiv:2406.08070, Algorithm 2): x0 is guided, the direction term is not.
 
     scale: lambda in [0, 1], between the unconditional x0 and the conditional one. The direction's eps is the
@@ -141,7 +169,7 @@ def classifier_guided(
     schedule: NoiseSchedule,
     *,
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
+    clip_range: Limits | None = None,
 ) -> Denoiser:
     """Eps - sqrt(1 - alpha_bar_t) cond_fn(x_t, t): Algorithm 2 of Dhariwal and Nichol (arXiv:2105.05233).
 
@@ -153,7 +181,7 @@ def classifier_guided(
     """
     alpha_bar, root = schedule.alphas_cumprod, np.sqrt(1 - schedule.alphas_cumprod)
 
-    def guided(x_t: Array, t: Array, *rest: Any) -> Array:
+    def guided(x_t: Array, t: Array, *rest: Array) -> Array:
         output = denoise(x_t, t, *rest)
         if output.shape != x_t.shape:
             raise ValueError(

@@ -13,7 +13,7 @@ that x_next. As in `jddim.sampling`, the loops are traceable and hold no jit of 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack, overload
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,13 +23,32 @@ from jax.typing import ArrayLike
 from jddim import ddim
 from jddim.config import did_you_mean
 from jddim.ddim import StepTable
-from jddim.sampling import Denoiser, State, check_prediction, init_state, limiter, result, update_steps
+from jddim.sampling import (
+    Conventions,
+    Denoiser,
+    Limits,
+    State,
+    Trajectory,
+    check_prediction,
+    init_state,
+    limiter,
+    result,
+    update_steps,
+)
 
 CONVENTIONS = ("paper", "diffusers", "openai")
 
 
+class InvertOptions(Conventions, total=False):
+    """The keyword arguments of `invert_loop`, but trajectory_every."""
+
+    convention: str
+    refine: int
+    rederive_eps: bool
+
+
 def inversion_table(table: StepTable, convention: str = "diffusers") -> StepTable:
-    """The rows of inversion, from x_0 up to x_T, for the sampler's `table` (on the host).
+    """The rows of inversion, from x_0 up to x_T, for the sampler's `table`, whose timesteps are on the host.
 
     convention: "paper", the sampler's steps taken backwards, each asking the network at the t it leaves (Eq. 13; t = 0
     for the clean image, whose eps no network is trained for); "diffusers" (DDIMInverseScheduler), the same steps,
@@ -69,6 +88,14 @@ def invert_step(x0: Array, eps: Array, *, alpha_bar_next: ArrayLike) -> Array:
     return ddim.root(a) * x0 + ddim.root(1 - a) * eps
 
 
+@overload
+def invert_loop(
+    denoise: Denoiser, x_0: Array, table: StepTable, *, trajectory_every: None = None, **options: Unpack[InvertOptions]
+) -> Array: ...
+@overload
+def invert_loop(
+    denoise: Denoiser, x_0: Array, table: StepTable, *, trajectory_every: int, **options: Unpack[InvertOptions]
+) -> tuple[Array, Trajectory]: ...
 def invert_loop(
     denoise: Denoiser,
     x_0: Array,
@@ -77,15 +104,15 @@ def invert_loop(
     convention: str = "diffusers",
     refine: int = 0,
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    clip_range: Limits | None = None,
+    threshold: Limits | None = None,
     rederive_eps: bool = False,
     trajectory_every: int | None = None,
-) -> Any:
+) -> Array | tuple[Array, Trajectory]:
     """DDIM inversion from x_0 to x_T, along the sampler's `table`. Traceable; deterministic, so without eta and noise.
 
     denoise: as for `jddim.sampling.sample_loop`. x_0: `(b, ...)` float, clean images. table: the one to sample x_T
-    with, on the host. convention: see `inversion_table`.
+    with, its timesteps on the host. convention: see `inversion_table`.
     refine: k more evaluations a step, each asking for eps at the x_next found last and finding another x_next with it.
     Where that settles, the sampler's step from x_next, with the same arguments, returns x_t, and the way back at
     eta = 0 leads to x_0 up to rounding. With x0 limited but eps not re-derived, it can only if no x0 leaves the limits.
@@ -118,8 +145,8 @@ def invert_steps(
     *,
     refine: int = 0,
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    clip_range: Limits | None = None,
+    threshold: Limits | None = None,
     rederive_eps: bool = False,
     trajectory_every: int | None = None,
 ) -> State:

@@ -11,9 +11,9 @@ step s from its fold s + 1. Its image depends on (seed, i) alone, whatever else 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,41 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jddim import ddim
-from jddim.ddim import StepTable
+from jddim.ddim import Column, StepTable
 
 Denoiser = Callable[..., Array]
 
-Update = Callable[..., tuple[Any, ...]]
+Memory = object
+"""What a step hands to the next: any pytree of arrays, or None."""
+
+Update = Callable[..., tuple[Array, Array, *tuple[Memory, ...]]]
 """`update(x_t, output, noise, row)` -> (x_prev, x0): a sampler's step, from the denoiser's output at a table's row.
 
 One with a memory, such as a multistep solver, is `update(x_t, output, noise, row, memory)` -> (x_prev, x0, memory).
 """
+
+Limits = tuple[ArrayLike, ArrayLike]
+
+
+class Rows(Protocol):
+    """A `StepTable`, or a named tuple of its columns and more, as an update may need."""
+
+    @property
+    def step(self) -> Column: ...
+    @property
+    def t(self) -> Column: ...
+    @property
+    def t_prev(self) -> Column: ...
+    @property
+    def alpha_bar_t(self) -> Column: ...
+    @property
+    def alpha_bar_prev(self) -> Column: ...
+    @property
+    def num_steps(self) -> int: ...
+    def __iter__(self) -> Iterator[Column]: ...
+
+
+Table = TypeVar("Table", bound=Rows)
 
 
 class Trajectory(NamedTuple):
@@ -57,7 +83,47 @@ class State(NamedTuple):
     first_bad: Array
     trajectory: Trajectory | None
     x0_hat: Array | None = None
-    memory: Any = None
+    memory: Memory = None
+
+
+class Draws(TypedDict, total=False):
+    """Where the noise of the steps comes from: one of the two."""
+
+    key: Array | None
+    noise: Array | None
+
+
+class Conventions(TypedDict, total=False):
+    """What makes x0 and eps of a network's output: a source's conventions, as in `sample_loop`."""
+
+    prediction_type: str
+    clip_range: Limits | None
+    threshold: Limits | None
+
+
+class AncestralOptions(Draws, Conventions, total=False):
+    """The keyword arguments of `ancestral_loop`, but trajectory_every."""
+
+    variance: str
+    self_condition: bool
+
+
+class SampleOptions(Draws, Conventions, total=False):
+    """The keyword arguments of `sample_loop`, but trajectory_every."""
+
+    eta: ArrayLike
+    rederive_eps: bool
+    self_condition: bool
+
+
+class UpdateOptions(Draws, total=False):
+    """The keyword arguments of `update_loop`, but trajectory_every."""
+
+    deterministic: bool
+    draws: int | None
+    outputs: int
+    memory: Memory
+    self_condition: bool
 
 
 def sample_keys(key: Array, num: int, start: int = 0) -> Array:
@@ -75,27 +141,35 @@ def initial_noise(keys: Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLi
     return _normal(keys, 0, shape, dtype)
 
 
+@overload
+def sample_loop(
+    denoise: Denoiser, x_T: Array, table: Rows, *, trajectory_every: None = None, **options: Unpack[SampleOptions]
+) -> Array: ...
+@overload
+def sample_loop(
+    denoise: Denoiser, x_T: Array, table: Rows, *, trajectory_every: int, **options: Unpack[SampleOptions]
+) -> tuple[Array, Trajectory]: ...
 def sample_loop(
     denoise: Denoiser,
     x_T: Array,
-    table: StepTable,
+    table: Rows,
     *,
     eta: ArrayLike = 0.0,
     key: Array | None = None,
     noise: Array | None = None,
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    clip_range: Limits | None = None,
+    threshold: Limits | None = None,
     rederive_eps: bool = False,
     self_condition: bool = False,
     trajectory_every: int | None = None,
-) -> Any:
+) -> Array | tuple[Array, Trajectory]:
     """DDIM from x_T to x_0 (Eq. 12 of arXiv:2010.02502 at every row of `table`). Traceable.
 
     denoise: see the module's docstring. x_T: `(b, ...)` float, standard normal. table: `jddim.ddim.step_table`.
     eta: >= 0, scalar or `(b,)`, may be traced; 0 is deterministic, 1 has the DDPM posterior's variance.
     key: one key, whose sample i then draws from `fold_in(key, i)`, or one key per sample `(b,)`; or
-    noise: `(S, b, ...)`, row s used in the s-th step taken. One of the two is needed unless eta is the number 0.
+    noise: `(S, b, ...)`, row s used in the s-th step taken. One of the two is needed unless `is_zero(eta)`.
     prediction_type: what the denoiser returns (`jddim.ddim.predict_both`).
     clip_range: clamp x0 to (low, high) at each step, or None. threshold: instead, (ratio, largest) of
     `jddim.ddim.dynamic_threshold`. rederive_eps: recompute eps from the x0 so limited for the direction term (OpenAI,
@@ -108,37 +182,49 @@ def sample_loop(
     where the table starts at alpha_bar_t = 0 and the denoiser predicts eps, which tells nothing of x0 there.
     A NaN from the denoiser propagates to that sample alone.
     """
-    state = init_state(x_T, table, trajectory_every, self_condition=self_condition)
-    state = ddim_steps(
-        denoise,
-        state,
-        table,
+    check_prediction(table, prediction_type)
+    update = ddim_update(
         eta=eta,
-        key=key,
-        noise=noise,
         prediction_type=prediction_type,
         clip_range=clip_range,
         threshold=threshold,
         rederive_eps=rederive_eps,
+    )
+    return update_loop(
+        denoise,
+        update,
+        x_T,
+        table,
+        key=key,
+        noise=noise,
+        deterministic=is_zero(eta),
+        self_condition=self_condition,
         trajectory_every=trajectory_every,
     )
-    return result(state)
 
 
+@overload
+def ancestral_loop(
+    denoise: Denoiser, x_T: Array, table: Rows, *, trajectory_every: None = None, **options: Unpack[AncestralOptions]
+) -> Array: ...
+@overload
+def ancestral_loop(
+    denoise: Denoiser, x_T: Array, table: Rows, *, trajectory_every: int, **options: Unpack[AncestralOptions]
+) -> tuple[Array, Trajectory]: ...
 def ancestral_loop(
     denoise: Denoiser,
     x_T: Array,
-    table: StepTable,
+    table: Rows,
     *,
     key: Array | None = None,
     noise: Array | None = None,
     variance: str = "fixed_small",
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = (-1.0, 1.0),
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    clip_range: Limits | None = (-1.0, 1.0),
+    threshold: Limits | None = None,
     self_condition: bool = False,
     trajectory_every: int | None = None,
-) -> Any:
+) -> Array | tuple[Array, Trajectory]:
     """DDPM ancestral sampling from x_T to x_0 (Algorithm 2 of arXiv:2006.11239), on any table. Traceable.
 
     variance: "fixed_small" or "fixed_large" (`jddim.ddim.ddpm_step`; "fixed_large" on a shortened table is ermongroup's
@@ -146,25 +232,24 @@ def ancestral_loop(
     interpolates between the two. Clips x0 to [-1, 1] by default, as Ho et al. do.
     The other arguments and the result are `sample_loop`'s.
     """
-    state = init_state(x_T, table, trajectory_every, self_condition=self_condition)
-    state = ancestral_steps(
+    check_prediction(table, prediction_type)
+    update = ancestral_update(
+        variance=variance, prediction_type=prediction_type, clip_range=clip_range, threshold=threshold
+    )
+    return update_loop(
         denoise,
-        state,
+        update,
+        x_T,
         table,
         key=key,
         noise=noise,
-        variance=variance,
-        prediction_type=prediction_type,
-        clip_range=clip_range,
-        threshold=threshold,
+        outputs=2 if variance == "learned_range" else 1,
+        self_condition=self_condition,
         trajectory_every=trajectory_every,
     )
-    return result(state)
 
 
-def init_state(
-    x_T: Array, table: StepTable, trajectory_every: int | None = None, *, self_condition: bool = False
-) -> State:
+def init_state(x_T: Array, table: Rows, trajectory_every: int | None = None, *, self_condition: bool = False) -> State:
     """The state before the first step of `table` (the whole one: it sizes the trajectory).
 
     All of it is made from x_T, so it lies where x_T does, and varies over the devices that x_T varies over.
@@ -180,7 +265,7 @@ def init_state(
     return State(x_T, jnp.full_like(_all_finite(x_T), -1, jnp.int32), trajectory, x0_hat)
 
 
-def result(state: State) -> Any:
+def result(state: State) -> Array | tuple[Array, Trajectory]:
     """What a loop returns of its last state: the samples, or (samples, trajectory)."""
     return state.x_t if state.trajectory is None else (state.x_t, state.trajectory)
 
@@ -193,25 +278,13 @@ def ddim_steps(
     eta: ArrayLike = 0.0,
     key: Array | None = None,
     noise: Array | None = None,
-    prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
-    rederive_eps: bool = False,
     trajectory_every: int | None = None,
+    rederive_eps: bool = False,
+    **conventions: Unpack[Conventions],
 ) -> State:
-    """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `sample_loop`.
-
-    `noise`, if given, has one row for each row of this table. Taking a table's segments one after the other gives,
-    to the bit, what the whole gives; that is how progress is shown.
-    """
-    update = ddim_update(
-        eta=eta,
-        prediction_type=prediction_type,
-        clip_range=clip_range,
-        threshold=threshold,
-        rederive_eps=rederive_eps,
-    )
-    check_prediction(table, prediction_type)
+    """`update_steps` of a `ddim_update`."""
+    check_prediction(table, conventions.get("prediction_type", "epsilon"))
+    update = ddim_update(eta=eta, rederive_eps=rederive_eps, **conventions)
     return update_steps(
         denoise,
         update,
@@ -232,16 +305,12 @@ def ancestral_steps(
     key: Array | None = None,
     noise: Array | None = None,
     variance: str = "fixed_small",
-    prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = (-1.0, 1.0),
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
     trajectory_every: int | None = None,
+    **conventions: Unpack[Conventions],
 ) -> State:
-    """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `ancestral_loop`."""
-    update = ancestral_update(
-        variance=variance, prediction_type=prediction_type, clip_range=clip_range, threshold=threshold
-    )
-    check_prediction(table, prediction_type)
+    """`update_steps` of an `ancestral_update`."""
+    check_prediction(table, conventions.get("prediction_type", "epsilon"))
+    update = ancestral_update(variance=variance, **conventions)
     outputs = 2 if variance == "learned_range" else 1
     return update_steps(
         denoise, update, state, table, key=key, noise=noise, outputs=outputs, trajectory_every=trajectory_every
@@ -252,10 +321,10 @@ def ddim_update(
     *,
     eta: ArrayLike = 0.0,
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    clip_range: Limits | None = None,
+    threshold: Limits | None = None,
     rederive_eps: bool = False,
-) -> Update:
+) -> Callable[..., tuple[Array, Array]]:
     """`sample_loop`'s step, for `update_loop`; what the arguments mean is said there."""
     limit = limiter(clip_range, threshold)
 
@@ -275,9 +344,9 @@ def ancestral_update(
     *,
     variance: str = "fixed_small",
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = (-1.0, 1.0),
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
-) -> Update:
+    clip_range: Limits | None = (-1.0, 1.0),
+    threshold: Limits | None = None,
+) -> Callable[..., tuple[Array, Array]]:
     """`ancestral_loop`'s step, for `update_loop`; what the arguments mean is said there."""
     limit = limiter(clip_range, threshold)
 
@@ -293,21 +362,51 @@ def ancestral_update(
     return update
 
 
+@overload
 def update_loop(
     denoise: Denoiser,
     update: Update,
     x_T: Array,
-    table: StepTable | Any,
+    table: Rows,
+    *,
+    trajectory_every: None = None,
+    **options: Unpack[UpdateOptions],
+) -> Array: ...
+@overload
+def update_loop(
+    denoise: Denoiser,
+    update: Update,
+    x_T: Array,
+    table: Rows,
+    *,
+    trajectory_every: int,
+    **options: Unpack[UpdateOptions],
+) -> tuple[Array, Trajectory]: ...
+@overload
+def update_loop(
+    denoise: Denoiser,
+    update: Update,
+    x_T: Array,
+    table: Rows,
+    *,
+    trajectory_every: int | None,
+    **options: Unpack[UpdateOptions],
+) -> Array | tuple[Array, Trajectory]: ...
+def update_loop(
+    denoise: Denoiser,
+    update: Update,
+    x_T: Array,
+    table: Rows,
     *,
     key: Array | None = None,
     noise: Array | None = None,
     deterministic: bool = False,
     draws: int | None = None,
     outputs: int = 1,
-    memory: Any = None,
+    memory: Memory = None,
     self_condition: bool = False,
     trajectory_every: int | None = None,
-) -> Any:
+) -> Array | tuple[Array, Trajectory]:
     """The loop around any step that looks at one evaluation of the denoiser: a sampler of one's own. Traceable.
 
     update: see `Update`. deterministic: it uses no noise, so neither key nor noise is needed. draws: it takes so many
@@ -334,7 +433,7 @@ def update_steps(
     denoise: Denoiser,
     update: Update,
     state: State,
-    table: StepTable | Any,
+    table: Rows,
     *,
     key: Array | None = None,
     noise: Array | None = None,
@@ -343,14 +442,18 @@ def update_steps(
     outputs: int = 1,
     trajectory_every: int | None = None,
 ) -> State:
-    """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `update_loop`."""
+    """The rows of `table`, which may be a segment of the whole, from `state`. Arguments as in `update_loop`.
+
+    `noise`, if given, has one row for each row of this table. Taking a table's segments one after the other gives,
+    to the bit, what the whole gives; that is how progress is shown.
+    """
     noise_at = _noise_source(state.x_t, table, key, noise, deterministic=deterministic, draws=draws)
     return _scan(denoise, state, table, noise_at, update, trajectory_every, outputs)
 
 
 def is_zero(eta: ArrayLike) -> bool:
-    """Whether eta is the number 0, so that no noise is needed; an array may be traced, and is not looked at."""
-    return isinstance(eta, (int, float)) and eta == 0
+    """Whether eta is known to be 0 for every sample, so that no noise is needed. What is traced is not known."""
+    return not isinstance(eta, jax.core.Tracer) and not np.any(np.asarray(eta))
 
 
 def as_eta(eta: ArrayLike, x_t: Array) -> Array:
@@ -361,7 +464,7 @@ def as_eta(eta: ArrayLike, x_t: Array) -> Array:
     return eta
 
 
-def check_prediction(table: StepTable, prediction_type: str) -> None:
+def check_prediction(table: Rows, prediction_type: str) -> None:
     """Raise ValueError if x0 would be divided by sqrt(alpha_bar_t) = 0. Only a table on the host is looked at."""
     if prediction_type == "epsilon" and isinstance(table.alpha_bar_t, np.ndarray) and (table.alpha_bar_t == 0).any():
         raise ValueError(
@@ -370,20 +473,20 @@ def check_prediction(table: StepTable, prediction_type: str) -> None:
         )
 
 
-def segments(table: StepTable, at_least: int = 8) -> list[StepTable]:
+def segments(table: Table, at_least: int = 8) -> list[Table]:
     """`table` cut into equal segments, at least so many if S allows, so that they share one compiled program."""
     S = table.num_steps
     length = max(n for n in range(1, max(S // at_least, 1) + 1) if S % n == 0)
-    return [type(table)(*(column[i : i + length] for column in table)) for i in range(0, S, length)]
+    return [jax.tree.map(lambda column, i=i: column[i : i + length], table) for i in range(0, S, length)]
 
 
 # What the scan runs over beside the table (rows of explicit noise, or None), and the noise of one step from both.
-NoiseSource = tuple[Array | None, Callable[[ArrayLike, Any], Array]]
+NoiseSource = tuple[Array | None, Callable[[ArrayLike, Array | None], Array]]
 
 
 def _noise_source(
     x: Array,
-    table: StepTable,
+    table: Rows,
     key: Array | None,
     noise: Array | None,
     *,
@@ -418,9 +521,7 @@ def _normal(keys: Array, fold: ArrayLike, shape: tuple[int, ...], dtype: jax.typ
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, fold), shape, dtype))(keys)
 
 
-def limiter(
-    clip_range: tuple[ArrayLike, ArrayLike] | None, threshold: tuple[ArrayLike, ArrayLike] | None
-) -> Callable[[Array], Array] | None:
+def limiter(clip_range: Limits | None, threshold: Limits | None) -> Callable[[Array], Array] | None:
     """What keeps x0 in range: dynamic thresholding if asked, else the clamp, else nothing."""
     if threshold is not None:
         return lambda x0: ddim.dynamic_threshold(x0, *threshold)
@@ -430,7 +531,7 @@ def limiter(
 def _scan(
     denoise: Denoiser,
     state: State,
-    table: StepTable,
+    table: Rows,
     noise_at: NoiseSource,
     update: Update,
     trajectory_every: int | None,
@@ -439,7 +540,7 @@ def _scan(
     """The one loop: each row asks the denoiser, for `outputs` times x_t's channels, and takes `update`'s step."""
     noise_rows, noise_of = noise_at
 
-    def step(state: State, row_and_noise: tuple[StepTable, Array | None]) -> tuple[State, None]:
+    def step(state: State, row_and_noise: tuple[Rows, Array | None]) -> tuple[State, None]:
         # Behind the barrier a step is the same program in every segment, also where XLA removes the loop of one step.
         state, (row, noise_row) = lax.optimization_barrier((state, row_and_noise))
         x_t = state.x_t
@@ -457,8 +558,7 @@ def _scan(
         x0_hat = None if state.x0_hat is None else x0
         return State(x_prev, first_bad, trajectory, x0_hat, *carried), None
 
-    rows = type(table)(*(jnp.asarray(column) for column in table))
-    state, _ = lax.scan(step, state, (rows, noise_rows))
+    state, _ = lax.scan(step, state, (jax.tree.map(jnp.asarray, table), noise_rows))
     return state
 
 
@@ -467,9 +567,7 @@ def _all_finite(x: Array) -> Array:
     return jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
 
-def _record(
-    trajectory: Trajectory | None, row: StepTable, x_t: Array, x0: Array, every: int | None
-) -> Trajectory | None:
+def _record(trajectory: Trajectory | None, row: Rows, x_t: Array, x0: Array, every: int | None) -> Trajectory | None:
     """Write this step into its slot; a slot's last write, its k-th step or the table's end, is what remains."""
     if trajectory is None or every is None:
         return None

@@ -19,18 +19,28 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack, overload
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from jddim import ddim
 from jddim.config import did_you_mean
 from jddim.ddim import Column, StepTable
-from jddim.sampling import Denoiser, Update, check_prediction, limiter, update_loop
+from jddim.sampling import (
+    Conventions,
+    Denoiser,
+    Draws,
+    Limits,
+    Trajectory,
+    Update,
+    check_prediction,
+    limiter,
+    update_loop,
+)
 
 Floats = NDArray[np.float64]
 
@@ -72,6 +82,32 @@ class Solver:
     stochastic: bool = False
 
 
+class SolverOptions(Draws, Conventions, total=False):
+    """The keyword arguments of `solver_loop`, but trajectory_every."""
+
+    self_condition: bool
+
+
+@overload
+def solver_loop(
+    denoise: Denoiser,
+    x_T: Array,
+    table: StepTable,
+    solver: str | Solver = "dpm++2m",
+    *,
+    trajectory_every: None = None,
+    **options: Unpack[SolverOptions],
+) -> Array: ...
+@overload
+def solver_loop(
+    denoise: Denoiser,
+    x_T: Array,
+    table: StepTable,
+    solver: str | Solver = "dpm++2m",
+    *,
+    trajectory_every: int,
+    **options: Unpack[SolverOptions],
+) -> tuple[Array, Trajectory]: ...
 def solver_loop(
     denoise: Denoiser,
     x_T: Array,
@@ -81,11 +117,11 @@ def solver_loop(
     key: Array | None = None,
     noise: Array | None = None,
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    clip_range: Limits | None = None,
+    threshold: Limits | None = None,
     self_condition: bool = False,
     trajectory_every: int | None = None,
-) -> Any:
+) -> Array | tuple[Array, Trajectory]:
     """x_T to x_0 by a solver of SOLVERS, or any `Solver`. Traceable.
 
     table: `jddim.ddim.step_table`, on the host; best in float64, since the coefficients are made from it.
@@ -115,27 +151,27 @@ def solver_update(
     solver: Solver,
     *,
     prediction_type: str = "epsilon",
-    clip_range: tuple[ArrayLike, ArrayLike] | None = None,
-    threshold: tuple[ArrayLike, ArrayLike] | None = None,
+    clip_range: Limits | None = None,
+    threshold: Limits | None = None,
 ) -> Update:
     """The module's two equations, as the step of a loop with `memory_of` its table."""
     limit = limiter(clip_range, threshold)
 
     def update(
-        x_t: Array, output: Array, noise: Array, row: Any, memory: tuple[Array, Array]
+        x_t: Array, output: Array, noise: Array, row: SolverTable, memory: tuple[Array, Array]
     ) -> tuple[Array, Array, tuple[Array, Array]]:
         last, older = memory
         x0, eps = ddim.predict_both(output, x_t, row.alpha_bar_t, prediction_type)
         x0 = x0 if limit is None else limit(x0)
         history = jnp.concatenate([(x0 if solver.history == "x0" else eps)[None], older])
-        base = row.base_x * x_t + row.base_last * last + _sum(row.base_history, history)
-        x_prev = row.step_x * base + _sum(row.step_history, history) + row.noise * noise
+        base = x_t * row.base_x + last * row.base_last + _sum(row.base_history, history)
+        x_prev = base * row.step_x + _sum(row.step_history, history) + noise * row.noise
         return x_prev, x0, (base, history[:-1])
 
     return update
 
 
-def _sum(weights: Array, history: Array) -> Array:
+def _sum(weights: Column, history: Array) -> Array:
     """Of K predictions by K weights; not by a matrix product, which a GPU would do in TF32."""
     return (weights.reshape(-1, *[1] * (history.ndim - 1)) * history).sum(axis=0)
 
@@ -241,7 +277,7 @@ def heun_plan(table: StepTable) -> SolverTable:
     Each step is taken twice, to where eps is asked again and then by the mean of both, but one to the clean image.
     """
     rows = np.repeat(np.arange(table.num_steps), np.where(np.asarray(table.alpha_bar_prev) == 1, 1, 2))
-    return _eps_plan(table, rows, [[1]] * len(rows))
+    return _eps_plan(table, rows, [[1.0]] * len(rows))
 
 
 def plms_plan(table: StepTable) -> SolverTable:
@@ -350,7 +386,7 @@ def _plan(table: StepTable, *, step_x: Floats, step_history: Floats, noise: Floa
     )
 
 
-def _eps_plan(table: StepTable, rows: NDArray[np.int64], weights: Any) -> SolverTable:
+def _eps_plan(table: StepTable, rows: NDArray[np.int64], weights: list[list[float]]) -> SolverTable:
     """DDIM's steps `rows` of the table, each by a weighted sum of the eps so far. A step that comes again is taken anew
     from where it started, by the mean of its own eps and the one asked where the first try led.
     """
@@ -359,14 +395,14 @@ def _eps_plan(table: StepTable, rows: NDArray[np.int64], weights: Any) -> Solver
     alpha, sigma, alpha_prev, sigma_prev = _alphas(asked)
     _check_signal(alpha)
     ratio = alpha_prev / alpha
-    weights = np.asarray(weights, float)
+    by_age = np.asarray(weights, float)
     if again.any():
-        weights = np.pad(weights, ((0, 0), (0, max(2 - weights.shape[1], 0))))
-        weights[again] = np.eye(weights.shape[1])[:2].mean(axis=0)
+        by_age = np.pad(by_age, ((0, 0), (0, max(2 - by_age.shape[1], 0))))
+        by_age[again] = np.eye(by_age.shape[1])[:2].mean(axis=0)
     asked = asked._replace(
         step=np.arange(len(rows), dtype=np.int32),
         t=np.where(again, np.maximum(asked.t_prev, 0), asked.t).astype(np.int32),
         alpha_bar_t=np.where(again, asked.alpha_bar_prev, asked.alpha_bar_t),
     )
-    plan = _plan(asked, step_x=ratio, step_history=(sigma_prev - ratio * sigma)[:, None] * weights)
+    plan = _plan(asked, step_x=ratio, step_history=(sigma_prev - ratio * sigma)[:, None] * by_age)
     return plan._replace(base_x=np.where(again, 0.0, 1.0), base_last=np.where(again, 1.0, 0.0))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
+from typing import get_args, get_overloads, get_type_hints
 
 import chex
 import jax
@@ -11,16 +13,22 @@ import numpy as np
 import pytest
 
 from jddim.ddim import step_table
+from jddim.editing import inpaint_loop
+from jddim.guidance import cfg_plus_plus_loop
+from jddim.inversion import invert_loop
 from jddim.sampling import (
     ancestral_loop,
     ddim_steps,
     init_state,
     initial_noise,
+    is_zero,
     sample_keys,
     sample_loop,
     segments,
+    update_loop,
 )
 from jddim.schedule import linear_schedule
+from jddim.solvers import solver_loop
 from jddim.timesteps import linspace_timesteps
 
 pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
@@ -92,18 +100,38 @@ def test_eta_zero_is_deterministic_and_eta_matters() -> None:
     )
 
 
-def test_eta_zero_as_a_number_needs_neither_key_nor_noise() -> None:
+@pytest.mark.parametrize("eta", [0, 0.0, np.float32(0), np.zeros(3), jnp.zeros(3), False])
+def test_eta_known_to_be_zero_needs_neither_key_nor_noise(eta) -> None:
+    assert is_zero(eta)
     chex.assert_trees_all_close(
-        sample_loop(denoise, start(3), TABLE, clip_range=(-1.0, 1.0)),
+        sample_loop(denoise, start(3), TABLE, eta=eta, clip_range=(-1.0, 1.0)),
         run(start(3), TABLE, 0.0, jax.random.key(0)),
         atol=1e-5,
     )
+
+
+def test_other_etas_are_not() -> None:
+    assert not any(is_zero(eta) for eta in (1e-9, np.array([0, 0.5]), jnp.float32(jnp.nan)))
+    assert not jax.jit(is_zero)(0.0)  # of what is traced nothing is known
 
 
 def test_a_batch_of_none_and_whole_numbers_for_the_threshold() -> None:
     assert sample_loop(denoise, start(3)[:0], TABLE, eta=0.5, key=jax.random.key(0), threshold=(1, 2)).shape[0] == 0
     whole, decimal = (sample_loop(denoise, start(3), TABLE, threshold=limits) for limits in ((1, 2), (1.0, 2.0)))
     chex.assert_trees_all_equal(whole, decimal)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [ancestral_loop, cfg_plus_plus_loop, inpaint_loop, invert_loop, sample_loop, solver_loop, update_loop],
+)
+def test_the_overloads_take_what_the_loop_takes(loop) -> None:
+    taken = [p.name for p in inspect.signature(loop).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    for overloaded in get_overloads(loop):
+        own = inspect.signature(overloaded).parameters
+        rest = get_type_hints(overloaded)["options"]
+        named = [p.name for p in own.values() if p.kind == p.KEYWORD_ONLY]
+        assert sorted([*named, *get_type_hints(get_args(rest)[0])]) == sorted(taken)
 
 
 def test_the_trajectory_is_the_way_taken() -> None:
@@ -220,7 +248,6 @@ def test_ancestral_sampling_uses_keys_like_ddim(variance: str) -> None:
     ("arguments", "message"),
     [
         ({"eta": 0.5}, "give either key or noise"),
-        ({"eta": jnp.float32(0)}, "give either key or noise"),
         ({"eta": 0.5, "key": jax.random.key(0), "noise": jnp.zeros((S, 3, *SHAPE))}, "not both"),
         ({"eta": 0.5, "noise": jnp.zeros((S - 1, 3, *SHAPE))}, r"expected \(13, 3, 5, 7, 3\).*got \(12"),
         ({"eta": 0.5, "key": jnp.zeros(2, jnp.uint32)}, "jax.random.key"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from jax import Array
 from jax.typing import DTypeLike
@@ -26,15 +26,22 @@ class Network(Protocol):
         """The forward pass, one `(name, output)` per block in the order computed; the last is the output."""
 
 
+class Keys(Protocol):
+    """What fresh parameters are drawn from: `nnx.Rngs`, or what has its `params()`."""
+
+    def params(self) -> Array:
+        """The next key."""
+
+
 # By the name that a checkpoint's metadata has for the wiring: the config that describes it, the network it builds.
-MODELS: dict[str, tuple[type[Any], type[Any]]] = {
+MODELS: dict[str, tuple[type[ModelConfig], Callable[..., UNet | LucidrainsUNet]]] = {
     "unet": (UNetConfig, UNet),
     "lucidrains": (LucidrainsConfig, LucidrainsUNet),
 }
 
 
-def build(config: ModelConfig, *, dtype: DTypeLike, rngs: Any) -> Any:
-    """The network that `config` describes, with fresh parameters. rngs: `nnx.Rngs`, or what has its `params()`."""
+def build(config: ModelConfig, *, dtype: DTypeLike, rngs: Keys) -> UNet | LucidrainsUNet:
+    """The network that `config` describes, with fresh parameters."""
     return MODELS[wiring_of(config)][1](config, dtype=dtype, rngs=rngs)
 
 

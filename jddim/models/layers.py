@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,10 @@ def at_least_float32(dtype: DTypeLike) -> DTypeLike:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def cast_kernels(model: Any) -> Any:
+Model = TypeVar("Model")
+
+
+def cast_kernels(model: Model) -> Model:
     """`model` with its convolutions and products holding their parameters in their compute dtype, to the same result.
 
     Each casts them at every call; a sampling loop calls it once, before the scan. The model given is not changed. One
