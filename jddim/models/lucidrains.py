@@ -128,17 +128,17 @@ class LinearAttention(nnx.Module):
         self.out_norm = RMSNorm(channels, dtype=dtype)
 
     def __call__(self, x: Array) -> Array:
-        b, h, w, c = x.shape
+        b, h, w, _ = x.shape
         _, heads, width, _ = self.mem_kv.shape
         dtype = at_least_float32(self.dtype)
-        qkv = self.qkv(self.norm(x).reshape(b, h * w, c)).astype(dtype)
+        qkv = self.qkv(self.norm(x)).astype(dtype).reshape(b, h * w, 3 * heads * width)
         q, k, v = (part.reshape(b, h * w, heads, width) for part in jnp.split(qkv, 3, axis=-1))
         memory = self.mem_kv[...].astype(dtype).transpose(0, 3, 1, 2)  # (2, memory, heads, width)
         k, v = (_prepend(memory[i], pixels) for i, pixels in enumerate((k, v)))
         q = jax.nn.softmax(q, axis=-1) * width**-0.5
         context = jnp.einsum("bknd,bkne->bnde", jax.nn.softmax(k, axis=1), v)
         mixed = jnp.einsum("bnde,bqnd->bqne", context, q).reshape(b, h * w, heads * width)
-        return self.out_norm(self.out_proj(mixed.astype(self.dtype)).reshape(b, h, w, c))
+        return self.out_norm(self.out_proj(mixed.reshape(b, h, w, heads * width).astype(self.dtype)))
 
 
 class Downsample(nnx.Module):
