@@ -160,6 +160,14 @@ def test_each_control_changes_what_it_should(page: Page) -> None:
     changes(lambda: page.type("null_label", "4"), "guidance_scale=2.0, null_label=4")
     changes(lambda: page.type("guidance_scale", "5.5"), "guidance_scale=5.5")
     changes(lambda: page.type("null_label", "2"), "null_label=2")
+    page.done(lambda: page.choose("spacing", "leading"))  # for 5 steps the checkpoint's own, uniform, is the same table
+    page.driver.find_element(By.CSS_SELECTOR, "#more summary").click()  # the controls that the server lists
+    changes(lambda: page.type("steps_offset", "1"), "steps_offset=1")
+    page.done(lambda: page.choose("set_alpha_to_one", "false"))  # less than a grey level here
+    assert "set_alpha_to_one=False" in page.python()
+    page.type("clip_range", "0.5")
+    page.wait(lambda: "clip_range" in page.find("clip_range-problem").text)  # this checkpoint clips nothing
+    page.done(lambda: page.type("clip_range", Keys.BACKSPACE))
     changes(lambda: page.choose("spacing", "quad"), 'spacing="quad"')
     changes(lambda: page.type("seed", "12"), "jax.random.key(12)")
     assert len(page.done(lambda: page.type("num", "5"))) == 5

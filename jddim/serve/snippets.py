@@ -19,10 +19,12 @@ from jddim.serve.request import REFINE, Asked, classes_in_turn
 def python(asked: Asked, ddim: DDIM, path: str) -> str:
     """A program whose `x_0` are the images. path: the checkpoint's, from where it will be run."""
     request, num, size = asked.request, asked.num, ddim.model.config.image_size
-    how = {name: repr(value) for name, value in _own(request, ddim).asked().items() if name != "seed"}
+    how = {name: _written(value) for name, value in _own(request, ddim).asked().items() if name != "seed"}
     if asked.label == "each":
         classes = classes_in_turn(asked.request, ddim)
-        how["labels"] = f"[{classes}[i % {len(classes)}] for i in range({num})]"
+        label = f"i % {len(classes)}"
+        label = label if classes == list(range(len(classes))) else f"{classes}[{label}]"
+        how["labels"] = f"[{label} for i in range({num})]"
     elif asked.label is not None:
         how["labels"] = f"[{asked.label}] * {num}"
     head = ["import jax", "import jddim"]
@@ -101,6 +103,10 @@ def command(asked: Asked, ddim: DDIM, path: str) -> tuple[str | None, str | None
 def _own(request: Request, ddim: DDIM) -> Request:
     """The request without what the checkpoint says itself."""
     return dataclasses.replace(request, spacing=None) if request.spacing == ddim.sampler.spacing else request
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _listed(arguments: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ function build(fields) {
       control.id = control.name = i === 0 ? name : `${name}-${i}`;
       if (i > 0) control.ariaLabel = `${name}, second`;
       control.setAttribute("aria-describedby", `${name}-problem`);
-      control.addEventListener("change", () => changed());
+      control.addEventListener(type === "select" ? "change" : "input", () => changed());
       field.append(control);
     });
     const problem = Object.assign(document.createElement("p"), { className: "problem", id: `${name}-problem` });
