@@ -97,4 +97,3 @@ def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
 if find_spec("torch") is None:
     print("tests of the PyTorch side are left out: torch is not installed (pip install 'jddim[convert]')")
     collect_ignore_glob = ["convert/reference/*", "measure_digits.py", "measure_training.py"]
-    collect_ignore_glob += ["scripts/test_train_mnist.py"]

@@ -3,7 +3,7 @@
     PYTHONPATH=.:tests python tests/measure_training.py [--rounds 5] [--steps 4] [--dtype float32]
 
 One step: draws, loss, gradients, Adam, the average of the weights; images are in memory. PyTorch's is the reference
-network as scripts/train trains it, in both memory layouts. Prints medians, and the rounds' ratios to jddim's time.
+network in float32 or bfloat16, in both memory layouts. Prints medians, and the rounds' ratios to jddim's time.
 """
 
 from __future__ import annotations
