@@ -25,7 +25,7 @@ from jddim.run.methods import Guidance, find
 from jddim.run.plan import Inputs, Plan, limits, plan
 from jddim.run.problems import guidance_problems, label_problems
 from jddim.run.programs import Program, network_denoiser
-from jddim.run.request import Request, RequestError, check_names
+from jddim.run.request import Request, RequestError, check_names, type_problems
 from jddim.sampling import Denoiser, Trajectory
 from jddim.schedule import NoiseSchedule, make_schedule
 from jddim.solvers import Solver
@@ -219,7 +219,7 @@ class DDIM:
         NaN or infinity appears, naming the image and the step (outside tracing only).
         """
         check_names(options, [*SampleOptions.__annotations__], "sample")
-        planned = self._plan(key, num, options).check("sample")
+        planned = self._plan("sample", key, num, options).check("sample")
         x_0, trajectory = run(planned, trajectory_every=trajectory_every, **_how(options))
         return x_0 if trajectory is None else (x_0, trajectory)
 
@@ -246,7 +246,7 @@ class DDIM:
         if (strength is None) == (mask is None):
             raise ValueError("edit: give either strength, to change images all over, or mask, to fill them in")
         more = {"strength": strength, "resample": resample, "jump_length": jump_length}
-        planned = self._plan(key, None, {**options, **more}, images=images, mask=mask).check("edit")
+        planned = self._plan("edit", key, None, {**options, **more}, images=images, mask=mask).check("edit")
         return run(planned, **_how(options))[0]
 
     def invert(
@@ -273,17 +273,23 @@ class DDIM:
         """
         check_names(options, [*Common.__annotations__], "invert")
         more = {"convention": convention, "refine": refine, "eta": eta}
-        return run(self._plan(None, None, {**options, **more}, images=images).check("invert"), **_how(options))[0]
+        planned = self._plan("invert", None, None, {**options, **more}, images=images).check("invert")
+        return run(planned, **_how(options))[0]
 
-    def _plan(self, key: Array | int | None, num: int | None, options: Any, **arrays: Any) -> Plan:
+    def _plan(self, of: str, key: Array | int | None, num: int | None, options: Any, **arrays: Any) -> Plan:
         """The plan of keyword arguments: arrays go in as they are, the rest is a `Request`."""
         asked = {name: value for name, value in options.items() if name not in RUN}
         given = {name: asked.pop(name) for name in Inputs._fields if name in asked}
         spacing = asked.get("spacing")
         if spacing is not None and not isinstance(spacing, str):
-            asked["spacing"] = tuple(np.asarray(spacing).tolist())
-        inputs = Inputs(key=_key(key), **given, **arrays)
-        return plan(self, Request(**asked), inputs, num, options.get("batch_size"))
+            asked["spacing"] = tuple(np.asarray(spacing).ravel().tolist())
+        asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
+        solver = {"method": asked.pop("method")} if isinstance(asked.get("method"), Solver) else {}
+        request = Request(**asked)
+        if problems := [(told.partition(" ")[0], told) for told in type_problems(request)]:
+            raise RequestError(problems, of)
+        inputs = Inputs(key=key, **given, **arrays)
+        return plan(self, dataclasses.replace(request, **solver), inputs, num, options.get("batch_size"))
 
     def denoiser(
         self, labels: ArrayLike | None = None, *, guidance_scale: Scale | None = None, null_label: int | None = None
@@ -331,13 +337,3 @@ class DDIM:
 
 def _how(options: Any) -> dict[str, Any]:
     return {name: options[name] for name in RUN if name in options}
-
-
-def _key(key: Any) -> Array | None:
-    """A key as the loops take it: a seed makes one, raw keys of `jax.random.PRNGKey` are wrapped."""
-    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        return jax.random.key(key)
-    if isinstance(key, Array) and key.dtype == jnp.uint32 and key.shape[-1:] == (2,) and key.ndim < 3:
-        key = jax.random.wrap_key_data(key)
-    given: Array | None = key
-    return given

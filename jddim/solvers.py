@@ -35,6 +35,7 @@ from jddim.sampling import (
     Denoiser,
     Draws,
     Limits,
+    Table,
     Trajectory,
     Update,
     check_prediction,
@@ -182,18 +183,18 @@ def memory_of(table: SolverTable, x_T: Array) -> tuple[Array, Array]:
     return zero, jnp.broadcast_to(zero, (table.step_history.shape[1] - 1, *x_T.shape))
 
 
-def find(solver: str | Solver, also: tuple[str, ...] = ()) -> Solver:
-    """The solver of that name, or the one given. Raises ValueError for another; also: what else it could have been."""
+def find(solver: str | Solver) -> Solver:
+    """The solver of that name, or the one given. Raises ValueError for another."""
     if isinstance(solver, Solver):
         return solver
     if solver not in SOLVERS:
-        raise ValueError(f"unknown method {solver!r}{did_you_mean(solver, (*SOLVERS, *also))}")
+        raise ValueError(f"unknown method {solver!r}{did_you_mean(solver, SOLVERS)}")
     return SOLVERS[solver]
 
 
-def cast(table: SolverTable, dtype: DTypeLike) -> SolverTable:
-    """The table with its floating-point columns in `dtype`."""
-    return SolverTable(*(c if c.dtype == np.int32 else c.astype(dtype) for c in table))
+def cast(table: Table, dtype: DTypeLike) -> Table:
+    """A table, of steps or of a solver, with its floating-point columns in `dtype`."""
+    return type(table)(*(c if c.dtype == np.int32 else c.astype(dtype) for c in table))
 
 
 # -- the solvers ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from tiny import SIZE, write_checkpoint
 import jddim
 from jddim.images import from_uint8
 from jddim.pipeline import DDIM
+from jddim.run.request import Request
 from jddim.serve.request import Bounds, Refused, etas_of, fields, labels_of, mask_of, parse, picture_of, run_of
+from jddim.serve.snippets import command, python
 
 PICTURE = np.random.default_rng(3).integers(0, 256, (*SIZE, 1), dtype=np.uint8)
 MASK = np.tile(np.array([0, 255], np.uint8), 30)
@@ -150,3 +152,24 @@ def test_what_a_request_means(served: dict[str, DDIM]) -> None:
     np.testing.assert_array_equal(labels_of(each, range(5)), [0, 1, 2, 3, 4, 0, 1])
     one = ask(served, checkpoint="classes", label=3, num=2)
     np.testing.assert_array_equal(labels_of(one, range(5)), [3, 3])
+
+
+def test_what_the_page_was_started_with_is_in_every_run(served: dict[str, DDIM]) -> None:
+    start = Request(clip=True, guidance="projected", guidance_rescale=0.25, dtype="bfloat16")
+    methods = {"plain": ["ddim"], "classes": ["ddim"]}
+    plain = parse({"clip_range": [-0.5, 0.5]}, served, methods, Bounds(), start)
+    assert (plain.request.clip, plain.request.clip_range, plain.request.guidance) == (True, (-0.5, 0.5), None)
+    asked = {"checkpoint": "classes", "label": 1, "guidance_scale": 2.0, "null_label": 4}
+    guided = parse(asked, served, methods, Bounds(), start)
+    assert (guided.request.guidance, guided.request.guidance_rescale) == ("projected", 0.25)
+    run = run_of(guided, served["classes"])
+    assert (run.plan.program.guidance, run.plan.rescale) == ("projected", 0.25)
+    program = python(guided, served["classes"], "classes")
+    assert 'jddim.load("classes", dtype="bfloat16")' in program
+    assert all(word in program for word in ("clip=True", 'guidance="projected"', "guidance_rescale=0.25"))
+    words = command(guided, served["classes"], "classes")[0]
+    assert words is not None
+    assert all(
+        word in words for word in ("--clip", "--guidance projected", "--guidance-rescale 0.25", "--dtype bfloat16")
+    )
+    assert (guided.settings["clip"], guided.settings["dtype"]) == (True, "bfloat16")

@@ -146,11 +146,8 @@ def run(
 
 
 def labels_of(ddim: DDIM, bulk: BulkConfig, numbers: range) -> NDArray[np.int32] | None:
-    """The labels of these images of the set. Raises ValueError if the request's text says none."""
-    if bulk.request.labels is None:
-        return None
-    null_label = ddim.null_label if bulk.request.null_label is None else bulk.request.null_label
-    labels, problems = plan.labels_of(bulk.request.labels, ddim.model.config.num_classes, null_label, np.array(numbers))
+    """The labels of these images of the set. Raises RequestError if the request's text says none."""
+    labels, problems = plan.labels_of(ddim, bulk.request, np.array(numbers))
     if problems:
         raise RequestError(problems, "bulk")
     return labels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import socket
 import sys
@@ -82,12 +81,13 @@ def _serve(args: argparse.Namespace) -> int:
     import jddim
 
     request = request_of(args, "serve")
-    loaded = {name: jddim.load(path, dtype=request.dtype) for name, path in zip(names, args.ckpt, strict=True)}
-    served = {name: dataclasses.replace(one, sampler=request.sampler(one.sampler)) for name, one in loaded.items()}
+    served = {name: jddim.load(path, dtype=request.dtype) for name, path in zip(names, args.ckpt, strict=True)}
+    for ddim in served.values():
+        request.sampler(ddim.sampler)  # raises what is wrong before anything is compiled
     local = loopback(args.host.lower())
     paths = {name: str(path) if local else name for name, path in zip(names, args.ckpt, strict=True)}
     bounds = Bounds(args.max_steps, args.max_num)
-    site = Site(served, paths, methods=args.methods, bounds=bounds, waiting=args.queue, say=say)
+    site = Site(served, paths, methods=args.methods, bounds=bounds, start=request, waiting=args.queue, say=say)
 
     def allowed(name: str) -> bool:
         own = {args.host.lower(), socket.gethostname().lower()}

@@ -78,8 +78,9 @@ def _sweep(args: argparse.Namespace) -> int:
 
     steps = args.steps or [ddim.sampler.num_steps]
     key = jax.random.key(request.seed)
+    widest = Inputs(key, eta=max(args.eta))
     planned = [  # all, before the first is run
-        plan(ddim, dataclasses.replace(request, steps=S), Inputs(key, eta=0.0), args.num).check("sweep") for S in steps
+        plan(ddim, dataclasses.replace(request, steps=S), widest, args.num).check("sweep") for S in steps
     ]
     rest, used = request.settled(ddim.sampler)
     ddim = dataclasses.replace(ddim, sampler=used)

@@ -61,7 +61,7 @@ def run(
                 state = part.advance(state, segment, buffers)
                 if inside:
                     continue
-                taken = int(segment.step[-1]) + 1
+                taken = int(segment.step[-1]) - int(rows.step[0]) + 1
                 if trajectory_every is not None and (taken % trajectory_every == 0 or taken == rows.num_steps):
                     kept.append((segment.t_prev[-1], state.x_t[: batch.taken], state.x0_hat[: batch.taken]))
                 if progress:  # between segments Ctrl-C is heard, and a NaN seen, with a terminal or without
@@ -102,7 +102,7 @@ def raise_if_bad(state: State, table: StepTable, start: int, count: int) -> None
     bad = np.flatnonzero(first_bad >= 0)
     if bad.size:
         worst = bad[np.argmin(first_bad[bad])]
-        step = int(first_bad[worst])
+        step = int(first_bad[worst]) - int(np.asarray(table.step)[0])  # the end of a table keeps its steps' numbers
         raise FloatingPointError(
             f"a NaN or infinity appeared in image {start + worst} at step {step + 1} of {table.num_steps} "
             f"(t = {np.asarray(table.t)[step]}), in {bad.size} of {count} images of this batch; "

@@ -18,7 +18,7 @@ from jddim.ddim import StepTable
 from jddim.guidance import cfg_plus_plus_update
 from jddim.inversion import inversion_table, invert_update
 from jddim.sampling import Denoiser, Update, ancestral_update, ddim_update
-from jddim.solvers import SOLVERS, Solver, SolverTable, memory_of, solver_update
+from jddim.solvers import SOLVERS, Solver, SolverTable, cast, memory_of, solver_update
 
 
 class Guidance(NamedTuple):
@@ -86,8 +86,16 @@ class Method(Protocol):
         """Whether it adds noise whatever eta is."""
 
     @property
-    def learned_variance(self) -> bool:
-        """Whether it reads the second half of a network's channels, if their variance is learned."""
+    def takes_variance(self) -> bool:
+        """Whether the sampler's variance means something to it, a learned one too."""
+
+    @property
+    def rederives_eps(self) -> bool:
+        """Whether it can take the direction's eps from the limited x0."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a step needs those before it."""
 
     def rows(self, table: StepTable, dtype: DTypeLike) -> Any:
         """What the scan runs over, from a float64 table on the host, its floats cast to `dtype`."""
@@ -105,7 +113,9 @@ class Ddim:
 
     takes_eta = True
     stochastic = False
-    learned_variance = False
+    takes_variance = False
+    rederives_eps = True
+    remembers = False
 
     def rows(self, table: StepTable, dtype: DTypeLike) -> StepTable:
         """The table itself."""
@@ -133,7 +143,8 @@ class Ddpm(Ddim):
 
     takes_eta = False
     stochastic = True
-    learned_variance = True
+    takes_variance = True
+    rederives_eps = False
 
     def update(self, denoise: Denoiser, given: Given, statics: Statics) -> Update:
         """`ancestral_update`."""
@@ -147,7 +158,9 @@ class BySolver:
 
     solver: Solver
     takes_eta = False
-    learned_variance = False
+    takes_variance = False
+    rederives_eps = False
+    remembers = True
 
     @property
     def stochastic(self) -> bool:
@@ -213,8 +226,3 @@ def find(method: str | Solver) -> Method:
 def names() -> tuple[str, ...]:
     """Every method's name; `config.METHODS` says the same to the command line, which does not import this."""
     return tuple(dict.fromkeys((*METHODS, *SOLVERS)))
-
-
-def cast(table: Any, dtype: DTypeLike) -> Any:
-    """A table with its floating-point columns in `dtype`."""
-    return type(table)(*(column if column.dtype == np.int32 else column.astype(dtype) for column in table))

@@ -6,9 +6,10 @@ export. A plan is made on the host; nothing is compiled or drawn before a `Part`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -24,7 +25,7 @@ from jddim.inversion import CONVENTIONS, check_inversion
 from jddim.models import Network
 from jddim.models.layers import at_least_float32
 from jddim.run import methods
-from jddim.run.methods import Given, Guidance, Inversion, Kept, Method, cast
+from jddim.run.methods import Given, Guidance, Inversion, Kept, Method
 from jddim.run.problems import (
     array_problems,
     batch_size_problems,
@@ -33,15 +34,18 @@ from jddim.run.problems import (
     guidance_problems,
     key_problems,
     label_problems,
+    mask_problems,
     network_problems,
     num_problems,
     range_problems,
     sampler_problems,
+    start_problems,
 )
 from jddim.run.programs import Program, draw_keys, draw_noise, segment
-from jddim.run.request import Problems, Request, RequestError
+from jddim.run.request import GUIDANCES, Problems, Request, RequestError
 from jddim.sampling import State, init_state, is_zero
 from jddim.schedule import NoiseSchedule
+from jddim.solvers import cast
 
 Images = Array | np.ndarray
 
@@ -75,7 +79,7 @@ class Inputs(NamedTuple):
     mask: `(h, w, 1)`, in [-1, 1], 1 where images are made anew.
     """
 
-    key: Array | None = None
+    key: Array | int | None = None
     numbers: ArrayLike | None = None
     x_T: Images | None = None
     noise: Images | None = None
@@ -157,7 +161,7 @@ class Part:
     @functools.cached_property
     def keys(self) -> Array | None:
         """A key for each image; None where there is none."""
-        key, numbers = self.plan.inputs.key, self.plan.inputs.numbers
+        key, numbers = as_key(self.plan.inputs.key), self.plan.inputs.numbers
         if key is None or key.ndim:
             return None if key is None else self.batch.of(key)
         return draw_keys(key, self.batch.of(jnp.asarray(numbers)))
@@ -214,7 +218,7 @@ class Part:
         """The state after `rows`, all or a segment of the plan's. trajectory_every: as in `begin`."""
         given, noise = self.given, self.plan.inputs.noise
         if noise is not None:
-            first = int(rows.step[0])
+            first = int(rows.step[0]) - int(self.plan.rows.step[0])
             axis = 2 if self.plan.program.resampled else 1
             given = given._replace(noise=self.batch.of(noise[first : first + rows.num_steps], axis))
         return self.run(state, rows, given, program=self.plan.program, trajectory_every=trajectory_every)
@@ -225,34 +229,35 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
 
     Raises ValueError at once where there is no table, for an unknown name; what else is wrong is in `problems`.
     """
-    sampler, model, config = request.sampler(ddim.sampler), ddim.model, ddim.model.config
-    dtype = np.dtype(at_least_float32(model.dtype))
-    method = _method(request, inputs)
+    model, config = ddim.model, ddim.model.config
+    dtype, method = np.dtype(at_least_float32(model.dtype)), _method(request, inputs)
+    inputs = inputs._replace(key=as_key(inputs.key))
+    problems: Problems = _edit_problems(request, inputs, method)
+    try:
+        sampler = request.sampler(ddim.sampler)
+    except RequestError as error:
+        sampler, problems = ddim.sampler, problems + error.problems
     table = sampler_table(ddim.schedule, sampler, request.steps, np.float64, _spacing(request))
     if request.strength is not None:
         table = tail(table, request.strength)
     resampled = inputs.mask is not None and request.resample > 1
-    problems: Problems = _edit_problems(request, inputs)
     rows = method.rows(table, dtype)
-    if resampled:
+    if resampled and not problems:
         rows = cast(repaint_table(table, request.resample, request.jump_length), dtype)
     table = cast(table, dtype)
 
     given = inputs.x_T if inputs.images is None else inputs.images
     if num is None and given is not None:
-        num = given.shape[0] if np.ndim(given) else None
+        num = np.shape(given)[0] if np.ndim(given) else None
     if inputs.images is not None and (np.ndim(inputs.images) != 4 or not num):
         told = f"images must have shape (num, h, w, {config.in_channels}) with num at least 1, got "
         problems.append(("images", f"{told}{np.shape(inputs.images)}"))
-        inputs, given, num = (
-            inputs._replace(images=np.zeros((1, *config.image_size, config.in_channels), dtype)),
-            None,
-            1,
-        )
-    image_size = config.image_size if request.image_size is None else tuple(request.image_size)
+        stand_in = np.zeros((1, *config.image_size, config.in_channels), dtype)  # so that the rest is looked at too
+        inputs, given, num = inputs._replace(images=stand_in), None, 1
+    height, width = config.image_size if request.image_size is None else request.image_size
     if request.image_size is None and np.ndim(given) == 4 and not channels_first(given, config.in_channels):  # type: ignore[arg-type]
-        image_size = (given.shape[1], given.shape[2])  # type: ignore[union-attr]
-    shape: Any = (*image_size, config.in_channels)
+        height, width = np.shape(given)[1:3]  # type: ignore[arg-type]
+    shape = (height, width, config.in_channels)
     asked_eta = inputs.eta if inputs.eta is not None else request.eta
     eta = 0.0 if not method.takes_eta else sampler.eta if asked_eta is None else asked_eta
     scale = inputs.guidance_scale if inputs.guidance_scale is not None else request.guidance_scale
@@ -268,31 +273,38 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         resampled=resampled,
     )
 
-    problems += network_problems(config, sampler, image_size) + num_problems(num) + sampler_problems(sampler, table)  # type: ignore[arg-type]
-    problems += batch_size_problems(batch_size)
+    problems += network_problems(config, sampler, (height, width)) + num_problems(num)
+    problems += sampler_problems(sampler, table) + batch_size_problems(batch_size) + _unused(request, program)
     if not method.takes_eta and asked_eta is not None:
         problems += _eta_of_none(method, request, asked_eta)
-    labels = inputs.labels if isinstance(inputs.labels, (Array, np.ndarray)) else None
-    if inputs.labels is not None and labels is None:
-        labels = np.asarray(inputs.labels)
+    labels = inputs.labels if isinstance(inputs.labels, Array) or inputs.labels is None else np.asarray(inputs.labels)
     if num is not None and num >= 1:
+        if inputs.numbers is None:
+            problems += start_problems(request.start, num)
         numbers = inputs.numbers if inputs.numbers is not None else _numbers(request.start, num)
         if labels is None and request.labels is not None:
-            null = ddim.null_label if request.null_label is None else request.null_label
-            labels, wrong = labels_of(request.labels, config.num_classes, null, numbers)
+            labels, wrong = labels_of(ddim, request, numbers)
             problems += wrong
+        if request.labels is None or labels is not None:
+            problems += label_problems(config, labels, num)
         rows_of_noise = (rows.num_steps, *((2,) if resampled else ()), num, *shape)
-        needs_noise = method.stochastic or resampled or (method.takes_eta and not is_zero(eta))
-        if not isinstance(method, Inversion):
+        if isinstance(method, Inversion):
+            problems += _inversion_problems(sampler, table, request)
+        else:
+            needs_noise = method.stochastic or resampled or (method.takes_eta and not is_zero(eta))
             problems += key_problems(
-                inputs.key, num, x_T=inputs.x_T is not None, noise=inputs.noise is not None, needs_noise=needs_noise
+                as_key(inputs.key),
+                num,
+                x_T=inputs.x_T is not None,
+                noise=inputs.noise is not None,
+                needs_noise=needs_noise,
             )
         problems += array_problems("x_T", inputs.x_T, (num, *shape), dtype)
         problems += array_problems("images", inputs.images, (num, *shape), dtype)
         problems += array_problems("noise", inputs.noise, rows_of_noise, dtype, rows.num_steps)
+        problems += [] if inputs.images is None else range_problems(inputs.images)
+        problems += mask_problems(inputs.mask, shape)
         problems += eta_problems(eta, num, table) if method.takes_eta else []
-        if request.labels is None or labels is not None:
-            problems += label_problems(config, labels, num)  # type: ignore[arg-type]
         problems += guidance_problems(
             config,
             scale,
@@ -302,10 +314,8 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
             rescale=request.guidance_rescale,
             interval=request.guidance_interval,
             learned_variance=program.learned_variance,
-            takes_eta=isinstance(method, methods.Ddim) and method.takes_eta,
+            takes_eta=method.takes_eta,
         )
-        if isinstance(method, Inversion):
-            problems += _inversion_problems(sampler, table, request, inputs)
         if not problems:
             inputs = inputs._replace(
                 numbers=numbers,
@@ -314,20 +324,20 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
                 guidance_scale=None if scale is None else _each(scale, num, dtype),
             )
     return Plan(
-        model,
-        program,
-        sampler,
-        table,
-        rows,
-        limits(sampler, dtype),
-        num or 0,
-        shape,
-        dtype,
-        inputs,
-        null_label,
-        request.guidance_rescale,
-        request.guidance_interval,
-        problems,
+        model=model,
+        program=program,
+        sampler=sampler,
+        table=table,
+        rows=rows,
+        limits=limits(sampler, dtype),
+        num=num or 0,
+        shape=shape,
+        dtype=dtype,
+        inputs=inputs,
+        null_label=null_label,
+        rescale=request.guidance_rescale,
+        interval=request.guidance_interval,
+        problems=problems,
     )
 
 
@@ -340,35 +350,44 @@ def limits(sampler: SamplerConfig, dtype: DTypeLike) -> dict[str, tuple[Array, A
     return {"clip_range": (jnp.asarray(sampler.clip_range[0], dtype), jnp.asarray(sampler.clip_range[1], dtype))}
 
 
-def labels_of(
-    text: str, classes: int | None, null_label: int | None, numbers: ArrayLike
-) -> tuple[np.ndarray | None, Problems]:
-    """The labels of the images with these numbers, and what is wrong with the text (`Request`)."""
-    num = np.shape(numbers)[0]
+def labels_of(ddim: Source, request: Request, numbers: ArrayLike) -> tuple[np.ndarray | None, Problems]:
+    """The labels, int32, of the images with these numbers, as the request's text says; and what is wrong with it."""
+    text, classes, num = request.labels, ddim.model.config.num_classes, np.shape(numbers)[0]
+    if text is None:
+        return None, []
+    if classes is None:
+        return None, [("labels", "this network has no classes: leave labels out")]
+    each: Sequence[int] = ()
     if text == "balanced":
-        if classes is None:
-            return None, [("labels", "labels balanced: this network has no classes")]
-        cycle = [label for label in range(classes) if label != null_label]
+        null_label = ddim.null_label if request.null_label is None else request.null_label
+        each = [label for label in range(classes) if label != null_label]
     else:
-        try:
+        with contextlib.suppress(ValueError):
             low, colon, high = text.partition(":")
-            cycle = range(int(low), int(high)) if colon else [int(part) for part in text.split(",")]  # type: ignore[assignment]
-        except ValueError:
-            cycle = []
-        if not cycle:
-            told = f"labels are one number, 3,977, a range such as 0:10, or balanced; got {text!r}"
-            return None, [("labels", told)]
-        if isinstance(cycle, list) and len(cycle) not in (1, num):
-            told = f"labels names {len(cycle)} labels for {num} images; give one for each, one for all, or a range"
-            return None, [("labels", told)]
-        if isinstance(cycle, list):
-            return np.resize(np.array(cycle, np.int32), num), []
-        if classes is not None and not 0 <= cycle[0] <= cycle[-1] < classes:  # before a huge range is spelt out
-            outside = cycle[0] if cycle[0] < 0 else max(cycle[0], classes)
-            return None, [("labels", f"labels must lie in 0..{classes - 1}, got {outside}")]
-        if classes is None:
-            return None, [("labels", "this network has no classes: leave labels out")]
-    return np.array(cycle, np.int32)[np.asarray(numbers).astype(np.int64) % len(cycle)], []
+            each = range(int(low), int(high)) if colon else [int(part) for part in text.split(",")]
+    if not each:
+        return None, [("labels", f"labels are one number, 3,977, a range such as 0:10, or balanced; got {text!r}")]
+    if "," in text and len(each) != num:
+        told = f"labels names {len(each)} labels for {num} images; give one for each, one for all, or a range"
+        return None, [("labels", told)]
+    if outside := [label for label in (each[0], each[-1], *each[:num]) if not 0 <= label < classes]:
+        shown = classes if isinstance(each, range) and 0 <= each[0] < classes else outside[0]
+        return None, [("labels", f"labels must lie in 0..{classes - 1}, got {shown}")]
+    places = np.arange(num) if "," in text else np.asarray(numbers).astype(np.int64)
+    return np.array(each, np.int32)[places % len(each)], []
+
+
+def as_key(key: Array | int | None) -> Array | None:
+    """A key as the loops take it: a seed makes one, and the raw keys of `jax.random.PRNGKey` are wrapped."""
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool) and 0 <= key < 2**32:
+        return jax.random.key(key)
+    if isinstance(key, Array) and jnp.issubdtype(key.dtype, jnp.integer):
+        if key.ndim == 0:
+            return jax.random.key(key)
+        if key.dtype == jnp.uint32 and key.shape[-1] == 2 and key.ndim < 3:
+            wrapped: Array = jax.random.wrap_key_data(key)
+            return wrapped
+    return key  # type: ignore[return-value]  # what is no key, `key_problems` says
 
 
 def _method(request: Request, inputs: Inputs) -> Method:
@@ -404,22 +423,41 @@ def _eta_of_none(method: Method, request: Request, eta: ArrayLike) -> Problems:
     return [("eta", f"inversion is deterministic, so eta must be 0, got {eta}: added noise cannot be undone")]
 
 
-def _edit_problems(request: Request, inputs: Inputs) -> Problems:
+def _edit_problems(request: Request, inputs: Inputs, method: Method) -> Problems:
     """What is wrong with the options of editing."""
-    if request.resample < 1:
-        return [("resample", f"resample must be at least 1, got {request.resample}")]
-    if (request.resample, request.jump_length) != (1, 1) and inputs.mask is None:
-        told = "resample and jump_length are RePaint's: they go with a mask, not with strength"
-        return [("resample", told)]
-    if request.resample == 1 and request.jump_length != 1:
-        told = f"jump_length is of resampling: give resample too, at least 2, got jump_length={request.jump_length}"
-        return [("jump_length", told)]
-    return []
+    told = None
+    if request.strength is not None and (inputs.images is None or inputs.mask is not None):
+        told = ("strength", "strength is for images to edit, without a mask: it says how far they are noised")
+    elif request.resample < 1:
+        told = ("resample", f"resample must be at least 1, got {request.resample}")
+    elif (request.resample, request.jump_length) != (1, 1) and inputs.mask is None:
+        told = ("resample", "resample and jump_length are RePaint's: they go with a mask, not with strength")
+    elif request.resample == 1 and request.jump_length != 1:
+        told = (
+            "jump_length",
+            f"jump_length is of resampling: give resample too, at least 2, got jump_length={request.jump_length}",
+        )
+    elif request.resample > 1 and method.remembers:
+        told = (
+            "method",
+            f"method {request.method!r} remembers earlier steps, which resampling goes back from: take ddim or ddpm",
+        )
+    return [] if told is None else [told]
 
 
-def _inversion_problems(sampler: SamplerConfig, table: StepTable, request: Request, inputs: Inputs) -> Problems:
-    assert inputs.images is not None
-    problems = range_problems(inputs.images)
+def _unused(request: Request, program: Program) -> Problems:
+    """What is asked of a method that has no use for it."""
+    problems: Problems = []
+    if request.variance is not None and not program.method.takes_variance:
+        problems.append(("variance", f"variance is for method ddpm, not for {request.method!r}: leave it out"))
+    if request.rederive_eps and (program.guidance == GUIDANCES[2] or not program.method.rederives_eps):
+        who = "guidance cfg++" if program.guidance == GUIDANCES[2] else f"method {request.method!r}"
+        problems.append(("rederive_eps", f"rederive_eps is DDIM's; {who} re-derives none: leave it out"))
+    return problems
+
+
+def _inversion_problems(sampler: SamplerConfig, table: StepTable, request: Request) -> Problems:
+    problems: Problems = []
     if sampler.self_condition:
         told = "this network is self-conditioned: a step depends on the x0 of the one before it, which inversion only "
         problems.append(("convention", told + "comes to after it"))

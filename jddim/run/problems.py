@@ -97,6 +97,28 @@ def array_problems(
     return problems
 
 
+def mask_problems(mask: Array | np.ndarray | None, shape: tuple[int, int, int]) -> Problems:
+    """What is wrong with a mask for images of `shape` (h, w, c)."""
+    if mask is None:
+        return []
+    if np.shape(mask) not in ((*shape[:2], 1), shape):
+        return [("mask", f"mask must have shape {(*shape[:2], 1)}, one for all images, got {np.shape(mask)}")]
+    if isinstance(mask, jax.core.Tracer):
+        return []
+    values = np.asarray(mask)
+    if not np.issubdtype(values.dtype, np.floating) or not ((values >= -1) & (values <= 1)).all():  # NaN neither
+        told = "mask must be floats in [-1, 1], -1 where images stay and 1 where they are made anew, got "
+        return [("mask", f"{told}{values.dtype} in {values.min()}..{values.max()}")]
+    return []
+
+
+def start_problems(start: int, num: int) -> Problems:
+    """What is wrong with the number of the first image."""
+    if 0 <= start <= 2**32 - num:
+        return []
+    return [("start", f"start must lie in 0..{2**32 - num}, which images are kept apart in, got {start}")]
+
+
 def batch_size_problems(batch_size: int | None) -> Problems:
     """What is wrong with the number of images at a time."""
     if batch_size is None or (isinstance(batch_size, (int, np.integer)) and batch_size >= 1):
@@ -143,10 +165,10 @@ def guidance_problems(
     elif known and kind == GUIDANCES[2] and not ((np.asarray(scale) >= 0) & (np.asarray(scale) <= 1)).all():
         problems.append(("guidance_scale", f"guidance_scale of cfg++ must lie in 0..1, got {scale}"))
     if learned_variance:
-        told = "guidance of a learned variance is not defined: use method ddim, or a fixed variance"
+        told = "guidance of a learned variance is not defined: use method ddim"
         problems.append(("guidance_scale", told))
     if kind == GUIDANCES[2] and not takes_eta:
-        problems.append(("guidance", "guidance cfg++ is a step of DDIM's: use method ddim"))
+        problems.append(("guidance", "guidance cfg++ is of sampling by method ddim alone"))
     if kind == GUIDANCES[2] and rescale is not None:
         problems.append(("guidance_rescale", "guidance cfg++ has no rescaling: leave guidance_rescale out"))
     if rescale is not None and not 0 <= rescale <= 1:
@@ -212,9 +234,11 @@ def _label_problem(config: ModelConfig, labels: Array | np.ndarray | None, num: 
 
 def channels_first(array: Array | np.ndarray, channels: int) -> bool:
     """Whether images (or noise) of so many channels have PyTorch's layout."""
-    return array.shape[-3] == channels != array.shape[-1]
+    shape: tuple[int, ...] = np.shape(array)
+    return shape[-3] == channels != shape[-1]
 
 
 def _all_finite(array: Array | np.ndarray) -> bool:
-    """Asked where the array is: what lies on a GPU is not fetched for it."""
-    return bool((jnp if isinstance(array, Array) else np).isfinite(array).all())
+    """Asked where the array is: what lies on a GPU is not fetched for it. Under a transformation nobody asks."""
+    finite: Array | np.ndarray = (jnp if isinstance(array, Array) else np).isfinite(array).all()
+    return True if isinstance(finite, jax.core.Tracer) else bool(finite)

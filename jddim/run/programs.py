@@ -51,7 +51,7 @@ class Program:
     @property
     def learned_variance(self) -> bool:
         """Whether a step reads the network's second half of channels."""
-        return self.variance == "learned_range" and self.method.learned_variance
+        return self.variance == "learned_range" and self.method.takes_variance
 
     @property
     def outputs(self) -> int:
@@ -95,9 +95,9 @@ def network_denoiser(
     if program.variance == "learned_range" and not program.learned_variance:
         denoise = without_variance(denoise)
     if labels is not None and guidance is not None:
-        return _guided(denoise, labels, guidance, program.guidance)
-    if labels is not None:
-        return with_labels(denoise, labels)
+        denoise = _guided(denoise, labels, guidance, program.guidance)
+    elif labels is not None:
+        denoise = with_labels(denoise, labels)
     return with_self_condition(denoise) if program.self_condition else denoise
 
 

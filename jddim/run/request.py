@@ -1,14 +1,15 @@
 """What can be asked of sampling, once: a frozen dataclass of what JSON can hold. No jax here, so that --help is quick.
 
 Each field carries what the doors need of it: the option's name, how its text is read, one line of help, and which
-commands leave it out and why. The command line, the manifest, a picture's metadata, the page's form and its copied
-commands are made from these fields, so an option is added here and where its maths is, and nowhere else.
+commands leave it out and why. The command line, the manifest, a picture's metadata, most of the page's form and its
+copied commands are made from these fields; `jddim.pipeline` types them for Python, which a test compares.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import numbers
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from jddim.config import (
 )
 
 Problems = list[tuple[str, str]]
-"""(field, sentence) pairs: what is wrong with a request. A sentence that is about its field begins with its name."""
+"""(field, sentence) pairs: what is wrong with a request. Where it can, the sentence begins with the field's name."""
 
 
 class RequestError(ValueError):
@@ -50,8 +51,8 @@ class Option:
     """What the doors need to know of a field of `Request`.
 
     flag: as the command line has it. help: one line. how: argparse's keywords that say how the text is read.
-    left_out: command -> why it does not take this, or OWN. only: the commands that it is of, where the rest do not know
-    it at all; all of them where this is empty. convention: it stands for fields of `SamplerConfig`, and
+    left_out: command -> why it does not take this, or OWN. only: the commands that know this option at all; empty: all
+    of them. convention: it stands for fields of `SamplerConfig`, and
     None means the checkpoint's.
     """
 
@@ -74,7 +75,7 @@ def _option(
     convention: bool = False,
     **how: Any,
 ) -> Any:
-    """A field with its `Option`. only: the commands that have it, where others do not even refuse it by a reason."""
+    """A field with its `Option`."""
     if only:
         left_out = {
             command: f"it is of jddim {' and '.join(only)} alone" for command in COMMANDS if command not in only
@@ -322,7 +323,9 @@ class Request:
         if "threshold" in asked:
             asked["threshold_ratio"], asked["threshold_max"] = asked.pop("threshold")
         used = dataclasses.replace(own, **asked)
-        if self.clip_range is not None and not used.clip:
+        if self.clip and self.threshold is not None:
+            raise RequestError([("threshold", "threshold and clip exclude each other: give one of them")], "sample")
+        if self.clip_range is not None and (not used.clip or used.threshold_ratio is not None):
             told = "clip_range without clip: this checkpoint's x0 is not clipped; add clip, or leave it out"
             raise RequestError([("clip_range", told)], "sample")
         return used
@@ -402,6 +405,13 @@ def options() -> tuple[Named, ...]:
     return tuple(Named(field.name, field.default, field.metadata["option"]) for field in dataclasses.fields(Request))
 
 
+def left_out_problems(request: Request, command: str) -> Problems:
+    """What a request asks that this command leaves out, with the reasons."""
+    asked = request.asked()
+    reasons = {o.name: o.option.left_out[command] for o in options() if command in o.option.left_out}
+    return [(name, f"{name} is left out: {why}") for name, why in reasons.items() if name in asked]
+
+
 def taken_by(command: str) -> tuple[Named, ...]:
     """The options that are read from the fields for this command (or the page)."""
     return tuple(o for o in options() if command not in o.option.left_out)
@@ -426,9 +436,9 @@ def _fits(value: Any, kind: Any) -> bool:
             return False
         of = of[:1] * len(value) if of[-1] is Ellipsis else of
         return len(value) == len(of) and all(map(_fits, value, of))
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    if kind in (int, float):  # NumPy's too
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _said(kind: Any) -> str:
@@ -440,12 +450,14 @@ def _said(kind: Any) -> str:
 def check_names(given: Mapping[str, Any], known: Sequence[str], of: str) -> None:
     """Raise TypeError that names what is unknown among the keyword arguments of a function, and the nearest known."""
     if unknown := [name for name in given if name not in known]:
-        hint = did_you_mean(unknown[0], [*known, *PEERS])
-        for theirs, ours in PEERS.items():
-            if unknown[0] == theirs and ours in known:
-                hint = f" (here it is {ours!r})"
+        hint = did_you_mean(unknown[0], known)
+        if unknown[0] in PEERS:
+            hint = f" (here it is {PEERS[unknown[0]]!r})"
         raise TypeError(f"{of}() takes no {unknown[0]!r}{hint}")
 
 
-PEERS = {"num_inference_steps": "steps", "generator": "key", "class_labels": "labels", "ddim_steps": "steps"}
+PEERS = {
+    **dict.fromkeys(("num_inference_steps", "num_steps", "ddim_steps"), "steps"),
+    **{"generator": "key", "class_labels": "labels"},
+}
 """What other libraries call an option of ours."""

@@ -30,7 +30,7 @@ from jddim.run.compiling import Kind, compiler_options, faster
 from jddim.run.methods import Given
 from jddim.run.plan import Inputs, plan
 from jddim.run.programs import draw_noise, segment
-from jddim.run.request import Request
+from jddim.run.request import Request, RequestError, left_out_problems
 from jddim.sampling import ddim_update, init_state, numbered_keys
 
 FORMAT_VERSION = 1
@@ -64,6 +64,8 @@ def export_sampler(
     _need_flatbuffers()
     _check_labels(ddim)
     request = request or Request()
+    if problems := left_out_problems(request, "export"):
+        raise RequestError(problems, "export")
     config, labelled = ddim.model.config, ddim.model.config.class_embedding is not None
     one = Inputs(key=jax.random.key(0), labels=np.zeros(1, np.int32) if labelled else None)
     planned = plan(ddim, request, one, 1).check("sample")

@@ -29,8 +29,7 @@ from jddim.run.batches import run as run_plan
 from jddim.run.compiling import compiler_options, faster, kind_of
 from jddim.run.plan import Inputs, labels_of, plan
 from jddim.run.problems import label_problems
-from jddim.run.request import Request, RequestError, check_names
-from jddim.run.request import options as every_option
+from jddim.run.request import Request, RequestError, check_names, taken_by
 
 Rules = Sequence[tuple[str, P]]
 """(regular expression, spec) pairs. A parameter's dotted path takes the first that is found in it; the spec is of the
@@ -104,16 +103,17 @@ class Sharded:
         )
         self._program = functools.lru_cache(maxsize=16)(functools.partial(program, self.ddim, mesh, rules))
 
-    def sample(self, key: Array, num: int, *, start: int = 0, labels: ArrayLike | None = None, **options: Any) -> Array:
+    def sample(
+        self, key: Array | int, num: int, *, start: int = 0, labels: ArrayLike | None = None, **options: Any
+    ) -> Array:
         """Images start..start+num-1 of the seed, `(num, h, w, c)`, lying cut along "data". As `DDIM.sample`.
 
         num: a multiple of the mesh's data axis; each device makes as many, in one batch if batch_size does not say
-        otherwise. options: those fields of `Request`, as numbers, names and tuples; they are compiled in.
+        otherwise. options: fields of `Request`, as numbers, names and tuples; they are compiled in.
         Raises ValueError as it does, and FloatingPointError if a NaN or infinity appears.
         """
-        check_names(
-            options, ["batch_size", *(o.name for o in every_option() if o.name not in ARRAYS)], "Sharded.sample"
-        )
+        known = ["batch_size", *(o.name for o in taken_by("sample") if o.name not in ARRAYS)]
+        check_names(options, known, "Sharded.sample")
         parts = self.mesh.shape["data"]
         batch_size = options.pop("batch_size", None)
         firsts = [start + i * (num // parts) for i in range(parts)]
@@ -122,7 +122,7 @@ class Sharded:
     def sample_request(
         self,
         request: Request,
-        key: Array,
+        key: Array | int,
         firsts: Sequence[int],
         size: int,
         num: int | None = None,
@@ -135,17 +135,16 @@ class Sharded:
         asked for, to be refused where the devices do not share them out. As `sample` otherwise.
         """
         num = len(firsts) * size if num is None else num
-        config, null = self.ddim.model.config, self.ddim.null_label
-        if labels is None and request.labels is not None:
-            numbers = np.concatenate([np.arange(f, f + size) for f in firsts])
-            null = null if request.null_label is None else request.null_label
-            labels, problems = labels_of(request.labels, config.num_classes, null, numbers)
+        if labels is None:
+            labels, problems = labels_of(self.ddim, request, np.concatenate([np.arange(f, f + size) for f in firsts]))
             if problems:
                 raise RequestError(problems, "sample")
         rows = None if labels is None else jnp.asarray(labels)
-        if problems := label_problems(config, rows, num):
+        if problems := label_problems(self.ddim.model.config, rows, num):
             raise RequestError(problems, "sample")
-        run = self._program(num, rows is not None, dataclasses.replace(request, labels=None), batch_size)
+        run = self._program(
+            num, rows is not None, dataclasses.replace(request, labels=None, seed=0, start=0), batch_size
+        )
         images: Array = run(self.ddim.model, key, jnp.asarray(firsts, jnp.uint32), rows)
         bad = ~jnp.isfinite(images).reshape(num, -1).all(axis=1)
         if bad.any():
@@ -157,8 +156,8 @@ class Sharded:
         return images
 
 
-ARRAYS = ("labels", "start", "seed")
-"""Fields of `Request` that a sharded program is given as arrays."""
+ARRAYS = ("labels", "start", "seed", "dtype")
+"""Fields of `Request` that a sharded program is given as arrays, or with its weights."""
 
 
 def program(

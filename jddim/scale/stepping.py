@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from jddim.editing import slerp
 from jddim.pipeline import DDIM
 from jddim.run.batches import raise_if_bad
+from jddim.run.methods import Inversion as InversionMethod
 from jddim.run.plan import Batch, Part, Plan
 from jddim.run.programs import draw_keys, draw_noise
 from jddim.sampling import State
@@ -89,6 +90,9 @@ class Stepping:
         return self._seen(lambda g, state: self.parts[g].x_T)
 
     def _seen(self, of: Callable[[int, State], Array]) -> Floats:
+        start = self.plan.inputs.images if isinstance(self.plan.program.method, InversionMethod) else None
+        if start is not None and not self.done:
+            return np.asarray(start, np.float32)
         empty = np.zeros((self.group, *self.plan.shape), np.float32)
         groups = [None if state is None else of(g, state) for g, state in enumerate(self.states)]
         return np.concatenate([empty if x is None else np.asarray(x, np.float32) for x in groups])[: self.plan.num]

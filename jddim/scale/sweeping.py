@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jddim.pipeline import DDIM, SampleOptions
-from jddim.run.plan import Inputs
+from jddim.run.plan import Inputs, as_key
 from jddim.run.problems import eta_problems
 from jddim.run.request import RequestError
 from jddim.sampling import sample_keys
@@ -24,7 +24,7 @@ PER_IMAGE = {
 
 def sweep(
     ddim: DDIM,
-    key: Array | None,
+    key: Array | int | None,
     num: int | None,
     etas: ArrayLike,
     *,
@@ -54,6 +54,7 @@ def sweep(
     if num is None:
         num = len(options["x_T"]) if options.get("x_T") is not None else 0
     rows = min(rows_at_once or len(etas), len(etas))
+    key = as_key(key)
     keys = None if key is None else sample_keys(key, num, start) if key.ndim == 0 else key
 
     def repeated(x: Any, axis: int) -> Any:

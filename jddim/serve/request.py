@@ -75,7 +75,8 @@ class Asked:
     def settings(self) -> dict[str, Any]:
         """All but the pictures, as JSON."""
         own = {name: getattr(self, name) for name in ("checkpoint", "mode", "seed_to", "num", "label")}
-        return {**own, **{o.name: getattr(self.request, o.name) for o in taken_by("page")}}
+        asked = {o.name: getattr(self.request, o.name) for o in taken_by("page")}
+        return {**own, **asked, **self.request.asked()}
 
 
 GUIDED = {"guidance_scale": 1.0, "null_label": 0}
@@ -100,8 +101,16 @@ def _kind(option: Option) -> str:
     return "whole" if option.how.get("type") is int else "switch"
 
 
-def parse(data: Any, served: Mapping[str, DDIM], methods: Mapping[str, Sequence[str]], bounds: Bounds) -> Asked:
-    """The request that JSON says. methods: those of each checkpoint. Raises Refused, with everything wrong."""
+def parse(
+    data: Any,
+    served: Mapping[str, DDIM],
+    methods: Mapping[str, Sequence[str]],
+    bounds: Bounds,
+    start: Request = Request(),  # noqa: B008  # frozen
+) -> Asked:
+    """The request that JSON says. methods: those of each checkpoint. start: what the page was started with, in place of
+    the defaults; its guidance is of runs that are guided. Raises Refused, with everything wrong.
+    """
     if not isinstance(data, dict):
         raise Refused({"request": f"must be a JSON object, got {_shown(data)}"})
     problems: dict[str, str] = {}
@@ -144,7 +153,7 @@ def parse(data: Any, served: Mapping[str, DDIM], methods: Mapping[str, Sequence[
     }
     if not find(method).takes_eta and asked.pop("eta"):
         problems["eta"] = f"eta is DDIM's; method {method} takes none: 0, got {_shown(data.get('eta'))}"
-    asked |= _plain_fields(data, problems)
+    asked |= {name: value for name, value in _plain_fields(data, problems).items() if value is not None}
     own: dict[str, Any] = {
         "seed_to": number("seed_to", 0, 2**32 - 1, 1),
         "num": number("num", 2 if mode in ("strip", "slerp") else 1, bounds.num, min(4, bounds.num)),
@@ -160,7 +169,9 @@ def parse(data: Any, served: Mapping[str, DDIM], methods: Mapping[str, Sequence[
         problems["mode"] = "this network is self-conditioned, and cannot be inverted"
     if problems:
         raise Refused(problems)
-    request = Asked(checkpoint, Request(**asked, **guided), mode, label=label, **own)
+    if not guided:
+        start = dataclasses.replace(start, guidance=None, guidance_rescale=None, guidance_interval=None)
+    request = Asked(checkpoint, dataclasses.replace(start, **asked, **guided), mode, label=label, **own)
     _check_table(ddim, request.request, bounds)
     return request
 

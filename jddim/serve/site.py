@@ -36,6 +36,7 @@ from jddim.ddim import ddim_sigma, largest_eta, sampler_table
 from jddim.images import encode_gif, encode_png, grid, to_uint8
 from jddim.inversion import reconstruction_error
 from jddim.pipeline import DDIM
+from jddim.run.request import Request as SamplingRequest
 from jddim.scale.stepping import Inverted, Run
 from jddim.serve import snippets
 from jddim.serve.jobs import Busy, Job, Queue, status
@@ -92,7 +93,8 @@ class Result:
 class Site:
     """The checkpoints served, by name, the queue, what is compiled, and results for a while.
 
-    paths: how each is named in what is copied from the page. say: for the terminal. stopping: set, runs end soon.
+    paths: how each is named in what is copied from the page. start: options of sampling in place of the defaults.
+    say: for the terminal. stopping: set, runs end soon.
     """
 
     def __init__(
@@ -102,11 +104,12 @@ class Site:
         *,
         methods: Sequence[str],
         bounds: Bounds | None = None,
+        start: SamplingRequest | None = None,
         waiting: int = 64,
         say: Callable[[str], None] = print,
     ):
         self.served, self.paths, self.say = dict(served), dict(paths), say
-        self.bounds = bounds or Bounds()
+        self.bounds, self.start = bounds or Bounds(), start or SamplingRequest()
         self.offered = tuple(methods)
         self.methods = {name: list(methods) for name in served}
         self.queue = Queue(waiting)
@@ -145,7 +148,7 @@ class Site:
 
     def _first_call(self, data: dict[str, Any]) -> Run:
         """A run of what is asked, whose first call compiles."""
-        asked = parse(data, self.served, dict.fromkeys(self.served, self.offered), self.bounds)
+        asked = parse(data, self.served, dict.fromkeys(self.served, self.offered), self.bounds, self.start)
         return run_of(asked, self.served[data["checkpoint"]])
 
     def compile(self) -> None:
@@ -239,7 +242,7 @@ class Site:
         request = await self._asked(http)
         needs = self.needs(request)
         if why := [self.refused[key] for key in needs & self.refused.keys()]:
-            raise Refused({"mode": f"{request.mode} is not to be had of this checkpoint: {why[0]}"})
+            raise Refused({"mode": f"{request.mode} does not work with this checkpoint: {why[0]}"})
         run = await asyncio.to_thread(run_of, request, self.served[request.checkpoint])
         loop, news = asyncio.get_running_loop(), asyncio.Event()
 
@@ -345,7 +348,7 @@ class Site:
             data = json.loads(body)
         except (ValueError, RecursionError):
             raise Refused({"request": "is not JSON"}) from None
-        return parse(data, self.served, self.methods, self.bounds)
+        return parse(data, self.served, self.methods, self.bounds, self.start)
 
     def app(self, allowed: Callable[[str], bool]) -> ASGIApp:
         """The application. allowed: which host names it may be addressed by."""

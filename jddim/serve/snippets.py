@@ -19,7 +19,8 @@ from jddim.serve.request import REFINE, Asked, classes_in_turn
 def python(asked: Asked, ddim: DDIM, path: str) -> str:
     """A program whose `x_0` are the images. path: the checkpoint's, from where it will be run."""
     request, num, size = asked.request, asked.num, ddim.model.config.image_size
-    how = {name: _written(value) for name, value in _own(request, ddim).asked().items() if name != "seed"}
+    elsewhere = ("seed", "dtype")
+    how = {name: _written(value) for name, value in _own(request, ddim).asked().items() if name not in elsewhere}
     if asked.label == "each":
         classes = classes_in_turn(asked.request, ddim)
         label = f"i % {len(classes)}"
@@ -28,7 +29,8 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
     elif asked.label is not None:
         how["labels"] = f"[{asked.label}] * {num}"
     head = ["import jax", "import jddim"]
-    load = f"ddim = jddim.load({json.dumps(path)})"
+    dtype = f", dtype={json.dumps(request.dtype)}" if "dtype" in request.asked() else ""
+    load = f"ddim = jddim.load({json.dumps(path)}{dtype})"
     match asked.mode:
         case "strip":
             head.insert(1, "import jax.numpy as jnp")

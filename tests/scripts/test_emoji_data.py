@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jddim.task import Task
 from PIL import Image
 
-from jddim import training_data
-from jddim.checkpoint import abstract_model, flat_params
+from jddim.models.building import abstract_model, flat_params
+from jddim.train import data as training_data
+from jddim.train.task import Task
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.quick
