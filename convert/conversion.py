@@ -55,6 +55,8 @@ def convert(
     check_destination(dst, overwrite=overwrite)
     if license is not None and not (license.strip() and license.isprintable() and len(license) <= 200):
         raise ConversionError(f"a licence is a line of 1 to 200 characters, such as MIT; got {license[:50]!r}")
+    if weights not in (None, "ema", "raw"):
+        raise ConversionError(f"weights are 'ema' or 'raw', or None for what the family takes first; got {weights!r}")
     origin = find(src, weights, variant, revision)
     opened = _open(origin, config, settings or {}, preset, weights, say)
     family, source, plan = opened.family, opened.source, opened.plan

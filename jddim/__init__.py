@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; the tables below say t
     from jddim import solvers as solvers
     from jddim import timesteps as timesteps
     from jddim import timetables as timetables
+    from jddim.checkpoint.folder import CheckpointError as CheckpointError
     from jddim.config import SamplerConfig as SamplerConfig
     from jddim.config import ScheduleConfig as ScheduleConfig
     from jddim.config import UNetConfig as UNetConfig
@@ -60,6 +61,7 @@ _HOME = {
     name: module
     for module, names in {
         "config": "SamplerConfig ScheduleConfig UNetConfig",
+        "checkpoint.folder": "CheckpointError",
         "converting": "ConversionError Verification convert export_torch info verify",
         "ddim": "StepTable ddim_sigma ddim_step ddpm_step predict_eps predict_x0 step_table",
         "inversion": "invert_loop",

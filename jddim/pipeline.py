@@ -100,8 +100,11 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> DDI
     """A checkpoint written by `jddim convert`, ready to sample.
 
     dtype: the network's compute dtype, float32 or bfloat16; the sampler's state, the norms and the softmax stay
-    float32. Raises `jddim.checkpoint.folder.CheckpointError` if the folder is absent, incomplete, edited or too new.
+    float32. Raises `jddim.CheckpointError` if the folder is absent, incomplete, edited or too new, ValueError for
+    another dtype.
     """
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise ValueError(f"dtype must be float32 or bfloat16 (float64 under jax's x64), got {jnp.dtype(dtype).name}")
     metadata = load_metadata(path)
     model = build_model(metadata.model, load_params(path, metadata), dtype)
     return DDIM(model, make_schedule(metadata.schedule), metadata.sampler, metadata)

@@ -145,3 +145,10 @@ def test_a_verification_prints_its_table() -> None:
         "mid      5.00e-01  out of tolerance (first)",
         "out      nan  out of tolerance",
     ]
+
+
+@pytest.mark.parametrize("weights", ["RAW", "emaa"])
+def test_weights_are_ema_or_raw(weights: str, tmp_path: Path) -> None:
+    with pytest.raises(jddim.ConversionError, match="weights are 'ema' or 'raw'"):
+        jddim.convert(MNIST_SOURCE, tmp_path / "out", weights=weights)
+    assert not (tmp_path / "out").exists()

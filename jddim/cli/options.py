@@ -160,6 +160,13 @@ class OneLineParser(argparse.ArgumentParser):
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """With the nearest choice first, where argparse lists them all."""
+        near = difflib.get_close_matches(str(value), list(map(str, action.choices or ())), 1)
+        if near and value not in (action.choices or ()):
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; did you mean {near[0]!r}?")
+        super()._check_value(action, value)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Nothing is left over: argparse would leave a command's unknown options for the whole program to refuse."""
         namespace, rest = super().parse_known_args(args, namespace)

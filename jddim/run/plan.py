@@ -278,7 +278,8 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     if not method.takes_eta and asked_eta is not None:
         problems += _eta_of_none(method, request, asked_eta)
     labels = inputs.labels if isinstance(inputs.labels, Array) or inputs.labels is None else np.asarray(inputs.labels)
-    if num is not None and num >= 1:
+    if not num_problems(num):
+        assert num is not None
         if inputs.numbers is None:
             problems += start_problems(request.start, num)
         numbers = inputs.numbers if inputs.numbers is not None else _numbers(request.start, num)

@@ -52,6 +52,8 @@ def network_problems(config: ModelConfig, sampler: SamplerConfig, image_size: tu
 
 def num_problems(num: int | None) -> Problems:
     """What is wrong with the number of images."""
+    if num is not None and not isinstance(num, (int, np.integer)):
+        return [("num", f"num must be a whole number, got {num!r}")]
     if num is not None and num >= 1:
         return []
     got = "got none: give num, or x_T" if num is None else f"got {num}"

@@ -87,8 +87,10 @@ class Queue:
             self._drop()
             if self._closed:
                 raise Busy("the server is stopping")
-            if len(self._waiting) >= self.most:
-                raise Busy(f"{len(self._waiting)} runs are waiting already, the most that may; try again in a while")
+            free = max(self.at_once - len(self._running), 0)  # whose turn it is at the next call does not wait
+            waiting = len(self._waiting) - min(free, sum(other.ready() for other in self._waiting))
+            if waiting >= self.most:
+                raise Busy(f"{waiting} runs are waiting already, the most that may; try again in a while")
             self._waiting.append(job)
             self._news.notify()
 

@@ -139,7 +139,7 @@ def planned_by(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
 
 def expected(command: str, folder: Path, asked: dict[str, Any]) -> Plan:
     """The plan that Python makes of the same."""
-    eta = {"invert": None, "edit": 0.0, "interpolate": 0.0, "sweep": 0.0}.get(command, 0.3)  # a sweep has its own
+    eta = {"invert": None, "edit": 0.0, "interpolate": 0.0}.get(command, 0.3)
     asked = {"labels": "1", "eta": eta, **asked}
     ddim = loaded(folder / "ckpt", dtype=asked.get("dtype", "float32"))
     key = None if command == "invert" else jax.random.key(asked.get("seed", 0))
