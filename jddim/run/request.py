@@ -52,8 +52,7 @@ class Option:
 
     flag: as the command line has it. help: one line. how: argparse's keywords that say how the text is read.
     left_out: command -> why it does not take this, or OWN. only: the commands that know this option at all; empty: all
-    of them. convention: it stands for fields of `SamplerConfig`, and
-    None means the checkpoint's.
+    of them. convention: it stands for fields of `SamplerConfig`, and None means the checkpoint's.
     """
 
     flag: str
