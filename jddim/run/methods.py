@@ -13,12 +13,13 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
+from jddim import solvers
 from jddim.config import did_you_mean
 from jddim.ddim import StepTable
 from jddim.guidance import cfg_plus_plus_update
 from jddim.inversion import inversion_table, invert_update
 from jddim.sampling import Denoiser, Update, ancestral_update, ddim_update
-from jddim.solvers import SOLVERS, Solver, SolverTable, cast, memory_of, solver_update
+from jddim.solvers import Solver, SolverTable, cast, memory_of, solver_update
 
 
 class Guidance(NamedTuple):
@@ -218,11 +219,11 @@ def find(method: str | Solver) -> Method:
         return BySolver(method)
     if method in METHODS:
         return METHODS[method]
-    if method not in SOLVERS:
+    if method not in solvers.SOLVERS:
         raise ValueError(f"unknown method {method!r}{did_you_mean(str(method), names())}")
-    return BySolver(SOLVERS[method])
+    return BySolver(solvers.SOLVERS[method])
 
 
 def names() -> tuple[str, ...]:
     """Every method's name; `config.METHODS` says the same to the command line, which does not import this."""
-    return tuple(dict.fromkeys((*METHODS, *SOLVERS)))
+    return tuple(dict.fromkeys((*METHODS, *solvers.SOLVERS)))
