@@ -135,7 +135,7 @@ assert {"load", "convert", "ddim", "editing"} <= set(names)
 assert not {"Any", "TYPE_CHECKING", "import_module"} & set(names)
 import pydoc
 text = pydoc.render_doc(jddim, renderer=pydoc.plaintext)
-assert "load(path" in text and "class DDIM" in text
+assert "load(" in text and "class DDIM" in text  # newer Pythons break a signature into lines
 from jddim import *
 assert load is jddim.load and "ddim" in globals()
 """
