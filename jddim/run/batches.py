@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from jddim.ddim import StepTable
-from jddim.run.plan import Batch, Plan, traced
+from jddim.run.plan import Batch, Plan
 from jddim.run.progress import Progress
 from jddim.sampling import State, Trajectory, segments
 
@@ -45,7 +45,7 @@ def run(
     the finite numbers, ValueError if there is something to watch under a transformation.
     """
     num, rows, start = plan.num, plan.rows, _first(plan)
-    inside = traced(plan.model, plan.inputs)
+    inside = plan.traced
     if inside and on_segment is not None:
         raise ValueError("sample: on_segment sees no values inside jit, vmap or grad: leave it out there")
     size, buffers = min(batch_size or num, num), trajectory_every if inside else None

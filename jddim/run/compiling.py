@@ -115,21 +115,37 @@ class Jit(Generic[P, R]):
         """As the function."""
         return self.bound(args[0])(*args[1:], **kwargs)
 
-    def bound(self, first: object) -> Callable[..., R]:
+    def bound(self, first: object) -> Bound[R]:
         """The function with its first argument in place, which is flattened once for all calls."""
-        held, held_structure = jax.tree.flatten(first)
+        return Bound(self, first)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            static = {name: kwargs.pop(name) for name in self.static_argnames if name in kwargs}
-            leaves, structure = jax.tree.flatten((args, kwargs))
-            under_jit = jnp.zeros(())  # then, a tracer
-            every = [*held, *leaves]
-            traced = any(isinstance(leaf, jax.core.Tracer) for leaf in [*every, under_jit])
-            devices = set() if traced else {each for x in every if isinstance(x, jax.Array) for each in x.devices()}
+
+class Bound(Generic[R]):
+    """A function of `Jit` whose first argument, a model for instance, is given already. leaves: that argument's."""
+
+    def __init__(self, jitted: Jit[Any, R], first: object):
+        self.jitted, self.first = jitted, first
+        self.leaves, self.structure = jax.tree.flatten(first)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> R:
+        """As the function, with the rest of its arguments."""
+        jitted = self.jitted
+        static = {name: kwargs.pop(name) for name in jitted.static_argnames if name in kwargs}
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        every = [*self.leaves, *leaves]
+        kinds: set[Kind] = set()
+        if not is_traced(every):
+            devices = {each for x in every if isinstance(x, jax.Array) for each in x.devices()}
             kinds = {kind_of(device) for device in devices}
-            if len(kinds) != 1:
-                return self.plain(first, *args, **kwargs, **static)
-            (kind,) = kinds
-            return self.on(kind)(held, leaves, structure=(held_structure, structure), **static)
+        if len(kinds) != 1:
+            result: R = jitted.plain(self.first, *args, **kwargs, **static)
+            return result
+        (kind,) = kinds
+        tuned: R = jitted.on(kind)(self.leaves, leaves, structure=(self.structure, structure), **static)
+        return tuned
 
-        return call
+
+def is_traced(leaves: Sequence[object]) -> bool:
+    """Whether any leaf is traced, or a transformation of the caller's is under way."""
+    under_jit = jnp.zeros(())  # then, a tracer
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in [*leaves, under_jit])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -25,6 +25,7 @@ from jddim.inversion import CONVENTIONS, check_inversion
 from jddim.models import Network
 from jddim.models.layers import at_least_float32
 from jddim.run import methods
+from jddim.run.compiling import Bound, is_traced
 from jddim.run.methods import Given, Guidance, Inversion, Kept, Method
 from jddim.run.problems import (
     array_problems,
@@ -134,6 +135,16 @@ class Plan:
         """The run of one batch."""
         return Part(self, batch)
 
+    @functools.cached_property
+    def run(self) -> Bound[State]:
+        """The compiled segment with the model in it, which is flattened once."""
+        return segment.bound(self.model)
+
+    @functools.cached_property
+    def traced(self) -> bool:
+        """Whether anything in it is, or a transformation of the caller's is under way."""
+        return is_traced([*self.run.leaves, *jax.tree.leaves(self.inputs)])
+
     @property
     def scale(self) -> Images | None:
         """The guidance's, one an image; None: nothing is guided."""
@@ -198,11 +209,6 @@ class Part:
             kept,
         )
 
-    @functools.cached_property
-    def run(self) -> Callable[..., State]:
-        """The compiled segment with the model in it, which is flattened once."""
-        return segment.bound(self.plan.model)
-
     def begin(self, trajectory_every: int | None = None) -> State:
         """The state before the first row. trajectory_every: with buffers for a trajectory."""
         plan, x = self.plan, self.plan.inputs.images
@@ -212,7 +218,8 @@ class Part:
             x = add_noise(self.batch.of(x), self.x_T, plan.rows.alpha_bar_t[0])
         else:
             x = self.x_T
-        return init_state(x, plan.rows, trajectory_every)._replace(memory=plan.program.method.memory(plan.rows, x))
+        state = _fresh(x) if trajectory_every is None else init_state(x, plan.rows, trajectory_every)
+        return state._replace(memory=plan.program.method.memory(plan.rows, x))
 
     def advance(self, state: State, rows: Any, trajectory_every: int | None = None) -> State:
         """The state after `rows`, all or a segment of the plan's. trajectory_every: as in `begin`."""
@@ -221,7 +228,15 @@ class Part:
             first = int(rows.step[0]) - int(self.plan.rows.step[0])
             axis = 2 if self.plan.program.resampled else 1
             given = given._replace(noise=self.batch.of(noise[first : first + rows.num_steps], axis))
-        return self.run(state, rows, given, program=self.plan.program, trajectory_every=trajectory_every)
+        return self.plan.run(state, rows, given, program=self.plan.program, trajectory_every=trajectory_every)
+
+
+def _fresh_state(x: Array) -> State:
+    no_rows: Any = ()  # they are looked at for a trajectory alone
+    return init_state(x, no_rows)
+
+
+_fresh = jax.jit(_fresh_state)  # one small program, where each operation would be one
 
 
 def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None, batch_size: int | None = None) -> Plan:
@@ -467,9 +482,3 @@ def _inversion_problems(sampler: SamplerConfig, table: StepTable, request: Reque
     except ValueError as error:
         problems.append(("convention", str(error)))
     return problems
-
-
-def traced(*trees: Any) -> bool:
-    """Whether any leaf is traced, or a transformation of the caller's is under way."""
-    leaves = [*jax.tree.leaves(trees), jnp.zeros(())]
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
