@@ -92,7 +92,7 @@ class Conventions(TypedDict, total=False):
     variance: str
 
 
-RUN = ("batch_size", "progress", "on_segment", "trajectory_every")
+RUN = ("batch_size", "progress", "on_segment")
 """How a plan is run; no part of what is asked for."""
 
 

@@ -13,9 +13,8 @@ import jddim
 from jddim.bulk import run as bulk
 from jddim.bulk.manifest import BulkConfig
 from jddim.evaluate import mnist_cnn
-from jddim.run.plan import Inputs, plan
+from jddim.run.plan import Inputs, classes_in_turn, plan
 from jddim.run.request import Request
-from jddim.serve.request import classes_in_turn
 
 pytestmark = pytest.mark.unoptimised
 
@@ -40,7 +39,7 @@ def test_what_training_recorded_is_the_null_label() -> None:
     assert ddim.metadata.null_label == 10
     config = BulkConfig(num=13, request=Request(labels="balanced"), batch_size=13, shard_size=13)
     assert bulk.labels_of(ddim, config, range(13)).tolist() == [*range(10), 0, 1, 2]
-    assert classes_in_turn(Request(), ddim) == list(range(10))
+    assert classes_in_turn(ddim, Request()) == list(range(10))
     planned = plan(ddim, Request(labels="3", guidance_scale=3.0), Inputs(jax.random.key(0)), 2)
     assert (planned.problems, planned.null_label) == ([], 10)
     command = re.findall("^jddim (sample CKPT .*?) +#", (folder / "README.md").read_text(), re.MULTILINE)

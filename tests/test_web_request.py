@@ -112,7 +112,7 @@ def test_the_null_label_is_the_recorded_one(served: dict[str, DDIM]) -> None:
         ({"spacing": "uniform", "steps": 99}, {"steps": "uniform makes 100 steps"}),
         ({"step": 3}, {"'step'": "did you mean 'steps'?"}),
         ({"steps_offset": "1"}, {"steps_offset": "must be a whole number, got '1'"}),
-        ({"set_alpha_to_one": 1}, {"set_alpha_to_one": "must be a true or false, got 1"}),
+        ({"set_alpha_to_one": 1}, {"set_alpha_to_one": "must be true or false, got 1"}),
         ({"clip_range": [1, 2, 3]}, {"clip_range": "must be a pair of numbers"}),
         ({"rederive_eps": True}, {"'rederive_eps'": "give it to jddim serve"}),
         ({"steps": 0, "num": 0, "seed": "x"}, {"steps": "got 0", "num": "got 0", "seed": "got 'x'"}),

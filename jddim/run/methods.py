@@ -18,6 +18,7 @@ from jddim.config import did_you_mean
 from jddim.ddim import StepTable
 from jddim.guidance import cfg_plus_plus_update
 from jddim.inversion import inversion_table, invert_update
+from jddim.run.request import CFG_PLUS_PLUS
 from jddim.sampling import Denoiser, Update, ancestral_update, ddim_update
 from jddim.solvers import Solver, SolverTable, cast, memory_of, solver_update
 
@@ -124,11 +125,11 @@ class Ddim:
         return rows
 
     def memory(self, rows: StepTable, x_T: Array) -> None:
-        """None."""
+        """Nothing is remembered."""
 
     def update(self, denoise: Denoiser, given: Given, statics: Statics) -> Update:
         """`ddim_update`, or CFG++'s step under that guidance."""
-        if statics.guidance == "cfg++":
+        if statics.guidance == CFG_PLUS_PLUS:
             return cfg_plus_plus_update(eta=given.eta, prediction_type=statics.prediction_type, **given.limits)
         return ddim_update(
             eta=given.eta,

@@ -43,7 +43,7 @@ from jddim.run.problems import (
     start_problems,
 )
 from jddim.run.programs import Program, draw_keys, draw_noise, segment
-from jddim.run.request import GUIDANCES, Problems, Request, RequestError
+from jddim.run.request import CFG_PLUS_PLUS, CLASSIFIER_FREE, Problems, Request, RequestError
 from jddim.sampling import State, init_state, is_zero
 from jddim.schedule import NoiseSchedule
 from jddim.solvers import cast
@@ -246,7 +246,8 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     """
     model, config = ddim.model, ddim.model.config
     dtype, method = np.dtype(at_least_float32(model.dtype)), _method(request, inputs)
-    inputs = inputs._replace(key=as_key(inputs.key))
+    key = as_key(inputs.key)
+    inputs = inputs._replace(key=key)
     problems: Problems = _edit_problems(request, inputs, method)
     try:
         sampler = request.sampler(ddim.sampler)
@@ -284,7 +285,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         rederive_eps=sampler.rederive_eps,
         variance=sampler.variance,
         self_condition=sampler.self_condition,
-        guidance=None if scale is None else request.guidance,
+        guidance=None if scale is None else request.guidance or CLASSIFIER_FREE,
         resampled=resampled,
     )
 
@@ -309,7 +310,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         else:
             needs_noise = method.stochastic or resampled or (method.takes_eta and not is_zero(eta))
             problems += key_problems(
-                as_key(inputs.key),
+                key,
                 num,
                 x_T=inputs.x_T is not None,
                 noise=inputs.noise is not None,
@@ -375,8 +376,7 @@ def labels_of(ddim: Source, request: Request, numbers: ArrayLike) -> tuple[np.nd
         return None, [("labels", "this network has no classes: leave labels out")]
     each: Sequence[int] = ()
     if text == "balanced":
-        null_label = ddim.null_label if request.null_label is None else request.null_label
-        each = [label for label in range(classes) if label != null_label]
+        each = classes_in_turn(ddim, request)
     else:
         with contextlib.suppress(ValueError):
             low, colon, high = text.partition(":")
@@ -391,6 +391,12 @@ def labels_of(ddim: Source, request: Request, numbers: ArrayLike) -> tuple[np.nd
         return None, [("labels", f"labels must lie in 0..{classes - 1}, got {shown}")]
     places = np.arange(num) if "," in text else np.asarray(numbers).astype(np.int64)
     return np.array(each, np.int32)[places % len(each)], []
+
+
+def classes_in_turn(ddim: Source, request: Request) -> list[int]:
+    """The classes that labels "balanced" go through: all but the null label."""
+    null_label = ddim.null_label if request.null_label is None else request.null_label
+    return [label for label in range(ddim.model.config.num_classes or 0) if label != null_label]
 
 
 def as_key(key: Array | int | None) -> Array | None:
@@ -466,8 +472,8 @@ def _unused(request: Request, program: Program) -> Problems:
     problems: Problems = []
     if request.variance is not None and not program.method.takes_variance:
         problems.append(("variance", f"variance is for method ddpm, not for {request.method!r}: leave it out"))
-    if request.rederive_eps and (program.guidance == GUIDANCES[2] or not program.method.rederives_eps):
-        who = "guidance cfg++" if program.guidance == GUIDANCES[2] else f"method {request.method!r}"
+    if request.rederive_eps and (program.guidance == CFG_PLUS_PLUS or not program.method.rederives_eps):
+        who = "guidance cfg++" if program.guidance == CFG_PLUS_PLUS else f"method {request.method!r}"
         problems.append(("rederive_eps", f"rederive_eps is DDIM's; {who} re-derives none: leave it out"))
     return problems
 

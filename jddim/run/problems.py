@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jddim.config import ModelConfig, SamplerConfig, size_problems
 from jddim.ddim import StepTable, largest_eta
-from jddim.run.request import GUIDANCES, Problems
+from jddim.run.request import CFG_PLUS_PLUS, Problems
 from jddim.sampling import check_prediction
 
 
@@ -164,14 +164,14 @@ def guidance_problems(
         problems.append(("guidance_scale", told))
     elif known and not np.isfinite(np.asarray(scale, float)).all():
         problems.append(("guidance_scale", f"guidance_scale must be finite, got {scale}"))
-    elif known and kind == GUIDANCES[2] and not ((np.asarray(scale) >= 0) & (np.asarray(scale) <= 1)).all():
+    elif known and kind == CFG_PLUS_PLUS and not ((np.asarray(scale) >= 0) & (np.asarray(scale) <= 1)).all():
         problems.append(("guidance_scale", f"guidance_scale of cfg++ must lie in 0..1, got {scale}"))
     if learned_variance:
         told = "guidance of a learned variance is not defined: use method ddim"
         problems.append(("guidance_scale", told))
-    if kind == GUIDANCES[2] and not takes_eta:
+    if kind == CFG_PLUS_PLUS and not takes_eta:
         problems.append(("guidance", "guidance cfg++ is of sampling by method ddim alone"))
-    if kind == GUIDANCES[2] and rescale is not None:
+    if kind == CFG_PLUS_PLUS and rescale is not None:
         problems.append(("guidance_rescale", "guidance cfg++ has no rescaling: leave guidance_rescale out"))
     if rescale is not None and not 0 <= rescale <= 1:
         problems.append(("guidance_rescale", f"guidance_rescale must lie in [0, 1], got {rescale}"))

@@ -16,9 +16,9 @@ from jddim.editing import keep_known, repaint
 from jddim.guidance import Scale, cfg_plus_plus, classifier_free, label_pair, projected
 from jddim.models import Network
 from jddim.models.layers import cast_kernels
+from jddim.run import request
 from jddim.run.compiling import Jit
 from jddim.run.methods import Given, Guidance, Method
-from jddim.run.request import GUIDANCES
 from jddim.sampling import Denoiser, State, initial_noise, numbered_keys, update_steps
 
 
@@ -43,7 +43,7 @@ class Program:
         for name, value, known in (
             ("prediction_type", self.prediction_type, PREDICTION_TYPES),
             ("variance", self.variance, VARIANCES),
-            ("guidance", self.guidance or GUIDANCES[0], GUIDANCES),
+            ("guidance", self.guidance or request.CLASSIFIER_FREE, request.GUIDANCES),
         ):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
@@ -56,7 +56,7 @@ class Program:
     @property
     def outputs(self) -> int:
         """How many times x_t's channels the denoiser returns."""
-        return 2 if self.learned_variance or self.guidance == "cfg++" else 1
+        return 2 if self.learned_variance or self.guidance == request.CFG_PLUS_PLUS else 1
 
 
 @partial(Jit, static_argnames=("program", "trajectory_every"))
@@ -105,9 +105,9 @@ def _guided(denoise: Denoiser, labels: jax.Array, guidance: Guidance, kind: str 
     pair, scale = label_pair(denoise, labels, guidance.null_label), in_interval(guidance.scale, guidance.interval)
     rescale = {} if guidance.rescale is None else {"rescale": guidance.rescale}
     match kind:
-        case "projected":
+        case request.PROJECTED:
             return projected(pair, scale, **rescale)
-        case "cfg++":
+        case request.CFG_PLUS_PLUS:
             return cfg_plus_plus(pair, scale)
     return classifier_free(pair, scale, **rescale)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import numbers
 import types
 import typing
@@ -38,7 +39,7 @@ class RequestError(ValueError):
         self.problems, self.of = problems, of
 
 
-GUIDANCES = ("classifier-free", "projected", "cfg++")
+GUIDANCES = CLASSIFIER_FREE, PROJECTED, CFG_PLUS_PLUS = ("classifier-free", "projected", "cfg++")
 COMMANDS = ("sample", "bulk", "warmup", "sweep", "edit", "interpolate", "invert", "export", "serve", "page")
 SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, ddimN or N,N,..."
 
@@ -350,8 +351,9 @@ class Request:
     def words(self, command: str) -> list[str]:
         """The options of a command that ask for this; what the command does not take is left out."""
         words: list[str] = []
+        asked = self.asked()
         for name, _, option in taken_by(command):
-            value = self.asked().get(name)
+            value = asked.get(name)
             if value is None:
                 continue
             if option.how.get("action") is _SWITCH:
@@ -418,12 +420,18 @@ def taken_by(command: str) -> tuple[Named, ...]:
 
 def type_problems(request: Request) -> list[str]:
     """What is wrong with the types of a request's values, as sentences."""
-    hints = typing.get_type_hints(Request)
+    hints = _hints(Request)
     return [
         f"{name} must be {_said(hints[name])}, got {getattr(request, name)!r}"
         for name in hints
         if not _fits(getattr(request, name), hints[name])
     ]
+
+
+@functools.cache
+def _hints(of: type) -> dict[str, Any]:
+    """A class's types, which take Python as long to find as a short call of `DDIM.sample`."""
+    return typing.get_type_hints(of)
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -27,7 +27,7 @@ from jddim.models import Network
 from jddim.pipeline import DDIM
 from jddim.run.batches import run as run_plan
 from jddim.run.compiling import compiler_options, faster, kind_of
-from jddim.run.plan import Inputs, labels_of, plan
+from jddim.run.plan import Inputs, as_key, labels_of, plan
 from jddim.run.problems import label_problems
 from jddim.run.request import Request, RequestError, check_names, taken_by
 
@@ -145,7 +145,7 @@ class Sharded:
         run = self._program(
             num, rows is not None, dataclasses.replace(request, labels=None, seed=0, start=0), batch_size
         )
-        images: Array = run(self.ddim.model, key, jnp.asarray(firsts, jnp.uint32), rows)
+        images: Array = run(self.ddim.model, as_key(key), jnp.asarray(firsts, jnp.uint32), rows)
         bad = ~jnp.isfinite(images).reshape(num, -1).all(axis=1)
         if bad.any():
             part, place = divmod(int(jnp.argmax(bad)), num // len(firsts))

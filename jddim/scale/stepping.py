@@ -5,7 +5,7 @@ with a table of length 1, and images go in groups of one size, the last filled u
 guidance scale are arguments, and only the method, and the kind of guidance, choose the program. Between calls other
 work can be done, and the run be dropped.
 
-A run is made without touching the device; `step` makes the next evaluation, in whatever thread calls it.
+Nothing is drawn or compiled before the first `step`; each makes the next evaluation, in whatever thread calls it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from jddim.editing import slerp
 from jddim.pipeline import DDIM
 from jddim.run.batches import raise_if_bad
-from jddim.run.methods import Inversion as InversionMethod
+from jddim.run.methods import Inversion
 from jddim.run.plan import Batch, Part, Plan
 from jddim.run.programs import draw_keys, draw_noise
 from jddim.sampling import State
@@ -90,7 +90,7 @@ class Stepping:
         return self._seen(lambda g, state: self.parts[g].x_T)
 
     def _seen(self, of: Callable[[int, State], Array]) -> Floats:
-        start = self.plan.inputs.images if isinstance(self.plan.program.method, InversionMethod) else None
+        start = self.plan.inputs.images if isinstance(self.plan.program.method, Inversion) else None
         if start is not None and not self.done:
             return np.asarray(start, np.float32)
         empty = np.zeros((self.group, *self.plan.shape), np.float32)

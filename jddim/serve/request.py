@@ -21,7 +21,7 @@ from jddim.ddim import sampler_table
 from jddim.images import from_uint8
 from jddim.pipeline import DDIM
 from jddim.run.methods import find
-from jddim.run.plan import Inputs, Plan, plan
+from jddim.run.plan import Inputs, Plan, classes_in_turn, plan
 from jddim.run.request import Option, Request, options, taken_by, type_problems
 from jddim.scale.stepping import Between, Inverted, Run, Stepping
 from jddim.timesteps import SPACINGS
@@ -89,7 +89,7 @@ MADE_BY_HAND = ("method", "steps", "eta", "spacing", "seed", "guidance_scale", "
 def fields() -> list[dict[str, str]]:
     """The controls that the page makes of `Request`'s other fields: name, kind ("whole", "pair", "switch"), help."""
     return [
-        {"name": o.name, "flag": o.option.flag, "kind": _kind(o.option), "help": o.option.help}
+        {"name": o.name, "kind": _kind(o.option), "help": o.option.help}
         for o in taken_by("page")
         if o.name not in MADE_BY_HAND
     ]
@@ -184,14 +184,14 @@ def _plain_fields(data: Mapping[str, Any], problems: dict[str, str]) -> dict[str
         found[field["name"]] = tuple(value) if isinstance(value, list) and len(value) < 9 else value
     for told in type_problems(Request(**found)):
         name = told.split(" ")[0]
-        problems[name] = f"must be a {field_of(name)}, got {_shown(data.get(name))}"
+        problems[name] = f"must be {field_of(name)}, got {_shown(data.get(name))}"
         found[name] = None
     return found
 
 
 def field_of(name: str) -> str:
     """What a control's value is, in words."""
-    kinds = {"whole": "whole number", "pair": "pair of numbers", "switch": "true or false"}
+    kinds = {"whole": "a whole number", "pair": "a pair of numbers", "switch": "true or false"}
     return next(kinds[field["kind"]] for field in fields() if field["name"] == name)
 
 
@@ -199,12 +199,6 @@ def spacings(ddim: DDIM) -> tuple[str, ...]:
     """The named timetables, the checkpoint's own first."""
     own = ddim.sampler.spacing
     return (*([own] if own in SPACINGS else []), *(name for name in SPACINGS if name != own))
-
-
-def classes_in_turn(request: Request, ddim: DDIM) -> list[int]:
-    """The classes that "each" goes through, as labels "balanced" does: all but the null label."""
-    null = ddim.null_label if request.null_label is None else request.null_label
-    return [label for label in range(ddim.model.config.num_classes or 0) if label != null]
 
 
 def labels_of(request: Asked, classes: Sequence[int]) -> NDArray[np.int32] | None:
@@ -238,7 +232,7 @@ def mask_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
 
 def run_of(asked: Asked, ddim: DDIM) -> Run:
     """The run of a request. Raises Refused for what only the plan tells."""
-    labels = labels_of(asked, classes_in_turn(asked.request, ddim))
+    labels = labels_of(asked, classes_in_turn(ddim, asked.request))
     request, num, mode = dataclasses.replace(asked.request, eta=None), asked.num, asked.mode
     key = jax.random.key(request.seed)
 

@@ -36,6 +36,7 @@ from jddim.ddim import ddim_sigma, largest_eta, sampler_table
 from jddim.images import encode_gif, encode_png, grid, to_uint8
 from jddim.inversion import reconstruction_error
 from jddim.pipeline import DDIM
+from jddim.run.plan import classes_in_turn
 from jddim.run.request import Request as SamplingRequest
 from jddim.scale.stepping import Inverted, Run
 from jddim.serve import snippets
@@ -45,7 +46,6 @@ from jddim.serve.request import (
     Asked,
     Bounds,
     Refused,
-    classes_in_turn,
     etas_of,
     fields,
     labels_of,
@@ -299,7 +299,7 @@ class Site:
             while len(self._kept) > 1 and sum(kept.size for kept in self._kept.values()) > KEPT:
                 self._kept.popitem(last=False)
         command, why = snippets.command(request, ddim, path)
-        labels, etas = labels_of(request, classes_in_turn(request.request, ddim)), etas_of(request)
+        labels, etas = labels_of(request, classes_in_turn(ddim, request.request)), etas_of(request)
         files = ["images.png", "images.npz", "images.gif"]
         files += ["picture.png"] if request.picture is not None else []
         files += ["mask.png"] if request.mask is not None else []

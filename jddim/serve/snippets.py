@@ -12,8 +12,9 @@ import shlex
 from typing import Any
 
 from jddim.pipeline import DDIM
+from jddim.run.plan import classes_in_turn
 from jddim.run.request import Request
-from jddim.serve.request import REFINE, Asked, classes_in_turn
+from jddim.serve.request import REFINE, Asked
 
 
 def python(asked: Asked, ddim: DDIM, path: str) -> str:
@@ -22,7 +23,7 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
     elsewhere = ("seed", "dtype")
     how = {name: _written(value) for name, value in _own(request, ddim).asked().items() if name not in elsewhere}
     if asked.label == "each":
-        classes = classes_in_turn(asked.request, ddim)
+        classes = classes_in_turn(ddim, asked.request)
         label = f"i % {len(classes)}"
         label = label if classes == list(range(len(classes))) else f"{classes}[{label}]"
         how["labels"] = f"[{label} for i in range({num})]"
@@ -53,7 +54,7 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
             head.append("from jddim.images import load_images")
             up = {name: value for name, value in how.items() if name not in ("eta", "variance")}
             if "labels" in up:
-                up["labels"] = f"[{classes_in_turn(asked.request, ddim)[0] if asked.label == 'each' else asked.label}]"
+                up["labels"] = f"[{classes_in_turn(ddim, asked.request)[0] if asked.label == 'each' else asked.label}]"
             how["eta"] = f"jnp.linspace(0, {request.eta!r}, {num})"
             body = [
                 f'picture = load_images("picture.png", {size})',
@@ -92,7 +93,7 @@ def command(asked: Asked, ddim: DDIM, path: str) -> tuple[str | None, str | None
             if num > 1 and request.eta:
                 return None, "jddim invert leads back at eta 0 alone; Python at any"
             if asked.label == "each":
-                request = dataclasses.replace(request, labels=str(classes_in_turn(asked.request, ddim)[0]))
+                request = dataclasses.replace(request, labels=str(classes_in_turn(ddim, asked.request)[0]))
             words = ["picture.png", "x_T.npy", "--refine", str(REFINE), "--reconstruct", "again.png"]
             name = "invert"
         case "inpaint":

@@ -173,6 +173,8 @@ def test_a_seed_stands_for_its_key_everywhere(ddim: DDIM) -> None:
     np.testing.assert_array_equal(ddim.sample(jax.random.PRNGKey(5), NUM, eta=0.5), images)
     np.testing.assert_array_equal(sweep(ddim, 5, NUM, [0.5])[0], images)
     close(Sharded(ddim, make_mesh(1)).sample(5, NUM, eta=0.5), images)
+    largest = 2**32 - 1
+    close(Sharded(ddim, make_mesh(1)).sample(largest, NUM, eta=0.5), ddim.sample(largest, NUM, eta=0.5))
     close(jax.jit(lambda seed: ddim.sample(seed, NUM, eta=0.5))(5), images)
     with pytest.raises(RequestError, match=r"key must be jax.random.key\(seed\), got -1"):
         ddim.sample(-1, NUM)
