@@ -1,14 +1,15 @@
 """The maths of DDIM (Song et al., arXiv:2010.02502): pure functions of arrays. No loop, no random keys, no network.
 
-Equation numbers are the paper's; its alpha_t is the DDPM papers' alpha_bar_t, the name used here. Coefficients
-(`alpha_bar_t`, `alpha_bar_prev`, `eta`) are scalars or one value per sample, `(b,)`; images are `(b, ...)`.
+A noisy image is x_t = alpha_t x_0 + sigma_t eps, alpha_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t). Equation
+numbers are the paper's, which writes alpha_t for alpha_bar_t and sigma for the noise that a step adds (`ddim_sigma`).
+Coefficients (`Coefficients`, `eta`) are scalars or one value per sample, `(b,)`; images are `(b, ...)`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, TypeVar, Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,27 +23,58 @@ from jddim.timesteps import check_timesteps, counts_itself, make_timesteps, of_d
 
 Column = Array | np.ndarray
 
+Floats = TypeVar("Floats", Array, npt.NDArray[np.float64])
+
 
 class StepTable(NamedTuple):
     """The sampler's steps, one row each, in the order taken; what `lax.scan` runs over.
 
     step: int32, the step's number from 0: which noise it uses.
     t, t_prev: int32, the timestep left and the timestep reached; the last t_prev is -1.
-    alpha_bar_t, alpha_bar_prev: float in [0, 1], alpha_bar at the two; the last alpha_bar_prev is 1, unless
-        set_alpha_to_one is False.
+    alpha_t, sigma_t, alpha_prev, sigma_prev, fresh: float in [0, 1], the steps' `Coefficients`. The last alpha_prev and
+        sigma_prev are 1 and 0, unless set_alpha_to_one is False.
     Each `(S,)`; a slice of rows is again a table (`jax.tree.map(lambda c: c[i:j], table)`).
     """
 
     step: Column
     t: Column
     t_prev: Column
-    alpha_bar_t: Column
-    alpha_bar_prev: Column
+    alpha_t: Column
+    sigma_t: Column
+    alpha_prev: Column
+    sigma_prev: Column
+    fresh: Column
 
     @property
     def num_steps(self) -> int:
         """S, the number of rows."""
         return self.t.shape[0]
+
+    @property
+    def alpha_bar_t(self) -> Column:
+        """alpha_t squared, `(S,)`."""
+        return self.alpha_t**2
+
+    @property
+    def alpha_bar_prev(self) -> Column:
+        """alpha_prev squared, `(S,)`."""
+        return self.alpha_prev**2
+
+
+class Coefficients(TypedDict):
+    """What a step needs to know of its two ends.
+
+    alpha_t, sigma_t, alpha_prev, sigma_prev: how much image and how much noise are in x_t and in x_prev. fresh: in
+    [0, 1], of the noise in x_prev, the part that a step at eta = 1 draws anew, as a ratio of standard deviations: 0
+    from a t to itself, 1 to the clean image. With q = (alpha_t / alpha_prev) (sigma_prev / sigma_t), the correlation of
+    the noise in x_t with that in x_prev, fresh^2 = 1 - q^2: a difference that float32 would blur in a short step.
+    """
+
+    alpha_t: ArrayLike
+    sigma_t: ArrayLike
+    alpha_prev: ArrayLike
+    sigma_prev: ArrayLike
+    fresh: ArrayLike
 
 
 def step_table(
@@ -58,7 +90,7 @@ def step_table(
     timesteps: `(S,)`, descending within 0..T-1; an entry may repeat (ermongroup's quad), and then steps to itself.
     timesteps_prev: `(S,)`, where each step ends, in -1..t (-1 is the clean image; see
     `jddim.timesteps.previous_timesteps`); None: at the next entry, the last at -1.
-    set_alpha_to_one: alpha_bar at -1 is 1; False: it is alpha_bar_0 (diffusers' option of that name).
+    set_alpha_to_one: the last step ends at the clean image; False: at t = 0 (diffusers' option of that name).
 
     Raises ValueError if `timesteps` does not descend within 0..T-1, or `timesteps_prev` does not precede it.
     """
@@ -66,16 +98,10 @@ def step_table(
     t_prev = np.append(t[1:], -1) if timesteps_prev is None else np.asarray(timesteps_prev)
     if t_prev.shape != t.shape or (t_prev > t).any() or (t_prev < -1).any():
         raise ValueError(f"timesteps_prev must hold one entry in -1..t for each t of {t}, got {t_prev}")
-    alpha_bar_prev = schedule.alpha_bar(t_prev)
-    if not set_alpha_to_one:
-        alpha_bar_prev = np.where(t_prev < 0, schedule.alpha_bar(0), alpha_bar_prev)
-    return StepTable(
-        step=np.arange(len(t), dtype=np.int32),
-        t=t.astype(np.int32),
-        t_prev=t_prev.astype(np.int32),
-        alpha_bar_t=schedule.alpha_bar(t).astype(dtype),
-        alpha_bar_prev=alpha_bar_prev.astype(dtype),
-    )
+    a_t, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev if set_alpha_to_one else np.maximum(t_prev, 0))
+    columns = (np.sqrt(a_t), np.sqrt(1 - a_t), np.sqrt(a_prev), np.sqrt(1 - a_prev), np.sqrt(_forgotten(a_t, a_prev)))
+    integers = (column.astype(np.int32) for column in (np.arange(len(t)), t, t_prev))
+    return StepTable(*integers, *(column.astype(dtype) for column in columns))
 
 
 def sampler_table(
@@ -103,40 +129,60 @@ def sampler_table(
     )
 
 
-def add_noise(x0: Array, noise: Array, alpha_bar_t: ArrayLike) -> Array:
-    """A sample of q(x_t | x0), Eq. 4: sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise, noise ~ N(0, I) like x0."""
-    a = per_sample(alpha_bar_t, x0)
-    return root(a) * x0 + root(1 - a) * noise
+def vp_rows(alpha_bar_t: ArrayLike, alpha_bar_prev: ArrayLike) -> Coefficients:
+    """The coefficients of steps between these alpha_bar, in [0, 1), and in [alpha_bar_t, 1]. Traceable.
+
+    For schedules that are learned, `table._replace(**vp_rows(...))`, and for steps by hand. `step_table` has the same
+    of a `NoiseSchedule`, in float64. At alpha_bar 0 and 1 the square roots' derivatives are 0, not infinite.
+    """
+    a_t, a_prev = jnp.asarray(alpha_bar_t), jnp.asarray(alpha_bar_prev)
+    roots = (root(u) for u in (a_t, 1 - a_t, a_prev, 1 - a_prev, _forgotten(a_t, a_prev)))
+    alpha_t, sigma_t, alpha_prev, sigma_prev, fresh = roots
+    return Coefficients(alpha_t=alpha_t, sigma_t=sigma_t, alpha_prev=alpha_prev, sigma_prev=sigma_prev, fresh=fresh)
 
 
-def predict_x0(x_t: Array, eps: Array, alpha_bar_t: ArrayLike) -> Array:
-    """The clean image that x_t and its noise imply, Eq. 9: (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
-    a = per_sample(alpha_bar_t, x_t)
-    return (x_t - root(1 - a) * eps) / jnp.sqrt(a)
+def coefficients(row: StepTable) -> Coefficients:
+    """The coefficients of a table, or of one of its rows, as `ddim_step` and `ddpm_step` take them."""
+    return Coefficients(
+        alpha_t=row.alpha_t,
+        sigma_t=row.sigma_t,
+        alpha_prev=row.alpha_prev,
+        sigma_prev=row.sigma_prev,
+        fresh=row.fresh,
+    )
 
 
-def predict_eps(x_t: Array, x0: Array, alpha_bar_t: ArrayLike) -> Array:
-    """The noise that x_t and its clean image imply, Eq. 9 solved for eps; alpha_bar_t < 1."""
-    a = per_sample(alpha_bar_t, x_t)
-    return (x_t - root(a) * x0) / jnp.sqrt(1 - a)
+def add_noise(x0: Array, noise: ArrayLike, alpha_t: ArrayLike, sigma_t: ArrayLike) -> Array:
+    """A sample of q(x_t | x0), Eq. 4: alpha_t x0 + sigma_t noise, noise ~ N(0, I) like x0."""
+    return per_sample(alpha_t, x0) * x0 + per_sample(sigma_t, x0) * noise
+
+
+def predict_x0(x_t: Array, eps: Array, alpha_t: ArrayLike, sigma_t: ArrayLike) -> Array:
+    """The clean image that x_t and its noise imply, Eq. 9: (x_t - sigma_t eps) / alpha_t; alpha_t > 0."""
+    return (x_t - per_sample(sigma_t, x_t) * eps) / per_sample(alpha_t, x_t)
+
+
+def predict_eps(x_t: Array, x0: Array, alpha_t: ArrayLike, sigma_t: ArrayLike) -> Array:
+    """The noise that x_t and its clean image imply, Eq. 9 solved for eps; sigma_t > 0."""
+    return (x_t - per_sample(alpha_t, x_t) * x0) / per_sample(sigma_t, x_t)
 
 
 def predict_both(
-    output: Array, x_t: Array, alpha_bar_t: ArrayLike, prediction_type: str = "epsilon"
+    output: Array, x_t: Array, alpha_t: ArrayLike, sigma_t: ArrayLike, prediction_type: str = "epsilon"
 ) -> tuple[Array, Array]:
     """(x0, eps) from a network's output, `(b, ...)` like x_t.
 
-    prediction_type: "epsilon"; "sample", x0; or "v_prediction", v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0
-    (Salimans and Ho, arXiv:2202.00512, appendix D), the one of the three that also serves at alpha_bar_t = 0 and 1.
+    prediction_type: "epsilon"; "sample", x0; or "v_prediction", v = alpha_t eps - sigma_t x0 (Salimans and Ho,
+    arXiv:2202.00512, appendix D), the one of the three that also serves at alpha_t = 0 and at sigma_t = 0.
     """
     match prediction_type:
         case "epsilon":
-            return predict_x0(x_t, output, alpha_bar_t), output
+            return predict_x0(x_t, output, alpha_t, sigma_t), output
         case "sample":
-            return output, predict_eps(x_t, output, alpha_bar_t)
+            return output, predict_eps(x_t, output, alpha_t, sigma_t)
         case "v_prediction":
-            a = per_sample(alpha_bar_t, x_t)
-            return root(a) * x_t - root(1 - a) * output, root(a) * output + root(1 - a) * x_t
+            alpha, sigma = per_sample(alpha_t, x_t), per_sample(sigma_t, x_t)
+            return alpha * x_t - sigma * output, alpha * output + sigma * x_t
     raise ValueError(f"unknown prediction_type {prediction_type!r}{did_you_mean(prediction_type, PREDICTION_TYPES)}")
 
 
@@ -152,61 +198,46 @@ def dynamic_threshold(x0: Array, ratio: ArrayLike = 0.995, largest: ArrayLike = 
     return jnp.clip(x0, -s, s) / s
 
 
-def ddim_sigma(alpha_bar_t: ArrayLike, alpha_bar_prev: ArrayLike, eta: ArrayLike) -> Array:
-    """The standard deviation of the noise a step adds, Eq. 16. eta 0: none; eta 1: the DDPM posterior's."""
-    a_t, a_prev = jnp.asarray(alpha_bar_t), jnp.asarray(alpha_bar_prev)
-    return jnp.asarray(eta) * root((1 - a_prev) * _forgotten(a_t, a_prev))
+def ddim_sigma(*, sigma_prev: ArrayLike, fresh: ArrayLike, eta: ArrayLike) -> Array:
+    """The standard deviation of the noise that a step adds, Eq. 16. eta 0: none; eta 1: the DDPM posterior's."""
+    return jnp.asarray(eta) * sigma_prev * fresh
 
 
-def ddim_step(
-    x_t: Array,
-    x0: Array,
-    eps: Array,
-    noise: ArrayLike,
-    *,
-    alpha_bar_t: ArrayLike,
-    alpha_bar_prev: ArrayLike,
-    eta: ArrayLike,
-) -> Array:
+def ddim_step(x0: Array, eps: Array, noise: ArrayLike, *, eta: ArrayLike, **row: Unpack[Coefficients]) -> Array:
     """One DDIM update, Eq. 12 of arXiv:2010.02502, with sigma from Eq. 16.
 
-    x_t, x0, eps, noise: `(b, ...)`; noise ~ N(0, I), unused where eta = 0 or alpha_bar_prev = 1.
-    alpha_bar_t in [0, 1), alpha_bar_prev in [alpha_bar_t, 1], eta >= 0: scalars or `(b,)`.
-    Returns x_prev, `(b, ...)`; NaN where eta is so large that sigma^2 > 1 - alpha_bar_prev (never for eta <= 1).
+    x0, eps, noise: `(b, ...)`, x0 and eps those of x_t; noise ~ N(0, I), unused where eta = 0 or sigma_prev = 0.
+    row: `Coefficients`, such as `coefficients` of a table's row; sigma_t > 0. eta >= 0.
+    Returns x_prev, `(b, ...)`; NaN where eta is so large that more noise would be added than x_prev has (never for
+    eta <= 1).
 
-    >>> float(ddim_step(jnp.ones(1), jnp.zeros(1), jnp.ones(1), 0.0, alpha_bar_t=0.5, alpha_bar_prev=0.75, eta=0.0)[0])
+    >>> float(ddim_step(jnp.zeros(1), jnp.ones(1), 0.0, **vp_rows(0.5, 0.75), eta=0.0)[0])
     0.5
     """
-    del x_t  # Eq. 12 is written in x_t through x0 and eps alone; the argument keeps every solver's signature alike
-    a_t, a_prev, eta = (per_sample(value, x0) for value in (alpha_bar_t, alpha_bar_prev, eta))
-    sigma = ddim_sigma(a_t, a_prev, eta)
-    # 1 - alpha_bar_prev - sigma^2, factored: in float32 the plain difference rounds below 0 where alpha_bar_t is tiny.
-    direction = root((1 - a_prev) * (1 - eta**2 * _forgotten(a_t, a_prev)))
-    return root(a_prev) * x0 + direction * eps + sigma * noise
+    alpha_t, sigma_t, alpha_prev, sigma_prev, fresh = _per_sample(row, x0)
+    eta = per_sample(eta, x0)
+    kept = _kept(alpha_t, sigma_t, alpha_prev, sigma_prev)
+    # sqrt(sigma_prev^2 - sigma^2), without a difference of squares, which float32 may round below 0
+    direction = sigma_prev * root((1 - eta) * (1 + eta) + eta**2 * kept**2)
+    return alpha_prev * x0 + direction * eps + ddim_sigma(sigma_prev=sigma_prev, fresh=fresh, eta=eta) * noise
 
 
 def ddpm_step(
-    x_t: Array,
-    x0: Array,
-    noise: ArrayLike,
-    *,
-    alpha_bar_t: ArrayLike,
-    alpha_bar_prev: ArrayLike,
-    variance: str | Array = "fixed_small",
+    x_t: Array, x0: Array, noise: ArrayLike, *, variance: str | Array = "fixed_small", **row: Unpack[Coefficients]
 ) -> Array:
     """One DDPM ancestral update: the posterior mean, Eq. 7 of arXiv:2006.11239, plus noise.
 
-    variance: "fixed_small", the posterior's beta (1 - alpha_bar_prev) / (1 - alpha_bar_t), which is `ddim_step` at
-    eta = 1; "fixed_large", beta itself (the DDIM paper's sigma-hat); or the network's v `(b, ...)`, about [-1, 1],
-    which interpolates between the two in the logarithm (-1: small, 1: large; Eq. 15 of arXiv:2102.09672, OpenAI's
-    LEARNED_RANGE). On a shortened table beta = 1 - alpha_bar_t / alpha_bar_prev. No noise is added on the step to the
-    clean image (alpha_bar_prev = 1).
+    row: as in `ddim_step`. On a shortened table beta is 1 - (alpha_t / alpha_prev)^2 = sigma_t^2 fresh^2.
+    variance: "fixed_small", the posterior's, which is `ddim_step` at eta = 1; "fixed_large", beta (the DDIM paper's
+    sigma-hat); or the network's v `(b, ...)`, about [-1, 1], which interpolates between the two in the logarithm (-1:
+    small, 1: large; Eq. 15 of arXiv:2102.09672, OpenAI's LEARNED_RANGE). No noise is added on the step to the clean
+    image (sigma_prev = 0).
     """
-    a_t, a_prev = per_sample(alpha_bar_t, x_t), per_sample(alpha_bar_prev, x_t)
-    beta = 1 - a_t / a_prev
-    mean = (root(a_prev) * beta * x0 + root(1 - beta) * (1 - a_prev) * x_t) / (1 - a_t)
-    small, large = ddim_sigma(a_t, a_prev, 1.0), root(beta)
-    inner = (a_prev < 1) & (a_prev > a_t)  # a step to the clean image, or from t to itself, adds none
+    alpha_t, sigma_t, alpha_prev, sigma_prev, fresh = _per_sample(row, x_t)
+    kept = _kept(alpha_t, sigma_t, alpha_prev, sigma_prev)
+    mean = alpha_prev * fresh**2 * x0 + kept * (sigma_prev / sigma_t) * x_t
+    small, large = sigma_prev * fresh, sigma_t * fresh
+    inner = (sigma_prev > 0) & (fresh > 0)  # a step to the clean image, or from t to itself, adds none
     if not isinstance(variance, str):
         fraction = (variance + 1) / 2
         small, large = jnp.where(inner, small, 1), jnp.where(inner, large, 1)
@@ -221,14 +252,13 @@ def ddpm_step(
 
 
 def largest_eta(table: StepTable) -> float:
-    """The largest eta for which Eq. 12's direction sqrt(1 - alpha_bar_prev - sigma^2) is real at every step.
+    """The largest eta for which Eq. 12's direction is real at every step: the least 1 / fresh.
 
     At least 1, since eta = 1 is the DDPM posterior; infinite for a single step. Host only.
     """
-    a_t, a_prev = (np.asarray(c, np.float64) for c in (table.alpha_bar_t, table.alpha_bar_prev))
-    inner = (a_prev < 1) & (a_prev > a_t)  # the last step, and a repeated t, have sigma = 0 whatever eta
-    with np.errstate(divide="ignore"):
-        return float(np.min(np.sqrt((1 - a_t) / (1 - a_t / a_prev)), where=inner, initial=np.inf))
+    sigma_prev, fresh = (np.asarray(column, np.float64) for column in (table.sigma_prev, table.fresh))
+    adds = (sigma_prev > 0) & (fresh > 0)  # the last step, and one from a t to itself, add no noise whatever eta
+    return float(np.min(1 / fresh[adds], initial=np.inf))
 
 
 def per_sample(value: ArrayLike, x: Array) -> Array:
@@ -238,15 +268,25 @@ def per_sample(value: ArrayLike, x: Array) -> Array:
 
 
 def root(u: ArrayLike) -> Array:
-    """sqrt(u) with derivative 0, not infinity, at u = 0: where a step begins or ends at alpha_bar = 0 or 1."""
+    """sqrt(u) with derivative 0, not infinity, at u = 0: where a step adds no noise, or alpha_bar is 0 or 1."""
     u = jnp.asarray(u)
     zero = u == 0
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, u)))
 
 
-def _forgotten(a_t: ArrayLike, a_prev: ArrayLike) -> Array:
-    """sigma^2 / (1 - alpha_bar_prev) at eta = 1: how much of the noise at alpha_bar_prev is drawn anew.
+def _per_sample(row: Coefficients, x: Array) -> tuple[Array, ...]:
+    values = (row["alpha_t"], row["sigma_t"], row["alpha_prev"], row["sigma_prev"], row["fresh"])
+    return tuple(per_sample(value, x) for value in values)
+
+
+def _kept(alpha_t: Array, sigma_t: Array, alpha_prev: Array, sigma_prev: Array) -> Array:
+    """The q of `Coefficients`: what a step at eta = 1 keeps of the noise."""
+    return (alpha_t / alpha_prev) * (sigma_prev / sigma_t)
+
+
+def _forgotten(a_t: Floats, a_prev: Floats) -> Floats:
+    """fresh^2 = 1 - q^2 between two alpha_bar.
 
     In [0, 1], in floating point too: alpha_bar_t / alpha_bar_prev never rounds below alpha_bar_t.
     """
-    return (1 - jnp.asarray(a_t) / a_prev) / (1 - a_t)
+    return (1 - a_t / a_prev) / (1 - a_t)

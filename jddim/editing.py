@@ -3,7 +3,7 @@
 Image-to-image is the loop on the end of a table, from a noised image:
 
     rest = tail(table, strength=0.6)
-    x_t = ddim.add_noise(images, noise, rest.alpha_bar_t[0])
+    x_t = ddim.add_noise(images, noise, rest.alpha_t[0], rest.sigma_t[0])
     x_0 = sampling.sample_loop(denoise, x_t, rest)
 
 Inpainting is the loop with a step that puts back what is known: `inpaint_loop`, or `keep_known` around any `Update`.
@@ -11,6 +11,7 @@ Inpainting is the loop with a step that puts back what is known: `inpaint_loop`,
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Unpack, overload
 
 import jax
@@ -20,7 +21,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jddim import ddim
-from jddim.ddim import Column, StepTable, per_sample
+from jddim.ddim import Column, StepTable
 from jddim.sampling import (
     Denoiser,
     Limits,
@@ -184,7 +185,7 @@ def keep_known(update: Update, known: Array, keep: ArrayLike, known_noise: Array
         x_t: Array, output: Array, noise: Array, row: Rows, *memory: Memory
     ) -> tuple[Array, Array, *tuple[Memory, ...]]:
         x_prev, x0, *memory_next = update(x_t, output, noise, row, *memory)
-        x_known = ddim.add_noise(known, known_noise, row.alpha_bar_prev)
+        x_known = ddim.add_noise(known, known_noise, row.alpha_prev, row.sigma_prev)
         return keep * x_known + (1 - keep) * x_prev, x0, *memory_next
 
     return kept
@@ -193,8 +194,8 @@ def keep_known(update: Update, known: Array, keep: ArrayLike, known_noise: Array
 def repaint(update: Update, known: Array, keep: ArrayLike) -> Update:
     """RePaint's step, for a `repaint_table` and two draws: `keep_known` with fresh noise, and the way back.
 
-    The known and the unknown pixels share the first draw, being different pixels. Back to a noisier alpha_bar, however
-    many steps away, is one draw: x ~ N(sqrt(a) x_prev, 1 - a), a = alpha_bar_back / alpha_bar_prev; a = 1 stays.
+    The known and the unknown pixels share the first draw, being different pixels. Back to a noisier sample, however
+    many steps away, is one draw, the table's.
     Raises ValueError for a step with a memory.
     """
 
@@ -205,21 +206,27 @@ def repaint(update: Update, known: Array, keep: ArrayLike) -> Update:
                 "one (ddim_update, ancestral_update), or resample=1"
             )
         x_prev, x0, *_ = keep_known(update, known, keep, noise[0])(x_t, output, noise[0], row)
-        a = per_sample(row.alpha_bar_back / row.alpha_bar_prev, x_t)
-        return ddim.root(a) * x_prev + ddim.root(1 - a) * noise[1], x0
+        return jnp.asarray(row.back_x) * x_prev + jnp.asarray(row.back_noise) * noise[1], x0
 
     return painted
 
 
 class RepaintTable(NamedTuple):
-    """A `StepTable` whose rows come again. alpha_bar_back: what the next row starts from, alpha_bar_prev or noisier."""
+    """A `StepTable` whose rows come again. back_x, back_noise: the next row starts from back_x x_prev + back_noise z.
+
+    1 and 0 where a row follows that starts where this one ends; otherwise q(x_t | x_prev) of a noisier t.
+    """
 
     step: Column
     t: Column
     t_prev: Column
-    alpha_bar_t: Column
-    alpha_bar_prev: Column
-    alpha_bar_back: Column
+    alpha_t: Column
+    sigma_t: Column
+    alpha_prev: Column
+    sigma_prev: Column
+    fresh: Column
+    back_x: Column
+    back_noise: Column
 
     @property
     def num_steps(self) -> int:
@@ -239,8 +246,17 @@ def repaint_table(table: StepTable, resample: int, jump_length: int = 1) -> Repa
             f"resample must be at least 1 and jump_length lie in 1..{S - 1}, below the {S} steps of this table, got "
             f"{resample} and {jump_length}"
         )
-    starts, ends = np.asarray(table.alpha_bar_t), np.asarray(table.alpha_bar_prev)
-    rows, back = [], []
+    host = StepTable(*map(np.asarray, table))
+    alpha_t, sigma_t, alpha_prev, sigma_prev = (np.asarray(column, np.float64) for column in host[3:7])
+
+    def noisier(end: int, start: int) -> tuple[float, float]:
+        """q(x_t | x_prev) from where the row `end` ends to where the row `start` starts: its factor and deviation."""
+        factor = alpha_t[start] / alpha_prev[end]
+        q = factor * sigma_prev[end] / sigma_t[start]
+        return factor, sigma_t[start] * math.sqrt((1 - q) * (1 + q))
+
+    rows: list[int] = []
+    back: list[tuple[float, float]] = []
     for row in range(S):
         reached = S - 2 - row
         stops = reached % jump_length == 0 and 0 <= reached < S - jump_length
@@ -248,10 +264,10 @@ def repaint_table(table: StepTable, resample: int, jump_length: int = 1) -> Repa
         taken = [row, *(resample - 1 if stops else 0) * block]
         rows += taken
         for i, r in enumerate(taken):
-            goes_back = r == row and i < len(taken) - 1
-            back.append(starts[block[0]] if goes_back else ends[r])
-    again = StepTable(*(np.asarray(column)[rows] for column in table))
-    return RepaintTable(np.arange(len(rows), dtype=np.int32), *again[1:], np.array(back, starts.dtype))
+            stays = r != row or i == len(taken) - 1
+            back.append((1.0, 0.0) if stays else noisier(r, block[0]))
+    again = StepTable(*(column[rows] for column in host))
+    return RepaintTable(np.arange(len(rows), dtype=np.int32), *again[1:], *np.array(back, host.alpha_t.dtype).T)
 
 
 def _mask(keep: ArrayLike, known: Array) -> Array:

@@ -181,11 +181,10 @@ def cfg_plus_plus_update(
 
     def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
         guided, unconditional = jnp.split(output, 2, axis=-1)
-        x0, _ = ddim.predict_both(guided, x_t, row.alpha_bar_t, prediction_type)
-        _, eps = ddim.predict_both(unconditional, x_t, row.alpha_bar_t, prediction_type)
+        x0, _ = ddim.predict_both(guided, x_t, row.alpha_t, row.sigma_t, prediction_type)
+        _, eps = ddim.predict_both(unconditional, x_t, row.alpha_t, row.sigma_t, prediction_type)
         x0 = x0 if limit is None else limit(x0)
-        coefficients = {"alpha_bar_t": row.alpha_bar_t, "alpha_bar_prev": row.alpha_bar_prev}
-        return ddim.ddim_step(x_t, x0, eps, noise, **coefficients, eta=as_eta(eta, x_t)), x0
+        return ddim.ddim_step(x0, eps, noise, **ddim.coefficients(row), eta=as_eta(eta, x_t)), x0
 
     return update
 
@@ -198,15 +197,16 @@ def classifier_guided(
     prediction_type: str = "epsilon",
     clip_range: Limits | None = None,
 ) -> Denoiser:
-    """Eps - sqrt(1 - alpha_bar_t) cond_fn(x_t, t): Algorithm 2 of Dhariwal and Nichol (arXiv:2105.05233).
+    """Eps - sigma_t cond_fn(x_t, t): Algorithm 2 of Dhariwal and Nichol (arXiv:2105.05233).
 
-    denoise: predicts `prediction_type`; the result predicts eps. schedule: the training's, for alpha_bar_t.
+    denoise: predicts `prediction_type`; the result predicts eps. schedule: the training's, for alpha_t and sigma_t.
     clip_range: OpenAI's `condition_score` takes the eps that x0 implies after clipping, and does not clip again what
     the gradient makes of it: give (-1, 1) here, and sample with clip off, to do the same.
     What else the denoiser takes, such as a self-conditioned one's x0_hat, is passed on. Raises ValueError if it returns
     a learned variance too.
     """
-    alpha_bar, root = schedule.alphas_cumprod, np.sqrt(1 - schedule.alphas_cumprod)
+    every_t = np.arange(schedule.num_train_timesteps)
+    alpha, sigma = schedule.alpha(every_t), schedule.sigma(every_t)
 
     def guided(x_t: Array, t: Array, *rest: Array) -> Array:
         output = denoise(x_t, t, *rest)
@@ -215,11 +215,11 @@ def classifier_guided(
                 f"classifier_guided takes a denoiser that returns what is like x_t {x_t.shape}, it returned "
                 f"{output.shape}: leave a learned variance out (jddim.denoisers.without_variance)"
             )
-        alpha_bar_t = jnp.asarray(alpha_bar, x_t.dtype)[t]
-        x0, eps = ddim.predict_both(output.astype(x_t.dtype), x_t, alpha_bar_t, prediction_type)
+        alpha_t, sigma_t = (jnp.asarray(column, x_t.dtype)[t] for column in (alpha, sigma))
+        x0, eps = ddim.predict_both(output.astype(x_t.dtype), x_t, alpha_t, sigma_t, prediction_type)
         if clip_range is not None:
-            eps = ddim.predict_eps(x_t, jnp.clip(x0, *clip_range), alpha_bar_t)
-        return eps - per_sample(jnp.asarray(root, x_t.dtype)[t], x_t) * cond_fn(x_t, t)
+            eps = ddim.predict_eps(x_t, jnp.clip(x0, *clip_range), alpha_t, sigma_t)
+        return eps - per_sample(sigma_t, x_t) * cond_fn(x_t, t)
 
     return guided
 

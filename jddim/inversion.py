@@ -2,11 +2,10 @@
 
 Eq. 13 is a step of Euler's method for the ODE of Eq. 14; read upwards it leads from a sample to a noisier one,
 
-    x_next / sqrt(alpha_bar_next) = x_t / sqrt(alpha_bar_t) + (sigma_next - sigma_t) eps,
-    sigma = sqrt((1 - alpha_bar) / alpha_bar),
+    x_next / alpha_next = x_t / alpha_t + (sigma_next / alpha_next - sigma_t / alpha_t) eps,
 
-which is Eq. 12 at eta = 0 towards a smaller alpha_bar: the x0 that x_t and eps imply, noised by the same eps. What
-differs between sources is where eps is asked for, and at which alpha_bar the way begins and ends (`inversion_table`).
+which is Eq. 12 at eta = 0 towards more noise: the x0 that x_t and eps imply, noised by the same eps. What differs
+between sources is where eps is asked for, and at how much noise the way begins and ends (`inversion_table`).
 Only where eps is that of x_next, at its own t, is this the inverse of the sampler's step; to refine is to solve for
 that x_next. As in `jddim.sampling`, the loops are traceable and hold no jit of their own.
 """
@@ -23,7 +22,7 @@ from jax.typing import ArrayLike
 
 from jddim import ddim
 from jddim.config import did_you_mean
-from jddim.ddim import StepTable
+from jddim.ddim import Column, StepTable
 from jddim.sampling import Conventions, Denoiser, Limits, Trajectory, check_prediction, limiter, update_loop
 
 CONVENTIONS = ("paper", "diffusers", "openai")
@@ -43,39 +42,41 @@ def inversion_table(table: StepTable, convention: str = "diffusers") -> StepTabl
     convention: "paper", the sampler's steps taken backwards, each asking the network at the t it leaves (Eq. 13; t = 0
     for the clean image, whose eps no network is trained for); "diffusers" (DDIMInverseScheduler), the same steps,
     asking at the t they reach; "openai" (ddim_reverse_sample), from each t to the next above it, asking at the t it
-    leaves: x_0 is taken for the sample at the least t, and the last step ends at alpha_bar = 0, beyond the largest.
+    leaves: x_0 is taken for the sample at the least t, and the last step ends at noise alone, beyond the largest.
 
-    Returns as many rows as `table` has. t: what the network is asked; t_prev, alpha_bar_prev: the timestep reached,
-    which is the noisier one, and its alpha_bar; alpha_bar_t: that of the sample left, 1 for the clean image. "openai"
-    ends at t_prev = t + 1.
+    Returns as many rows as `table` has. t: what the network is asked; t_prev, alpha_prev, sigma_prev: the timestep
+    reached, which is the noisier one, and its image and noise; alpha_t, sigma_t: those of the sample left, 1 and 0 for
+    the clean image; fresh: 0. "openai" ends at t_prev = t + 1.
 
     >>> from jddim.schedule import linear_schedule
     >>> rows = inversion_table(ddim.step_table(linear_schedule(1000), [800, 400, 9]), "paper")
     >>> rows.t.tolist(), rows.t_prev.tolist()
     ([0, 9, 400], [9, 400, 800])
     """
-    up = StepTable(*(column[::-1] for column in table))
-    step = up.step[::-1]
+    t, t_prev, alpha, sigma, alpha_prev, sigma_prev = (column[::-1] for column in table[1:7])
+    step, fresh = table.step, 0 * table.fresh
     match convention:
         case "paper":
-            return StepTable(step, np.maximum(up.t_prev, 0), up.t, up.alpha_bar_prev, up.alpha_bar_t)
+            return StepTable(step, np.maximum(t_prev, 0), t, alpha_prev, sigma_prev, alpha, sigma, fresh)
         case "diffusers":
-            return StepTable(step, up.t, up.t, up.alpha_bar_prev, up.alpha_bar_t)
+            return StepTable(step, t, t, alpha_prev, sigma_prev, alpha, sigma, fresh)
         case "openai":
-            t_next = np.append(up.t[1:], up.t[-1:] + 1)
-            concatenate = np.concatenate if isinstance(up.alpha_bar_t, np.ndarray) else jnp.concatenate
-            alpha_bar_next = concatenate([up.alpha_bar_t[1:], np.zeros(1, up.alpha_bar_t.dtype)])
-            return StepTable(step, up.t, t_next, up.alpha_bar_t, alpha_bar_next)
+            t_next = np.append(t[1:], t[-1:] + 1)
+            return StepTable(step, t, t_next, alpha, sigma, _then(alpha[1:], 0.0), _then(sigma[1:], 1.0), fresh)
     raise ValueError(f"unknown convention {convention!r}{did_you_mean(convention, CONVENTIONS)}")
 
 
-def invert_step(x0: Array, eps: Array, *, alpha_bar_next: ArrayLike) -> Array:
-    """Eq. 12 at eta = 0, to any alpha_bar: x0 noised by eps. x0, eps: `(b, ...)`; alpha_bar_next in [0, 1].
+def _then(column: Column, last: float) -> Column:
+    """The column with one more number."""
+    return (np.append if isinstance(column, np.ndarray) else jnp.append)(column, np.full(1, last, column.dtype))
+
+
+def invert_step(x0: Array, eps: Array, *, alpha_next: ArrayLike, sigma_next: ArrayLike) -> Array:
+    """Eq. 12 at eta = 0, to any noise: x0 noised by eps. x0, eps: `(b, ...)`.
 
     With the x0 of `jddim.ddim.predict_x0` this is Eq. 13; like it, it goes either way.
     """
-    a = ddim.per_sample(alpha_bar_next, x0)
-    return ddim.root(a) * x0 + ddim.root(1 - a) * eps
+    return ddim.add_noise(x0, eps, alpha_next, sigma_next)
 
 
 @overload
@@ -138,26 +139,29 @@ def invert_update(
     """`invert_loop`'s step, for an `inversion_table`; what the arguments mean is said there. It uses no noise."""
     limit = limiter(clip_range, threshold)
 
-    def predict(output: Array, x: Array, alpha_bar: ArrayLike) -> tuple[Array, Array]:
+    def predict(output: Array, x: Array, alpha: ArrayLike, sigma: ArrayLike) -> tuple[Array, Array]:
         """(x0, eps) as the sampler has them at x."""
-        x0, eps = ddim.predict_both(output, x, alpha_bar, prediction_type)
+        x0, eps = ddim.predict_both(output, x, alpha, sigma, prediction_type)
         if limit is not None:
             x0 = limit(x0)
-            if rederive_eps:  # of the clean image, alpha_bar = 1, nothing is left to re-derive eps from
-                clean = jnp.asarray(alpha_bar) == 1
-                eps = jnp.where(clean, eps, ddim.predict_eps(x, x0, jnp.where(clean, 0.0, alpha_bar)))
+            if rederive_eps:  # of the clean image, sigma = 0, nothing is left to re-derive eps from
+                clean = jnp.asarray(sigma) == 0
+                eps = jnp.where(clean, eps, ddim.predict_eps(x, x0, alpha, jnp.where(clean, 1, sigma)))
         return x0, eps
 
     def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
         del noise
-        x0, eps = predict(output, x_t, row.alpha_bar_t)
+        x0, eps = predict(output, x_t, row.alpha_t, row.sigma_t)
         t_next = jnp.broadcast_to(row.t_prev, x_t.shape[:1])
 
-        def again(_k: int, x_next: Array) -> Array:
-            _, eps = predict(denoise(x_next, t_next).astype(x_t.dtype), x_next, row.alpha_bar_prev)
-            return invert_step(ddim.predict_x0(x_t, eps, row.alpha_bar_t), eps, alpha_bar_next=row.alpha_bar_prev)
+        def noised(x0: Array, eps: Array) -> Array:
+            return invert_step(x0, eps, alpha_next=row.alpha_prev, sigma_next=row.sigma_prev)
 
-        x_next = invert_step(x0, eps, alpha_bar_next=row.alpha_bar_prev)
+        def again(_k: int, x_next: Array) -> Array:
+            _, eps = predict(denoise(x_next, t_next).astype(x_t.dtype), x_next, row.alpha_prev, row.sigma_prev)
+            return noised(ddim.predict_x0(x_t, eps, row.alpha_t, row.sigma_t), eps)
+
+        x_next = noised(x0, eps)
         return lax.fori_loop(0, refine, again, x_next), x0
 
     return update
@@ -166,12 +170,12 @@ def invert_update(
 def check_inversion(table: StepTable, convention: str, refine: int, prediction_type: str) -> None:
     """Raise ValueError, with all that is wrong, if the sampler's `table` cannot be inverted so.
 
-    Of alpha_bar, only what is on the host is looked at.
+    Of sigma, only what is on the host is looked at.
     """
     problems = []
     try:
-        start = inversion_table(table, convention).alpha_bar_t[0]
-        from_clean = not isinstance(start, Array) and start == 1
+        start = inversion_table(table, convention).sigma_t[0]
+        from_clean = not isinstance(start, Array) and start == 0
     except ValueError as error:
         problems.append(str(error))
         from_clean = False
@@ -184,7 +188,7 @@ def check_inversion(table: StepTable, convention: str, refine: int, prediction_t
         )
     if prediction_type == "sample" and from_clean:
         problems.append(
-            "a predicted x0 tells nothing of eps at alpha_bar = 1, the clean image, where this way begins: take the "
+            "a predicted x0 tells nothing of eps at sigma = 0, the clean image, where this way begins: take the "
             "convention 'openai', or set_alpha_to_one=False with a spacing of diffusers"
         )
     if problems:

@@ -1,12 +1,12 @@
 """Log-likelihoods by the probability-flow ODE, whose steps DDIM takes at eta 0 (arXiv:2010.02502, Eq. 14).
 
-Along y = x_t / sqrt(alpha_bar_t), sigma = sqrt((1 - alpha_bar_t) / alpha_bar_t), the ODE is dy / dsigma = eps(x_t, t),
+Along y = x_t / alpha_t, with r = sigma_t / alpha_t, the ODE is dy / dr = eps(x_t, t),
 and a density changes along it by the divergence (Song et al., arXiv:2011.13456, Eq. 39):
 
-    log p(y at sigma_0) = log p(y at sigma_T) + integral from sigma_0 to sigma_T of div_y eps dsigma.
+    log p(y at r_0) = log p(y at r_T) + integral from r_0 to r_T of div_y eps dr.
 
-Both are taken by Heun's rule, of second order: y in sigma, and the divergence in log sigma, where sigma div_y eps stays
-between about 0 and the number of dimensions (in sigma it falls as 1 / sigma, from 100 of them at t = 0).
+Both are taken by Heun's rule, of second order: y in r, and the divergence in log r, where r div_y eps stays between
+about 0 and the number of dimensions (in r it falls as 1 / r, from 100 of them at t = 0).
 """
 
 from __future__ import annotations
@@ -51,51 +51,50 @@ def log_likelihood(
     *x_0.shape), x_0.dtype)`, the same at every step.
     prediction_type: what the denoiser returns. x0 is never clipped: the clamp is no part of the ODE.
 
-    Raises ValueError on probes of another shape, a table of one step, and one that starts at alpha_bar_t = 0.
+    Raises ValueError on probes of another shape, a table of one step, and one that starts at alpha_t = 0.
     """
-    alpha_bar = np.asarray(table.alpha_bar_t, np.float64)[::-1]
-    if len(alpha_bar) < 2:
+    alpha, sigma = (np.asarray(column, np.float64)[::-1] for column in (table.alpha_t, table.sigma_t))
+    if len(alpha) < 2:
         raise ValueError("a likelihood needs a table of at least 2 timesteps, the ends of the ODE")
-    if alpha_bar[-1] == 0:
-        raise ValueError(
-            "the ODE has no end at alpha_bar_t = 0 (zero terminal SNR): leave the table's first timestep out"
-        )
+    if alpha[-1] == 0:
+        raise ValueError("the ODE has no end at alpha_t = 0 (zero terminal SNR): leave the table's first timestep out")
     if probes is not None and probes.shape[1:] != x_0.shape:
         raise ValueError(f"probes must have shape (n, {', '.join(map(str, x_0.shape))}), got {probes.shape}")
     t = np.asarray(table.t, np.int32)[::-1]
-    sigma = np.sqrt((1 - alpha_bar) / alpha_bar)
+    r = sigma / alpha
 
-    def flow(y: Array, t: Array, alpha_bar: Array) -> tuple[Array, Array]:
-        """The slope dy / dsigma, and its divergence with respect to y `(b,)`."""
+    def flow(y: Array, t: Array, alpha_t: Array, sigma_t: Array) -> tuple[Array, Array]:
+        """The slope dy / dr, and its divergence with respect to y `(b,)`."""
 
         def eps(y: Array) -> Array:
-            x_t = jnp.sqrt(alpha_bar) * y
+            x_t = alpha_t * y
             output = denoise(x_t, jnp.broadcast_to(t, x_t.shape[:1])).astype(x_t.dtype)
             if output.shape != x_t.shape:
                 raise ValueError(f"denoise must return {x_t.shape} for an x_t like it, it returned {output.shape}")
-            return ddim.predict_both(output, x_t, alpha_bar, prediction_type)[1]
+            return ddim.predict_both(output, x_t, alpha_t, sigma_t, prediction_type)[1]
 
         return _with_divergence(eps, y, probes)
 
     def step(carry: tuple[Array, Array], row: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
         y, integral = carry
-        t, t_next, a, a_next, h, weight, weight_next = row
-        slope, divergence = flow(y, t, a)
-        slope_next, divergence_next = flow(y + h * slope, t_next, a_next)
+        here, there, h, weight, weight_next = row
+        slope, divergence = flow(y, *here)
+        slope_next, divergence_next = flow(y + h * slope, *there)
         added = weight * divergence + weight_next * divergence_next
         return (y + h / 2 * (slope + slope_next), integral + added), None
 
-    h_log = np.diff(np.log(sigma)) / 2
-    columns = (alpha_bar[:-1], alpha_bar[1:], np.diff(sigma), h_log * sigma[:-1], h_log * sigma[1:])
-    floats = [jnp.asarray(column, x_0.dtype) for column in columns]
+    h_log = np.diff(np.log(r)) / 2
+    ends = (t, alpha.astype(x_0.dtype), sigma.astype(x_0.dtype))
+    steps = [column.astype(x_0.dtype) for column in (np.diff(r), h_log * r[:-1], h_log * r[1:])]
+    rows = ([column[:-1] for column in ends], [column[1:] for column in ends], *steps)
     nothing = jnp.zeros_like(x_0.sum(axis=tuple(range(1, x_0.ndim))))  # one for each sample, where it lies
-    start = (x_0 / math.sqrt(alpha_bar[0]), nothing)
-    (y, integral), _ = lax.scan(step, start, (jnp.asarray(t[:-1]), jnp.asarray(t[1:]), *floats))
+    start = (x_0 / float(alpha[0]), nothing)
+    (y, integral), _ = lax.scan(step, start, jax.tree.map(jnp.asarray, rows))
 
-    x_T = math.sqrt(alpha_bar[-1]) * y
+    x_T = float(alpha[-1]) * y
     size = math.prod(x_0.shape[1:])
     log_normal = -0.5 * (jnp.square(x_T).reshape(x_T.shape[0], -1).sum(axis=1) + size * math.log(2 * math.pi))
-    scaled = size / 2 * (math.log(alpha_bar[-1]) - math.log(alpha_bar[0]))  # x_T and x_0 are y by a factor
+    scaled = size * (math.log(alpha[-1]) - math.log(alpha[0]))  # x_T and x_0 are y by a factor
     return LogLikelihood(log_normal + scaled + integral, x_T)
 
 

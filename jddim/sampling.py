@@ -49,9 +49,15 @@ class Rows(Protocol):
     @property
     def t_prev(self) -> Column: ...
     @property
-    def alpha_bar_t(self) -> Column: ...
+    def alpha_t(self) -> Column: ...
     @property
-    def alpha_bar_prev(self) -> Column: ...
+    def sigma_t(self) -> Column: ...
+    @property
+    def alpha_prev(self) -> Column: ...
+    @property
+    def sigma_prev(self) -> Column: ...
+    @property
+    def fresh(self) -> Column: ...
     @property
     def num_steps(self) -> int: ...
     def __iter__(self) -> Iterator[Column]: ...
@@ -180,7 +186,7 @@ def sample_loop(
     trajectory_every: also return the `Trajectory` kept every so many steps.
 
     Returns x_0 `(b, ...)`, in x_T's dtype, or (x_0, trajectory). Raises ValueError on shapes that do not agree, and
-    where the table starts at alpha_bar_t = 0 and the denoiser predicts eps, which tells nothing of x0 there.
+    where the table starts at alpha_t = 0 and the denoiser predicts eps, which tells nothing of x0 there.
     A NaN from the denoiser propagates to that sample alone.
     """
     check_prediction(table, prediction_type)
@@ -282,13 +288,12 @@ def ddim_update(
     limit = limiter(clip_range, threshold)
 
     def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
-        x0, eps = ddim.predict_both(output, x_t, row.alpha_bar_t, prediction_type)
+        x0, eps = ddim.predict_both(output, x_t, row.alpha_t, row.sigma_t, prediction_type)
         if limit is not None:
             x0 = limit(x0)
             if rederive_eps:
-                eps = ddim.predict_eps(x_t, x0, row.alpha_bar_t)
-        coefficients = {"alpha_bar_t": row.alpha_bar_t, "alpha_bar_prev": row.alpha_bar_prev}
-        return ddim.ddim_step(x_t, x0, eps, noise, **coefficients, eta=as_eta(eta, x_t)), x0
+                eps = ddim.predict_eps(x_t, x0, row.alpha_t, row.sigma_t)
+        return ddim.ddim_step(x0, eps, noise, **ddim.coefficients(row), eta=as_eta(eta, x_t)), x0
 
     return update
 
@@ -307,10 +312,9 @@ def ancestral_update(
         v: Array | None = None
         if variance == "learned_range":
             output, v = jnp.split(output, 2, axis=-1)
-        x0, _ = ddim.predict_both(output, x_t, row.alpha_bar_t, prediction_type)
+        x0, _ = ddim.predict_both(output, x_t, row.alpha_t, row.sigma_t, prediction_type)
         x0 = x0 if limit is None else limit(x0)
-        coefficients = {"alpha_bar_t": row.alpha_bar_t, "alpha_bar_prev": row.alpha_bar_prev}
-        return ddim.ddpm_step(x_t, x0, noise, **coefficients, variance=variance if v is None else v), x0
+        return ddim.ddpm_step(x_t, x0, noise, **ddim.coefficients(row), variance=variance if v is None else v), x0
 
     return update
 
@@ -420,10 +424,10 @@ def as_eta(eta: ArrayLike, x_t: Array) -> Array:
 
 
 def check_prediction(table: Rows, prediction_type: str) -> None:
-    """Raise ValueError if x0 would be divided by sqrt(alpha_bar_t) = 0. Only a table on the host is looked at."""
-    if prediction_type == "epsilon" and isinstance(table.alpha_bar_t, np.ndarray) and (table.alpha_bar_t == 0).any():
+    """Raise ValueError if x0 would be divided by alpha_t = 0. Only a table on the host is looked at."""
+    if prediction_type == "epsilon" and isinstance(table.alpha_t, np.ndarray) and (table.alpha_t == 0).any():
         raise ValueError(
-            "a predicted eps tells nothing of x0 at alpha_bar_t = 0, where this table starts (zero terminal SNR); such "
+            "a predicted eps tells nothing of x0 at alpha_t = 0, where this table starts (zero terminal SNR); such "
             "models predict v or x0: set prediction_type to what this one does, or leave out its last timestep"
         )
 

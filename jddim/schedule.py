@@ -38,6 +38,14 @@ class NoiseSchedule:
             raise ValueError(f"timesteps must lie in -1..{self.num_train_timesteps - 1}, got {t.min()}..{t.max()}")
         return np.concatenate([self.alphas_cumprod, [1.0]])[t]  # index -1 is the appended 1
 
+    def alpha(self, timesteps: ArrayLike) -> NDArray[np.float64]:
+        """sqrt(alpha_bar) at integer timesteps in -1..T-1: how much of the image is in x_t."""
+        return np.sqrt(self.alpha_bar(timesteps))
+
+    def sigma(self, timesteps: ArrayLike) -> NDArray[np.float64]:
+        """sqrt(1 - alpha_bar) at integer timesteps in -1..T-1: how much noise is in x_t."""
+        return np.sqrt(1 - self.alpha_bar(timesteps))
+
 
 def from_betas(betas: ArrayLike) -> NoiseSchedule:
     """The schedule of explicit betas `(T,)`, each in (0, 1).

@@ -10,7 +10,7 @@ For most, base is x_t. A corrector (UniPC) replaces the x_t that the network has
 base of the row before; a solver of several evaluations a step (Heun, PLMS at its start) takes the step from the old
 base again. So a solver is a function of the table alone, computed in float64 on the host, and one loop runs them all.
 
-Below, alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(alpha / sigma). Adding a solver from outside:
+Below, x_t = alpha x_0 + sigma eps and lambda = log(alpha / sigma). Adding a solver from outside:
 make a `Solver` and pass it, or name it in `SOLVERS`.
 """
 
@@ -55,8 +55,11 @@ class SolverTable(NamedTuple):
     step: Column
     t: Column
     t_prev: Column
-    alpha_bar_t: Column
-    alpha_bar_prev: Column
+    alpha_t: Column
+    sigma_t: Column
+    alpha_prev: Column
+    sigma_prev: Column
+    fresh: Column
     base_x: Column
     base_last: Column
     base_history: Column
@@ -162,7 +165,7 @@ def solver_update(
         x_t: Array, output: Array, noise: Array, row: SolverTable, memory: tuple[Array, Array]
     ) -> tuple[Array, Array, tuple[Array, Array]]:
         last, older = memory
-        x0, eps = ddim.predict_both(output, x_t, row.alpha_bar_t, prediction_type)
+        x0, eps = ddim.predict_both(output, x_t, row.alpha_t, row.sigma_t, prediction_type)
         x0 = x0 if limit is None else limit(x0)
         history = jnp.concatenate([(x0 if solver.history == "x0" else eps)[None], older])
         base = x_t * row.base_x + last * row.base_last + _sum(row.base_history, history)
@@ -277,7 +280,7 @@ def heun_plan(table: StepTable) -> SolverTable:
 
     Each step is taken twice, to where eps is asked again and then by the mean of both, but one to the clean image.
     """
-    rows = np.repeat(np.arange(table.num_steps), np.where(np.asarray(table.alpha_bar_prev) == 1, 1, 2))
+    rows = np.repeat(np.arange(table.num_steps), np.where(np.asarray(table.sigma_prev) == 0, 1, 2))
     return _eps_plan(table, rows, [[1.0]] * len(rows))
 
 
@@ -326,15 +329,15 @@ SOLVERS: dict[str, Solver] = {
 
 
 def _alphas(table: StepTable) -> tuple[Floats, Floats, Floats, Floats]:
-    """alpha, sigma where each step starts, and where it ends."""
-    a, a_prev = (np.asarray(column, np.float64) for column in (table.alpha_bar_t, table.alpha_bar_prev))
-    return np.sqrt(a), np.sqrt(1 - a), np.sqrt(a_prev), np.sqrt(1 - a_prev)
+    """alpha, sigma where each step starts, and where it ends, in float64."""
+    alpha, sigma, alpha_prev, sigma_prev = (np.asarray(column, np.float64) for column in table[3:7])
+    return alpha, sigma, alpha_prev, sigma_prev
 
 
 def _check_signal(alpha: Floats) -> None:
     if (alpha == 0).any():
         raise ValueError(
-            "a solver in sigma / alpha has no step from alpha_bar_t = 0 (zero terminal SNR): leave that timestep out, "
+            "a solver in sigma / alpha has no step from alpha_t = 0 (zero terminal SNR): leave that timestep out, "
             "or take dpm++2m or unipc"
         )
 
@@ -373,9 +376,7 @@ def _plan(table: StepTable, *, step_x: Floats, step_history: Floats, noise: Floa
     """A plan without correction: the base is x_t. Raises ValueError where a coefficient is none."""
     S = table.num_steps
     if not all(np.isfinite(column).all() for column in (step_x, step_history)):
-        raise ValueError(
-            "this solver has no step from alpha_bar_t = 0 (zero terminal SNR): leave its first timestep out"
-        )
+        raise ValueError("this solver has no step from alpha_t = 0 (zero terminal SNR): leave its first timestep out")
     return SolverTable(
         **{name: np.asarray(column) for name, column in table._asdict().items()},
         base_x=np.ones(S),
@@ -403,7 +404,8 @@ def _eps_plan(table: StepTable, rows: NDArray[np.int64], weights: list[list[floa
     asked = asked._replace(
         step=np.arange(len(rows), dtype=np.int32),
         t=np.where(again, np.maximum(asked.t_prev, 0), asked.t).astype(np.int32),
-        alpha_bar_t=np.where(again, asked.alpha_bar_prev, asked.alpha_bar_t),
+        alpha_t=np.where(again, asked.alpha_prev, asked.alpha_t),
+        sigma_t=np.where(again, asked.sigma_prev, asked.sigma_t),
     )
     plan = _plan(asked, step_x=ratio, step_history=(sigma_prev - ratio * sigma)[:, None] * by_age)
     return plan._replace(base_x=np.where(again, 0.0, 1.0), base_last=np.where(again, 1.0, 0.0))

@@ -13,19 +13,20 @@ Floats = NDArray[np.float64]
 
 
 def karras_timesteps(schedule: NoiseSchedule, num_steps: int, rho: float = 7.0) -> Timesteps:
-    """Even steps in sigma^(1 / rho), sigma = sqrt(1 / alpha_bar - 1), between t = T-1 and 0 (arXiv:2206.00364, Eq. 5).
+    """Even steps in r^(1 / rho), r = sigma_t / alpha_t, between t = T-1 and 0 (arXiv:2206.00364, Eq. 5, its sigma).
 
-    Each is the t whose log sigma is nearest. Raises ValueError where two steps would fall on one t: fewer steps, then,
+    Each is the t whose log r is nearest. Raises ValueError where two steps would fall on one t: fewer steps, then,
     or another rho. num_steps >= 2.
     """
     if num_steps < 2:
         raise ValueError(f"num_steps must be at least 2, the two ends, got {num_steps}")
     if schedule.alphas_cumprod[-1] == 0:
-        raise ValueError("sigma is infinite at t = T-1 (zero terminal SNR): no even steps lead there")
-    sigma = np.sqrt(1 / schedule.alphas_cumprod - 1)
-    largest, least = sigma[[-1, 0]] ** (1 / rho)
+        raise ValueError("sigma_t / alpha_t is infinite at t = T-1 (zero terminal SNR): no even steps lead there")
+    every_t = np.arange(schedule.num_train_timesteps)
+    r = schedule.sigma(every_t) / schedule.alpha(every_t)
+    largest, least = r[[-1, 0]] ** (1 / rho)
     wanted = np.linspace(largest, least, num_steps) ** rho
-    t = np.abs(np.log(sigma)[None] - np.log(wanted)[:, None]).argmin(axis=1)
+    t = np.abs(np.log(r)[None] - np.log(wanted)[:, None]).argmin(axis=1)
     if (np.diff(t) >= 0).any():
         raise ValueError(
             f"{num_steps} Karras steps with rho {rho:g} fall {num_steps - len(np.unique(t))} times on a t already "
@@ -100,8 +101,8 @@ def traps(table: StepTable, schedule: NoiseSchedule, prediction_type: str = "eps
         found.append(f"alpha_bar at T-1 is {terminal:.2g}: training never saw pure noise, sampling starts from it")
     if t_prev[-1] >= 0:
         found.append(f"the last step ends at t = {t_prev[-1]}, short of the clean image")
-    if table.alpha_bar_prev[-1] < 1:
-        found.append(f"the last step ends at alpha_bar {table.alpha_bar_prev[-1]:.6g}, not 1 (set_alpha_to_one=False)")
+    if table.sigma_prev[-1] > 0:
+        found.append(f"the last step ends at sigma {table.sigma_prev[-1]:.3g}, not 0 (set_alpha_to_one=False)")
     lengths = t - t_prev
     if repeats := int((lengths == 0).sum()):
         found.append(f"{repeats} steps go from a t to itself: evaluations that change nothing")

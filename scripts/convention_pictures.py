@@ -44,9 +44,9 @@ def rows(ddim: jddim.DDIM) -> dict[str, Row]:
         return lambda x_T: run(ddim.model, x_T)
 
     def as_in_the_snippet(x_t, eps, noise, row):
-        x0 = jddim.predict_x0(x_t, eps, row.alpha_bar_t)
-        sigma = jddim.ddim_sigma(row.alpha_bar_t, row.alpha_bar_prev, 1.0)
-        return jnp.sqrt(row.alpha_bar_prev) * x0 + jnp.sqrt(1 - row.alpha_bar_prev) * eps + sigma * noise, x0
+        x0 = jddim.predict_x0(x_t, eps, row.alpha_t, row.sigma_t)
+        sigma = jddim.ddim_sigma(sigma_prev=row.sigma_prev, fresh=row.fresh, eta=1.0)
+        return row.alpha_prev * x0 + row.sigma_prev * eps + sigma * noise, x0
 
     right = loop()
     return {
@@ -58,7 +58,7 @@ def rows(ddim: jddim.DDIM) -> dict[str, Row]:
         "predicts: v for eps": loop(prediction_type="v_prediction"),
         "x0: clipped, eps raw": loop(clip_range=(-1.0, 1.0)),
         "x0: clipped, eps anew": loop(clip_range=(-1.0, 1.0), rederive_eps=True),
-        "ends: at alpha_bar_0": loop(table=table._replace(alpha_bar_prev=table.alpha_bar_prev.clip(max=0.9999))),
+        "ends: at alpha_bar_0": loop(table=jddim.step_table(ddim.schedule, table.t, set_alpha_to_one=False)),
         "starts: at t = 700": loop(table=jax.tree.map(lambda column: column[5:], table)),
         "pixels: read as [0, 1]": lambda x_T: 2 * right(x_T).clip(0, 1) - 1,
         "right, eta 1": loop(eta=1.0),

@@ -143,44 +143,54 @@ def with_labels() -> Iterator[tuple[str, dict[str, Any]]]:
 # -- with a denoiser in closed form, in float32 or, with JAX_ENABLE_X64, in float64 -----------------------------------
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+# Of alpha, sigma and sigma^2: each is rounded once, as in neither tree's favour.
+COLUMNS = np.sqrt(ALPHA_BAR), np.sqrt(1 - ALPHA_BAR), 1 - ALPHA_BAR
 
 
 def denoiser(kind: str = "epsilon", mean: float = 0.9, variance: float = 0.04) -> Callable[..., Any]:
     """What predicts x0, eps or v best for pixels that are normal around -mean or mean, a little mixed."""
 
     def denoise(x: Any, t: Any, x0_hat: Any = 0.0) -> Any:
-        a = jnp.asarray(ALPHA_BAR, x.dtype)[t][:, None, None, None]
+        alpha, sigma, noise = (jnp.asarray(column, x.dtype)[t][:, None, None, None] for column in COLUMNS)
         x = 0.9 * x + 0.1 * jnp.roll(x, 1, 1) + 0.05 * x0_hat
-        total = a * variance + 1 - a
-        centre = mean * jnp.tanh(jnp.sqrt(a) * mean * x / total)
-        x0 = centre + jnp.sqrt(a) * variance / total * (x - jnp.sqrt(a) * centre)
-        eps = jnp.sqrt(1 - a) * (x - jnp.sqrt(a) * centre) / total
-        return {"epsilon": eps, "sample": x0, "v_prediction": jnp.sqrt(a) * eps - jnp.sqrt(1 - a) * x0}[kind]
+        total = alpha**2 * variance + noise
+        centre = mean * jnp.tanh(alpha * mean * x / total)
+        x0 = centre + alpha * variance / total * (x - alpha * centre)
+        eps = sigma * (x - alpha * centre) / total
+        return {"epsilon": eps, "sample": x0, "v_prediction": alpha * eps - sigma * x0}[kind]
 
     return denoise
 
 
-def of_loops() -> Iterator[Setting]:
+# How a table's few numbers are rounded decides a loop's error: one table says little, several together say more.
+TIMETABLES = [
+    timesteps.linspace_timesteps(1000, S),
+    *(np.array([999, *np.sort(np.random.default_rng(i).choice(998, S - 1, False))[::-1]]) for i in range(4)),
+]
+
+
+def of_loops(t: np.ndarray) -> Iterator[Setting]:
     """Those whose names end in "(float32)" draw from keys, or are of tables: not for comparison with float64."""
     dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
     shape = (64, 8, 8, 1)
     linear = schedule.linear_schedule()
-    t = timesteps.linspace_timesteps(1000, S)
     table, exact = maths.step_table(linear, t, dtype), maths.step_table(linear, t, np.float64)
     x, noise, rows = (jnp.asarray(normal(seed, *s), dtype) for seed, s in ((1, shape), (2, (S, *shape)), (3, shape)))
     images, keep, key = jnp.tanh(rows), jnp.asarray(np.arange(8) < 4, dtype)[:, None, None], jax.random.key(7)
     eps, other = denoiser(), denoiser(mean=0.5)
 
-    def jitted(loop: Callable[..., Any], start: Any = x, noise: Any = noise, **options: Any) -> Callable[[], Any]:
-        """The loop as one program of start and noise, so that XLA computes nothing of it beforehand."""
-        if noise is None:
-            return lambda: jax.jit(lambda start: loop(start=start, **options))(start)
-        return lambda: jax.jit(lambda start, noise: loop(start=start, noise=noise, **options))(start, noise)
+    def jitted(
+        loop: Callable[..., Any], start: Any = x, noise: Any = noise, table: Any = table, **options: Any
+    ) -> Callable[[], Any]:
+        """The loop as one program of start, noise and table, so that XLA computes nothing of it beforehand."""
+        given = {"start": start, "noise": noise, "table": table if loop in (sample, ancestral) else None}
+        given = {name: value for name, value in given.items() if value is not None}
+        return lambda: jax.jit(lambda given: loop(**given, **options))(given)
 
-    def sample(start: Any, denoise: Any = eps, table: Any = table, **options: Any) -> Any:
+    def sample(start: Any, table: Any, denoise: Any = eps, **options: Any) -> Any:
         return sampling.sample_loop(denoise, start, table, **options)
 
-    def ancestral(start: Any, denoise: Any = eps, **options: Any) -> Any:
+    def ancestral(start: Any, table: Any, denoise: Any = eps, **options: Any) -> Any:
         return sampling.ancestral_loop(denoise, start, table, **options)
 
     def invert(start: Any, **options: Any) -> Any:
@@ -205,7 +215,10 @@ def of_loops() -> Iterator[Setting]:
     yield "ddim, an eta an image", jitted(sample, eta=jnp.linspace(0, 1, 64, dtype=dtype))
     yield "ddim, trajectory", jitted(sample, eta=1.0, trajectory_every=3)
     yield "ddim, self-conditioned", jitted(sample, self_condition=True)
-    yield "ddim, its gradient", lambda: jax.jit(jax.grad(lambda x: (sample(x, noise=noise, eta=0.5) ** 2).sum()))(x)
+    yield (
+        "ddim, its gradient",
+        lambda: jax.jit(jax.grad(lambda x: (sample(x, table, noise=noise, eta=0.5) ** 2).sum()))(x),
+    )
     for text, (spacing, steps) in SPACINGS.items():
         at = timesteps.make_timesteps(spacing, 1000, steps)
         ends = timesteps.previous_timesteps(at, spacing, 1000)
@@ -232,7 +245,7 @@ def of_loops() -> Iterator[Setting]:
     yield "inpaint, resample 2", jitted(inpaint, noise=drawn, eta=0.5, resample=2, jump_length=2)
     yield "ddpm that keeps what is known", jitted(kept)
     rest = editing.tail(table, 0.6)
-    noised = maths.add_noise(images, noise[0], rest.alpha_bar_t[0])
+    noised = float(COLUMNS[0][rest.t[0]]) * images + float(COLUMNS[1][rest.t[0]]) * noise[0]
     yield "image to image", jitted(sample, noised, None, table=rest)
     yield "slerp_line", lambda: editing.slerp_line(x[0], x[1], 5)
     yield "slerp_grid", lambda: editing.slerp_grid(x[:4].reshape(2, 2, *shape[1:]), 3, 4)
@@ -246,8 +259,8 @@ def of_loops() -> Iterator[Setting]:
     yield "classifier_guided", jitted(sample, denoise=guided)
     yield "without_variance", jitted(sample, denoise=denoisers.without_variance(learned["denoise"]), eta=1.0)
     yield "keys and x_T (float32)", lambda: sampling.initial_noise(sampling.sample_keys(key, NUM, 5), (4, 3, 2))
-    for text, loop in (("ddim", partial(sample, eta=1.0)), ("ddpm", ancestral)):
-        yield f"{text}, from a key (float32)", jitted(loop, noise=None, key=key)
+    yield "ddim, from a key (float32)", jitted(sample, noise=None, key=key, eta=1.0)
+    yield "ddpm, from a key (float32)", jitted(ancestral, noise=None, key=key)
     for name, make in schedule.SCHEDULES.items():
         yield f"schedule {name} (float32)", lambda make=make: make().alphas_cumprod
     yield "zero_terminal_snr (float32)", lambda: schedule.zero_terminal_snr(linear).alphas_cumprod
@@ -278,7 +291,8 @@ if __name__ == "__main__":
     if task == "serve":
         serve(*args)
     elif task == "loops":
-        np.savez(args[0], **in_turn(of_loops()))
+        found = [in_turn(of_loops(t)) for t in TIMETABLES]
+        np.savez(args[0], **{name: np.stack([each[name] for each in found]) for name in found[0]})
     else:
         of_all = itertools.chain.from_iterable(of_checkpoint(*each.split("=", 1)) for each in args[1:])
         np.savez(args[0], **in_turn(of_all))

@@ -151,7 +151,8 @@ def test_guidance(tmp_path: Path) -> None:
     np.save(tmp_path / "known.npy", known)
     run("edit", conditional, tmp_path / "known.npy", tmp_path / "c.npy", "--strength", "1", *options)
     noise = initial_noise(sample_keys(jax.random.key(0), 2), known.shape[1:])
-    x_T = add_noise(known, noise, ddim.table(2).alpha_bar_t[0])
+    first = ddim.table(2)
+    x_T = add_noise(known, noise, first.alpha_t[0], first.sigma_t[0])
     made = ddim.sample(x_T=x_T, labels=[1, 1], steps=2, eta=0.0, **guided)
     chex.assert_trees_all_close(np.load(tmp_path / "c.npy"), made, atol=1e-5)  # another program: rounding
 
@@ -169,7 +170,7 @@ def test_edit_all_over(ckpt: Path, tmp_path: Path, given: np.ndarray) -> None:
     ddim = jddim.load(ckpt).with_sampler(clip=True)
     rest = tail(ddim.table(5), 0.6)
     keys = sample_keys(jax.random.key(3), 3)
-    x_t = add_noise(given, initial_noise(keys, (6, 10, 1)), rest.alpha_bar_t[0])
+    x_t = add_noise(given, initial_noise(keys, (6, 10, 1)), rest.alpha_t[0], rest.sigma_t[0])
     expected = sample_loop(ddim.denoiser(), x_t, rest, eta=0.5, key=keys, **ddim.conventions())
     chex.assert_trees_all_close(np.load(tmp_path / "out.npy"), np.asarray(expected), atol=1e-4)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jddim import editing
-from jddim.ddim import add_noise, step_table
+from jddim.ddim import step_table
 from jddim.sampling import sample_loop
 from jddim.schedule import linear_schedule
 from jddim.timesteps import linspace_timesteps
@@ -124,9 +124,14 @@ def test_where_repaint_jumps() -> None:
     # S = 7 by jumps of 2: stops at 4, 2 and 0, each taken twice more from two steps up
     table = editing.repaint_table(TABLE, 2, 2)
     assert table.t.tolist() == TABLE.t[[0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6]].tolist()
-    goes_back = np.flatnonzero(table.alpha_bar_back != table.alpha_bar_prev)
+    goes_back = np.flatnonzero(table.back_noise)
     assert goes_back.tolist() == [1, 5, 9]
-    np.testing.assert_array_equal(table.alpha_bar_back[goes_back], TABLE.alpha_bar_t[[0, 2, 4]])
+    assert (np.delete(table.back_x, goes_back) == 1).all()
+    # what is then in x: the image and the noise of where the next row starts
+    starts = [0, 2, 4]
+    np.testing.assert_allclose((table.back_x * table.alpha_prev)[goes_back], TABLE.alpha_t[starts], rtol=1e-6)
+    variance = (table.back_x * table.sigma_prev) ** 2 + table.back_noise**2
+    np.testing.assert_allclose(variance[goes_back], TABLE.sigma_t[starts] ** 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("length", "clip_range"), [(1, None), (1, (-1.0, 1.0)), (2, None), (3, (-1.0, 1.0))])
@@ -196,9 +201,3 @@ def test_what_inpainting_refuses() -> None:
         editing.inpaint_loop(denoise, x_T, TABLE, x_T, KEEP, resample=2)
     with pytest.raises(ValueError, match=r"expected \(13, 2, 3, 5, 7, 2\)"):
         editing.inpaint_loop(denoise, x_T, TABLE, x_T, KEEP, resample=2, noise=x_T)
-
-
-def test_add_noise() -> None:
-    x_T, known = draw(5, NUM, *SHAPE), draw(6, NUM, *SHAPE)
-    a = np.float32(SCHEDULE.alphas_cumprod[100])
-    chex.assert_trees_all_close(add_noise(known, x_T, a), np.sqrt(a) * known + np.sqrt(1 - a) * x_T, atol=1e-6)

@@ -21,6 +21,7 @@ from tiny import random_model, small_config, write_checkpoint
 import jddim
 from jddim.cli.main import main
 from jddim.config import SamplerConfig
+from jddim.ddim import StepTable
 from jddim.pipeline import DDIM
 from jddim.run.request import Request
 from jddim.scale.export import Exported, export_sampler, export_step
@@ -96,7 +97,8 @@ def test_one_step_after_the_other_is_the_sampler(tmp_path: Path) -> None:
     eta = np.float32(0.6)
     table = about["table"]
     for i in range(5):
-        row = (np.int32(table["t"][i]), *(np.float32(table[name][i]) for name in ("alpha_bar_t", "alpha_bar_prev")))
+        t, *ends = (table[name][i] for name in ("t", *StepTable._fields[3:]))
+        row = (np.int32(t), *map(np.float32, ends))
         x_t, x0 = step(weights, x_t, *row, eta, noise[i])
     live = jddim.load(ckpt).sample(x_T=x_T, noise=noise, eta=0.6, clip=True)
     np.testing.assert_allclose(x_t, live, atol=1e-4)  # the step and the loop are two programs: rounding

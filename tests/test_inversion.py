@@ -51,7 +51,8 @@ def test_a_step_by_hand() -> None:
     sigma, sigma_next = (math.sqrt((1 - a) / a) for a in (a_t, a_next))
     expected = math.sqrt(a_next) * (x_t / math.sqrt(a_t) + (sigma_next - sigma) * eps)
     one = jnp.ones((1, 1, 1, 1))
-    actual = invert_step(predict_x0(x_t * one, eps * one, a_t), eps * one, alpha_bar_next=a_next)
+    x0 = predict_x0(x_t * one, eps * one, math.sqrt(a_t), math.sqrt(1 - a_t))
+    actual = invert_step(x0, eps * one, alpha_next=math.sqrt(a_next), sigma_next=math.sqrt(1 - a_next))
     np.testing.assert_allclose(actual.item(), expected, rtol=1e-6)  # float32: a few roundings of numbers of order 1
 
 
@@ -67,7 +68,9 @@ def test_the_rows_of_each_convention() -> None:
     for convention, columns in expected.items():
         rows = inversion_table(table, convention)
         assert rows.step.tolist() == [0, 1, 2]
-        for actual, wanted in zip(rows[1:], columns, strict=True):
+        *t, bar_t, bar_prev = columns
+        ends = [np.sqrt(np.array(values)) for bar in (bar_t, bar_prev) for values in (bar, 1 - np.array(bar))]
+        for actual, wanted in zip(rows[1:], [*t, *ends, [0, 0, 0]], strict=True):
             np.testing.assert_array_equal(actual, wanted)
 
 
@@ -137,24 +140,24 @@ def test_a_repeated_t_changes_nothing() -> None:
 
 def test_predictions_of_v_and_x0_lead_where_those_of_eps_do() -> None:
     """The same network, told as eps, v or x0: only rounding differs."""
-    table = TABLE._replace(alpha_bar_prev=np.append(TABLE.alpha_bar_prev[:-1], np.float32(0.999)))  # x0 needs < 1
+    table = step_table(SCHEDULE, TABLE.t, set_alpha_to_one=False)  # x0 needs a sigma above 0
 
-    def as_x0(x_t, t, a):
-        return predict_x0(x_t, denoise(x_t, t), a)
+    def as_x0(x_t, t, alpha, sigma):
+        return predict_x0(x_t, denoise(x_t, t), alpha, sigma)
 
-    def told(kind, a):
+    def told(kind, alpha, sigma):
         if kind == "sample":
-            return lambda x_t, t: as_x0(x_t, t, a)
-        return lambda x_t, t: jnp.sqrt(a) * denoise(x_t, t) - jnp.sqrt(1 - a) * as_x0(x_t, t, a)
+            return lambda x_t, t: as_x0(x_t, t, alpha, sigma)
+        return lambda x_t, t: alpha * denoise(x_t, t) - sigma * as_x0(x_t, t, alpha, sigma)
 
-    # row by row, since a prediction of x0 or v by this network depends on the alpha_bar of its x_t
+    # row by row, since a prediction of x0 or v by this network depends on the noise in its x_t
     for kind in ("sample", "v_prediction"):
         x = y = X_0
         rows = inversion_table(table, "diffusers")
         for i in range(S):
             row = type(rows)(*(column[i : i + 1] for column in rows))
             x = update_loop(denoise, invert_update(denoise), x, row, deterministic=True)
-            denoise_told = told(kind, float(row.alpha_bar_t[0]))
+            denoise_told = told(kind, float(row.alpha_t[0]), float(row.sigma_t[0]))
             update = invert_update(denoise_told, prediction_type=kind)
             y = update_loop(denoise_told, update, y, row, deterministic=True)
         chex.assert_trees_all_close(x, y, atol=1e-3 if kind == "sample" else 1e-4)
@@ -182,7 +185,7 @@ def test_segments_equal_the_whole_and_the_trajectory_ascends(convention: str, re
 
 
 def test_the_clean_image_is_not_divided_by_zero() -> None:
-    """At alpha_bar = 1 a clipped x0 leaves nothing to re-derive eps from: the network's is kept."""
+    """At sigma = 0 a clipped x0 leaves nothing to re-derive eps from: the network's is kept."""
     x_T = run(X_0, "diffusers", 0, (-1.0, 1.0), True)
     assert jnp.isfinite(x_T).all()
 
@@ -196,7 +199,7 @@ def test_the_clean_image_is_not_divided_by_zero() -> None:
         ),
         ({"refine": -1}, ["refine must be at least 0, got -1"]),
         ({"refine": 2, "convention": "openai"}, ["refine solves the sampler's own steps"]),
-        ({"prediction_type": "sample", "refine": -3}, ["tells nothing of eps at alpha_bar = 1", "got -3"]),
+        ({"prediction_type": "sample", "refine": -3}, ["tells nothing of eps at sigma = 0", "got -3"]),
     ],
 )
 def test_what_is_wrong_is_said_at_once(arguments: dict, messages: list[str]) -> None:
@@ -208,7 +211,7 @@ def test_what_is_wrong_is_said_at_once(arguments: dict, messages: list[str]) -> 
 
 def test_zero_terminal_snr_needs_a_network_that_predicts_v_or_x0() -> None:
     zero = step_table(zero_terminal_snr(SCHEDULE), linspace_timesteps(T, S))
-    with pytest.raises(ValueError, match="eps tells nothing of x0 at alpha_bar_t = 0"):
+    with pytest.raises(ValueError, match="eps tells nothing of x0 at alpha_t = 0"):
         invert_loop(denoise, X_0, zero)
     assert jnp.isfinite(invert_loop(denoise, X_0, zero, prediction_type="v_prediction", refine=1)).all()
 

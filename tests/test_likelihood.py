@@ -127,7 +127,7 @@ def test_what_it_refuses() -> None:
         log_likelihood(perfect, x_0, table(5), probes=x_0)
     with pytest.raises(ValueError, match="at least 2 timesteps"):
         log_likelihood(perfect, x_0, step_table(SCHEDULE, [7]))
-    with pytest.raises(ValueError, match="no end at alpha_bar_t = 0"):
+    with pytest.raises(ValueError, match="no end at alpha_t = 0"):
         log_likelihood(perfect, x_0, step_table(zero_terminal_snr(SCHEDULE), [T - 1, 0]))
     with pytest.raises(ValueError, match=r"denoise must return \(5, 3, 2, 1\)"):
         log_likelihood(lambda x, t: x.repeat(2, -1), x_0, table(5))

@@ -27,7 +27,7 @@ def test_the_loss_is_its_formula(kind: str, loss: str) -> None:
     output, x_0, noise = arrays(3, *[(5, 3, 7, 1)] * 3)
     t = np.array([0, 7, 23, 31, 49])
     a = make_schedule(SHORT).alphas_cumprod[t]
-    x_t = add_noise(x_0, noise, jnp.float32(a))
+    x_t = add_noise(x_0, noise, jnp.float32(np.sqrt(a)), jnp.float32(np.sqrt(1 - a)))
     found = objective.losses_of(job, objective.training_table(job), jnp.asarray(output), x_0, x_t, Draws(t, noise))
 
     root, rest = np.sqrt(a)[:, None, None, None], np.sqrt(1 - a)[:, None, None, None]

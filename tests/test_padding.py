@@ -63,7 +63,7 @@ def test_the_table() -> None:
     np.testing.assert_array_equal(table.step[0], [*range(7), 6, 6, 6, 6])
     with pytest.raises(ValueError, match="at least one table"):
         padded([])
-    with pytest.raises(ValueError, match="nothing of x0 at alpha_bar_t = 0"):
+    with pytest.raises(ValueError, match="nothing of x0 at alpha_t = 0"):
         padded_loop(denoise, X_T, padded([step_table(zero_terminal_snr(SCHEDULE), [T - 1, 5])]))
     with pytest.raises(ValueError, match="give either key or noise"):
         padded_loop(denoise, X_T, padded(TABLES), eta=0.5)

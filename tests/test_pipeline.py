@@ -300,7 +300,7 @@ def test_every_convention_reaches_the_loop() -> None:
     model = toy(conventions)
     t = make_timesteps("leading", 300, 7, 1)
     table = jddim.step_table(model.schedule, t, timesteps_prev=np.maximum(t - 300 // 7, -1), set_alpha_to_one=False)
-    assert table.alpha_bar_prev[-1] == np.float32(model.schedule.alphas_cumprod[0])
+    assert table.sigma_prev[-1] == np.float32(model.schedule.sigma(0))
 
     def network(x_t, t, x0_hat):  # the toy keeps the first half of its channels, which are x0_hat's
         return Toy(model.model.config)(jnp.concatenate([x0_hat, x_t], axis=-1), t * 2.5)
@@ -356,7 +356,7 @@ def test_ddpm_is_the_ancestral_loop_with_the_checkpoints_variance(variance: str)
 
 def test_zero_terminal_snr_needs_a_network_that_predicts_v_or_x0() -> None:
     zero = dataclasses.replace(toy(SEVEN), schedule=zero_terminal_snr(linear_schedule(300)))
-    with pytest.raises(ValueError, match="eps tells nothing of x0 at alpha_bar_t = 0"):
+    with pytest.raises(ValueError, match="eps tells nothing of x0 at alpha_t = 0"):
         zero.sample(KEY, 3)
     for prediction_type in ("v_prediction", "sample"):
         images = zero.with_sampler(prediction_type=prediction_type).sample(KEY, 3, eta=0.5)

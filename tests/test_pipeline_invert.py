@@ -173,7 +173,7 @@ def test_networks_that_cannot_be_inverted() -> None:
     with pytest.raises(ValueError, match=r"self-conditioned: a step depends on the x0 of the one before it"):
         toy(dataclasses.replace(UNCLIPPED, self_condition=True)).invert(IMAGES)
     predicts_x0 = toy(dataclasses.replace(UNCLIPPED, prediction_type="sample"))
-    with pytest.raises(ValueError, match=re.escape("tells nothing of eps at alpha_bar = 1")):
+    with pytest.raises(ValueError, match=re.escape("tells nothing of eps at sigma = 0")):
         predicts_x0.invert(IMAGES)
     assert jnp.isfinite(predicts_x0.invert(IMAGES, convention="openai")).all()
     with pytest.raises(ValueError, match=r"class-conditional: give labels, one an image, integers in 0\.\.4"):

@@ -152,6 +152,12 @@ def test_a_solver_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     chex.assert_trees_all_equal(solver_loop(denoise, X_T, TABLE, "halved"), given)
 
 
+def starting_at(alpha: float) -> StepTable:
+    """TABLE from noise with so much of an image."""
+    first = {"alpha_t": alpha, "sigma_t": math.sqrt(1 - alpha**2)}
+    return TABLE._replace(**{name: np.append(value, getattr(TABLE, name)[1:]) for name, value in first.items()})
+
+
 def test_what_solvers_refuse() -> None:
     with pytest.raises(ValueError, match=r"unknown method 'dpm\+\+3m' \(did you mean 'dpm\+\+2m'\?\)"):
         solver_loop(denoise, X_T, TABLE, "dpm++3m")
@@ -161,16 +167,15 @@ def test_what_solvers_refuse() -> None:
         solver_loop(denoise, X_T, TABLE, "euler-a")
     with pytest.raises(ValueError, match=r"expected \(13, 4, 3, 5, 2\) for 13 steps"):
         solver_loop(denoise, X_T, TABLE, "heun", noise=X_T)
-    zero = TABLE._replace(alpha_bar_t=np.append(0.0, TABLE.alpha_bar_t[1:]))
+    zero = starting_at(0.0)
     for solver in ("heun", "plms", "euler-a"):  # in sigma / alpha
-        with pytest.raises(ValueError, match=r"from alpha_bar_t = 0 \(zero terminal SNR\)"):
+        with pytest.raises(ValueError, match=r"from alpha_t = 0 \(zero terminal SNR\)"):
             solver_loop(denoise, X_T, zero, solver, key=KEY, prediction_type="v_prediction")
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm++2m", "dpm++2m-sde", "unipc"])
 def test_zero_terminal_snr(solver: str) -> None:
-    zero = TABLE._replace(alpha_bar_t=np.append(0.0, TABLE.alpha_bar_t[1:]))
-    tiny = TABLE._replace(alpha_bar_t=np.append(1e-300, TABLE.alpha_bar_t[1:]))
+    zero, tiny = starting_at(0.0), starting_at(1e-150)
     options = {"key": KEY if solver == "dpm++2m-sde" else None, "prediction_type": "v_prediction"}
     exact, near = (solver_loop(denoise, X_T, table, solver, **options) for table in (zero, tiny))
     chex.assert_tree_all_finite(exact)

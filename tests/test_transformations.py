@@ -27,7 +27,7 @@ from tiny import random_model, small_config
 import jddim
 from jddim import guidance, sampling
 from jddim.config import SamplerConfig
-from jddim.ddim import step_table
+from jddim.ddim import step_table, vp_rows
 from jddim.editing import inpaint_loop, slerp
 from jddim.inversion import invert_loop
 from jddim.likelihood import log_likelihood
@@ -114,7 +114,7 @@ def arguments(dtype: Any) -> list[Array]:
 
 def run(name: str, x: Array, gain: Array, eta: Array, alpha_bar: Array, last: Array, keys: Array = KEYS) -> Array:
     """The loop's results side by side, `(n, ...)`, with all that may be traced traced: alpha_bar too, and its end."""
-    table = TABLE._replace(alpha_bar_t=alpha_bar, alpha_bar_prev=jnp.append(alpha_bar[1:], last))
+    table = TABLE._replace(**vp_rows(alpha_bar, jnp.append(alpha_bar[1:], last)))
     made = LOOPS[name](denoiser(gain), x, table, eta, keys)
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(made)])
 

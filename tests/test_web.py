@@ -269,7 +269,7 @@ def test_what_a_checkpoint_has_not_is_left_out_not_waited_for(checkpoint: Path) 
     site.compile()
     site.queue.close()
     assert site.methods == {"zero": ["ddim"]}
-    assert all("no step from alpha_bar_t = 0" in why for why in site.refused.values())
+    assert all("no step from alpha_t = 0" in why for why in site.refused.values())
     assert site.refused.keys() == {("zero", "heun", False), ("zero", "heun", True)}
     assert said[0].startswith("left out 1 of ")
     with pytest.raises(Refused, match="method: must be one of ddim; got 'heun'"):

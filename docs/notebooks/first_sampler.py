@@ -56,8 +56,8 @@ show(digits)
 
 # %%
 def ddim_by_hand(x_t, eps, noise, row):
-    x0 = (x_t - jnp.sqrt(1 - row.alpha_bar_t) * eps) / jnp.sqrt(row.alpha_bar_t)
-    return jnp.sqrt(row.alpha_bar_prev) * x0 + jnp.sqrt(1 - row.alpha_bar_prev) * eps, x0
+    x0 = (x_t - row.sigma_t * eps) / row.alpha_t
+    return row.alpha_prev * x0 + row.sigma_prev * eps, x0
 
 
 table = ddim.table(steps=10, spacing="linspace")
@@ -75,23 +75,18 @@ print("largest difference:", float(jnp.abs(by_hand(ddim.model, x_T) - digits).ma
 # ## One of your own
 #
 # Each step takes the predicted x0 for constant. Between steps it moves, so go on as it moved in the last step: in
-# lambda = log sqrt(alpha_bar / (1 - alpha_bar)), where the ODE is smooth. What a step hands to the next is its memory.
+# lambda = log(alpha / sigma), where the ODE is smooth. What a step hands to the next is its memory.
 
 
 # %%
-def half_log_snr(alpha_bar):
-    return jnp.log(alpha_bar / (1 - alpha_bar)) / 2
-
-
 def extrapolated(x_t, eps, noise, row, memory):
     last_x0, last_h = memory
-    x0 = (x_t - jnp.sqrt(1 - row.alpha_bar_t) * eps) / jnp.sqrt(row.alpha_bar_t)
-    h = half_log_snr(row.alpha_bar_prev) - half_log_snr(row.alpha_bar_t)
+    x0 = (x_t - row.sigma_t * eps) / row.alpha_t
+    h = jnp.log(row.alpha_prev / row.sigma_prev) - jnp.log(row.alpha_t / row.sigma_t)
     moved = jnp.where(jnp.isfinite(h), h / (2 * last_h), 0)  # the step to the clean image is left as it is
     ahead = x0 + moved * (x0 - last_x0)
-    eps_ahead = (x_t - jnp.sqrt(row.alpha_bar_t) * ahead) / jnp.sqrt(1 - row.alpha_bar_t)
-    x_prev = jnp.sqrt(row.alpha_bar_prev) * ahead + jnp.sqrt(1 - row.alpha_bar_prev) * eps_ahead
-    return x_prev, x0, (x0, h)
+    eps_ahead = (x_t - row.alpha_t * ahead) / row.sigma_t
+    return row.alpha_prev * ahead + row.sigma_prev * eps_ahead, x0, (x0, h)
 
 
 @jax.jit

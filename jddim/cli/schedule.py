@@ -69,7 +69,7 @@ def _schedule(args: argparse.Namespace) -> int:
         raise ValueError(f"--eta {args.eta:g} is too large for this table: at most {limit:.4g}")
     if args.plot is not None and args.plot.suffix.lower() not in PLOTS:
         raise ValueError(f"--plot {args.plot}: end it in {', '.join(PLOTS)}")
-    sigma = np.asarray(ddim_sigma(np.asarray(table.alpha_bar_t), np.asarray(table.alpha_bar_prev), args.eta))
+    sigma = np.asarray(ddim_sigma(sigma_prev=table.sigma_prev, fresh=table.fresh, eta=args.eta))
     print(
         f"{config.name}, T = {schedule.num_train_timesteps}; {sampler.spacing}, {table.num_steps} steps; "
         f"eta {args.eta:g} (at most {largest_eta(table):.4g})"

@@ -215,7 +215,7 @@ class Part:
         if isinstance(plan.program.method, Inversion):
             x = self.batch.of(x)  # type: ignore[arg-type]
         elif x is not None and plan.inputs.mask is None:  # image to image: the images, noised to where the rows begin
-            x = add_noise(self.batch.of(x), self.x_T, plan.rows.alpha_bar_t[0])
+            x = add_noise(self.batch.of(x), self.x_T, plan.rows.alpha_t[0], plan.rows.sigma_t[0])
         else:
             x = self.x_T
         state = _fresh(x) if trajectory_every is None else init_state(x, plan.rows, trajectory_every)

@@ -191,8 +191,8 @@ def eta_problems(eta: ArrayLike, num: int, table: StepTable) -> Problems:
     if bad.any():
         return [("eta", f"eta must be a finite number >= 0, got {etas[bad].flat[0]}")]
     if np.max(etas) > (limit := largest_eta(table)):
-        told = f"eta {np.max(etas):g} is too large for this table: above {limit:g} a step's "
-        return [("eta", f"{told}1 - alpha_bar_prev - sigma^2 is negative")]
+        told = f"eta {np.max(etas):g} is too large for this table: above {limit:g} a step would "
+        return [("eta", f"{told}add more noise than the sample it leads to has")]
     return []
 
 

@@ -33,7 +33,7 @@ from jddim.run.programs import draw_noise, segment
 from jddim.run.request import Request, RequestError, left_out_problems
 from jddim.sampling import ddim_update, init_state, numbered_keys
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -109,9 +109,9 @@ def export_sampler(
 
 
 def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[str, ...] = PLATFORMS) -> Exported:
-    """One DDIM step: `program(weights, x_t, t, alpha_bar_t, alpha_bar_prev, eta, noise[, labels][, x0_hat])`.
+    """One DDIM step: `program(weights, x_t, t, *ends, eta, noise[, labels][, x0_hat])` -> (x_prev, x0), like x_t.
 
-    -> (x_prev, x0), like x_t, `(b, h, w, c)` float32. t: int32, the rest of a table's row float32; noise: like x_t.
+    x_t, noise: `(b, h, w, c)` float32. t: int32; ends: its row's `jddim.ddim.Coefficients`, in order, float32.
     labels: int32 `(b,)`, for a network with classes; x0_hat: the last step's x0, for a self-conditioned one. The rows
     of the `DDIM`'s table stand in `about.json`. The arguments and what is raised are `export_sampler`'s.
     """
@@ -129,20 +129,20 @@ def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[s
         t = jnp.broadcast_to(given["t"], x_t.shape[:1])
         output = denoise(x_t, t, given["x0_hat"]) if selfish else denoise(x_t, t)
         zero = jnp.zeros((), jnp.int32)
-        row = StepTable(**{**dict.fromkeys(StepTable._fields, zero), "t": given["t"]} | {n: given[n] for n in bars})
+        row = StepTable(zero, given["t"], zero, *(given[name] for name in ends))
         update = ddim_update(eta=given["eta"], **conventions)
         x_prev, x0 = update(x_t, output.astype(x_t.dtype), given["noise"], row)
         return x_prev, x0
 
-    batch, bars = _batch(batch_size), ("alpha_bar_t", "alpha_bar_prev")
+    batch, ends = _batch(batch_size), StepTable._fields[3:]
     image = _of((batch, *config.image_size, config.in_channels), jnp.float32)
     takes = {"weights": _shapes(ddim), "x_t": image, "t": _of((), jnp.int32)}
-    takes |= {name: _of((), jnp.float32) for name in (*bars, "eta")} | {"noise": image}
+    takes |= {name: _of((), jnp.float32) for name in (*ends, "eta")} | {"noise": image}
     takes |= {"labels": _of((batch,), jnp.int32)} if labelled else {}
     takes |= {"x0_hat": image} if selfish else {}
     names = list(takes)
     table = ddim.table()
-    rows = {name: np.asarray(getattr(table, name)).tolist() for name in ("t", *bars)}
+    rows = {name: np.asarray(getattr(table, name)).tolist() for name in ("t", *ends)}
     return _exported(ddim, step, takes, {"kind": "step", "table": rows}, platforms, ddim.sampler)
 
 

@@ -25,8 +25,11 @@ class PaddedTable(NamedTuple):
     step: Column
     t: Column
     t_prev: Column
-    alpha_bar_t: Column
-    alpha_bar_prev: Column
+    alpha_t: Column
+    sigma_t: Column
+    alpha_prev: Column
+    sigma_prev: Column
+    fresh: Column
     live: Column
 
     @property
@@ -68,7 +71,7 @@ def padded_loop(
 
     The arguments are `jddim.sampling.sample_loop`'s; the memory is that of K batches.
     """
-    check_prediction(StepTable(*table[:5]), prediction_type)
+    check_prediction(StepTable(*table[:-1]), prediction_type)
     update = live_rows(
         ddim_update(
             eta=eta,

@@ -32,7 +32,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jddim import __version__
-from jddim.ddim import ddim_sigma, largest_eta, sampler_table
+from jddim.ddim import largest_eta, sampler_table
 from jddim.images import encode_gif, encode_png, grid, to_uint8
 from jddim.inversion import reconstruction_error
 from jddim.pipeline import DDIM
@@ -223,9 +223,7 @@ class Site:
             log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
         shown = np.unique(np.linspace(0, len(alpha_bar) - 1, 200).round().astype(int))
         visited = np.asarray(table.t)
-        # Of one length for all tables: jax compiles for each.
-        a_t, a_prev = (np.resize(column, self.bounds.steps) for column in (table.alpha_bar_t, table.alpha_bar_prev))
-        sigma = np.asarray(ddim_sigma(a_t, a_prev, asked.eta or 0.0))[: table.num_steps]
+        sigma = np.asarray((asked.eta or 0.0) * table.sigma_prev * table.fresh)
         return {
             "train_timesteps": len(alpha_bar),
             "t": shown.tolist(),

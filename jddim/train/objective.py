@@ -39,7 +39,8 @@ class Table(NamedTuple):
     beta (Eq. 15 of arXiv:2102.09672).
     """
 
-    alpha_bar: Column
+    alpha: Column
+    sigma: Column
     weight: Column
     x0_factor: Column
     log_small: Column
@@ -56,7 +57,7 @@ def training_table(task: Task) -> Table:
     if task.train.loss == "min_snr":
         weight = snr_weights(schedule, task.sampler.prediction_type, task.train.min_snr_gamma)
     log_small = np.log(np.append(posterior[1:2], posterior[1:])) if T > 1 else np.zeros(1)
-    return Table(a, weight, np.sqrt(a_prev) * beta / (1 - a), log_small, np.log(beta))
+    return Table(np.sqrt(a), np.sqrt(1 - a), weight, np.sqrt(a_prev) * beta / (1 - a), log_small, np.log(beta))
 
 
 def snr_weights(schedule: NoiseSchedule, prediction_type: str, gamma: float) -> NDArray[np.float64]:
@@ -77,16 +78,15 @@ def snr_weights(schedule: NoiseSchedule, prediction_type: str, gamma: float) -> 
     raise ValueError(f"unknown prediction_type {prediction_type!r}{did_you_mean(prediction_type, PREDICTION_TYPES)}")
 
 
-def target_of(prediction_type: str, x_0: Array, noise: Array, alpha_bar_t: ArrayLike) -> Array:
-    """What the network is to predict, like x_0: eps, x_0, or v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0."""
+def target_of(prediction_type: str, x_0: Array, noise: Array, alpha_t: ArrayLike, sigma_t: ArrayLike) -> Array:
+    """What the network is to predict, like x_0: eps, x_0, or v = alpha_t eps - sigma_t x_0."""
     match prediction_type:
         case "epsilon":
             return noise
         case "sample":
             return x_0
         case "v_prediction":
-            a = per_sample(alpha_bar_t, x_0)
-            return jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * x_0
+            return per_sample(alpha_t, x_0) * noise - per_sample(sigma_t, x_0) * x_0
     raise ValueError(f"unknown prediction_type {prediction_type!r}{did_you_mean(prediction_type, PREDICTION_TYPES)}")
 
 
@@ -128,7 +128,7 @@ def losses(task: Task, table: Table, params: Params, batch: Mapping[str, Array],
     """
     dtype = at_least_float32(task.train.dtype)
     x_0, t = batch["images"].astype(dtype), draws.t
-    x_t = add_noise(x_0, draws.noise, jnp.asarray(table.alpha_bar, dtype)[t])
+    x_t = add_noise(x_0, draws.noise, *(jnp.asarray(column, dtype)[t] for column in (table.alpha, table.sigma)))
     labels = batch.get("labels")
     if labels is not None and draws.drop is not None:
         labels = jnp.where(draws.drop, jnp.int32(task.train.null_label or 0), labels)
@@ -146,10 +146,10 @@ def losses_of(task: Task, table: Table, output: Array, x_0: Array, x_t: Array, d
     values = None
     if task.learns_variance:
         output, values = jnp.split(output, 2, axis=-1)
-    loss = _mean(jnp.square(output - target_of(kind, x_0, noise, row.alpha_bar))) * row.weight
+    loss = _mean(jnp.square(output - target_of(kind, x_0, noise, row.alpha, row.sigma))) * row.weight
     if values is None:
         return loss
-    x0_hat, _ = predict_both(lax.stop_gradient(output), x_t, row.alpha_bar, kind)
+    x0_hat, _ = predict_both(lax.stop_gradient(output), x_t, row.alpha, row.sigma, kind)
     bound = len(table.weight) * vlb_term(x_0, x0_hat, values, t, row)
     return loss + task.train.vlb_weight * bound
 

@@ -51,7 +51,8 @@ def test_editing_by_strength_is_the_loop_on_the_tables_end(ddim: DDIM, given: bo
     rest = tail(ddim.table(), 0.7)
     assert rest.num_steps == 3
     keys = sampling.sample_keys(KEY, NUM)
-    x_t = add_noise(jnp.asarray(IMAGES), sampling.initial_noise(keys, IMAGES.shape[1:]), rest.alpha_bar_t[0])
+    x_T = sampling.initial_noise(keys, IMAGES.shape[1:])
+    x_t = add_noise(jnp.asarray(IMAGES), x_T, rest.alpha_t[0], rest.sigma_t[0])
     noise = RNG.standard_normal((3, *IMAGES.shape)).astype(np.float32) if given else None
     how = {"noise": jnp.asarray(noise)} if given else {"key": keys}
     expected = sampling.sample_loop(ddim.model, x_t, rest, eta=0.6, **how, **ddim.conventions())
