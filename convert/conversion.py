@@ -24,10 +24,11 @@ from jddim.models.building import abstract_model, build_model, flat_params
 
 from . import verify as verification
 from .engine import ConversionError, fill, refusing
-from .families import Family, Plan, Source, recognise
+from .families import Family, Plan, Source
 from .files.pickles import plain
 from .files.readers import sha256
 from .files.shards import read_weights
+from .recognition import as_asked, recognise
 from .sources import Origin, find
 
 Say = Callable[[str], None]
@@ -55,8 +56,6 @@ def convert(
     check_destination(dst, overwrite=overwrite)
     if license is not None and not (license.strip() and license.isprintable() and len(license) <= 200):
         raise ConversionError(f"a licence is a line of 1 to 200 characters, such as MIT; got {license[:50]!r}")
-    if weights not in (None, "ema", "raw"):
-        raise ConversionError(f"weights are 'ema' or 'raw', or None for what the family takes first; got {weights!r}")
     origin = find(src, weights, variant, revision)
     opened = _open(origin, config, settings or {}, preset, weights, say)
     family, source, plan = opened.family, opened.source, opened.plan
@@ -91,6 +90,7 @@ def convert(
         "preset": preset,
         "set": dict(opened.settings),
         "weights": source.weights,
+        "taken": source.taken,
         "step": source.step,
         "assumed": list(plan.assumed),
         "ignored": dict(plan.ignored),
@@ -116,13 +116,18 @@ def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Pa
     metadata = load_metadata(ckpt)
     params = load_params(ckpt, metadata)
     facts = metadata.provenance.get("source", {})
-    weights = None if metadata.provenance["weights"] == "unstated" else metadata.provenance["weights"]
-    origin = find(src, weights, facts.get("variant"), facts.get("commit") if str(src) == facts.get("hub_id") else None)
+    kind = None if metadata.provenance["weights"] == "unstated" else metadata.provenance["weights"]
+    if (place := facts.get("place")) and (file := Path(src) / str(place)).is_file():
+        origin = Origin(file)  # which a folder may have newer ones of
+    else:
+        commit = facts.get("commit") if str(src) == facts.get("hub_id") else None
+        origin = find(src, kind, facts.get("variant"), commit)
     recorded = facts.get("sha256")
     if (actual := origin.sha256()) != recorded:
         raise ConversionError(
             f"{ckpt} was not converted from {src}: its source has SHA-256 {recorded}, this file has {actual}"
         )
+    weights = metadata.provenance.get("taken") or kind
     opened = _open(origin, config, metadata.provenance["set"], None, weights, lambda line: None)
     family, source, plan = opened.family, opened.source, opened.plan
     if plan.model != metadata.model:
@@ -135,23 +140,24 @@ def describe(
     config: Paths | None = None,
     settings: Mapping[str, str] | None = None,
     preset: str | None = None,
+    weights: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
 ) -> list[str]:
     """What a PyTorch source is, what its conversion would need, and the command for it. Runs nothing in the file."""
     settings = settings or {}
-    origin = find(src, None, variant, revision)
-    family, source = _read(origin, str(src), None)
+    origin = find(src, weights, variant, revision)
+    family, source = _read(origin, str(src), weights)
     options = [f"--config {file}" for file in _given(config)] + [
         f"--set {key}={value}" for key, value in settings.items()
     ]
-    told = (("preset", preset), ("variant", variant), ("revision", revision))
+    told = (("preset", preset), ("weights", weights), ("variant", variant), ("revision", revision))
     options += [f"--{name} {value}" for name, value in told if value]
     command = " ".join(["jddim convert", str(src), "DST", *options])
     facts = []
     try:
         contents, files = _configs(family, origin.file, config)
-        source = family.placed(source, origin.file, contents)
+        source = as_asked(family.placed(source, origin.file, contents), weights, str(src))
         plan = family.plan(source.tensors, contents, _with_preset(family, preset, settings))
         facts += [f"  config      {file}" for file in files] or ["  config      none beside it"]
         facts += [
@@ -170,9 +176,13 @@ def describe(
                     command += f" --set {setting}"
     return [
         f"{src}: {family.title}",
-        *([] if origin.file == Path(src) else [f"  file        {origin.file}"]),
+        *([f"  file        {origin.choice}"] if origin.choice else []),
         f"  sha256      {origin.sha256()}",
         f"  weights     {_weights(source)}",
+        *(
+            [f"  taken       {source.taken}" + (f", beside {source.beside}" if source.beside else "")]
+            * bool(source.taken)
+        ),
         f"  parameters  {sum(np.size(value) for value in source.tensors.values()):,} in {len(source.tensors)} tensors",
         *facts,
         f"convert it:   {command}",
@@ -192,8 +202,7 @@ class _Opened:
 
 def _read(origin: Origin, name: str, weights: str | None) -> tuple[Family, Source]:
     raw = read_weights(origin.file)
-    family = recognise(raw, name)
-    return family, family.open_source(raw, weights, origin.file.name)
+    return recognise(raw, name, weights)
 
 
 def _open(
@@ -203,9 +212,13 @@ def _open(
     given = _given(config)
     family, source = _read(origin, str(src), weights)
     contents, files = _configs(family, src, config)
-    source = family.placed(source, src, contents)
+    source = as_asked(family.placed(source, src, contents), weights, str(src))
     say(f"{src}: {family.title}")
+    if origin.choice:
+        say(f"  file: {origin.choice}")
     say(f"  weights: {_weights(source)}")
+    if source.taken:
+        say(f"  taken: {source.taken}" + (f", beside {source.beside}" if source.beside else ""))
     for file in files:
         say(f"  config: {file}" + ("" if file in given else " (found beside the checkpoint)"))
     with refusing(src):

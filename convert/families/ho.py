@@ -7,6 +7,7 @@ are a file of their own, named `ema_...`. Both name and wire the network alike.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +22,7 @@ from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, levels_at_re
 from jddim.models.building import abstract_model, flat_params
 from jddim.schedule import LARGEST_T, make_schedule, schedule_config_from_betas
 
-from ..engine import ConversionError, cannot_hold, refuse, refusing, shortened
+from ..engine import ConversionError, cannot_hold, refuse, refusing
 from ..rules import Rules, from_layout, source_of
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, check_sampler, checked, of_wiring, scaled_t
@@ -31,43 +32,31 @@ from .values import boolean, integer, is_integer, literal, number, parse, positi
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
-def recognise(raw: Any) -> bool:
-    """A state dict with this family's names, or ermongroup's list around one."""
-    states = raw[0] if isinstance(raw, list) and raw else raw
-    if not isinstance(states, dict):
-        return False
-    names = {str(name).removeprefix("module.") for name in states}
-    return sum(bool(re.match(r"(temb\.dense|(down|up)\.\d+\.block|mid\.(block|attn)_)", name)) for name in names) >= 4
+def recognise(state: Mapping[Any, Any]) -> bool:
+    """A state dict with this family's names, some of time among them: autoencoders have the others."""
+    names = [
+        name for name in map(str, state) if re.match(r"(temb\.dense|(down|up)\.\d+\.block|mid\.(block|attn)_)", name)
+    ]
+    return len(names) >= 4 and any("temb" in name for name in names)
 
 
-def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
-    """The asked set of weights; without a wish, the EMA's where the file has them."""
-    if isinstance(raw, dict):
-        if weights is not None and weights != ("ema" if file_name.startswith("ema_") else "raw"):
-            raise ConversionError(
-                f"{file_name} is a bare state dict with one set of weights: no --weights {weights} in it; "
-                "leave the option out (EMA weights of this kind are a file of their own, ema_...)"
-            )
-        return Source(_tensors(raw, file_name), "ema" if file_name.startswith("ema_") else weights or "unstated")
-    if len(raw) not in (4, 5):
-        raise ConversionError(
-            f"{file_name} is a list of {len(raw)} entries; ermongroup's runner saves 4, or 5 with EMA"
-        )
-    has_ema = len(raw) == 5 and isinstance(raw[4], dict) and bool(raw[4])
-    if weights == "ema" and not has_ema:
-        raise ConversionError(f"{file_name} holds no EMA weights (trained with ema: false?); use --weights raw")
-    step = raw[3] if isinstance(raw[3], int) else None
-    if weights == "raw" or not has_ema:
-        return Source(_tensors(raw[0], file_name), "raw", step, "" if has_ema else "the file has no EMA weights")
-    return Source(_tensors(raw[4], file_name), "ema", step)
-
-
-def _tensors(state: Mapping[Any, Any], file_name: str) -> dict[str, np.ndarray]:
+def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
+    """The tensors."""
     check_tensors(state, file_name)
-    counts = Counter(str(name).removeprefix("module.") for name in state)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise ConversionError(f"{file_name} holds, with and without the prefix 'module.', {shortened(twice)}")
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
+    return Source({str(name): value for name, value in state.items()})
+
+
+def placed(source: Source, file: Path, config: Mapping[str, Any] | None) -> Source:
+    """That weights are the EMA's stands in the name of pesser's file or folder: `ema_diffusion_x/model-790000.ckpt`."""
+    if source.weights != "unstated":
+        return source
+    named = re.fullmatch(r"model-(\d{1,12})\.ckpt", file.name)
+    average = file.name.startswith("ema_") or (named is not None and file.absolute().parent.name.startswith("ema_"))
+    return dataclasses.replace(
+        source,
+        weights="ema" if average else source.weights,
+        step=source.step if named is None else int(named[1]),
+    )
 
 
 def locate(folder: Path, weights: str | None, variant: str | None) -> Path | None:
@@ -531,4 +520,5 @@ FAMILY = Family(
     presets=PRESETS,
     formats={"ermongroup": write_ermongroup, "pesser": write_pesser},
     locate=locate,
+    placed=placed,
 )

@@ -7,6 +7,7 @@ options added, under the same names.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -30,28 +31,55 @@ from .values import number, parse, settling, whole
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
-def recognise(raw: Any) -> bool:
+def recognise(state: Mapping[Any, Any]) -> bool:
     """A state dict with this family's names; classifiers and upsamplers too, for `open_source` to refuse."""
-    if not isinstance(raw, dict):
-        return False
-    parts = {str(name).partition(".")[0] for name in raw}
+    parts = {str(name).partition(".")[0] for name in state}
     return {"input_blocks", "middle_block", "time_embed"} <= parts
 
 
-def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
-    """The tensors; the trainers' file names say which weights they are, and of which step."""
-    check_tensors(raw, file_name)
-    tensors = {str(name): value for name, value in raw.items()}
+def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
+    """The tensors."""
+    check_tensors(state, file_name)
+    tensors = {str(name): value for name, value in state.items()}
     if reason := _refusal(tensors):
         raise ConversionError(f"{file_name} {reason}")
-    named = re.match(r"(?:(ema)_[\d.]+_|(model))(\d+)\.pt$", file_name)
-    kind = "unstated" if named is None else "ema" if named.group(1) else "raw"
-    if weights is not None and weights != kind and (kind != "unstated" or weights == "ema"):
-        raise ConversionError(
-            f"{file_name} has one set of weights: no --weights {weights} in it; leave the option out (EMA weights of "
-            "this kind are a file of their own, ema_...pt)"
+    return Source(tensors)
+
+
+_NAMED = re.compile(r"(?:ema_(?P<rate>[\d.]+)_|model)(?P<step>\d{1,12})\.pt")
+
+
+def locate(folder: Path, weights: str | None, variant: str | None) -> Path | None:
+    """The trainers' newest file, an EMA's before a raw one; None if there is none.
+
+    Raises ConversionError where there is none of the kind asked for, or EMAs of several rates.
+    """
+    found: dict[str, dict[int, list[Path]]] = {"ema": {}, "raw": {}}
+    for path in sorted(folder.iterdir()) if variant is None else []:
+        if named := _NAMED.fullmatch(path.name):
+            found["ema" if named["rate"] else "raw"].setdefault(int(named["step"]), []).append(path)
+    kind = weights or ("ema" if found["ema"] else "raw")
+    if not found[kind]:
+        refuse(
+            [f"{folder} holds no {kind} weights of this family's trainers, so no --weights {kind}"]
+            if any(found.values())
+            else []
         )
-    return Source(tensors, weights or kind, None if named is None else int(named.group(3)))
+        return None
+    newest = found[kind][max(found[kind])]
+    if len(newest) > 1:
+        raise ConversionError(
+            f"{folder} holds averages of several rates; name one: {', '.join(p.name for p in newest)}"
+        )
+    return newest[0]
+
+
+def placed(source: Source, file: Path, config: Mapping[str, Any] | None) -> Source:
+    """The trainers' file names say which weights they are, and of which step."""
+    named = _NAMED.fullmatch(file.name)
+    if source.weights != "unstated" or named is None:
+        return source
+    return dataclasses.replace(source, weights="ema" if named["rate"] else "raw", step=int(named["step"]))
 
 
 def _refusal(tensors: Tensors) -> str | None:
@@ -664,4 +692,6 @@ FAMILY = Family(
     pointwise={"qkv": 1, "proj_out": 1},
     presets=PRESETS,
     formats={"openai": write_openai},
+    locate=locate,
+    placed=placed,
 )

@@ -16,8 +16,9 @@ torch = pytest.importorskip("torch", reason="the OpenAI networks are built in to
 from convert.conversion import convert, describe, verify  # noqa: E402
 from convert.engine import ConversionError  # noqa: E402
 from convert.export import export  # noqa: E402
-from convert.families import Source, openai, recognise  # noqa: E402
-from convert.families.openai import PRESETS, SETTINGS, infer, open_source, plan, read_settings, write_openai  # noqa: E402
+from convert.families import Source, openai  # noqa: E402
+from convert.families.openai import PRESETS, SETTINGS, infer, placed, plan, read_settings, write_openai  # noqa: E402
+from convert.recognition import as_asked, recognise  # noqa: E402
 from convert.reference.openai_unet import OpenAIUNet  # noqa: E402
 from convert.reference.unet import redraw_  # noqa: E402
 from jddim.checkpoint.folder import load_metadata  # noqa: E402
@@ -152,11 +153,11 @@ def test_the_flags_that_the_sources_have() -> None:
     ],
 )
 def test_the_name_says_which_weights(name: str, weights: str, step: int | None) -> None:
-    source = open_source(small_shapes(), None, name)
+    source = placed(recognise(small_shapes(), name)[1], Path(name), None)
     assert (source.weights, source.step) == (weights, step)
     other = "raw" if weights == "ema" else "ema"
-    with pytest.raises(ConversionError, match="one set of weights"):
-        open_source(small_shapes(), other, name)
+    with pytest.raises(ConversionError, match=f"{name} has one set of weights"):
+        as_asked(source, other, name)
 
 
 def test_networks_of_other_kinds_are_refused_with_the_reason() -> None:
@@ -170,9 +171,8 @@ def test_networks_of_other_kinds_are_refused_with_the_reason() -> None:
         (upsampler, r"is an upsampler \(SuperResModel: 6 channels in, 6 out\)"),
         ({**small, "step": 3}, r"not tensors: step \(int\)"),
     ):
-        assert recognise(tensors, "x.pt") is openai.FAMILY
         with pytest.raises(ConversionError, match=f"x.pt .*{reason}"):
-            open_source(tensors, None, "x.pt")
+            recognise(tensors, "x.pt")
 
 
 def test_a_file_without_its_end_does_not_pass_for_a_smaller_network() -> None:
