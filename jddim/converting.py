@@ -158,7 +158,7 @@ def info(
 
     path: a jddim folder, of which all that is recorded is listed; or a PyTorch source as `convert` takes it, of which
     the lines are its family, weights and parameters, what its conversion would assume or still need, and the command
-    for it. weights: of a PyTorch source, as `convert` takes them. config, settings, preset, variant, revision: likewise.
+    for it. weights: of a PyTorch source, as `convert` takes them; config, settings, preset, variant, revision: so, too.
     The lines are for people, and may change; what they quote of a file is as it stands there, control characters
     included.
 
