@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from jddim.converting import Paths, Verification
 from jddim.models.building import abstract_model, build_model, flat_params
 
 from . import verify as verification
-from .engine import ConversionError, fill, refusing
+from .engine import ConversionError, UnsettledError, fill, refusing
 from .families import Family, Plan, Source
 from .files.pickles import plain
 from .files.readers import sha256
@@ -59,9 +60,8 @@ def convert(
     origin = find(src, weights, variant, revision)
     opened = _open(origin, config, settings or {}, preset, weights, say)
     family, source, plan = opened.family, opened.source, opened.plan
-    expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
     with refusing(src):
-        params = fill(source.tensors, expected, plan.rules, plan.ignored, family.pointwise)
+        params = _params(family, source, plan)
     say(f"  {len(params)} parameters filled, {sum(p.size for p in params.values()):,} numbers")
 
     figure: dict[str, Any] = {"skipped": True}
@@ -117,7 +117,7 @@ def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Pa
     params = load_params(ckpt, metadata)
     facts = metadata.provenance.get("source", {})
     kind = None if metadata.provenance["weights"] == "unstated" else metadata.provenance["weights"]
-    if (place := facts.get("place")) and (file := Path(src) / str(place)).is_file():
+    if (file := Path(src) / str(facts.get("place", facts.get("file")))).is_file():
         origin = Origin(file)  # which a folder may have newer ones of
     else:
         commit = facts.get("commit") if str(src) == facts.get("hub_id") else None
@@ -148,44 +148,43 @@ def describe(
     settings = settings or {}
     origin = find(src, weights, variant, revision)
     family, source = _read(origin, str(src), weights)
-    options = [f"--config {file}" for file in _given(config)] + [
-        f"--set {key}={value}" for key, value in settings.items()
-    ]
-    told = (("preset", preset), ("weights", weights), ("variant", variant), ("revision", revision))
-    options += [f"--{name} {value}" for name, value in told if value]
-    command = " ".join(["jddim convert", str(src), "DST", *options])
-    facts = []
+    told = {"preset": preset, "weights": weights, "variant": variant, "revision": revision}
+    options = [part for file in _given(config) for part in ("--config", str(file))]
+    options += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    options += [part for name, value in told.items() if value for part in (f"--{name}", value)]
+    command = ["jddim", "convert", str(src), "DST"]
+    contents, files = _configs(family, origin.file, config)
+    source = as_asked(family.placed(source, origin.file, contents), weights, str(src))
+    facts = [f"  config      {file}" for file in files] or ["  config      none beside it"]
+    fitting = [] if preset else _fitting_presets(family, source, contents, settings)
+    if fitting:
+        facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
     try:
-        contents, files = _configs(family, origin.file, config)
-        source = as_asked(family.placed(source, origin.file, contents), weights, str(src))
         plan = family.plan(source.tensors, contents, _with_preset(family, preset, settings))
-        facts += [f"  config      {file}" for file in files] or ["  config      none beside it"]
+        _params(family, source, plan)
+    except UnsettledError as error:
+        facts.append(f"  needs       {error}")
+        choice = fitting[0] if len(fitting) == 1 else "NAME"
+        options += ["--preset", choice] if fitting else [part for ask in error.asks for part in ("--set", ask)]
+    except ConversionError as error:
+        facts.append(f"  refused     {error}")
+        command = []
+    else:
         facts += [
             f"  {name:<11} {to_json(part)}"
             for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
         ]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
         facts += [f"  note        {note}" for note in plan.notes]
-    except ConversionError as error:
-        facts.append(f"  needs       {error}")
-        if fitting := _fitting_presets(family, source):
-            facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
-        else:
-            for missing, setting in (("image size", "image_size=SIDE"), ("heads", "num_heads=N")):
-                if missing in str(error):
-                    command += f" --set {setting}"
     return [
         f"{src}: {family.title}",
         *([f"  file        {origin.choice}"] if origin.choice else []),
         f"  sha256      {origin.sha256()}",
         f"  weights     {_weights(source)}",
-        *(
-            [f"  taken       {source.taken}" + (f", beside {source.beside}" if source.beside else "")]
-            * bool(source.taken)
-        ),
+        *([f"  taken       {_taken(source)}"] if source.taken else []),
         f"  parameters  {sum(np.size(value) for value in source.tensors.values()):,} in {len(source.tensors)} tensors",
         *facts,
-        f"convert it:   {command}",
+        *([f"convert it:   {shlex.join([*command, *options])}"] if command else []),
     ]
 
 
@@ -218,7 +217,7 @@ def _open(
         say(f"  file: {origin.choice}")
     say(f"  weights: {_weights(source)}")
     if source.taken:
-        say(f"  taken: {source.taken}" + (f", beside {source.beside}" if source.beside else ""))
+        say(f"  taken: {_taken(source)}")
     for file in files:
         say(f"  config: {file}" + ("" if file in given else " (found beside the checkpoint)"))
     with refusing(src):
@@ -245,14 +244,22 @@ def _with_preset(family: Family, preset: str | None, settings: Mapping[str, str]
     return {**family.presets[preset], **settings}
 
 
-def _fitting_presets(family: Family, source: Source) -> list[str]:
-    """The presets that do not contradict the tensors."""
+def _fitting_presets(
+    family: Family, source: Source, contents: dict[str, Any] | None, settings: Mapping[str, str]
+) -> list[str]:
+    """The presets that neither the tensors nor what else is told contradict."""
     fitting = []
-    for name, settings in family.presets.items():
+    for name in family.presets:
         with contextlib.suppress(ConversionError):
-            family.plan(source.tensors, None, settings)
+            family.plan(source.tensors, contents, _with_preset(family, name, settings))
             fitting.append(name)
     return fitting
+
+
+def _params(family: Family, source: Source, plan: Plan) -> dict[str, np.ndarray]:
+    """The model's parameters. Raises ConversionError with every tensor that does not fit."""
+    expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
+    return fill(source.tensors, expected, plan.rules, plan.ignored, family.pointwise)
 
 
 def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> Verification:
@@ -347,6 +354,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _weights(source: Source) -> str:
     step = "" if source.step is None else f", step {source.step:,}"
     return source.weights + step + (f" ({source.note})" if source.note else "")
+
+
+def _taken(source: Source) -> str:
+    return source.taken + (f", beside {source.beside}" if source.beside else "")
 
 
 def _versions() -> dict[str, str | None]:

@@ -45,8 +45,13 @@ class Origin:
         facts: dict[str, Any] = {"file": self.file.name, "sha256": self.sha256()}
         if len(files := files_of(self.file)) > 1:
             facts["shards"] = [file.name for file in files[1:]]
-        place = None if self.folder is None else self.file.relative_to(self.folder).as_posix()
-        told = {"place": place, "variant": self.variant, "hub_id": self.hub_id, "commit": self.commit}
+        place = "" if self.folder is None else self.file.relative_to(self.folder).as_posix()
+        told = {
+            "place": place if "/" in place else None,
+            "variant": self.variant,
+            "hub_id": self.hub_id,
+            "commit": self.commit,
+        }
         return facts | {name: value for name, value in told.items() if value is not None}
 
 

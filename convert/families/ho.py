@@ -27,7 +27,7 @@ from ..rules import Rules, from_layout, source_of
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, check_sampler, checked, of_wiring, scaled_t
 from .tensors import Tensors, check_tensors, common_size
-from .values import boolean, integer, is_integer, literal, number, parse, positive, settling, sides
+from .values import boolean, integer, is_integer, literal, not_read, number, parse, positive, sections, settling, sides
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -184,14 +184,12 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
 
     The config file's other entries (training, optimizer) do not concern sampling.
     """
-    told: dict[str, Any] = {}
+    told, _, problems = sections(config, SETTINGS)
     for section in ("data", "model", "diffusion"):
-        entries = (config or {}).get(section, {})
-        if not isinstance(entries, Mapping):
-            raise ConversionError(f"config: section {section!r} must hold key: value lines, it holds {entries!r}")
-        told |= {key: value for key, value in entries.items() if key in SETTINGS}
-    parsed, problems = parse({"config": told, "--set": {k: literal(v) for k, v in given.items()}}, _PARSERS)
-    refuse(problems)
+        if not isinstance(entries := (config or {}).get(section, {}), Mapping):
+            problems.append(f"config: section {section!r} must hold key: value lines, it holds {entries!r}")
+    parsed, refused = parse({"config": told, "--set": {k: literal(v) for k, v in given.items()}}, _PARSERS)
+    refuse(problems + refused)
     return parsed
 
 
@@ -218,10 +216,6 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         return "--set" if key in given else "the config"
 
     image_size = told.get("image_size")
-    if image_size is None:
-        problems.append(
-            "the tensors do not tell the image size; give the source's config.yml by --config, or --set image_size=32"
-        )
     levels = len(inferred["ch_mult"])
     if inferred["resamp_with_conv"] is None:
         inferred["resamp_with_conv"] = told.get("resamp_with_conv", True)  # of no effect: there is one level
@@ -245,11 +239,22 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "the config says rescaled: false, a model of images in [0, 1]; jddim's images are [-1, 1], so its samples "
             "would be wrong by a shift (--set rescaled=true if the config is mistaken)"
         )
-    refuse(problems)
+    source = "all checkpoints of this family"
+    groups = settle("norm_groups", 32, source)
+    missing = {}
+    if image_size is None:
+        missing["image_size=SIDE"] = (
+            "the tensors do not tell the image size; give the source's config.yml by --config, or --set image_size=32"
+        )
+    widths = {inferred["ch"] * mult for mult in inferred["ch_mult"]}
+    if "norm_groups" not in told and (odd := sorted(width for width in widths if width % groups)):
+        missing["norm_groups=N"] = (
+            f"the sources' group norms have 32 groups, which do not divide the widths {odd}; --set norm_groups=N, if "
+            "the network was trained with N"
+        )
+    refuse([*problems, *missing.values()], () if problems else missing)
     assert image_size is not None
 
-    source = "all checkpoints of this family"
-    # The sources always have 32 groups. A width that 32 does not divide is some other network; UNetConfig says so.
     model_fields = {
         "image_size": image_size,
         "in_channels": inferred["in_channels"],
@@ -261,15 +266,11 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         "downsample": ("conv" if inferred["resamp_with_conv"] else "pool",),
         "upsample": ("conv" if inferred["resamp_with_conv"] else "pool",),
         "conv_shortcut": inferred["conv_shortcut"],
-        "norm_groups": settle("norm_groups", 32, source),
+        "norm_groups": groups,
         "norm_epsilon": settle("norm_eps", 1e-6, source),
     }
-    try:
+    with refusing("the tensors and settings make no valid UNet"):
         model = UNetConfig(**model_fields)
-    except ValueError as error:
-        groups = "norm_groups" in str(error) and "norm_groups" not in told
-        hint = "; or --set norm_groups=N, if the network was trained with N groups instead of 32" if groups else ""
-        raise ConversionError(f"the tensors and settings make no valid UNet: {error}{hint}") from error
 
     T = settle("num_diffusion_timesteps", 1000, "Ho et al.")
     betas = {
@@ -294,6 +295,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         rules(model),
         {k: v for k, v in ignored.items() if k in tensors},
         tuple(assumed),
+        tuple(not_read(sections(config, SETTINGS)[1])),
         wording=_wording({**betas, "num_diffusion_timesteps": T}, sampler, var_type),
     )
 

@@ -28,7 +28,7 @@ from ..rules import Rules
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, of_wiring, scaled_t
 from .tensors import Tensors, check_tensors, common_size, stripped
-from .values import boolean, integer, number, one_of, parse, settling, sides
+from .values import boolean, integer, not_read, number, one_of, parse, sections, settling, sides
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -134,13 +134,14 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
 
 
 def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> dict[str, Any]:
-    """--set's values over those of a config file, which is a flat mapping of the same names (the source has none).
+    """--set's values over those of a config file, which has the same names, flat or in sections (the source has none).
 
     Raises ConversionError for unknown or bad ones, all in one message.
     """
-    filed = {key: value for key, value in (config or {}).items() if key not in given}
-    parsed, problems = parse({"config": filed, "--set": {k: _literal(v) for k, v in given.items()}}, _PARSERS)
-    refuse(problems)
+    found, _, problems = sections(config, SETTINGS)
+    filed = {key: value for key, value in found.items() if key not in given}
+    parsed, refused = parse({"config": filed, "--set": {k: _literal(v) for k, v in given.items()}}, _PARSERS)
+    refuse(problems + refused)
     return parsed
 
 
@@ -324,8 +325,6 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     settle = settling(told, assumed)
     problems = _contradictions(told, found)
 
-    if "image_size" not in told:
-        problems.append("the tensors do not tell the image size; --set image_size=64")
     if not told.get("auto_normalize", True):
         problems.append(
             "auto_normalize=False is a model of images in [0, 1]; jddim's images are [-1, 1], so its samples would be "
@@ -362,7 +361,10 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         limit = largest_eta(step_table(make_schedule(schedule), make_timesteps("linspace", T, steps)))
         if not 0 <= eta <= limit:
             problems.append(f"ddim_sampling_eta={eta:g} must lie in 0..{limit:.4g} for this table of steps")
-    refuse(problems)
+    asks = () if problems or "image_size" in told else ("image_size=SIDE",)
+    if "image_size" not in told:
+        problems.append("the tensors do not tell the image size; --set image_size=64")
+    refuse(problems, asks)
 
     with refusing("the tensors and settings make no valid Unet"):
         model = _model(found, told["image_size"], theta)
@@ -388,7 +390,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             **{key: str(found[key]) for key in ("self_condition", "learned_variance")},
         },
     )
-    notes = _notes(found, steps, T)
+    notes = (*_notes(found, steps, T), *not_read(sections(config, SETTINGS)[1]))
     return Plan(model, schedule, sampler, rules(model), ignored, tuple(assumed), notes, wording=wording)
 
 

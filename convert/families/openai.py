@@ -26,7 +26,7 @@ from ..rules import Fused, Rules, Target
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, checked, of_wiring
 from .tensors import Tensors, check_tensors, common_size
-from .values import number, parse, settling, whole
+from .values import not_read, number, parse, sections, settling, whole
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ def _refusal(tensors: Tensors) -> str | None:
             "is a classifier (half a UNet, no output_blocks) for guidance; it predicts no noise, so cannot be sampled"
         )
     channels_in, channels_out = _ends(tensors)
-    if channels_in and channels_out and (channels_in == 2 * channels_out or channels_in == channels_out == 6):
+    if channels_in and channels_out and channels_in == 2 * channels_out:
         return (
             f"is an upsampler (SuperResModel: {channels_in} channels in, {channels_out} out), which reads a small "
             "image beside x_t; jddim samples networks of x_t, t and labels only"
@@ -270,13 +270,14 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
 
 
 def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> dict[str, Any]:
-    """The flags of a config file (flat, KEY: VALUE; other keys are not ours) and of --set, parsed; --set wins.
+    """The flags of a config file (flat, or in sections; other keys are not ours) and of --set, parsed; --set wins.
 
     Raises ConversionError for unknown or bad ones, all in one message.
     """
-    filed = {key: _spelled(value).strip() for key, value in (config or {}).items() if key in SETTINGS}
-    told, problems = parse({"config": filed, "--set": {k: v.strip() for k, v in given.items()}}, _PARSERS)
-    refuse(problems)
+    found, _, problems = sections(config, SETTINGS)
+    filed = {key: _spelled(value).strip() for key, value in found.items()}
+    told, refused = parse({"config": filed, "--set": {k: v.strip() for k, v in given.items()}}, _PARSERS)
+    refuse(problems + refused)
     return told
 
 
@@ -296,25 +297,31 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     both = "the default of both sources"
     T = settle("diffusion_steps", 1000, both)
     rescale = told.get("rescale_timesteps", False)
-    missing = []
+    missing = {}
     if "image_size" not in told:
         usual = next((side for side, mult in _MULTIPLIERS.items() if mult == found["channel_mult"]), None)
         hint = f", which is {usual} if channel_mult was left to the source" if usual else ""
-        missing.append(f"the image size{hint}: --set image_size={usual or 'SIDE'}")
+        missing["image_size=SIDE"] = f"the image size{hint}: --set image_size={usual or 'SIDE'}"
     if told.get("num_head_channels") is None and "num_heads" not in told:
-        missing.append(
+        missing["num_heads=N"] = (
             "how attention is split into heads: --set num_heads=4 (the default of both sources) or "
             "--set num_head_channels=64 (most published ones)"
         )
     if T != 1000 and "rescale_timesteps" not in told:
-        missing.append(
+        missing["rescale_timesteps=BOOLEAN"] = (
             f"whether the network is given t or 1000 t / {T}: --set rescale_timesteps=True (improved-diffusion's "
             "default) or False (guided-diffusion's)"
         )
+    if found["in_channels"] == found["out_channels"] == 6 and "learn_sigma" not in told:
+        missing["learn_sigma=False"] = (
+            "whether 6 channels in and 6 out are an upsampler of 3 (SuperResModel, which reads a small image beside "
+            "x_t and is not supported) or a network of 6-channel images: --set learn_sigma=False says the latter"
+        )
+    asks = () if problems else missing
     if missing:
-        missing[-1] += "; --preset NAME says all of it for a published model"
-        problems.append("the tensors do not tell " + "; nor ".join(missing))
-    refuse(problems)
+        unknown = "; nor ".join(missing.values())
+        problems.append(f"the tensors do not tell {unknown}; --preset NAME says all of it for a published model")
+    refuse(problems, asks)
 
     model = _model(told, found, settle("norm_groups", 32, "fixed in both sources"))
     one_head = all(count == 1 for count in _head_counts(model))
@@ -345,7 +352,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         rules(model, use_new_attention_order=new_order),
         {},
         tuple(assumed),
-        _notes(told),
+        (*_notes(told), *not_read(sections(config, SETTINGS)[1])),
         {"use_new_attention_order": new_order},
         Wording(
             {"noise_schedule": noise_schedule, "diffusion_steps": str(T)},
