@@ -90,7 +90,6 @@ def convert(
         "preset": preset,
         "set": dict(opened.settings),
         "weights": source.weights,
-        "taken": source.taken,
         "step": source.step,
         "assumed": list(plan.assumed),
         "ignored": dict(plan.ignored),
@@ -100,6 +99,7 @@ def convert(
         "verification": figure,
         "versions": _versions(),
         **({} if license is None else {"license": license.strip()}),
+        **({"taken": source.taken} if source.taken else {}),
     }
     metadata = save_checkpoint(
         dst, params, Metadata(plan.model, plan.schedule, plan.sampler, provenance), overwrite=overwrite
@@ -156,26 +156,25 @@ def describe(
     contents, files = _configs(family, origin.file, config)
     source = as_asked(family.placed(source, origin.file, contents), weights, str(src))
     facts = [f"  config      {file}" for file in files] or ["  config      none beside it"]
-    fitting = [] if preset else _fitting_presets(family, source, contents, settings)
-    if fitting:
-        facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
     try:
         plan = family.plan(source.tensors, contents, _with_preset(family, preset, settings))
         _params(family, source, plan)
-    except UnsettledError as error:
-        facts.append(f"  needs       {error}")
-        choice = fitting[0] if len(fitting) == 1 else "NAME"
-        options += ["--preset", choice] if fitting else [part for ask in error.asks for part in ("--set", ask)]
-    except ConversionError as error:
-        facts.append(f"  refused     {error}")
-        command = []
-    else:
         facts += [
             f"  {name:<11} {to_json(part)}"
             for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
         ]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
         facts += [f"  note        {note}" for note in plan.notes]
+    except UnsettledError as error:
+        facts.append(f"  needs       {error}")
+        if fitting := [] if preset else _fitting_presets(family, source, contents, settings):
+            facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
+            options += ["--preset", fitting[0] if len(fitting) == 1 else "NAME"]
+        else:
+            options += [part for ask in error.asks for part in ("--set", ask)]
+    except ConversionError as error:
+        facts.append(f"  refused     {error}")
+        command = []
     return [
         f"{src}: {family.title}",
         *([f"  file        {origin.choice}"] if origin.choice else []),

@@ -90,15 +90,18 @@ def recognise(raw: Any, name: str, weights: str | None = None) -> tuple[Family, 
     if not places:
         raise ConversionError(f"{name} {foreign.what_it_is(raw)}")
     sets: list[tuple[_Place, Source]] = []
-    refusals = []
+    notes: list[str] = []
     for place in places:
         try:
             sets.append((place, _opened(place, name)))
         except ConversionError as error:
-            refusals.append(error)
+            if len(places) == 1 or _is_at(place.label, weights):
+                raise
+            notes += [str(error)] if place.said == "ema" else []
+            refusal = error
     if not sets:
-        raise refusals[0]
-    place, source = _chosen(sets, contents, name, weights)
+        raise refusal
+    place, source = _chosen(sets, contents, name, weights, notes)
     _refuse_latents(place, name)
     return place.family, source
 
@@ -159,11 +162,17 @@ def _shown(key: str, value: Any) -> str:
     return printable(key.removesuffix("."), 40) + (f" {printable(str(value), 40)}" if number else "")
 
 
-def _chosen(sets: list[tuple[_Place, Source]], contents: Any, name: str, weights: str | None) -> tuple[_Place, Source]:
-    """One of the sets, by the rules that `recognise` says."""
+def _is_at(label: str, weights: str | None) -> bool:
+    """Whether this place, or what holds it, is asked for by name."""
+    return weights not in (None, "ema", "raw") and f"{label}.".startswith(f"{weights}.")
+
+
+def _chosen(
+    sets: list[tuple[_Place, Source]], contents: Any, name: str, weights: str | None, notes: list[str]
+) -> tuple[_Place, Source]:
+    """One of the sets, by the rules that `recognise` says. notes: why averages in the file are none of them."""
     others = _different([item for item in sets if item[1].weights != "ema"])
     averaged: list[tuple[_Place, Source]] = []
-    notes: list[str] = []
     for place, source in [*(item for item in sets if item[1].weights == "ema"), *_lists(contents, others, notes)]:
         if not others:
             averaged.append((place, source))
@@ -176,8 +185,7 @@ def _chosen(sets: list[tuple[_Place, Source]], contents: Any, name: str, weights
     averaged = _different(averaged)
     if weights not in (None, "ema", "raw"):
         everything = [*others, *averaged, *(item for item in sets if item[1].weights == "ema")]
-        named = [item for item in everything if f"{item[1].taken}.".startswith(f"{weights}.")]
-        group = _different(named)
+        group = _different([item for item in everything if _is_at(item[1].taken, weights)])
         if not group:
             raise ConversionError(
                 f"{name} holds no weights {printable(weights)}; it has: {_listed([*others, *averaged])}"
@@ -198,7 +206,7 @@ def _chosen(sets: list[tuple[_Place, Source]], contents: Any, name: str, weights
         empty = all(not value for _, value in place.averages)
         (key, _), *_ = place.averages
         average = printable(key.removesuffix("."), 40)
-        notes = notes or ["the file has no EMA weights" if empty else f"{average} is no set of weights"]
+        notes = notes or ["the file has no EMA weights" if empty else f"{average} has the names of no family's network"]
     return place, dataclasses.replace(source, note="; ".join(filter(None, [source.note, *dict.fromkeys(notes)])))
 
 

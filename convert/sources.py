@@ -46,12 +46,8 @@ class Origin:
         if len(files := files_of(self.file)) > 1:
             facts["shards"] = [file.name for file in files[1:]]
         place = "" if self.folder is None else self.file.relative_to(self.folder).as_posix()
-        told = {
-            "place": place if "/" in place else None,
-            "variant": self.variant,
-            "hub_id": self.hub_id,
-            "commit": self.commit,
-        }
+        told = {"variant": self.variant, "hub_id": self.hub_id, "commit": self.commit}
+        told["place"] = place if "/" in place else None
         return facts | {name: value for name, value in told.items() if value is not None}
 
 

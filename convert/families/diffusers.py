@@ -58,11 +58,9 @@ def locate(folder: Path, weights: str | None, variant: str | None) -> Path | Non
 
 def _newest_checkpoint(run: Path, weights: str | None, variant: str | None) -> Path | None:
     """The weights in the last `checkpoint-N` of a training run that has not finished, None if there is none."""
-    numbered = (
-        {re.fullmatch(r"checkpoint-(\d{1,12})", path.name): path for path in run.iterdir()} if run.is_dir() else {}
-    )
-    for _, path in sorted(((int(name[1]), path) for name, path in numbered.items() if name), reverse=True):
-        if (file := locate(path, weights, variant)) is not None:
+    numbered = [path for path in run.iterdir() if re.fullmatch(r"checkpoint-\d{1,12}", path.name)]
+    for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if path.is_dir() and (file := locate(path, weights, variant)) is not None:
             return file
     return None
 

@@ -58,14 +58,11 @@ def locate(folder: Path, weights: str | None, variant: str | None) -> Path | Non
     for path in sorted(folder.iterdir()) if variant is None else []:
         if named := _NAMED.fullmatch(path.name):
             found["ema" if named["rate"] else "raw"].setdefault(int(named["step"]), []).append(path)
+    if not any(found.values()):
+        return None
     kind = weights or ("ema" if found["ema"] else "raw")
     if not found[kind]:
-        refuse(
-            [f"{folder} holds no {kind} weights of this family's trainers, so no --weights {kind}"]
-            if any(found.values())
-            else []
-        )
-        return None
+        raise ConversionError(f"{folder} holds no {kind} weights, so no --weights {kind}; leave the option out")
     newest = found[kind][max(found[kind])]
     if len(newest) > 1:
         raise ConversionError(

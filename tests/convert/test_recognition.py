@@ -209,7 +209,20 @@ def test_a_partial_average_is_not_taken_and_that_is_said(case: str) -> None:
         if any(part in name for part in ("conv_in", "init_conv", "input_blocks.0"))
     }
     source = recognise({"model": state(case), "ema": rest}, "file")[1]
-    assert (source.taken, source.note) == ("model", "ema is no set of weights")
+    assert (source.taken, source.note) == ("model", "ema has the names of no family's network")
+
+
+def test_an_average_that_cannot_be_read_is_said() -> None:
+    contents = {"model": state("ho"), "ema": state("ho", 2) | {"decay": 0.9}}
+    source = recognise(contents, "file")[1]
+    assert (source.taken, source.note) == (
+        "model",
+        "file, under ema, holds entries that are not tensors: decay (float)",
+    )
+    with pytest.raises(ConversionError, match=r"^file, under net_ema, holds entries that are not tensors"):
+        recognise({"net": state("ho"), "net_ema": contents["ema"]}, "file", "net_ema")
+    with pytest.raises(ConversionError, match=r"holds no ema weights \(file, under ema, holds entries"):
+        recognise(contents, "file", "ema")
 
 
 def test_an_average_without_buffers_keeps_schedule_and_objective() -> None:
