@@ -75,6 +75,9 @@ class _Place:
         return None
 
 
+_Set = tuple[_Place, Source]
+
+
 def recognise(raw: Any, name: str, weights: str | None = None) -> tuple[Family, Source]:
     """The family of a file's contents, and the weights to take.
 
@@ -89,7 +92,7 @@ def recognise(raw: Any, name: str, weights: str | None = None) -> tuple[Family, 
     places = list(_search(contents))
     if not places:
         raise ConversionError(f"{name} {foreign.what_it_is(raw)}")
-    sets: list[tuple[_Place, Source]] = []
+    sets: list[_Set] = []
     notes: list[str] = []
     for place in places:
         try:
@@ -152,8 +155,12 @@ def _opened(place: _Place, name: str) -> Source:
         raise ConversionError(f"{where} holds, with and without a prefix, {shortened(list(place.clashes))}")
     source = place.family.open_source(place.state, where)
     beside = [_shown(key, value) for step in place.beside for key, value in step.items() if value is not None]
+    note = source.note
+    if any("betas" in step for step in place.beside):
+        betas = "betas lie beside them, which this family does not read: see that the schedule is theirs"
+        note = f"{note}; {betas}" if note else betas
     return dataclasses.replace(
-        source, weights=place.said, step=place.step, taken=place.label, beside=shortened(beside, 8)
+        source, weights=place.said, step=place.step, note=note, taken=place.label, beside=shortened(beside, 8)
     )
 
 
@@ -167,12 +174,10 @@ def _is_at(label: str, weights: str | None) -> bool:
     return weights not in (None, "ema", "raw") and f"{label}.".startswith(f"{weights}.")
 
 
-def _chosen(
-    sets: list[tuple[_Place, Source]], contents: Any, name: str, weights: str | None, notes: list[str]
-) -> tuple[_Place, Source]:
+def _chosen(sets: list[_Set], contents: Any, name: str, weights: str | None, notes: list[str]) -> _Set:
     """One of the sets, by the rules that `recognise` says. notes: why averages in the file are none of them."""
     others = _different([item for item in sets if item[1].weights != "ema"])
-    averaged: list[tuple[_Place, Source]] = []
+    averaged: list[_Set] = []
     for place, source in [*(item for item in sets if item[1].weights == "ema"), *_lists(contents, others, notes)]:
         if not others:
             averaged.append((place, source))
@@ -184,9 +189,8 @@ def _chosen(
             notes.append(f"{source.taken} has not the names of {others[0][1].taken or 'the rest'}")
     averaged = _different(averaged)
     if weights not in (None, "ema", "raw"):
-        everything = [*others, *averaged, *(item for item in sets if item[1].weights == "ema")]
-        group = _different([item for item in everything if _is_at(item[1].taken, weights)])
-        if not group:
+        by_place = {item[1].taken: item for item in (*sets, *averaged)}
+        if not (group := _different([item for label, item in by_place.items() if _is_at(label, weights)])):
             raise ConversionError(
                 f"{name} holds no weights {printable(weights)}; it has: {_listed([*others, *averaged])}"
             )
@@ -214,9 +218,9 @@ def _same(place: _Place, average: Source, raw: Source) -> bool:
     return average.tensors.keys() - place.family.buffers == raw.tensors.keys() - place.family.buffers
 
 
-def _different(sets: Sequence[tuple[_Place, Source]]) -> list[tuple[_Place, Source]]:
+def _different(sets: Sequence[_Set]) -> list[_Set]:
     """The sets without those that are equal to an earlier one: a trainer's EMA holds the raw weights once more."""
-    found: list[tuple[_Place, Source]] = []
+    found: list[_Set] = []
     for item in sets:
         if not any(_equal(item[1].tensors, earlier.tensors) for _, earlier in found):
             found.append(item)
@@ -227,9 +231,7 @@ def _equal(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(value, b[name]) for name, value in a.items())
 
 
-def _lists(
-    contents: Any, others: Sequence[tuple[_Place, Source]], notes: list[str], path: tuple[str, ...] = ()
-) -> Iterator[tuple[_Place, Source]]:
+def _lists(contents: Any, others: Sequence[_Set], notes: list[str], path: tuple[str, ...] = ()) -> Iterator[_Set]:
     """EMAs that are lists in the order of a model's parameters, `shadow_params`, under the names of a set in the file.
 
     Where a set has not as many, or not the shapes in this order, a sentence on it is added to `notes`.
@@ -250,7 +252,7 @@ def _lists(
             notes.append(f"{label} is a list of {len(value)} tensors without names, not those of a model in this file")
 
 
-def _listed(sets: Sequence[tuple[_Place, Source]]) -> str:
+def _listed(sets: Sequence[_Set]) -> str:
     return shortened(
         [f"{source.weights} ({source.taken or 'the file itself'}: {place.family.title})" for place, source in sets]
     )

@@ -180,7 +180,8 @@ def test_one_of_each_can_be_chosen() -> None:
     with pytest.raises(ConversionError, match=r"several sets of weights: unstated \(a: .*\(b: .*such as --weights a"):
         recognise(two, "file")
     assert recognise(two, "file", "b")[1].taken == "b"
-    assert recognise({"a": raw, "b": dict(raw)}, "file")[1].taken == "a"  # the same twice is no question
+    same = {"a": raw, "b": dict(raw)}  # the same twice is no question
+    assert [recognise(same, "file", asked)[1].taken for asked in (None, "raw", "a", "b")] == ["a", "a", "a", "b"]
 
 
 def test_what_is_asked_for_is_what_there_is() -> None:
@@ -286,6 +287,12 @@ def test_a_network_of_latents_or_with_a_conditioner_is_refused_for_what_it_is() 
         recognise({"unet": state("diffusers"), "text_encoder": other}, "file")
     with pytest.raises(ConversionError, match="file is an autoencoder"):
         recognise(under("vae.", other | decoder | {"encoder.down.0.block.0.conv1.weight": LIST}), "file")
+
+
+def test_a_schedule_that_is_not_read_is_said() -> None:
+    contents = under("denoise_fn.", state("openai")) | {"betas": np.ones(5, np.float32)}
+    assert "betas lie beside them, which this family does not read" in recognise(contents, "file")[1].note
+    assert recognise(state("lucidrains' diffusion"), "file")[1].note == ""
 
 
 def test_what_lies_beside_is_said() -> None:
