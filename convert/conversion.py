@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,11 @@ def describe(
             options += ["--preset", fitting[0] if len(fitting) == 1 else "NAME"]
         else:
             options += [part for ask in error.asks for part in ("--set", ask)]
+        if misfit := _misfit(
+            family, source, contents, {**_with_preset(family, preset, settings), **_tried(error.asks)}
+        ):
+            facts.append(f"  refused     {misfit}")
+            command = []
     except ConversionError as error:
         facts.append(f"  refused     {error}")
         command = []
@@ -253,6 +258,25 @@ def _fitting_presets(
             family.plan(source.tensors, contents, _with_preset(family, name, settings))
             fitting.append(name)
     return fitting
+
+
+def _tried(asks: Iterable[str]) -> dict[str, str]:
+    """Settings with values that any tensors go with, in place of those that a person has to give."""
+    neutral = {"SIDE": "512", "N": "1", "BOOLEAN": "False"}
+    return {key: neutral.get(value, value) for key, _, value in (ask.partition("=") for ask in asks)}
+
+
+def _misfit(
+    family: Family, source: Source, contents: dict[str, Any] | None, settings: Mapping[str, str]
+) -> ConversionError | None:
+    """Why the tensors do not fit a network with such settings, if they do not."""
+    with contextlib.suppress(ConversionError):  # of values tried that do not go with those told
+        plan = family.plan(source.tensors, contents, settings)
+        try:
+            _params(family, source, plan)
+        except ConversionError as error:
+            return error
+    return None
 
 
 def _params(family: Family, source: Source, plan: Plan) -> dict[str, np.ndarray]:

@@ -57,8 +57,9 @@ def sections(config: Mapping[str, Any] | None, known: Collection[str]) -> tuple[
         for key, value in entries.items():
             name = f"{path}{key}"
             if key in known:
-                if told.setdefault(key, value) != value:
-                    problems.append(f"config: {key} is {told[key]!r} in one section and {value!r} in another")
+                if (first := told.setdefault(key, value)) != value:
+                    both = (printable(repr(each), 60) for each in (first, value))
+                    problems.append(f"config: {key} is {' in one section and '.join(both)} in another")
             elif isinstance(value, Mapping) and key not in _ELSEWHERE:
                 before = len(told)
                 inner = visit(value, f"{name}.")

@@ -293,6 +293,10 @@ def _default_dict(factory: Any = None, *arguments: Any) -> dict[Any, Any]:
     return _dict(*arguments)
 
 
+def _record() -> Record:
+    return Record()  # its attributes come afterwards
+
+
 def _path(kind: type[PurePath]) -> Constructor:
     """A path's text, without any file system."""
 
@@ -351,8 +355,7 @@ _INERT: dict[str, Any] = {
     "collections.OrderedDict": Constructor(_dict),
     "collections.Counter": Constructor(_dict),
     "collections.defaultdict": Constructor(_default_dict),
-    "argparse.Namespace": Constructor(Record),
-    "types.SimpleNamespace": Constructor(Record),
+    **dict.fromkeys(("argparse.Namespace", "types.SimpleNamespace"), Constructor(_record)),
     **{f"pathlib.{local}PosixPath": _path(PurePosixPath) for local in ("", "Pure", "_local.", "_local.Pure")},
     **{f"pathlib.{local}WindowsPath": _path(PureWindowsPath) for local in ("", "Pure", "_local.", "_local.Pure")},
     "numpy.dtype": Constructor(_numpy_type),

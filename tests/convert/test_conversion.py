@@ -73,18 +73,21 @@ def test_presets_that_fit_are_offered_and_work(tmp_path: Path) -> None:
     [
         (lambda state: state.pop("conv_in.bias"), {}, "missing conv_in.bias"),
         (lambda state: state.update(extra=np.zeros(2, np.float32)), {}, "unexpected extra"),
+        (lambda state: state.pop("conv_in.bias"), {"image_size": None}, "missing conv_in.bias"),
+        (lambda state: state.pop("conv_in.bias"), {"norm_groups": None}, "missing conv_in.bias"),
         (lambda state: None, {"ch": "16"}, "ch is 16 in --set, but 8 in the tensors"),
         (lambda state: None, {"rescaled": "false", "image_size": "6x10"}, "rescaled: false"),
         (lambda state: None, {"eta": "50"}, "eta must lie in"),
     ],
 )
 def test_what_is_refused_has_no_command(
-    tmp_path: Path, edit: Callable[[dict[str, Any]], Any], told: dict[str, str], reason: str
+    tmp_path: Path, edit: Callable[[dict[str, Any]], Any], told: dict[str, str | None], reason: str
 ) -> None:
     state = tiny.arrays()
     edit(state)
     save_file(state, tmp_path / "a.safetensors")
-    lines = describe(tmp_path / "a.safetensors", settings={**tiny.SETTINGS, **told})
+    settings = {key: value for key, value in {**tiny.SETTINGS, **told}.items() if value is not None}
+    lines = describe(tmp_path / "a.safetensors", settings=settings)
     (refused,) = [line for line in lines if line.startswith("  refused")]
     assert reason in refused
     assert command(lines, tmp_path) is None

@@ -330,6 +330,7 @@ F8 = b"cnumpy\ndtype\nX\x02\x00\x00\x00f8\x85R"
         (b"\x80\x02cnumpy\ndtype\nK\x01\x85R.", "something else than its name"),
         (b"\x80\x02cpathlib\nPosixPath\nK\x01\x85R.", "a path of something else than names"),
         (b"\x80\x02cargparse\nNamespace\n)\x81K\x01b.", "something else than attributes"),
+        (b"\x80\x02cargparse\nNamespace\n}\x85\x81.", "takes 0 positional arguments"),
         (b"\x80\x02cargparse\nNamespace\n)\x81}K\x01K\x01sb.", "something else than attributes"),
         (b"\x80\x02cbuiltins\nint\n)R.", "it calls a str"),
         (b"\x80\x02ccollections\ndefaultdict\ncbuiltins\nlist\nK\x01\x86R.", "a dict of something else"),
