@@ -8,7 +8,8 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from jddim.converting import Paths, Verification
 from jddim.models.building import abstract_model, build_model, flat_params
 
 from . import verify as verification
-from .engine import ConversionError, fill, refusing
-from .families import Family, Plan, Source, recognise
+from .engine import ConversionError, UnsettledError, fill, refusing
+from .families import Family, Plan, Source
 from .files.pickles import plain
 from .files.readers import sha256
 from .files.shards import read_weights
+from .recognition import as_asked, recognise
 from .sources import Origin, find
 
 Say = Callable[[str], None]
@@ -55,14 +57,11 @@ def convert(
     check_destination(dst, overwrite=overwrite)
     if license is not None and not (license.strip() and license.isprintable() and len(license) <= 200):
         raise ConversionError(f"a licence is a line of 1 to 200 characters, such as MIT; got {license[:50]!r}")
-    if weights not in (None, "ema", "raw"):
-        raise ConversionError(f"weights are 'ema' or 'raw', or None for what the family takes first; got {weights!r}")
     origin = find(src, weights, variant, revision)
     opened = _open(origin, config, settings or {}, preset, weights, say)
     family, source, plan = opened.family, opened.source, opened.plan
-    expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
     with refusing(src):
-        params = fill(source.tensors, expected, plan.rules, plan.ignored, family.pointwise)
+        params = _params(family, source, plan)
     say(f"  {len(params)} parameters filled, {sum(p.size for p in params.values()):,} numbers")
 
     figure: dict[str, Any] = {"skipped": True}
@@ -100,6 +99,7 @@ def convert(
         "verification": figure,
         "versions": _versions(),
         **({} if license is None else {"license": license.strip()}),
+        **({"taken": source.taken} if source.taken else {}),
     }
     metadata = save_checkpoint(
         dst, params, Metadata(plan.model, plan.schedule, plan.sampler, provenance), overwrite=overwrite
@@ -116,13 +116,18 @@ def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Pa
     metadata = load_metadata(ckpt)
     params = load_params(ckpt, metadata)
     facts = metadata.provenance.get("source", {})
-    weights = None if metadata.provenance["weights"] == "unstated" else metadata.provenance["weights"]
-    origin = find(src, weights, facts.get("variant"), facts.get("commit") if str(src) == facts.get("hub_id") else None)
+    kind = None if metadata.provenance["weights"] == "unstated" else metadata.provenance["weights"]
+    if (file := Path(src) / str(facts.get("place", facts.get("file")))).is_file():
+        origin = Origin(file)  # which a folder may have newer ones of
+    else:
+        commit = facts.get("commit") if str(src) == facts.get("hub_id") else None
+        origin = find(src, kind, facts.get("variant"), commit)
     recorded = facts.get("sha256")
     if (actual := origin.sha256()) != recorded:
         raise ConversionError(
             f"{ckpt} was not converted from {src}: its source has SHA-256 {recorded}, this file has {actual}"
         )
+    weights = metadata.provenance.get("taken") or kind
     opened = _open(origin, config, metadata.provenance["set"], None, weights, lambda line: None)
     family, source, plan = opened.family, opened.source, opened.plan
     if plan.model != metadata.model:
@@ -135,47 +140,55 @@ def describe(
     config: Paths | None = None,
     settings: Mapping[str, str] | None = None,
     preset: str | None = None,
+    weights: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
 ) -> list[str]:
     """What a PyTorch source is, what its conversion would need, and the command for it. Runs nothing in the file."""
     settings = settings or {}
-    origin = find(src, None, variant, revision)
-    family, source = _read(origin, str(src), None)
-    options = [f"--config {file}" for file in _given(config)] + [
-        f"--set {key}={value}" for key, value in settings.items()
-    ]
-    told = (("preset", preset), ("variant", variant), ("revision", revision))
-    options += [f"--{name} {value}" for name, value in told if value]
-    command = " ".join(["jddim convert", str(src), "DST", *options])
-    facts = []
+    origin = find(src, weights, variant, revision)
+    family, source = _read(origin, str(src), weights)
+    told = {"preset": preset, "weights": weights, "variant": variant, "revision": revision}
+    options = [part for file in _given(config) for part in ("--config", str(file))]
+    options += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    options += [part for name, value in told.items() if value for part in (f"--{name}", value)]
+    command = ["jddim", "convert", str(src), "DST"]
+    contents, files = _configs(family, origin.file, config)
+    source = as_asked(family.placed(source, origin.file, contents), weights, str(src))
+    facts = [f"  config      {file}" for file in files] or ["  config      none beside it"]
     try:
-        contents, files = _configs(family, origin.file, config)
-        source = family.placed(source, origin.file, contents)
         plan = family.plan(source.tensors, contents, _with_preset(family, preset, settings))
-        facts += [f"  config      {file}" for file in files] or ["  config      none beside it"]
+        _params(family, source, plan)
         facts += [
             f"  {name:<11} {to_json(part)}"
             for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
         ]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
         facts += [f"  note        {note}" for note in plan.notes]
-    except ConversionError as error:
+    except UnsettledError as error:
         facts.append(f"  needs       {error}")
-        if fitting := _fitting_presets(family, source):
+        if fitting := [] if preset else _fitting_presets(family, source, contents, settings):
             facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
+            options += ["--preset", fitting[0] if len(fitting) == 1 else "NAME"]
         else:
-            for missing, setting in (("image size", "image_size=SIDE"), ("heads", "num_heads=N")):
-                if missing in str(error):
-                    command += f" --set {setting}"
+            options += [part for ask in error.asks for part in ("--set", ask)]
+        if misfit := _misfit(
+            family, source, contents, {**_with_preset(family, preset, settings), **_tried(error.asks)}
+        ):
+            facts.append(f"  refused     {misfit}")
+            command = []
+    except ConversionError as error:
+        facts.append(f"  refused     {error}")
+        command = []
     return [
         f"{src}: {family.title}",
-        *([] if origin.file == Path(src) else [f"  file        {origin.file}"]),
+        *([f"  file        {origin.choice}"] if origin.choice else []),
         f"  sha256      {origin.sha256()}",
         f"  weights     {_weights(source)}",
+        *([f"  taken       {_taken(source)}"] if source.taken else []),
         f"  parameters  {sum(np.size(value) for value in source.tensors.values()):,} in {len(source.tensors)} tensors",
         *facts,
-        f"convert it:   {command}",
+        *([f"convert it:   {shlex.join([*command, *options])}"] if command else []),
     ]
 
 
@@ -192,8 +205,7 @@ class _Opened:
 
 def _read(origin: Origin, name: str, weights: str | None) -> tuple[Family, Source]:
     raw = read_weights(origin.file)
-    family = recognise(raw, name)
-    return family, family.open_source(raw, weights, origin.file.name)
+    return recognise(raw, name, weights)
 
 
 def _open(
@@ -203,9 +215,13 @@ def _open(
     given = _given(config)
     family, source = _read(origin, str(src), weights)
     contents, files = _configs(family, src, config)
-    source = family.placed(source, src, contents)
+    source = as_asked(family.placed(source, src, contents), weights, str(src))
     say(f"{src}: {family.title}")
+    if origin.choice:
+        say(f"  file: {origin.choice}")
     say(f"  weights: {_weights(source)}")
+    if source.taken:
+        say(f"  taken: {_taken(source)}")
     for file in files:
         say(f"  config: {file}" + ("" if file in given else " (found beside the checkpoint)"))
     with refusing(src):
@@ -232,14 +248,41 @@ def _with_preset(family: Family, preset: str | None, settings: Mapping[str, str]
     return {**family.presets[preset], **settings}
 
 
-def _fitting_presets(family: Family, source: Source) -> list[str]:
-    """The presets that do not contradict the tensors."""
+def _fitting_presets(
+    family: Family, source: Source, contents: dict[str, Any] | None, settings: Mapping[str, str]
+) -> list[str]:
+    """The presets that neither the tensors nor what else is told contradict."""
     fitting = []
-    for name, settings in family.presets.items():
+    for name in family.presets:
         with contextlib.suppress(ConversionError):
-            family.plan(source.tensors, None, settings)
+            family.plan(source.tensors, contents, _with_preset(family, name, settings))
             fitting.append(name)
     return fitting
+
+
+def _tried(asks: Iterable[str]) -> dict[str, str]:
+    """Settings with values that any tensors go with, in place of those that a person has to give."""
+    neutral = {"SIDE": "512", "N": "1", "BOOLEAN": "False"}
+    return {key: neutral.get(value, value) for key, _, value in (ask.partition("=") for ask in asks)}
+
+
+def _misfit(
+    family: Family, source: Source, contents: dict[str, Any] | None, settings: Mapping[str, str]
+) -> ConversionError | None:
+    """Why the tensors do not fit a network with such settings, if they do not."""
+    with contextlib.suppress(ConversionError):  # of values tried that do not go with those told
+        plan = family.plan(source.tensors, contents, settings)
+        try:
+            _params(family, source, plan)
+        except ConversionError as error:
+            return error
+    return None
+
+
+def _params(family: Family, source: Source, plan: Plan) -> dict[str, np.ndarray]:
+    """The model's parameters. Raises ConversionError with every tensor that does not fit."""
+    expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
+    return fill(source.tensors, expected, plan.rules, plan.ignored, family.pointwise)
 
 
 def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> Verification:
@@ -334,6 +377,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _weights(source: Source) -> str:
     step = "" if source.step is None else f", step {source.step:,}"
     return source.weights + step + (f" ({source.note})" if source.note else "")
+
+
+def _taken(source: Source) -> str:
+    return source.taken + (f", beside {source.beside}" if source.beside else "")
 
 
 def _versions() -> dict[str, str | None]:

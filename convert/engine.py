@@ -109,10 +109,18 @@ def _float32(value: NDArray) -> NDArray[np.float32]:
     return copy
 
 
-def refuse(problems: Iterable[str]) -> None:
-    """Raise ConversionError with all that is wrong, if anything is."""
+class UnsettledError(ConversionError):
+    """A source that nothing is wrong with but that settings are missing. asks: each as `--set` takes it, KEY=WHAT."""
+
+    def __init__(self, said: str, asks: Iterable[str]):
+        super().__init__(said)
+        self.asks = tuple(asks)
+
+
+def refuse(problems: Iterable[str], asks: Iterable[str] = ()) -> None:
+    """Raise ConversionError with all that is wrong, if anything is; UnsettledError if that is but what `asks` says."""
     if said := "; ".join(problems):
-        raise ConversionError(said)
+        raise UnsettledError(said, asks) if asks else ConversionError(said)
 
 
 @contextlib.contextmanager

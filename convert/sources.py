@@ -5,23 +5,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from . import hub
-from .engine import ConversionError
+from .engine import ConversionError, shortened
 from .families import FAMILIES
 from .files.shards import digest, files_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """A source found. file: the weights, or their index. variant, hub_id, commit: None unless asked for."""
+    """A source found. file: the weights, or their index. variant, hub_id, commit: None unless asked for.
+
+    folder: where the file was chosen, None if it was named itself.
+    """
 
     file: Path
     variant: str | None = None
     hub_id: str | None = None
     commit: str | None = None
+    folder: Path | None = None
+
+    @property
+    def choice(self) -> str:
+        """The file, and what else there is in its folder, where it was chosen; "" where it was named."""
+        if self.folder is None:
+            return ""
+        rest = [entry.name for entry in _weights_in(self.file.parent) if entry != self.file]
+        return f"{self.file}" + (f", chosen among {shortened(rest, 8)}" if rest else "")
 
     def sha256(self) -> str:
         """The digest of the weights (`convert.files.shards.digest`)."""
@@ -32,7 +45,9 @@ class Origin:
         facts: dict[str, Any] = {"file": self.file.name, "sha256": self.sha256()}
         if len(files := files_of(self.file)) > 1:
             facts["shards"] = [file.name for file in files[1:]]
+        place = "" if self.folder is None else self.file.relative_to(self.folder).as_posix()
         told = {"variant": self.variant, "hub_id": self.hub_id, "commit": self.commit}
+        told["place"] = place if "/" in place else None
         return facts | {name: value for name, value in told.items() if value is not None}
 
 
@@ -41,10 +56,12 @@ def find(
 ) -> Origin:
     """The weights that `src` names: a file, a folder in which a family finds them, or a hub id.
 
-    weights: "ema", "raw" or None, variant: such as "fp16": which of a folder's files. revision: of a hub id.
+    weights: "ema", "raw" or None, variant: such as "fp16": which of a folder's files; other weights are a place in a
+    file. revision: of a hub id.
     Raises ConversionError if there are none, or an option does not go with what `src` is.
     """
     path, hub_id, commit = Path(src), None, None
+    weights = weights if weights in ("ema", "raw") else None
     if not path.exists() and hub.is_id(os.fspath(src)):
         hub_id = os.fspath(src)
         patterns = [wanted for family in FAMILIES.values() if family.hub_files for wanted in family.hub_files(variant)]
@@ -61,8 +78,9 @@ def find(
         raise ConversionError(f"no such file: {src}")
     if path.is_dir():
         if (file := _in(path, weights, variant)) is None:
-            raise ConversionError(f"{src} is a folder; name the checkpoint file in it (no family knows the folder)")
-        return Origin(file, variant, hub_id, commit)
+            there = shortened([entry.name for entry in _weights_in(path)]) or "none"
+            raise ConversionError(f"{src} is a folder that no family knows; name the checkpoint file in it: {there}")
+        return Origin(file, variant, hub_id, commit, path)
     if path.suffix in (".json", ".yml", ".yaml") and not path.name.endswith(".index.json"):
         raise ConversionError(f"{src} holds settings, not weights; name the folder or the weights, and it by --config")
     if variant is not None:
@@ -71,6 +89,19 @@ def find(
 
 
 def _in(folder: Path, weights: str | None, variant: str | None) -> Path | None:
-    """The weights that the first family to know the folder finds there."""
+    """The weights that the first family to know the folder finds there, or accelerate's, of whatever family."""
     found = (family.locate(folder, weights, variant) for family in FAMILIES.values() if family.locate is not None)
-    return next((file for file in found if file is not None), None)
+    if (file := next((file for file in found if file is not None), None)) is not None or variant is not None:
+        return file
+    models = [entry for entry in _weights_in(folder) if _ACCELERATE.fullmatch(entry.name)]
+    if len(models) > 1:
+        raise ConversionError(f"{folder} holds several models: {shortened([m.name for m in models])}; name the file")
+    return next(iter(models), None)
+
+
+_ACCELERATE = re.compile(r"(pytorch_)?model(_\d+)?\.(safetensors|bin)(\.index\.json)?")
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json")
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.name.endswith(_SUFFIXES) and entry.is_file())

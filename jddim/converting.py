@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # it imports jax, which the command line must not wait for
     from jddim.checkpoint.metadata import Metadata
@@ -85,7 +85,7 @@ def convert(
     config: Paths | None = None,
     settings: Settings | None = None,
     preset: str | None = None,
-    weights: Literal["ema", "raw"] | None = None,
+    weights: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
     license: str | None = None,
@@ -100,7 +100,8 @@ def convert(
     those that lie where the family has them are used for the rest. settings: facts that the tensors do not tell, under
     the source's own names and over the config's, `{"image_size": 32}` (pixels); each is read as the text that `--set`
     takes. preset: a published model's name, `"guided-256"`, which stands for all of its settings; `settings` override
-    it. weights: None takes the EMA's where there are any. variant: which of a folder's files, such as "fp16".
+    it. weights: "ema", "raw", or where they lie in the file, `"state_dict.model"`, as `info` and errors about them list
+    it; None takes the EMA's where there are any. variant: which of a folder's files, such as "fp16".
     revision: branch, tag or commit of a hub id. license: the weights', recorded; no file tells it. verify: run both
     networks on the same inputs and refuse where a block differs by more than 1e-4 of its scale; where PyTorch is not
     installed it is not done, which `say` is told and the metadata records. overwrite: replace `dst` if it is a jddim
@@ -149,6 +150,7 @@ def info(
     config: Paths | None = None,
     settings: Settings | None = None,
     preset: str | None = None,
+    weights: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
 ) -> list[str]:
@@ -156,8 +158,9 @@ def info(
 
     path: a jddim folder, of which all that is recorded is listed; or a PyTorch source as `convert` takes it, of which
     the lines are its family, weights and parameters, what its conversion would assume or still need, and the command
-    for it. config, settings, preset, variant, revision: of a PyTorch source, as `convert` takes them. The lines are for
-    people, and may change; what they quote of a file is as it stands there, control characters included.
+    for it. weights: of a PyTorch source, as `convert` takes them; config, settings, preset, variant, revision: so, too.
+    The lines are for people, and may change; what they quote of a file is as it stands there, control characters
+    included.
 
     Raises ConversionError if no family knows the source, CheckpointError if a jddim folder is damaged; of a PyTorch
     source, ModuleNotFoundError where what `jddim[convert-core]` installs is missing.
@@ -170,8 +173,15 @@ def info(
         metadata = load_metadata(path)
         count = sum(leaf.size for leaf in flat_params(abstract_model(metadata.model)).values())
         return [f"{'checkpoint':<15} {path}", *lines(metadata, count)]
-    told = {"settings": _as_text(settings), "preset": preset, "variant": variant, "revision": revision}
-    described: list[str] = _part("conversion").describe(path, config=config, **told)
+    described: list[str] = _part("conversion").describe(
+        path,
+        config=config,
+        settings=_as_text(settings),
+        preset=preset,
+        weights=weights,
+        variant=variant,
+        revision=revision,
+    )
     return described
 
 

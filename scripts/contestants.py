@@ -90,7 +90,7 @@ def make_case(size: str, batch: int, steps: int, precision: str = "float32") -> 
         from jddim.models.building import abstract_model, flat_params
 
         family = FAMILIES["ho"]
-        source = family.open_source(read(MNIST_SOURCE / "ckpt.pth"), None, "ckpt.pth")
+        source = family.open_source(read(MNIST_SOURCE / "ckpt.pth")[4], "ckpt.pth")
         plan = family.plan(source.tensors, None, {"image_size": "28"})
         shapes = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
         config, schedule = plan.model, plan.schedule

@@ -58,7 +58,7 @@ def test_files_that_are_something_else(tmp_path: Path, fails: Callable[..., str]
         (optimizer, "optimizer"),
         ({"down_blocks.0.resnets.0.norm1.weight": torch.zeros(2)}, "diffusers"),
         ({"input_blocks.0.0.weight": torch.zeros(2)}, "OpenAI"),
-        ({"step": 3, "model": {}, "opt": {}, "ema": {}}, "lucidrains"),
+        ({"step": 3, "model": {}, "opt": {}, "ema": {}}, "it holds step, model, opt, ema"),
         ({"weight": torch.zeros(2)}, "no checkpoint that jddim knows"),
     ):
         torch.save(content, source)

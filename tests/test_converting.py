@@ -148,7 +148,9 @@ def test_a_verification_prints_its_table() -> None:
 
 
 @pytest.mark.parametrize("weights", ["RAW", "emaa"])
-def test_weights_are_ema_or_raw(weights: str, tmp_path: Path) -> None:
-    with pytest.raises(jddim.ConversionError, match="weights are 'ema' or 'raw'"):
+def test_weights_that_are_not_there_are_listed(weights: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        jddim.ConversionError, match=rf"no weights {weights}; it has: raw \(model\.module: .*ema \(ema: "
+    ):
         jddim.convert(MNIST_SOURCE, tmp_path / "out", weights=weights)
     assert not (tmp_path / "out").exists()

@@ -20,12 +20,18 @@ from .tensors import Tensors
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One set of weights taken out of a file. tensors: torch names, without wrappers' prefixes -> arrays."""
+    """One set of weights taken out of a file. tensors: torch names, without wrappers' prefixes -> arrays.
+
+    weights: "ema", "raw" or "unstated". taken: the keys and prefixes that lead to them, with dots between; empty for a
+    bare state dict. beside: what else the file has there.
+    """
 
     tensors: Tensors
-    weights: str  # "ema", "raw", or "unstated" for a bare state dict
+    weights: str = "unstated"
     step: int | None = None
     note: str = ""
+    taken: str = ""
+    beside: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +79,9 @@ class Plan:
 class Family:
     """A checkpoint family: functions, so that a new one is a file and not a subclass.
 
-    recognise: file contents -> is it ours? open_source: contents, "ema" | "raw" | None (best there is), file name ->
-    Source. plan: tensors, config file's contents or None, --set values -> Plan. reference: config, and the plan's
+    recognise: a state dict, by its names -> is it ours? What holds it is unwrapped elsewhere (`convert.recognition`).
+    open_source: a state dict that is, the words for it -> Source. buffers: the tensors in it that are no parameters.
+    plan: tensors, config file's contents or None, --set values -> Plan. reference: config, and the plan's
     reference_options by keyword -> a torch module with the source's parameter names, whose `activations(x_t NCHW, t,
     labels or None)` are (name, output) of each block, named as by the Flax network's. settings: what --set takes ->
     what it means. pointwise: the ends of the names of modules that are 1x1 convolutions there and linear here -> how
@@ -85,17 +92,19 @@ class Family:
     For sources of several files: locate: (folder, "ema" | "raw" | None, variant or None) -> the weights file or index
     of shards in it, None if the folder is not this family's. config_files: weights file -> where its configs lie, the
     preferred first. config_section: a config's contents -> which of the family's several configs it is; `plan` then
-    gets them by section. placed: (source, weights file, config) -> the source with what its place tells. hub_files:
+    gets them by section. placed: (source, weights file, config) -> the source with what the file's name and place tell
+    of weights and step, where the file itself does not. hub_files:
     variant or None -> the file patterns of a hub repository, those to try first first.
     """
 
     name: str
     title: str
-    recognise: Callable[[Any], bool]
-    open_source: Callable[[Any, str | None, str], Source]
+    recognise: Callable[[Mapping[Any, Any]], bool]
+    open_source: Callable[[Mapping[Any, Any], str], Source]
     plan: Callable[[Tensors, Mapping[str, Any] | None, Mapping[str, str]], Plan]
     reference: Callable[..., Any]
     settings: Mapping[str, str]
+    buffers: frozenset[str] = frozenset()
     pointwise: Mapping[str, int] = dataclasses.field(default_factory=dict)
     presets: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     formats: Mapping[str, Callable[[Metadata, Tensors, Path], None]] = dataclasses.field(default_factory=dict)

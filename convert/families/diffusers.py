@@ -6,6 +6,7 @@ reads both); the tensors are checked against it. Older files name attention's te
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -44,7 +45,7 @@ def locate(folder: Path, weights: str | None, variant: str | None) -> Path | Non
     if weights == "ema" and here != ema and folder.name != ema.name and (here or _weights_in(raw)):
         raise ConversionError(f"{folder} holds no unet_ema folder, so no --weights ema; leave the option out")
     if here is None:
-        return None
+        return _newest_checkpoint(folder, weights, variant)
     found = _weights_in(here)
     if variant is None and None not in found and len(found) > 1:
         raise ConversionError(f"{here} holds the variants {', '.join(map(str, found))} alone; --variant names one")
@@ -53,6 +54,15 @@ def locate(folder: Path, weights: str | None, variant: str | None) -> Path | Non
         names = [str(name) for name in found if name is not None] or ["none"]
         raise ConversionError(f"{here} holds no variant {variant!r}{did_you_mean(str(variant), names)}")
     return found[chosen]
+
+
+def _newest_checkpoint(run: Path, weights: str | None, variant: str | None) -> Path | None:
+    """The weights in the last `checkpoint-N` of a training run that has not finished, None if there is none."""
+    numbered = [path for path in run.iterdir() if re.fullmatch(r"checkpoint-\d{1,12}", path.name)]
+    for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if path.is_dir() and (file := locate(path, weights, variant)) is not None:
+            return file
+    return None
 
 
 _NETWORKS = ("unet_ema", "unet")
@@ -100,30 +110,30 @@ def _patterns(suffix: str, infix: str) -> list[str]:
 # -- the tensors ------------------------------------------------------------------------------------------------------
 
 _TELLING = r"(down_blocks|up_blocks)\.\d+\.resnets\.\d+\.|time_embedding\.linear_[12]\.|conv_norm_out\."
-# Names of diffusers' other networks: a text-conditioned UNet, an autoencoder, a ControlNet, a motion module.
-_NOT_OURS = r"transformer_blocks\.|(encoder|decoder|quant_conv)\.|controlnet_|temporal|temp_|add_embedding\."
+# Names of other networks: MONAI's, a text-conditioned UNet, an autoencoder, a ControlNet, a motion module.
+_NOT_OURS = (
+    r"conv_in\.conv\.|transformer_blocks\.|(encoder|decoder|quant_conv)\.|controlnet_|temporal|temp_|add_embedding\."
+)
 _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def recognise(raw: Any) -> bool:
-    """A state dict with UNet2DModel's names."""
-    if not isinstance(raw, dict):
+def recognise(state: Mapping[Any, Any]) -> bool:
+    """A state dict with UNet2DModel's names, some of time among them: autoencoders have the others."""
+    telling = [name for name in map(str, state) if re.match(_TELLING, name)]
+    if len(telling) < 4 or not any("time_emb" in name for name in telling):
         return False
-    names = [str(name) for name in raw]
-    return sum(bool(re.match(_TELLING, name)) for name in names) >= 4 and not any(
-        re.search(_NOT_OURS, name) for name in names
-    )
+    return not any(re.search(_NOT_OURS, str(name)) for name in state)
 
 
-def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
-    """The file's one set of weights, attention's tensors under diffusers' present names."""
-    check_tensors(raw, file_name)
-    names = {name: _present_name(str(name)) for name in raw}
+def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
+    """The tensors, attention's under diffusers' present names."""
+    check_tensors(state, file_name)
+    names = {name: _present_name(str(name)) for name in state}
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise ConversionError(f"{file_name} holds, under an old and the present name, {shortened(twice)}")
     legacy = sum(old != new for old, new in names.items())
     note = f"{legacy} tensors under the names of diffusers before 0.15" if legacy else ""
-    return Source({names[name]: value for name, value in raw.items()}, weights or "unstated", note=note)
+    return Source({names[name]: value for name, value in state.items()}, note=note)
 
 
 def _present_name(name: str) -> str:
@@ -133,16 +143,14 @@ def _present_name(name: str) -> str:
 
 def placed(source: Source, file: Path, config: Mapping[str, Any] | None) -> Source:
     """What a file's place says of its weights: `unet_ema` holds the EMA's, whose step its config has."""
-    weights = {"unet_ema": "ema", "unet": "raw"}.get(file.parent.name)
-    if weights == "ema" and source.weights == "raw":
-        raise ConversionError(f"{file} holds the EMA's weights, not --weights raw")
+    weights = {"unet_ema": "ema", "unet": "raw"}.get(file.parent.name, "unstated")
     if weights == "raw" and not (file.parent.parent / "unet_ema").is_dir():
-        weights = None  # a finished pipeline's `unet`, which holds whichever were saved
-    if source.weights == "ema" and weights != "ema":
-        raise ConversionError(f"{file} does not lie in a folder unet_ema, so no --weights ema; leave the option out")
+        weights = "unstated"  # a finished pipeline's `unet`, which holds whichever were saved
     step = ((config or {}).get("unet") or {}).get("optimization_step")
-    return Source(
-        source.tensors, weights or source.weights, step if isinstance(step, int) else source.step, source.note
+    return dataclasses.replace(
+        source,
+        weights=weights if source.weights == "unstated" else source.weights,
+        step=step if isinstance(step, int) else source.step,
     )
 
 

@@ -315,7 +315,7 @@ def unet_config(c: Mapping[str, Any]) -> UNetConfig:
         )
     if (c["time_embedding_type"] == "learned") and c["num_train_timesteps"] is None:
         problems.append("time_embedding_type learned needs config.json's num_train_timesteps")
-    refuse(problems)
+    refuse(problems, ("sample_size=SIDE",) if c["sample_size"] is None and len(problems) == 1 else ())
     up = up[::-1]  # by level, as the encoder's
     learned = c["class_embed_type"] is None and c["num_class_embeds"] is not None
     attended = [i for i, name in enumerate(down) if name.startswith("Attn")]

@@ -7,6 +7,7 @@ are a file of their own, named `ema_...`. Both name and wire the network alike.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,53 +22,41 @@ from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, levels_at_re
 from jddim.models.building import abstract_model, flat_params
 from jddim.schedule import LARGEST_T, make_schedule, schedule_config_from_betas
 
-from ..engine import ConversionError, cannot_hold, refuse, refusing, shortened
+from ..engine import ConversionError, cannot_hold, refuse, refusing
 from ..rules import Rules, from_layout, source_of
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, check_sampler, checked, of_wiring, scaled_t
 from .tensors import Tensors, check_tensors, common_size
-from .values import boolean, integer, is_integer, literal, number, parse, positive, settling, sides
+from .values import boolean, integer, is_integer, literal, not_read, number, parse, positive, sections, settling, sides
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
-def recognise(raw: Any) -> bool:
-    """A state dict with this family's names, or ermongroup's list around one."""
-    states = raw[0] if isinstance(raw, list) and raw else raw
-    if not isinstance(states, dict):
-        return False
-    names = {str(name).removeprefix("module.") for name in states}
-    return sum(bool(re.match(r"(temb\.dense|(down|up)\.\d+\.block|mid\.(block|attn)_)", name)) for name in names) >= 4
+def recognise(state: Mapping[Any, Any]) -> bool:
+    """A state dict with this family's names, some of time among them: autoencoders have the others."""
+    names = [
+        name for name in map(str, state) if re.match(r"(temb\.dense|(down|up)\.\d+\.block|mid\.(block|attn)_)", name)
+    ]
+    return len(names) >= 4 and any("temb" in name for name in names)
 
 
-def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
-    """The asked set of weights; without a wish, the EMA's where the file has them."""
-    if isinstance(raw, dict):
-        if weights is not None and weights != ("ema" if file_name.startswith("ema_") else "raw"):
-            raise ConversionError(
-                f"{file_name} is a bare state dict with one set of weights: no --weights {weights} in it; "
-                "leave the option out (EMA weights of this kind are a file of their own, ema_...)"
-            )
-        return Source(_tensors(raw, file_name), "ema" if file_name.startswith("ema_") else weights or "unstated")
-    if len(raw) not in (4, 5):
-        raise ConversionError(
-            f"{file_name} is a list of {len(raw)} entries; ermongroup's runner saves 4, or 5 with EMA"
-        )
-    has_ema = len(raw) == 5 and isinstance(raw[4], dict) and bool(raw[4])
-    if weights == "ema" and not has_ema:
-        raise ConversionError(f"{file_name} holds no EMA weights (trained with ema: false?); use --weights raw")
-    step = raw[3] if isinstance(raw[3], int) else None
-    if weights == "raw" or not has_ema:
-        return Source(_tensors(raw[0], file_name), "raw", step, "" if has_ema else "the file has no EMA weights")
-    return Source(_tensors(raw[4], file_name), "ema", step)
-
-
-def _tensors(state: Mapping[Any, Any], file_name: str) -> dict[str, np.ndarray]:
+def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
+    """The tensors."""
     check_tensors(state, file_name)
-    counts = Counter(str(name).removeprefix("module.") for name in state)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise ConversionError(f"{file_name} holds, with and without the prefix 'module.', {shortened(twice)}")
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
+    return Source({str(name): value for name, value in state.items()})
+
+
+def placed(source: Source, file: Path, config: Mapping[str, Any] | None) -> Source:
+    """That weights are the EMA's stands in the name of pesser's file or folder: `ema_diffusion_x/model-790000.ckpt`."""
+    if source.weights != "unstated":
+        return source
+    named = re.fullmatch(r"model-(\d{1,12})\.ckpt", file.name)
+    average = file.name.startswith("ema_") or (named is not None and file.absolute().parent.name.startswith("ema_"))
+    return dataclasses.replace(
+        source,
+        weights="ema" if average else source.weights,
+        step=source.step if named is None else int(named[1]),
+    )
 
 
 def locate(folder: Path, weights: str | None, variant: str | None) -> Path | None:
@@ -195,14 +184,12 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
 
     The config file's other entries (training, optimizer) do not concern sampling.
     """
-    told: dict[str, Any] = {}
+    told, _, problems = sections(config, SETTINGS)
     for section in ("data", "model", "diffusion"):
-        entries = (config or {}).get(section, {})
-        if not isinstance(entries, Mapping):
-            raise ConversionError(f"config: section {section!r} must hold key: value lines, it holds {entries!r}")
-        told |= {key: value for key, value in entries.items() if key in SETTINGS}
-    parsed, problems = parse({"config": told, "--set": {k: literal(v) for k, v in given.items()}}, _PARSERS)
-    refuse(problems)
+        if not isinstance(entries := (config or {}).get(section, {}), Mapping):
+            problems.append(f"config: section {section!r} must hold key: value lines, it holds {entries!r}")
+    parsed, refused = parse({"config": told, "--set": {k: literal(v) for k, v in given.items()}}, _PARSERS)
+    refuse(problems + refused)
     return parsed
 
 
@@ -229,10 +216,6 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         return "--set" if key in given else "the config"
 
     image_size = told.get("image_size")
-    if image_size is None:
-        problems.append(
-            "the tensors do not tell the image size; give the source's config.yml by --config, or --set image_size=32"
-        )
     levels = len(inferred["ch_mult"])
     if inferred["resamp_with_conv"] is None:
         inferred["resamp_with_conv"] = told.get("resamp_with_conv", True)  # of no effect: there is one level
@@ -256,11 +239,22 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "the config says rescaled: false, a model of images in [0, 1]; jddim's images are [-1, 1], so its samples "
             "would be wrong by a shift (--set rescaled=true if the config is mistaken)"
         )
-    refuse(problems)
+    source = "all checkpoints of this family"
+    groups = settle("norm_groups", 32, source)
+    missing = {}
+    if image_size is None:
+        missing["image_size=SIDE"] = (
+            "the tensors do not tell the image size; give the source's config.yml by --config, or --set image_size=32"
+        )
+    widths = {inferred["ch"] * mult for mult in inferred["ch_mult"]}
+    if "norm_groups" not in told and (odd := sorted(width for width in widths if width % groups)):
+        missing["norm_groups=N"] = (
+            f"the sources' group norms have 32 groups, which do not divide the widths {odd}; --set norm_groups=N, if "
+            "the network was trained with N"
+        )
+    refuse([*problems, *missing.values()], () if problems else missing)
     assert image_size is not None
 
-    source = "all checkpoints of this family"
-    # The sources always have 32 groups. A width that 32 does not divide is some other network; UNetConfig says so.
     model_fields = {
         "image_size": image_size,
         "in_channels": inferred["in_channels"],
@@ -272,15 +266,11 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         "downsample": ("conv" if inferred["resamp_with_conv"] else "pool",),
         "upsample": ("conv" if inferred["resamp_with_conv"] else "pool",),
         "conv_shortcut": inferred["conv_shortcut"],
-        "norm_groups": settle("norm_groups", 32, source),
+        "norm_groups": groups,
         "norm_epsilon": settle("norm_eps", 1e-6, source),
     }
-    try:
+    with refusing("the tensors and settings make no valid UNet"):
         model = UNetConfig(**model_fields)
-    except ValueError as error:
-        groups = "norm_groups" in str(error) and "norm_groups" not in told
-        hint = "; or --set norm_groups=N, if the network was trained with N groups instead of 32" if groups else ""
-        raise ConversionError(f"the tensors and settings make no valid UNet: {error}{hint}") from error
 
     T = settle("num_diffusion_timesteps", 1000, "Ho et al.")
     betas = {
@@ -305,6 +295,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         rules(model),
         {k: v for k, v in ignored.items() if k in tensors},
         tuple(assumed),
+        tuple(not_read(sections(config, SETTINGS)[1])),
         wording=_wording({**betas, "num_diffusion_timesteps": T}, sampler, var_type),
     )
 
@@ -531,4 +522,5 @@ FAMILY = Family(
     presets=PRESETS,
     formats={"ermongroup": write_ermongroup, "pesser": write_pesser},
     locate=locate,
+    placed=placed,
 )

@@ -27,64 +27,37 @@ from ..engine import ConversionError, refuse, refusing
 from ..rules import Rules
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, of_wiring, scaled_t
-from .tensors import Tensors, check_tensors, common_size
-from .values import boolean, integer, number, one_of, parse, settling, sides
+from .tensors import Tensors, check_tensors, common_size, stripped
+from .values import boolean, integer, not_read, number, one_of, parse, sections, settling, sides
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 _UNET_NAME = re.compile(
-    r"(.*\.)?((downs|ups)\.\d+\.[0-3]\.(block[12]\.proj|mlp\.1|to_qkv|mem_kv|fn\.)|mid_(block[12]|attn)\.|final_res_block\.)"
+    r"(downs|ups)\.\d+\.[0-3]\.(block[12]\.proj|mlp\.1|to_qkv|mem_kv|fn\.)|mid_(block[12]|attn)\.|final_res_block\."
 )
 
 
-def recognise(raw: Any) -> bool:
-    """Any file of this repository's 2-d Unet: what of them cannot be converted, `open_source` says."""
-    return isinstance(raw, dict) and any(
-        isinstance(state, dict) and sum(bool(_UNET_NAME.match(str(name))) for name in state) >= 4
-        for state in _sets(raw).values()
+def recognise(state: Mapping[Any, Any]) -> bool:
+    """A 2-d Unet's state dict, or a diffusion's around one; what of them cannot be converted, `open_source` says.
+
+    A Unet alone under a prefix is not a diffusion's, unless t's features are learned: the source's two that hold no
+    betas, ContinuousTimeGaussianDiffusion (`model.`) and ElucidatedDiffusion (`net.`), take no other Unet.
+    """
+    names = {str(name) for name in state}
+    diffusions = {"model.": {"betas", "alphas_cumprod", "model.time_mlp.0.weights"}, "net.": {"net.time_mlp.0.weights"}}
+    prefixes = ["", *(prefix for prefix, marks in diffusions.items() if marks & names)]
+    return any(
+        sum(name.startswith(prefix) and bool(_UNET_NAME.match(name, len(prefix))) for name in names) >= 4
+        for prefix in prefixes
     )
 
 
-def _sets(raw: Mapping[Any, Any]) -> dict[str, Any]:
-    """The file's sets of weights, "ema", "raw" or "unstated" -> a state dict."""
-    trainer = isinstance(raw.get("model"), dict) and any(key in raw for key in ("ema", "opt", "step"))
-    if not trainer and not any(str(name).startswith("ema_model.") for name in raw):
-        return {"unstated": raw}
-    ema = raw.get("ema") if trainer else raw
-    sets = {
-        kind: {str(name)[len(prefix) :]: value for name, value in ema.items() if str(name).startswith(prefix)}
-        for kind, prefix in (("ema", "ema_model."), ("raw", "online_model."))
-        if isinstance(ema, dict)
-    }
-    if trainer:
-        sets["raw"] = raw["model"]
-    return {kind: state for kind, state in sets.items() if state}
-
-
-def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
-    """The asked set of weights; without a wish, the EMA's where the file has them."""
-    sets = _sets(raw)
-    if "unstated" in sets:
-        if weights == "ema":
-            raise ConversionError(
-                f"{file_name} is a bare state dict with one set of weights, no --weights ema; leave the option out"
-            )
-        return Source(_tensors(sets["unstated"], file_name), weights or "unstated")
-    kind = weights or ("ema" if "ema" in sets else "raw")
-    if kind not in sets:
-        raise ConversionError(f"{file_name} holds no {kind} weights; it has: {', '.join(sets)}")
-    step = raw.get("step") if isinstance(raw.get("step"), int) else None
-    notes = [f"version {raw['version']}"] if isinstance(raw.get("version"), str) else []
-    notes += ["the file has no EMA weights"] if "ema" not in sets else []
-    return Source(_tensors(sets[kind], file_name), kind, step, ", ".join(notes))
-
-
-def _tensors(state: Mapping[Any, Any], file_name: str) -> dict[str, np.ndarray]:
+def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
     """The Unet's tensors under their names in it, and GaussianDiffusion's buffers."""
     if reason := _not_ours(state):
         raise ConversionError(f"{file_name} {reason}")
     check_tensors(state, file_name)
-    return {str(name).removeprefix("model."): value for name, value in state.items()}
+    return Source(stripped(state, "model.", file_name))
 
 
 def _not_ours(state: Mapping[Any, Any]) -> str | None:
@@ -161,13 +134,14 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
 
 
 def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> dict[str, Any]:
-    """--set's values over those of a config file, which is a flat mapping of the same names (the source has none).
+    """--set's values over those of a config file, which has the same names, flat or in sections (the source has none).
 
     Raises ConversionError for unknown or bad ones, all in one message.
     """
-    filed = {key: value for key, value in (config or {}).items() if key not in given}
-    parsed, problems = parse({"config": filed, "--set": {k: _literal(v) for k, v in given.items()}}, _PARSERS)
-    refuse(problems)
+    found, _, problems = sections(config, SETTINGS)
+    filed = {key: value for key, value in found.items() if key not in given}
+    parsed, refused = parse({"config": filed, "--set": {k: _literal(v) for k, v in given.items()}}, _PARSERS)
+    refuse(problems + refused)
     return parsed
 
 
@@ -351,8 +325,6 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     settle = settling(told, assumed)
     problems = _contradictions(told, found)
 
-    if "image_size" not in told:
-        problems.append("the tensors do not tell the image size; --set image_size=64")
     if not told.get("auto_normalize", True):
         problems.append(
             "auto_normalize=False is a model of images in [0, 1]; jddim's images are [-1, 1], so its samples would be "
@@ -389,7 +361,10 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         limit = largest_eta(step_table(make_schedule(schedule), make_timesteps("linspace", T, steps)))
         if not 0 <= eta <= limit:
             problems.append(f"ddim_sampling_eta={eta:g} must lie in 0..{limit:.4g} for this table of steps")
-    refuse(problems)
+    asks = () if problems or "image_size" in told else ("image_size=SIDE",)
+    if "image_size" not in told:
+        problems.append("the tensors do not tell the image size; --set image_size=64")
+    refuse(problems, asks)
 
     with refusing("the tensors and settings make no valid Unet"):
         model = _model(found, told["image_size"], theta)
@@ -415,7 +390,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             **{key: str(found[key]) for key in ("self_condition", "learned_variance")},
         },
     )
-    notes = _notes(found, steps, T)
+    notes = (*_notes(found, steps, T), *not_read(sections(config, SETTINGS)[1]))
     return Plan(model, schedule, sampler, rules(model), ignored, tuple(assumed), notes, wording=wording)
 
 
@@ -638,6 +613,7 @@ FAMILY = Family(
     plan=plan,
     reference=reference,
     settings=SETTINGS,
+    buffers=frozenset(_BUFFERS),
     pointwise=dict.fromkeys(("res_conv", "to_qkv", "to_out", "to_out.0", "3.1", "final_conv"), 2),
     formats={"lucidrains": write_trainer, "lucidrains-unet": write_unet},
 )

@@ -7,6 +7,7 @@ options added, under the same names.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,33 +26,57 @@ from ..rules import Fused, Rules, Target
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, checked, of_wiring
 from .tensors import Tensors, check_tensors, common_size
-from .values import number, parse, settling, whole
+from .values import not_read, number, parse, sections, settling, whole
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
-def recognise(raw: Any) -> bool:
+def recognise(state: Mapping[Any, Any]) -> bool:
     """A state dict with this family's names; classifiers and upsamplers too, for `open_source` to refuse."""
-    if not isinstance(raw, dict):
-        return False
-    parts = {str(name).partition(".")[0] for name in raw}
+    parts = {str(name).partition(".")[0] for name in state}
     return {"input_blocks", "middle_block", "time_embed"} <= parts
 
 
-def open_source(raw: Any, weights: str | None, file_name: str) -> Source:
-    """The tensors; the trainers' file names say which weights they are, and of which step."""
-    check_tensors(raw, file_name)
-    tensors = {str(name): value for name, value in raw.items()}
+def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
+    """The tensors."""
+    check_tensors(state, file_name)
+    tensors = {str(name): value for name, value in state.items()}
     if reason := _refusal(tensors):
         raise ConversionError(f"{file_name} {reason}")
-    named = re.match(r"(?:(ema)_[\d.]+_|(model))(\d+)\.pt$", file_name)
-    kind = "unstated" if named is None else "ema" if named.group(1) else "raw"
-    if weights is not None and weights != kind and (kind != "unstated" or weights == "ema"):
+    return Source(tensors)
+
+
+_NAMED = re.compile(r"(?:ema_(?P<rate>[\d.]+)_|model)(?P<step>\d{1,12})\.pt")
+
+
+def locate(folder: Path, weights: str | None, variant: str | None) -> Path | None:
+    """The trainers' newest file, an EMA's before a raw one; None if there is none.
+
+    Raises ConversionError where there is none of the kind asked for, or EMAs of several rates.
+    """
+    found: dict[str, dict[int, list[Path]]] = {"ema": {}, "raw": {}}
+    for path in sorted(folder.iterdir()) if variant is None else []:
+        if named := _NAMED.fullmatch(path.name):
+            found["ema" if named["rate"] else "raw"].setdefault(int(named["step"]), []).append(path)
+    if not any(found.values()):
+        return None
+    kind = weights or ("ema" if found["ema"] else "raw")
+    if not found[kind]:
+        raise ConversionError(f"{folder} holds no {kind} weights, so no --weights {kind}; leave the option out")
+    newest = found[kind][max(found[kind])]
+    if len(newest) > 1:
         raise ConversionError(
-            f"{file_name} has one set of weights: no --weights {weights} in it; leave the option out (EMA weights of "
-            "this kind are a file of their own, ema_...pt)"
+            f"{folder} holds averages of several rates; name one: {', '.join(p.name for p in newest)}"
         )
-    return Source(tensors, weights or kind, None if named is None else int(named.group(3)))
+    return newest[0]
+
+
+def placed(source: Source, file: Path, config: Mapping[str, Any] | None) -> Source:
+    """The trainers' file names say which weights they are, and of which step."""
+    named = _NAMED.fullmatch(file.name)
+    if source.weights != "unstated" or named is None:
+        return source
+    return dataclasses.replace(source, weights="ema" if named["rate"] else "raw", step=int(named["step"]))
 
 
 def _refusal(tensors: Tensors) -> str | None:
@@ -63,7 +88,7 @@ def _refusal(tensors: Tensors) -> str | None:
             "is a classifier (half a UNet, no output_blocks) for guidance; it predicts no noise, so cannot be sampled"
         )
     channels_in, channels_out = _ends(tensors)
-    if channels_in and channels_out and (channels_in == 2 * channels_out or channels_in == channels_out == 6):
+    if channels_in and channels_out and channels_in == 2 * channels_out:
         return (
             f"is an upsampler (SuperResModel: {channels_in} channels in, {channels_out} out), which reads a small "
             "image beside x_t; jddim samples networks of x_t, t and labels only"
@@ -242,13 +267,14 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
 
 
 def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> dict[str, Any]:
-    """The flags of a config file (flat, KEY: VALUE; other keys are not ours) and of --set, parsed; --set wins.
+    """The flags of a config file (flat, or in sections; other keys are not ours) and of --set, parsed; --set wins.
 
     Raises ConversionError for unknown or bad ones, all in one message.
     """
-    filed = {key: _spelled(value).strip() for key, value in (config or {}).items() if key in SETTINGS}
-    told, problems = parse({"config": filed, "--set": {k: v.strip() for k, v in given.items()}}, _PARSERS)
-    refuse(problems)
+    found, _, problems = sections(config, SETTINGS)
+    filed = {key: _spelled(value).strip() for key, value in found.items()}
+    told, refused = parse({"config": filed, "--set": {k: v.strip() for k, v in given.items()}}, _PARSERS)
+    refuse(problems + refused)
     return told
 
 
@@ -268,25 +294,31 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     both = "the default of both sources"
     T = settle("diffusion_steps", 1000, both)
     rescale = told.get("rescale_timesteps", False)
-    missing = []
+    missing = {}
     if "image_size" not in told:
         usual = next((side for side, mult in _MULTIPLIERS.items() if mult == found["channel_mult"]), None)
         hint = f", which is {usual} if channel_mult was left to the source" if usual else ""
-        missing.append(f"the image size{hint}: --set image_size={usual or 'SIDE'}")
+        missing["image_size=SIDE"] = f"the image size{hint}: --set image_size={usual or 'SIDE'}"
     if told.get("num_head_channels") is None and "num_heads" not in told:
-        missing.append(
+        missing["num_heads=N"] = (
             "how attention is split into heads: --set num_heads=4 (the default of both sources) or "
             "--set num_head_channels=64 (most published ones)"
         )
     if T != 1000 and "rescale_timesteps" not in told:
-        missing.append(
+        missing["rescale_timesteps=BOOLEAN"] = (
             f"whether the network is given t or 1000 t / {T}: --set rescale_timesteps=True (improved-diffusion's "
             "default) or False (guided-diffusion's)"
         )
+    if found["in_channels"] == found["out_channels"] == 6 and "learn_sigma" not in told:
+        missing["learn_sigma=False"] = (
+            "whether 6 channels in and 6 out are an upsampler of 3 (SuperResModel, which reads a small image beside "
+            "x_t and is not supported) or a network of 6-channel images: --set learn_sigma=False says the latter"
+        )
+    asks = () if problems else missing
     if missing:
-        missing[-1] += "; --preset NAME says all of it for a published model"
-        problems.append("the tensors do not tell " + "; nor ".join(missing))
-    refuse(problems)
+        unknown = "; nor ".join(missing.values())
+        problems.append(f"the tensors do not tell {unknown}; --preset NAME says all of it for a published model")
+    refuse(problems, asks)
 
     model = _model(told, found, settle("norm_groups", 32, "fixed in both sources"))
     one_head = all(count == 1 for count in _head_counts(model))
@@ -317,7 +349,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         rules(model, use_new_attention_order=new_order),
         {},
         tuple(assumed),
-        _notes(told),
+        (*_notes(told), *not_read(sections(config, SETTINGS)[1])),
         {"use_new_attention_order": new_order},
         Wording(
             {"noise_schedule": noise_schedule, "diffusion_steps": str(T)},
@@ -664,4 +696,6 @@ FAMILY = Family(
     pointwise={"qkv": 1, "proj_out": 1},
     presets=PRESETS,
     formats={"openai": write_openai},
+    locate=locate,
+    placed=placed,
 )

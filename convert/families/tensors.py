@@ -21,6 +21,14 @@ def check_tensors(state: Mapping[Any, Any], file_name: str) -> None:
         raise ConversionError(f"{file_name} holds entries that are not tensors: {shortened(odd)}")
 
 
+def stripped(state: Mapping[Any, Any], prefix: str, file_name: str) -> dict[str, Any]:
+    """A state dict without a prefix that some of its names have. ConversionError if two names would become one."""
+    names = [str(name) for name in state]
+    if twice := [name for name in names if prefix + name in state]:
+        raise ConversionError(f"{file_name} holds, with and without the prefix {prefix}, {shortened(twice)}")
+    return {str(name).removeprefix(prefix): value for name, value in state.items()}
+
+
 def common_size(tensors: Tensors, pattern: str, axis: int, divide: int = 1) -> int | None:
     """The size of an axis that most tensors of these names have, divided; None if none has the axis.
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeGuard
 
 import yaml
 
 from jddim.config import did_you_mean
+
+from ..engine import shortened
+from ..files.pickles import printable
 
 
 def parse(
@@ -35,6 +38,42 @@ def parse(
             except ValueError as error:
                 problems.append(f"{origin}: {key} must be {error}, got {value!r}")
     return parsed, problems
+
+
+_ELSEWHERE = ("training", "train", "optim", "optimizer", "sampling", "ema")
+"""Sections of a config that are not on the network and its schedule, whatever their keys are called."""
+
+
+def sections(config: Mapping[str, Any] | None, known: Collection[str]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """The known keys of a config, flat or in sections; the keys that are not read; a sentence on each contradiction.
+
+    A section in which nothing is known counts as one key that is not read.
+    """
+    told: dict[str, Any] = {}
+    problems = []
+
+    def visit(entries: Mapping[str, Any], path: str) -> list[str]:
+        unread = []
+        for key, value in entries.items():
+            name = f"{path}{key}"
+            if key in known:
+                if (first := told.setdefault(key, value)) != value:
+                    both = (printable(repr(each), 60) for each in (first, value))
+                    problems.append(f"config: {key} is {' in one section and '.join(both)} in another")
+            elif isinstance(value, Mapping) and key not in _ELSEWHERE:
+                before = len(told)
+                inner = visit(value, f"{name}.")
+                unread += inner if len(told) > before else [name]
+            else:
+                unread.append(name)
+        return unread
+
+    return told, visit(config or {}, ""), problems
+
+
+def not_read(unread: list[str]) -> list[str]:
+    """For a plan's notes: the keys of a config that no family knows."""
+    return [f"config: not read: {shortened([printable(name) for name in unread])}"] if unread else []
 
 
 def settling(told: Mapping[str, Any], assumed: list[str]) -> Callable[[str, Any, str], Any]:

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import pickletools
+import re
 from collections.abc import Callable, Mapping
 from typing import IO, Any
+
+import numpy as np
 
 from .mapped import UnreadableError
 
@@ -36,6 +39,42 @@ class Constructor:
     """What a file may call: `build` gets the arguments that the file gives, and has to check them."""
 
     build: Callable[..., Any]
+
+
+class Record(dict[str, Any]):
+    """What stands for an object whose attributes are data, such as an `argparse.Namespace`: them."""
+
+    def set_state(self, state: Any) -> None:
+        """Take the attributes that the file gives."""
+        if type(state) is not dict or not all(type(name) is str for name in state):
+            raise PickleError("it fills a record with something else than attributes")
+        self.update(state)
+
+
+@dataclasses.dataclass
+class NumpyType:
+    """What stands for a `numpy.dtype`: its kind and size, as in "f8", and its byte order."""
+
+    code: str
+    order: str = "<"
+
+    def set_state(self, state: Any) -> None:
+        """Take the byte order; what else a dtype's state tells is of structured ones."""
+        match state:
+            case (int(), "<" | ">" | "|" | "=" as order, None, None, None, *_):
+                self.order = {"=": "<", "|": "<"}.get(order, order)
+            case _:
+                raise PickleError("it describes a dtype that is not of numbers or text")
+
+    def read(self, data: bytes) -> bool | int | float | str:
+        """The one value that the bytes are. PickleError if they are not one of this type."""
+        if not re.fullmatch(r"[biufU]\d{1,9}", self.code):
+            raise PickleError(f"it holds a NumPy value of type {printable(self.code)}")
+        dtype = np.dtype(f"{self.order}{self.code}")
+        if dtype.itemsize != len(data):
+            raise PickleError(f"it holds {len(data)} bytes as a NumPy value of {dtype.itemsize}")
+        value: bool | int | float | str = np.frombuffer(data, dtype)[0].item()
+        return value
 
 
 def load(stream: IO[bytes] | Any, known: Mapping[str, Any], persistent: Callable[[Any], Any]) -> Any:
@@ -167,8 +206,11 @@ class _Machine:
         self.stack.append(function.build(*arguments))
 
     def build(self) -> None:
-        self.pop()  # the attributes of an OrderedDict: a state dict's _metadata, versions of its modules
-        self.peek(dict)
+        state = self.pop()
+        if self.stack and isinstance(self.stack[-1], (Record, NumpyType)):
+            self.stack[-1].set_state(state)
+        else:
+            self.peek(dict)  # an OrderedDict, whose attributes are a state dict's _metadata: versions of its modules
 
     def memoize(self, index: int) -> None:
         value = self.pop()

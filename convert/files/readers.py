@@ -1,23 +1,20 @@
 """Files -> nested Python containers of NumPy arrays. Nothing in a file is ever executed.
 
-Zip-format PyTorch files and `.safetensors` are read by our own readers, straight to arrays that lie in the mapped file.
-PyTorch's older format goes through `torch.load(weights_only=True)`, once `convert.files.torch_legacy` has looked it
-over; that is the conversion path's one need of torch (verification aside).
+Both of PyTorch's formats and `.safetensors` are read without PyTorch, straight to arrays that lie in the mapped file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from ..engine import ConversionError
 from . import safetensors_file, torch_legacy, torch_zip
-from .mapped import FLOATS, UnreadableError
-from .pickles import PickleError, RefusedGlobalError, plain, printable
+from .mapped import UnreadableError
+from .pickles import RefusedGlobalError, printable
 
 
 def read(path: str | os.PathLike[str]) -> Any:
@@ -34,10 +31,9 @@ def read(path: str | os.PathLike[str]) -> Any:
             return safetensors_file.read(path)
         if kind == "zip":
             return torch_zip.read(path)
-        torch_legacy.check(path)
+        return torch_legacy.read(path)
     except UnreadableError as error:
         raise _refusal(path, error) from error
-    return read_by_torch(path)
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -57,6 +53,12 @@ def _kind(path: Path) -> str:
         raise ConversionError(f"{path} is empty (0 bytes); copy or download it again")
     with open(path, "rb") as file:
         head = file.read(16)
+    if head.startswith(b"version https://"):
+        raise ConversionError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from"
+        )
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ConversionError(f"{path} is a web page, not a checkpoint; download the file itself")
     if path.suffix == ".safetensors":
         return "safetensors"
     if head.startswith(b"PK"):
@@ -66,12 +68,6 @@ def _kind(path: Path) -> str:
         return "zip"
     if head.startswith(b"\x80"):
         return "legacy"  # a bare pickle: PyTorch's format before 1.6
-    if head.startswith(b"version https://"):
-        raise ConversionError(
-            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from"
-        )
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise ConversionError(f"{path} is a web page, not a checkpoint; download the file itself")
     raise ConversionError(
         f"{path} is not a PyTorch checkpoint: it begins with {head[:8]!r}; expected a file written by torch.save, or "
         ".safetensors"
@@ -98,33 +94,16 @@ def _check_zip(path: Path) -> None:
         raise ConversionError(f"{path} is damaged: {printable(str(error))}; copy or download it again") from error
 
 
-def read_by_torch(path: Path) -> Any:
-    """What `read` gives, of a PyTorch file of either format, by way of `torch.load(weights_only=True)`."""
-    try:
-        import torch
-    except ImportError as error:
-        raise ConversionError(
-            f"{path} is in PyTorch's format before 1.6, which needs PyTorch to be read: pip install 'jddim[convert]', "
-            "or save it again where PyTorch is"
-        ) from error
-    try:
-        with warnings.catch_warnings():  # what cannot be read is an error below
-            warnings.simplefilter("ignore")
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, KeyError ... for broken files
-        raise _refusal(path, torch_zip.DamagedFileError(f"PyTorch cannot read it ({_reason(error)})")) from error
-    size = path.stat().st_size
-    try:
-        return plain(contents, _to_numpy(size), 4 * size + 1000)
-    except UnreadableError as error:
-        raise _refusal(path, error) from error
-
-
 def _refusal(path: Path, error: Exception) -> ConversionError:
     """What is wrong with a file, in the same words for both of PyTorch's formats."""
     if path.suffix == ".safetensors":
         return ConversionError(f"{path} is not a whole .safetensors file: {error}")
     match error:
+        case RefusedGlobalError() if error.name.startswith("torch_utils.persistence."):
+            return ConversionError(
+                f"{path} is a pickle of NVIDIA's networks (EDM, StyleGAN), which holds their source code to be run; "
+                "jddim never runs code from a checkpoint, and supports none of these networks"
+            )
         case RefusedGlobalError():
             return ConversionError(
                 f"{path} refused: its pickle calls {error.name} when loaded, and jddim never runs code from a "
@@ -140,37 +119,3 @@ def _refusal(path: Path, error: Exception) -> ConversionError:
             return ConversionError(f"{path} holds a tensor that is not a plain array of numbers: {error}")
         case _:
             return ConversionError(f"{path} is damaged or truncated: {error}; copy or download it again")
-
-
-def _reason(error: Exception) -> str:
-    """What PyTorch found wrong, without its advice (which is to switch `weights_only` off, or to report a bug)."""
-    message = str(error)
-    if "WeightsUnpickler error:" in message:
-        message = message.partition("WeightsUnpickler error:")[2]
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return printable(lines[0].partition(" (Could this error")[0], 160) if lines else type(error).__name__
-
-
-def _to_numpy(file_size: int) -> Any:
-    """For `plain`: a tensor as an array, a dtype or device as its name."""
-    import torch
-
-    bounded = torch_zip.bounded_leaf(file_size)
-
-    def leaf(value: Any) -> Any:
-        if isinstance(value, (torch.dtype, torch.device)):
-            return str(value)
-        if isinstance(value, set):
-            return list(value)
-        if not isinstance(value, torch.Tensor):
-            raise PickleError(f"it holds a {type(value).__name__}")
-        value, name = value.detach(), str(value.dtype).removeprefix("torch.")
-        try:
-            if name in FLOATS:
-                bits = torch.uint8 if value.element_size() == 1 else torch.uint16
-                return bounded(value.view(bits).numpy().view(FLOATS[name]))
-            return bounded(value.numpy())
-        except (TypeError, RuntimeError) as error:
-            raise torch_zip.NotNumbersError(_reason(error)) from error
-
-    return leaf

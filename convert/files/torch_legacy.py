@@ -1,7 +1,7 @@
-"""PyTorch's format before 1.6: five pickles, then the storages. Checked here; read by `torch.load(weights_only=True)`.
+"""PyTorch's format before 1.6 without PyTorch: five pickles, then the storages, one after the other.
 
-`convert.files.pickles` goes through the pickles before PyTorch sees them, so that both formats refuse the same files
-with the same words, and a size in the file is compared with the file before PyTorch allocates it.
+The pickles are read as the newer format's is (`convert.files.torch_zip`), so that both hold and refuse the same. The
+storages lie behind the pickle that refers to them: it is read once for their sizes, and again with their places.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .mapped import MappedFile, UnreadableError
-from .pickles import PickleError, load, printable
-from .torch_zip import DamagedFileError, Storage, known_globals, parse_storage
+from .pickles import PickleError, load, plain, printable
+from .torch_zip import DamagedFileError, Kind, Storage, bounded_leaf, known_globals, numpy_dtype, parse_storage
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -21,12 +23,13 @@ class NotTorchError(UnreadableError):
     """A pickle that `torch.save` did not write."""
 
 
-def check(path: Path) -> None:
-    """Raise unless the file has this format, holds tensors and plain values only, and is as long as it says.
+def read(path: Path) -> Any:
+    """The contents: plain containers, and read-only arrays that lie in the file, or copies of those not aligned there.
 
-    Raises NotTorchError, PickleError (RefusedGlobalError among them), DamagedFileError or NotNumbersError.
+    Raises NotTorchError, PickleError (RefusedGlobalError among them), LayoutError, DamagedFileError or NotNumbersError.
     """
-    stream = MappedFile.open(path).buffer
+    file = MappedFile.open(path)
+    stream = file.buffer
     storages: dict[str, Storage] = {}
 
     def storage(identity: Any) -> Storage:
@@ -40,12 +43,16 @@ def check(path: Path) -> None:
         raise NotTorchError
     if load(stream, {}, _no_storage) != _PROTOCOL:
         raise DamagedFileError("it has an unknown protocol")
-    load(stream, {}, _no_storage)  # what machine wrote it
+    machine = load(stream, {}, _no_storage)
+    big_endian = type(machine) is dict and machine.get("little_endian") is False
+    at = stream.tell()
     load(stream, known, storage)
+    length = stream.tell() - at
     keys = load(stream, {}, _no_storage)
     if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(storages):
         raise DamagedFileError("its storages are not those that its tensors lie in")
-    for key in keys:  # each is preceded by its number of elements; PyTorch believes that one, whatever the tensor says
+    starts: dict[str, int] = {}
+    for key in keys:  # each is preceded by its number of elements
         found = storages[key]
         numel = int.from_bytes(stream.read(8), "little")
         if numel != found.numel or stream.tell() + found.nbytes > len(stream):
@@ -53,7 +60,28 @@ def check(path: Path) -> None:
                 f"storage {printable(key, 40)} should have {found.numel} numbers; it has {numel}, "
                 f"in a file of {len(stream)} bytes"
             )
+        starts[key] = stream.tell()
         stream.seek(found.nbytes, 1)
+
+    def array(source: Storage, offset: int, shape: Any, strides: Any, kind: Kind | None = None) -> np.ndarray:
+        return file.array(
+            source.dtype if kind is None else numpy_dtype(kind),
+            shape,
+            start=starts[source.key],
+            length=source.nbytes,
+            offset=offset,
+            strides=strides,
+            big_endian=big_endian,
+        )
+
+    bounded = bounded_leaf(file.size)
+
+    def leaf(value: Any) -> Any:
+        value = bounded(value)
+        return np.require(value, requirements="A") if isinstance(value, np.ndarray) else value
+
+    stream.seek(at)
+    return plain(load(stream, known_globals(array), storage), leaf, 4 * length + 1000)
 
 
 def _no_storage(identity: Any) -> Any:

@@ -13,13 +13,13 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
 from .mapped import DTYPES, LayoutError, MappedFile, UnreadableError
-from .pickles import Constructor, PickleError, load, plain, printable
+from .pickles import Constructor, NumpyType, PickleError, Record, load, plain, printable
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 """Of a zip entry: signature, version, flags, method, time, date, CRC, sizes, lengths of name and extra field."""
@@ -87,9 +87,7 @@ def read(path: Path) -> Any:
             raise DamagedFileError(f"its storage {printable(found.key)} of {found.nbytes} bytes {there}")
         return found
 
-    def array(source: Any, offset: Any, shape: Any, strides: Any, kind: Kind | None = None) -> np.ndarray:
-        if not isinstance(source, Storage) or not _are_ints((offset,), shape, strides):
-            raise PickleError("it rebuilds a tensor from something else than a storage and integers")
+    def array(source: Storage, offset: int, shape: Any, strides: Any, kind: Kind | None = None) -> np.ndarray:
         entry = entries[f"{prefix}data/{source.key}"]
         return file.array(
             source.dtype if kind is None else numpy_dtype(kind),
@@ -131,21 +129,24 @@ def known_globals(array: Callable[..., Any]) -> dict[str, Any]:
 
         return Constructor(build)
 
+    def build_tensor(storage: Any, offset: Any, shape: Any, strides: Any, marks: Any, *kind: Kind) -> Any:
+        if not isinstance(storage, Storage) or not _are_ints((offset,), shape, strides):
+            raise PickleError("it rebuilds a tensor from something else than a storage and integers")
+        if marks:
+            raise NotNumbersError("a conjugated or negated view")
+        return array(storage, offset, shape, strides, *kind)
+
     def tensor(
         storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any = None, _hooks: Any = None, marks: Any = None
     ) -> Any:
-        if marks:
-            raise NotNumbersError("a conjugated or negated view")
-        return array(storage, offset, shape, strides)
+        return build_tensor(storage, offset, shape, strides, marks)
 
     def tensor_v3(
         storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, kind: Any, marks: Any = None
     ) -> Any:
         if not isinstance(kind, Kind):
             raise PickleError("it rebuilds a tensor of no dtype")
-        if marks:
-            raise NotNumbersError("a conjugated or negated view")
-        return array(storage, offset, shape, strides, kind)
+        return build_tensor(storage, offset, shape, strides, marks, kind)
 
     def first(data: Any, *_: Any) -> Any:
         return data  # a Parameter is its data
@@ -169,7 +170,7 @@ def known_globals(array: Callable[..., Any]) -> dict[str, Any]:
 def parse_storage(identity: Any) -> Storage:
     """The storage that a persistent id names; PickleError if it names something else."""
     match identity:
-        case ("storage", Kind() as kind, str(key), str(), int(numel), *_) if numel >= 0 and len(identity) <= 6:
+        case ("storage", Kind() as kind, str(key), str(), int(numel), *view) if numel >= 0 and view in ([], [None]):
             return Storage(kind, key, numel)
     raise PickleError("it refers to something that is not a storage")
 
@@ -193,6 +194,8 @@ def bounded_leaf(file_size: int) -> Callable[[Any], Any]:
         nonlocal left
         if isinstance(value, Kind):
             return f"torch.{value.dtype}"
+        if isinstance(value, NumpyType):
+            return f"numpy.{value.order}{printable(value.code)}"
         if isinstance(value, Storage):
             raise NotNumbersError("a storage without a tensor")
         if not isinstance(value, np.ndarray):
@@ -285,6 +288,38 @@ def _bytes(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _default_dict(factory: Any = None, *arguments: Any) -> dict[Any, Any]:
+    """A dict; what a `defaultdict` would make of an absent key is never asked for."""
+    return _dict(*arguments)
+
+
+def _record() -> Record:
+    return Record()  # its attributes come afterwards
+
+
+def _path(kind: type[PurePath]) -> Constructor:
+    """A path's text, without any file system."""
+
+    def build(*parts: Any) -> str:
+        if not all(type(part) is str for part in parts):
+            raise PickleError("it makes a path of something else than names")
+        return str(kind(*parts))
+
+    return Constructor(build)
+
+
+def _numpy_type(code: Any, *_: Any) -> NumpyType:
+    if type(code) is not str:
+        raise PickleError("it makes a dtype of something else than its name")
+    return NumpyType(code)
+
+
+def _numpy_value(kind: Any, data: Any = b"") -> Any:
+    if not isinstance(kind, NumpyType) or type(data) is not bytes:
+        raise PickleError("it makes a NumPy value of something else than a dtype and bytes")
+    return kind.read(data)
+
+
 def _device(*arguments: Any) -> str:
     return ":".join(printable(str(argument)) for argument in arguments if type(argument) in (str, int))
 
@@ -319,6 +354,15 @@ _NOT_NUMBERS = {
 _INERT: dict[str, Any] = {
     "collections.OrderedDict": Constructor(_dict),
     "collections.Counter": Constructor(_dict),
+    "collections.defaultdict": Constructor(_default_dict),
+    **dict.fromkeys(("argparse.Namespace", "types.SimpleNamespace"), Constructor(_record)),
+    **{f"pathlib.{local}PosixPath": _path(PurePosixPath) for local in ("", "Pure", "_local.", "_local.Pure")},
+    **{f"pathlib.{local}WindowsPath": _path(PureWindowsPath) for local in ("", "Pure", "_local.", "_local.Pure")},
+    "numpy.dtype": Constructor(_numpy_type),
+    **{f"numpy.{core}.multiarray.scalar": Constructor(_numpy_value) for core in ("core", "_core")},
+    # what a defaultdict would call: text here, which nothing can
+    **{f"builtins.{name}": name for name in ("bool", "dict", "float", "int", "list", "str", "tuple")},
+    **{"builtins.long": "int", "builtins.unicode": "str"},  # as protocol 2 calls them
     "builtins.set": Constructor(_items),
     "_codecs.encode": Constructor(_bytes),
     "torch.Size": Constructor(_items),

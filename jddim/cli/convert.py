@@ -27,7 +27,6 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     sub.add_argument("dst", type=Path, help="folder to write")
     source_options(sub)
-    sub.add_argument("--weights", choices=("ema", "raw"), help="default: ema where there are any")
     sub.add_argument(
         "--license", metavar="NAME", help="the weights', such as MIT: recorded, and said by the model card"
     )
@@ -69,6 +68,11 @@ def source_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--preset", metavar="NAME", help="all that --set would say, for a published model (guided-256, ...)"
+    )
+    sub.add_argument(
+        "--weights",
+        metavar="ema|raw|KEY",
+        help="which of a file's: KEY is where they lie, such as state_dict.model (default: ema where there are any)",
     )
     sub.add_argument("--variant", metavar="NAME", help="such as fp16: which of a folder's weights")
     sub.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")

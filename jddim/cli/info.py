@@ -46,6 +46,7 @@ def _info(args: argparse.Namespace) -> int:
         config=args.config,
         settings=settings(args.set),
         preset=args.preset,
+        weights=args.weights,
         variant=args.variant,
         revision=args.revision,
     )

@@ -127,7 +127,7 @@ def test_the_emas_weights_come_first_and_its_step_is_known(tmp_path: Path) -> No
     assert any(line.startswith("num_train_timesteps = 1000, beta_start") for line in metadata.provenance["assumed"])
     assert find(run, "raw").file.parent.name == "unet"
     for src, weights, message in (
-        (run / "unet_ema", "raw", "not --weights raw"),
+        (run / "unet_ema", "raw", "the ema ones, so no --weights raw"),
         (run / "unet", "ema", "no --weights ema"),
     ):
         with pytest.raises(ConversionError, match=message):
@@ -163,7 +163,7 @@ def test_legacy_names_and_bin_files(tmp_path: Path) -> None:
     write(tmp_path / "old", old, "diffusion_pytorch_model.bin")
     write(tmp_path / "new")
     first, second = (
-        family.open_source(read_weights(find(tmp_path / name).file), None, "").tensors for name in ("old", "new")
+        family.open_source(read_weights(find(tmp_path / name).file), "").tensors for name in ("old", "new")
     )
     assert set(first) == set(second)
     assert all(np.array_equal(first[key], second[key]) for key in first)
@@ -477,7 +477,7 @@ def test_diffusers_other_networks_are_named(tmp_path: Path) -> None:
     for name, message in (
         ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight", "cross-attention to text"),
         ("encoder.down_blocks.0.resnets.0.norm1.weight", "autoencoder"),
-        ("down_blocks.0.resnets.0.norm1.weight", "not the whole weights of a UNet2DModel"),
+        ("down_blocks.0.resnets.0.norm1.weight", "too few names of a UNet2DModel"),
     ):
         save_file(stem | {name: np.zeros(2, np.float32)}, tmp_path / "w.safetensors")
         with pytest.raises(ConversionError, match=message):

@@ -17,8 +17,8 @@ import jddim.checkpoint.folder  # noqa: E402
 from convert.conversion import convert, describe  # noqa: E402
 from convert.engine import ConversionError  # noqa: E402
 from convert.export import export  # noqa: E402
-from convert.families import recognise  # noqa: E402
 from convert.families.lucidrains import buffers, infer, open_source, plan  # noqa: E402
+from convert.recognition import as_asked, recognise  # noqa: E402
 from jddim.config import LucidrainsConfig, SamplerConfig, ScheduleConfig  # noqa: E402
 from jddim.schedule import make_schedule  # noqa: E402
 
@@ -29,7 +29,7 @@ CONFIG = small_config()
 
 def tensors(config: LucidrainsConfig = CONFIG, schedule: ScheduleConfig = COSINE, objective: str = "pred_v") -> Any:
     """What `open_source` makes of a GaussianDiffusion's state dict."""
-    return open_source(diffusion(draw(config, 1), schedule, objective), None, "file").tensors
+    return open_source(diffusion(draw(config, 1), schedule, objective), "file").tensors
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -70,16 +70,19 @@ def test_the_sets_of_weights() -> None:
         (contents["ema"], "raw", raw, "raw"),
         ({**contents, "ema": None}, None, raw, "raw"),
         (contents["model"], None, raw, "unstated"),
-        (draw(CONFIG, 2), "raw", raw, "raw"),
+        (draw(CONFIG, 2), "raw", raw, "unstated"),
     ):
-        assert recognise(raw_contents, "file").name == "lucidrains"
-        source = open_source(raw_contents, wish, "file")
+        family, source = recognise(raw_contents, "file", wish)
+        assert family.name == "lucidrains"
         assert source.weights == kind
         np.testing.assert_array_equal(source.tensors["init_conv.weight"], expected)
     with pytest.raises(ConversionError, match="holds no ema weights; it has: raw"):
-        open_source({**contents, "ema": None}, "ema", "file")
+        recognise({**contents, "ema": None}, "file", "ema")
     with pytest.raises(ConversionError, match="no --weights ema"):
-        open_source(draw(CONFIG, 2), "ema", "file")
+        as_asked(recognise(draw(CONFIG, 2), "file", "ema")[1], "ema", "file")
+
+
+LEARNED = small_config(time_embedding="learned", time_features=6)
 
 
 def renamed(old: str, new: str) -> dict[str, np.ndarray]:
@@ -92,16 +95,15 @@ def renamed(old: str, new: str) -> dict[str, np.ndarray]:
         (renamed("downs.0.2.", "downs.0.2.fn."), r"before 2\.0"),
         ({**draw(CONFIG, 1), "classes_emb.weight": np.zeros((3, 4), np.float32)}, "classifier_free_guidance.py"),
         (renamed("block1.norm.g", "block1.norm.weight"), r"1\.x, whose blocks have group norms"),
-        ({f"net.{name}": value for name, value in draw(CONFIG, 1).items()}, "ElucidatedDiffusion"),
-        ({f"model.{name}": value for name, value in draw(CONFIG, 1).items()}, "no betas"),
+        ({f"net.{name}": value for name, value in draw(LEARNED, 1).items()}, "ElucidatedDiffusion"),
+        ({f"model.{name}": value for name, value in draw(LEARNED, 1).items()}, "no betas"),
         ({**draw(CONFIG, 1), "init_conv.weight": np.zeros((4, 1, 7), np.float32)}, "Unet1D"),
         ({**draw(CONFIG, 1), "extra": "text"}, r"not tensors: extra \(str\)"),
     ],
 )
 def test_relatives_are_refused_with_a_reason(state: dict[str, Any], reason: str) -> None:
-    assert recognise(state, "file").name == "lucidrains"
     with pytest.raises(ConversionError, match=reason):
-        open_source(state, None, "file")
+        recognise(state, "file")
 
 
 # -- what buffers and shapes tell -------------------------------------------------------------------------------------

@@ -9,7 +9,18 @@ import pytest
 
 from convert.engine import ConversionError
 from convert.families import diffusers_config, ho, lucidrains, openai
-from convert.families.values import integer, is_integer, literal, number, parse, positive, settling, whole
+from convert.families.values import (
+    integer,
+    is_integer,
+    literal,
+    not_read,
+    number,
+    parse,
+    positive,
+    sections,
+    settling,
+    whole,
+)
 
 _LONG = "1" + "0" * 400  # an integer that no float holds
 
@@ -85,6 +96,18 @@ def test_settings_are_parsed_and_all_that_is_wrong_is_said() -> None:
         "config: eta must be a number, got 'much'",
         "unknown --set key 'dept' (did you mean 'depth'? allowed: depth, eta, width)",
     ]
+
+
+def test_sections_of_a_config() -> None:
+    config = {"a": 1, "model": {"b": 2, "c": {"x": 3}}, "optim": {"a": 9}, "more": {"y": {"z": 1}}, "data": None}
+    assert sections(config, {"a", "b", "x"}) == ({"a": 1, "b": 2, "x": 3}, ["optim", "more", "data"], [])
+    assert sections({"s": {"a": 1}, "t": {"a": 1}, "u": {"a": 2}}, {"a"})[2] == [
+        "config: a is 1 in one section and 2 in another"
+    ]
+    assert sections(None, {"a"}) == ({}, [], [])
+    assert not_read([]) == []
+    (said,) = not_read([f"k\n{i}" for i in range(9)])
+    assert said == "config: not read: " + "; ".join(f"k?{i}" for i in range(6)) + "; ... and 3 more"
 
 
 def test_what_was_not_told_is_settled_and_assumed() -> None:

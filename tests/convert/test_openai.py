@@ -14,10 +14,11 @@ from tiny import small_config
 torch = pytest.importorskip("torch", reason="the OpenAI networks are built in torch: pip install 'jddim[convert]'")
 
 from convert.conversion import convert, describe, verify  # noqa: E402
-from convert.engine import ConversionError  # noqa: E402
+from convert.engine import ConversionError, UnsettledError  # noqa: E402
 from convert.export import export  # noqa: E402
-from convert.families import Source, openai, recognise  # noqa: E402
-from convert.families.openai import PRESETS, SETTINGS, infer, open_source, plan, read_settings, write_openai  # noqa: E402
+from convert.families import Source, openai  # noqa: E402
+from convert.families.openai import PRESETS, SETTINGS, infer, placed, plan, read_settings, write_openai  # noqa: E402
+from convert.recognition import as_asked, recognise  # noqa: E402
 from convert.reference.openai_unet import OpenAIUNet  # noqa: E402
 from convert.reference.unet import redraw_  # noqa: E402
 from jddim.checkpoint.folder import load_metadata  # noqa: E402
@@ -126,7 +127,7 @@ def test_presets_that_contradict_the_tensors_are_not_offered() -> None:
     from convert.conversion import _fitting_presets
 
     source = Source(shapes(**published(PRESETS["guided-256-uncond"])), "unstated")
-    assert _fitting_presets(openai.FAMILY, source) == ["guided-256-uncond", "guided-lsun"]
+    assert _fitting_presets(openai.FAMILY, source, None, {}) == ["guided-256-uncond", "guided-lsun"]
 
 
 def test_the_flags_that_the_sources_have() -> None:
@@ -152,27 +153,37 @@ def test_the_flags_that_the_sources_have() -> None:
     ],
 )
 def test_the_name_says_which_weights(name: str, weights: str, step: int | None) -> None:
-    source = open_source(small_shapes(), None, name)
+    source = placed(recognise(small_shapes(), name)[1], Path(name), None)
     assert (source.weights, source.step) == (weights, step)
     other = "raw" if weights == "ema" else "ema"
-    with pytest.raises(ConversionError, match="one set of weights"):
-        open_source(small_shapes(), other, name)
+    with pytest.raises(ConversionError, match=f"{name} has one set of weights"):
+        as_asked(source, other, name)
 
 
 def test_networks_of_other_kinds_are_refused_with_the_reason() -> None:
     small = small_shapes()
     classifier = {name: value for name, value in small.items() if not name.startswith("output_blocks.")}
     cross = {**small, "input_blocks.1.1.transformer_blocks.0.norm1.weight": np.ones(3, np.float32)}
-    upsampler = small_shapes(in_channels=6, out_channels=6)
+    upsampler = small_shapes(in_channels=6, out_channels=3)
     for tensors, reason in (
         (classifier, "is a classifier"),
         (cross, "latent-diffusion"),
-        (upsampler, r"is an upsampler \(SuperResModel: 6 channels in, 6 out\)"),
+        (upsampler, r"is an upsampler \(SuperResModel: 6 channels in, 3 out\)"),
         ({**small, "step": 3}, r"not tensors: step \(int\)"),
     ):
-        assert recognise(tensors, "x.pt") is openai.FAMILY
         with pytest.raises(ConversionError, match=f"x.pt .*{reason}"):
-            open_source(tensors, None, "x.pt")
+            recognise(tensors, "x.pt")
+
+
+def test_six_channels_on_both_sides_are_an_upsampler_unless_one_says_no() -> None:
+    six = small_shapes(in_channels=6, out_channels=6)
+    with pytest.raises(UnsettledError, match=r"an upsampler of 3 .* or a network of 6-channel images") as caught:
+        plan(six, None, FLAGS)
+    assert caught.value.asks == ("learn_sigma=False",)
+    model = plan(six, None, FLAGS | {"learn_sigma": "False"}).model
+    assert (model.in_channels, model.out_channels) == (6, 6)
+    with pytest.raises(ConversionError, match="learn_sigma is True by the flags, but False"):
+        plan(six, None, FLAGS | {"learn_sigma": "True"})
 
 
 def test_a_file_without_its_end_does_not_pass_for_a_smaller_network() -> None:
@@ -325,6 +336,22 @@ def test_what_cannot_be_read_is_named_with_what_can() -> None:
 def test_a_config_file_of_flags_is_read_too() -> None:
     told = read_settings({"attention_resolutions": [16, 8], "class_cond": True, "lr": 1e-4}, {"class_cond": "False"})
     assert told == {"attention_resolutions": (16, 8), "class_cond": False}
+
+
+def test_flags_in_sections_are_read_and_the_rest_is_said() -> None:
+    """A YAML file as DDRM has for guided-diffusion's networks."""
+    config = {
+        "data": {"dataset": "ImageNet", "image_size": 6, "rescaled": True},
+        "model": {"type": "openai", "image_size": 6, "num_heads": 2, "channel_mult": "", "attention_resolutions": "3"},
+        "diffusion": {"beta_schedule": "linear", "num_diffusion_timesteps": 1000},
+        "sampling": {"batch_size": 1, "diffusion_steps": 7},
+    }
+    made = plan(small_shapes(), config, {})
+    assert made.model.image_size == (6, 6)
+    assert made.notes[-1] == ("config: not read: data.dataset; data.rescaled; model.type; diffusion; sampling")
+    config["data"]["image_size"] = 32
+    with pytest.raises(ConversionError, match="config: image_size is 32 in one section and 6 in another"):
+        plan(small_shapes(), config, {})
 
 
 # -- from end to end --------------------------------------------------------------------------------------------------

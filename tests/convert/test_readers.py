@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import os
 import pickle
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -145,6 +147,12 @@ def test_a_file_written_without_checksums_is_read(tmp_path: Path) -> None:
         ("a.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer"),
         ("a.pth", b"\x89PNG\r\n\x1a\n" + b"\x00" * 64, "is not a PyTorch checkpoint: it begins with"),
         ("a.safetensors", b"\x80\x02garbage", "is not a whole .safetensors file"),
+        ("a.safetensors", b"<html>log in", "is a web page"),
+        (
+            "a.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n",
+            "is a Git LFS pointer",
+        ),
         ("a.safetensors", b"\xff" * 100, "is not a whole .safetensors file"),
     ],
 )
@@ -258,6 +266,80 @@ def test_a_whole_module_is_refused_with_its_class(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 3), tmp_path / "a.pth")
     with pytest.raises(ConversionError, match=r"refused: its pickle calls torch\.nn\.modules\.linear\.Linear"):
         read(tmp_path / "a.pth")
+
+
+def test_a_pickle_of_networks_with_their_source_is_named(tmp_path: Path) -> None:
+    pickled = b"\x80\x04ctorch_utils.persistence\n_reconstruct_persistent_obj\n}\x85R."
+    (tmp_path / "edm.pkl").write_bytes(pickled)
+    with pytest.raises(ConversionError, match=r"edm\.pkl is a pickle of NVIDIA's networks \(EDM, StyleGAN\)"):
+        read(tmp_path / "edm.pkl")
+
+
+# -- what stands for objects ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("new", [True, False])
+def test_objects_of_data_are_read_as_data(tmp_path: Path, protocol: int, new: bool) -> None:
+    tree: defaultdict[str, Any] = defaultdict(list)
+    tree["losses"].append(np.float32(0.5))
+    content = {
+        "args": argparse.Namespace(
+            lr=1e-4, out=PurePosixPath("/runs/a"), sizes=(64, np.int64(32)), deep=SimpleNamespace(a=1)
+        ),
+        "path": Path("runs/b"),
+        "windows": PureWindowsPath("C:\\runs\\c"),
+        "tree": tree,
+        "nothing": defaultdict(None, a=1),
+        "counts": [np.int8(-3), np.uint16(65535), np.float16(0.5), np.float64(0.1), np.bool_(True), np.str_("an é")],
+        "foreign": np.dtype(">f8").type(2.5),
+        "kinds": [np.dtype("float32"), torch.float16, int],
+        "weight": torch.ones(2),
+    }
+    torch.save(content, tmp_path / "a.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=new)
+    actual = read(tmp_path / "a.pt")
+    np.testing.assert_array_equal(actual.pop("weight"), np.ones(2))
+    assert actual == {
+        "args": {"lr": 1e-4, "out": "/runs/a", "sizes": [64, 32], "deep": {"a": 1}},
+        "path": "runs/b",
+        "windows": "C:\\runs\\c",
+        "tree": {"losses": [0.5]},
+        "nothing": {"a": 1},
+        "counts": [-3, 65535, 0.5, 0.1, True, "an é"],
+        "foreign": 2.5,
+        "kinds": ["numpy.<f4", "torch.float16", "int"],
+    }
+    assert all(type(value) in (int, float, bool, str) for value in actual["counts"])
+
+
+SCALAR = b"\x80\x02cnumpy.core.multiarray\nscalar\n"
+F8 = b"cnumpy\ndtype\nX\x02\x00\x00\x00f8\x85R"
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (SCALAR + F8 + b"C\x03abc\x86R.", "3 bytes as a NumPy value of 8"),
+        (SCALAR + F8.replace(b"f8", b"O8") + b"C\x08abcdefgh\x86R.", "a NumPy value of type O8"),
+        (
+            SCALAR + F8.replace(b"\x02\0\0\0f8", b"\x09\0\0\0U99999999") + b"C\x01a\x86R.",
+            "1 bytes as a NumPy",
+        ),
+        (SCALAR + F8 + b"(K\x03X\x01\x00\x00\x00?NNNK\x01tbC\x08abcdefgh\x86R.", "not of numbers or text"),
+        (SCALAR + b"K\x01C\x08abcdefgh\x86R.", "something else than a dtype and bytes"),
+        (b"\x80\x02cnumpy\ndtype\nK\x01\x85R.", "something else than its name"),
+        (b"\x80\x02cpathlib\nPosixPath\nK\x01\x85R.", "a path of something else than names"),
+        (b"\x80\x02cargparse\nNamespace\n)\x81K\x01b.", "something else than attributes"),
+        (b"\x80\x02cargparse\nNamespace\n}\x85\x81.", "takes 0 positional arguments"),
+        (b"\x80\x02cargparse\nNamespace\n)\x81}K\x01K\x01sb.", "something else than attributes"),
+        (b"\x80\x02cbuiltins\nint\n)R.", "it calls a str"),
+        (b"\x80\x02ccollections\ndefaultdict\ncbuiltins\nlist\nK\x01\x86R.", "a dict of something else"),
+    ],
+)
+def test_what_stands_for_objects_takes_only_their_data(tmp_path: Path, pickled: bytes, message: str) -> None:
+    (tmp_path / "a.pt").write_bytes(pickled)
+    with pytest.raises(ConversionError, match=f"is damaged or truncated: .*{message}"):
+        read(tmp_path / "a.pt")
 
 
 def test_a_torchscript_archive(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""PyTorch's format before 1.6: looked over before PyTorch sees it, so that its sizes are the file's."""
+"""PyTorch's format before 1.6: its sizes are the file's, and its arrays lie in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from convert.engine import ConversionError
 from convert.files import torch_legacy
 from convert.files.readers import read
 
-torch = pytest.importorskip("torch", reason="PyTorch's old format is written and read by torch alone")
+torch = pytest.importorskip("torch", reason="PyTorch's old format is written by torch alone")
 
 
 def write(path: Path) -> bytes:
@@ -29,7 +29,7 @@ def test_a_storage_of_another_size(tmp_path: Path, numel: int) -> None:
         read(tmp_path / "a.pt")
 
 
-def test_a_storage_larger_than_the_file_is_refused_before_pytorch_allocates_it(tmp_path: Path) -> None:
+def test_a_storage_larger_than_the_file_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
     content = write(tmp_path / "a.pt")
     where = content.index(b"cpuq") + 5
     huge = pickle.dumps(2**40, 2)[2:-1]
@@ -37,7 +37,7 @@ def test_a_storage_larger_than_the_file_is_refused_before_pytorch_allocates_it(t
     with pytest.raises(
         torch_legacy.DamagedFileError, match=r"storage \d+ should have 1099511627776 numbers; it has 7,"
     ):
-        torch_legacy.check(tmp_path / "a.pt")
+        torch_legacy.read(tmp_path / "a.pt")
 
 
 def test_views_and_shared_storages(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_openais_and_lucidrains_words() -> None:
     config = lucidrains_files.small_config()
     unet = lucidrains_files.draw(config, 1)
     state = lucidrains_files.diffusion(unet, lucidrains_files.COSINE, "pred_x0")
-    tensors = lucidrains.open_source(state, None, "a.pt").tensors
+    tensors = lucidrains.open_source(state, "a.pt").tensors
     wording = lucidrains.plan(tensors, None, lucidrains_files.SETTINGS).wording
     assert wording.schedule == {"beta_schedule": "cosine", "timesteps": "100"}
     assert wording.sampler == {
