@@ -84,7 +84,15 @@ class ModelConfig(Protocol):
 
     @property
     def input_channels(self) -> int:
-        """Channels of the network's input: the image's, and those of the self-conditioning where there is any."""
+        """Channels of the network's input: the image's, and those of what it is given beside it."""
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of an image that it is given beside x_t; 0: none."""
+
+    @property
+    def condition_first(self) -> bool:
+        """Whether the condition's channels come before x_t's."""
 
     @property
     def out_channels(self) -> int:
@@ -105,6 +113,12 @@ class ModelConfig(Protocol):
     @property
     def num_classes(self) -> int | None:
         """Integer labels lie in 0..num_classes-1; None if there are none, or they are not integers."""
+
+
+def later(default: T) -> T:
+    """A field that files of the same format may lack: their digests hold, since its default is not written."""
+    field: T = dataclasses.field(default=default, metadata={"later": True})
+    return field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +151,8 @@ class UNetConfig:
     class_embedding: None, "learned" (num_classes rows), "timestep" (a number, embedded as t is) or "identity" (a
         vector of the time MLP's width), added to the time MLP's output.
     center_input: the network first maps x to 2 x - 1.
+    condition_channels: of an image that it is given beside x_t, after x_t's channels, or before them with
+        condition_first (image to image: a low resolution, a mask, a grey image, ...). in_channels counts x_t's alone.
     """
 
     image_size: tuple[int, int]
@@ -172,11 +188,13 @@ class UNetConfig:
     class_embedding: str | None = None
     num_classes: int | None = None
     center_input: bool = False
+    condition_channels: int = later(0)
+    condition_first: bool = later(False)
 
     @property
     def input_channels(self) -> int:
-        """Channels of the network's input."""
-        return self.in_channels
+        """Channels of the network's input: x_t's and the condition's."""
+        return self.in_channels + self.condition_channels
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -200,6 +218,7 @@ class UNetConfig:
             f"{self.image_size[0]}x{self.image_size[1]}x{self.in_channels}, ch {self.channels}, "
             f"mult {','.join(f'{mult:g}' for mult in self.channel_mults)}, {self.num_res_blocks} blocks a level, "
             f"attention at levels {','.join(map(str, self.attention_levels)) or 'none'}"
+            + (f", given an image of {self.condition_channels} channels" if self.condition_channels else "")
         )
 
     @property
@@ -281,6 +300,8 @@ class UNetConfig:
             problems.append(f"num_timesteps={self.num_timesteps} goes with time_embedding='learned', and only with it")
         if self.mid_scale == 0:
             problems.append("mid_scale must not be 0")
+        if self.condition_channels < 0:
+            problems.append(f"condition_channels={self.condition_channels} must not be negative")
         return problems
 
     def _width_problems(self) -> list[str]:
@@ -379,6 +400,16 @@ class LucidrainsConfig:
         return None
 
     @property
+    def condition_channels(self) -> int:
+        """0: no image is given beside x_t, but the self-conditioning's."""
+        return 0
+
+    @property
+    def condition_first(self) -> bool:
+        """Whether a condition would come first."""
+        return False
+
+    @property
     def summary(self) -> str:
         """The network in one line, for people."""
         full = [str(level) for level, full in enumerate(self.full_attention) if full]
@@ -448,10 +479,12 @@ def levels_at_resolutions(image_size: int, num_levels: int, resolutions: Iterabl
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A dataclass as a dict of JSON types (tuples become lists)."""
+    """A dataclass as a dict of JSON types (tuples become lists), without what is `later` and at its default."""
+    fields = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
     return {
-        field.name: list(value) if isinstance(value := getattr(config, field.name), tuple) else value
-        for field in dataclasses.fields(config)
+        field.name: list(value) if isinstance(value, tuple) else value
+        for field, value in fields
+        if not ("later" in field.metadata and value == field.default)
     }
 
 

@@ -27,6 +27,19 @@ def without_variance(denoise: Denoiser) -> Denoiser:
     return lambda x_t, t, *rest: jnp.split(denoise(x_t, t, *rest), 2, axis=-1)[0]
 
 
+def with_condition(denoise: Denoiser, condition: Array, *, first: bool = False) -> Denoiser:
+    """A denoiser of a network that is given an image beside each x_t: condition `(b, h, w, channels)`, as in training.
+
+    Its channels come after x_t's, or first. What else the network takes is passed on.
+    """
+
+    def conditioned(x_t: Array, t: Array, *rest: Array) -> Array:
+        both = [condition.astype(x_t.dtype), x_t] if first else [x_t, condition.astype(x_t.dtype)]
+        return denoise(jnp.concatenate(both, axis=-1), t, *rest)
+
+    return conditioned
+
+
 def with_self_condition(denoise: Denoiser) -> Denoiser:
     """`denoise(x_t, t, x0_hat)` of a network that takes x0_hat and x_t side by side, in this order (lucidrains)."""
     return lambda x_t, t, x0_hat: denoise(jnp.concatenate([x0_hat, x_t], axis=-1), t)

@@ -114,6 +114,19 @@ def mask_problems(mask: Array | np.ndarray | None, shape: tuple[int, int, int]) 
     return []
 
 
+def condition_problems(
+    config: ModelConfig, condition: Array | np.ndarray | None, shape: tuple[int, int, int], dtype: DTypeLike
+) -> Problems:
+    """What is wrong with the images given beside x_t, for (num, h, w) of them."""
+    channels = config.condition_channels
+    if condition is None and channels:
+        told = f"condition is needed, an image of {channels} channels for each: {(*shape, channels)}"
+        return [("condition", f"{told}; this network is given one beside x_t")]
+    if condition is not None and not channels:
+        return [("condition", "this network is given no image beside x_t: leave condition out")]
+    return array_problems("condition", condition, (*shape, channels), dtype)
+
+
 def start_problems(start: int, num: int) -> Problems:
     """What is wrong with the number of the first image."""
     if 0 <= start <= 2**32 - num:
