@@ -66,4 +66,5 @@ def test_previews_change_nothing_and_end_at_the_images(ddim: jddim.DDIM, every: 
     chex.assert_trees_all_equal(seen[-1].x_t, images[2:])
     _, way = ddim.sample(KEY, 3, **{**options, "trajectory_every": 1})
     for now in seen[: 16 // each]:
-        chex.assert_trees_all_close(now.x0_hat, way.x0_hat[now.done - 1, :2], atol=1e-5)
+        # segments of one step are another program: rounding
+        chex.assert_trees_all_close(now.x0_hat, way.x0_hat[now.done - 1, :2], atol=2e-4)
