@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -30,12 +31,15 @@ def without_variance(denoise: Denoiser) -> Denoiser:
 def with_condition(denoise: Denoiser, condition: Array, *, first: bool = False) -> Denoiser:
     """A denoiser of a network that is given an image beside each x_t: condition `(b, h, w, channels)`, as in training.
 
-    Its channels come after x_t's, or first. What else the network takes is passed on.
+    Its channels come after x_t's, or first. A smaller one is enlarged bilinearly (guided-diffusion's SuperResModel).
+    What else the network takes is passed on.
     """
 
     def conditioned(x_t: Array, t: Array, *rest: Array) -> Array:
-        both = [condition.astype(x_t.dtype), x_t] if first else [x_t, condition.astype(x_t.dtype)]
-        return denoise(jnp.concatenate(both, axis=-1), t, *rest)
+        beside = condition.astype(x_t.dtype)
+        if beside.shape[1:3] != x_t.shape[1:3]:
+            beside = jax.image.resize(beside, (*x_t.shape[:3], beside.shape[3]), "linear", antialias=False)
+        return denoise(jnp.concatenate([beside, x_t] if first else [x_t, beside], axis=-1), t, *rest)
 
     return conditioned
 

@@ -207,7 +207,8 @@ class DDIM:
         labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1 (or what its
             `class_embedding` takes, one row an image).
         condition: for a network that is given an image beside each x_t, and only for one: `(num, h, w,
-            condition_channels)` float32, scaled as in training (mostly to [-1, 1]).
+            condition_channels)` float32, scaled as in training (mostly to [-1, 1]); one that is smaller by whole
+            factors is enlarged bilinearly.
         guidance_scale: guidance between `null_label`, the label that meant none in training (scale 0; by default what
             `jddim train` recorded), and `labels` (1), or beyond; a scalar or one value per image. Twice the
             evaluations. guidance: its kind, "classifier-free", "projected" or "cfg++" (`jddim.guidance`).

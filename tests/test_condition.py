@@ -73,6 +73,20 @@ def test_image_i_has_condition_i_in_batches_too() -> None:
     chex.assert_trees_all_close(whole[2:], last, atol=1e-5)
 
 
+def test_a_smaller_one_is_enlarged_as_torch_does() -> None:
+    torch = pytest.importorskip("torch", reason="compared with torch's bilinear interpolation")
+    small = np.asarray(BESIDE[:, ::2, ::5])
+    enlarged = torch.nn.functional.interpolate(torch.tensor(small).permute(0, 3, 1, 2), SIZE, mode="bilinear")
+    seen = []
+    with_condition(lambda x, t: seen.append(x), jnp.asarray(small))(X_T, jnp.zeros(NUM))
+    chex.assert_trees_all_close(seen[0][..., 1:], enlarged.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+    ddim = ddim_of(config())
+    made = [ddim.sample(x_T=X_T, eta=0.0, condition=c) for c in (small, np.asarray(seen[0][..., 1:]))]
+    chex.assert_trees_all_close(*made, atol=1e-4)  # two programs
+    with pytest.raises(ValueError, match=r"condition must have shape \(3, 6, 10, 2\), got \(3, 4, 10, 2\)"):
+        ddim.sample(x_T=X_T, eta=0.0, condition=BESIDE[:, :4])
+
+
 def test_guided_labels_see_the_same_condition() -> None:
     ddim = ddim_of(config(class_embedding="learned", num_classes=4))
     labels = np.array([0, 2, 1], np.int32)

@@ -32,7 +32,7 @@ from .values import not_read, number, parse, sections, settling, whole
 
 
 def recognise(state: Mapping[Any, Any]) -> bool:
-    """A state dict with this family's names; classifiers and upsamplers too, for `open_source` to refuse."""
+    """A state dict with this family's names; classifiers too, for `open_source` to refuse."""
     parts = {str(name).partition(".")[0] for name in state}
     return {"input_blocks", "middle_block", "time_embed"} <= parts
 
@@ -86,12 +86,6 @@ def _refusal(tensors: Tensors) -> str | None:
     if not any(name.startswith("output_blocks.") for name in tensors):
         return (
             "is a classifier (half a UNet, no output_blocks) for guidance; it predicts no noise, so cannot be sampled"
-        )
-    channels_in, channels_out = _ends(tensors)
-    if channels_in and channels_out and channels_in == 2 * channels_out:
-        return (
-            f"is an upsampler (SuperResModel: {channels_in} channels in, {channels_out} out), which reads a small "
-            "image beside x_t; jddim samples networks of x_t, t and labels only"
         )
     return None
 
@@ -174,6 +168,8 @@ def _ends(tensors: Tensors) -> tuple[int | None, int | None]:
 
 SETTINGS = {
     "image_size": "side of the training images in pixels (or HEIGHTxWIDTH)",
+    "large_size": "of an upsampler, its image_size",
+    "small_size": "of an upsampler (SuperResModel), the side of the small image that it is given beside x_t",
     "num_channels": "base width (checked against the tensors)",
     "num_res_blocks": "residual blocks a level (checked)",
     "channel_mult": "list of width multipliers; empty: the source's for image_size (checked)",
@@ -256,7 +252,7 @@ def _respacing(text: str) -> str:
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(SETTINGS, _boolean),  # all but those that follow
-    "image_size": _size,
+    **dict.fromkeys(("image_size", "large_size", "small_size"), _size),
     **dict.fromkeys(("num_channels", "num_res_blocks", "num_heads", "diffusion_steps", "norm_groups"), _positive),
     **dict.fromkeys(("num_head_channels", "num_heads_upsample"), _count),
     **dict.fromkeys(("channel_mult", "attention_resolutions"), _numbers),
@@ -286,7 +282,9 @@ def _spelled(value: Any) -> str:
 def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:
     """The model, schedule and sampler of these tensors, with what the flags add, and what is assumed."""
     told = read_settings(config, given)
-    found = infer(tensors)
+    found = _with_condition(infer(tensors), told)
+    if "large_size" in told:
+        told = {"image_size": told["large_size"], **told}
     assumed: list[str] = []
     settle = settling(told, assumed)
     problems = _contradictions(told, found)
@@ -310,9 +308,10 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "default) or False (guided-diffusion's)"
         )
     if found["in_channels"] == found["out_channels"] == 6 and "learn_sigma" not in told:
-        missing["learn_sigma=False"] = (
-            "whether 6 channels in and 6 out are an upsampler of 3 (SuperResModel, which reads a small image beside "
-            "x_t and is not supported) or a network of 6-channel images: --set learn_sigma=False says the latter"
+        missing["small_size=SIDE"] = (
+            "whether 6 channels in and 6 out are an upsampler of 3 that learns its variance (SuperResModel, which is "
+            "given a small image beside x_t: --set small_size=SIDE) or a network of 6-channel images (--set "
+            "learn_sigma=False)"
         )
     asks = () if problems else missing
     if missing:
@@ -365,6 +364,17 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     )
 
 
+def _with_condition(found: dict[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts with x_t's channels apart from those of an upsampler's small image, as many again.
+
+    The tensors tell an upsampler where half as many channels come out as go in; where as many do, small_size tells it.
+    """
+    channels_in, channels_out = found["in_channels"], found["out_channels"]
+    half, odd = divmod(channels_in, 2)
+    beside = half if not odd and (channels_out == half or ("small_size" in told and channels_out == 2 * half)) else 0
+    return {**found, "in_channels": channels_in - beside, "condition_channels": beside}
+
+
 def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Flags that say otherwise than the tensors, each with both values."""
     channels_in, channels_out = found["in_channels"], found["out_channels"]
@@ -386,6 +396,13 @@ def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
         problems.append(
             f"the network has {channels_in} channels in and {channels_out} out; x_t needs as many out, or twice as "
             "many with learn_sigma"
+        )
+    if "large_size" in told and told["image_size"] != told["large_size"]:
+        problems.append("large_size is an upsampler's name of image_size, but the two differ; give one")
+    if "small_size" in told and not found["condition_channels"]:
+        problems.append(
+            f"small_size is of an upsampler, whose first layer takes twice its image's channels, but {channels_in} go "
+            f"in and {channels_out} come out"
         )
     if "image_size" in told and "attention_resolutions" in told:
         side = told["image_size"][0]
@@ -410,6 +427,7 @@ def _model(told: Mapping[str, Any], found: Mapping[str, Any], groups: int) -> UN
         "image_size": told["image_size"],
         "in_channels": found["in_channels"],
         "out_channels": found["out_channels"],
+        "condition_channels": found["condition_channels"],
         "channels": found["num_channels"],
         "channel_mults": found["channel_mult"],
         "stem_channels": None if widths[0] == found["num_channels"] else widths[0],
@@ -536,7 +554,7 @@ def reference(config: UNetConfig, *, use_new_attention_order: bool) -> Any:
     from ..reference.openai_unet import OpenAIUNet
 
     return OpenAIUNet(
-        in_channels=config.in_channels,
+        in_channels=config.input_channels,
         out_channels=config.out_channels,
         model_channels=config.channels,
         widths=config.widths,
@@ -573,6 +591,7 @@ _VARIES = (
     *("image_size", "in_channels", "out_channels", "channels", "channel_mults", "stem_channels", "num_res_blocks"),
     *("attention_levels", "up_attention_levels", "num_heads", "num_heads_up", "head_channels", "downsample"),
     *("upsample", "scale_shift", "class_embedding", "num_classes", "time_channels", "mid_norm_groups"),
+    "condition_channels",
     "divide_last",  # a matter of rounding
 )
 
@@ -592,6 +611,8 @@ def _wiring_problems(c: UNetConfig) -> list[str]:
         problems.append(f"mid_norm_groups is {c.mid_norm_groups}, there {c.norm_groups} as everywhere")
     if c.class_embedding not in (None, "learned"):
         problems.append(f"class_embedding is {c.class_embedding!r}, there None or 'learned'")
+    if c.condition_channels not in (0, c.in_channels):
+        problems.append(f"condition_channels is {c.condition_channels}, there 0, or in_channels, {c.in_channels}")
     if c.out_channels not in (c.in_channels, 2 * c.in_channels):
         problems.append(f"out_channels is {c.out_channels}, there {c.in_channels}, or twice that with learn_sigma")
     return problems
@@ -663,6 +684,7 @@ _IMPROVED = _BOTH | {
     "rescale_timesteps": "True",
     "rescale_learned_sigmas": "True",
 }
+_UPSAMPLER = {"num_channels": "192", "num_head_channels": "-1"}
 _PLAIN = {"rescale_timesteps": "False", "rescale_learned_sigmas": "False"}
 PRESETS: dict[str, dict[str, str]] = {
     "guided-64": _GUIDED
@@ -672,6 +694,10 @@ PRESETS: dict[str, dict[str, str]] = {
     "guided-256": _GUIDED | {"image_size": "256"},
     "guided-256-uncond": _GUIDED | {"image_size": "256", "class_cond": "False"},
     "guided-512": _GUIDED | {"image_size": "512", "use_fp16": "False"},
+    "guided-64-256-upsampler": _GUIDED | _UPSAMPLER | {"large_size": "256", "small_size": "64"},
+    "guided-128-512-upsampler": _GUIDED
+    | _UPSAMPLER
+    | {"large_size": "512", "small_size": "128", "num_head_channels": "64", "attention_resolutions": "32,16"},
     "guided-lsun": _GUIDED | {"image_size": "256", "class_cond": "False", "dropout": "0.1"},
     "improved-cifar10": _IMPROVED | {"image_size": "32", "dropout": "0.3"},
     "improved-cifar10-vlb": _IMPROVED | {"image_size": "32", "dropout": "0.3", "use_kl": "True"},

@@ -78,7 +78,8 @@ class Inputs(NamedTuple):
     key: one, or one an image `(num,)`. numbers: which images of the key they are, `(num,)`, in place of start,
     start + 1, ... x_T: `(num, h, w, c)`. noise: `(S, num, h, w, c)`. labels: one an image. eta, guidance_scale: a
     scalar or `(num,)`. images: `(num, h, w, c)`, what is edited, by a strength or with a mask, else inverted.
-    mask: `(h, w, 1)`, in [-1, 1], 1 where images are made anew. condition: `(num, h, w, condition_channels)`.
+    mask: `(h, w, 1)`, in [-1, 1], 1 where images are made anew. condition: beside x_t, `(num, h, w,
+    condition_channels)`, or smaller by whole factors.
     """
 
     key: Array | int | None = None

@@ -124,6 +124,9 @@ def condition_problems(
         return [("condition", f"{told}; this network is given one beside x_t")]
     if condition is not None and not channels:
         return [("condition", "this network is given no image beside x_t: leave condition out")]
+    given = np.shape(condition) if condition is not None else ()
+    if len(given) == 4 and min(given) > 0 and shape[1] % given[1] == 0 and shape[2] % given[2] == 0:
+        shape = (shape[0], given[1], given[2])  # smaller by whole factors: it is enlarged
     return array_problems("condition", condition, (*shape, channels), dtype)
 
 

@@ -78,6 +78,8 @@ MILLIONS = {
     "guided-256": 553.8,
     "guided-256-uncond": 552.8,
     "guided-512": 559.0,
+    "guided-64-256-upsampler": 311.8,  # no card says how many the two upsamplers have: these are by their flags
+    "guided-128-512-upsampler": 308.8,
     "guided-lsun": 552.8,
     "improved-cifar10": 52.5,
     "improved-cifar10-vlb": 52.5,
@@ -90,13 +92,14 @@ MILLIONS = {
 
 def published(flags: Mapping[str, str]) -> dict[str, Any]:
     """The network that the sources' scripts build from flags."""
-    side, channels = int(flags["image_size"]), int(flags["num_channels"])
-    widths = [int(mult * channels) for mult in WIDTHS[side]]
+    side, channels = int(flags.get("image_size") or flags["large_size"]), int(flags["num_channels"])
+    upsampler = "small_size" in flags
+    widths = [int(mult * channels) for mult in WIDTHS[256 if upsampler else side]]  # sr_create_model's of 512 too
     head_channels = int(flags.get("num_head_channels", -1))
     heads = [int(flags["num_heads"]) if head_channels == -1 else width // head_channels for width in widths]
     factors = [side // int(resolution) for resolution in flags["attention_resolutions"].split(",")]
     return {
-        "in_channels": 3,
+        "in_channels": 6 if upsampler else 3,
         "out_channels": 6 if flags["learn_sigma"] == "True" else 3,
         "model_channels": channels,
         "widths": widths,
@@ -116,7 +119,11 @@ def test_a_preset_is_the_published_network_and_leaves_nothing_to_assume(name: st
     assert round(sum(value.size for value in tensors.values()) / 1e6, 1) == MILLIONS[name]
     made = plan(tensors, None, PRESETS[name])
     assert made.assumed == ("norm_groups = 32 (fixed in both sources)",)
-    assert made.model.channel_mults == WIDTHS[int(PRESETS[name]["image_size"])]
+    assert made.model.channel_mults == tuple(
+        width / made.model.channels for width in published(PRESETS[name])["widths"]
+    )
+    assert made.model.condition_channels == (3 if "upsampler" in name else 0)
+    assert (made.model.in_channels, made.model.out_channels) == (3, 6)
     assert made.sampler.variance == "learned_range"
     rescaled = PRESETS[name]["rescale_timesteps"] == "True"
     assert made.sampler.timestep_scale == (0.25 if rescaled else 1)
@@ -164,22 +171,35 @@ def test_networks_of_other_kinds_are_refused_with_the_reason() -> None:
     small = small_shapes()
     classifier = {name: value for name, value in small.items() if not name.startswith("output_blocks.")}
     cross = {**small, "input_blocks.1.1.transformer_blocks.0.norm1.weight": np.ones(3, np.float32)}
-    upsampler = small_shapes(in_channels=6, out_channels=3)
     for tensors, reason in (
         (classifier, "is a classifier"),
         (cross, "latent-diffusion"),
-        (upsampler, r"is an upsampler \(SuperResModel: 6 channels in, 3 out\)"),
         ({**small, "step": 3}, r"not tensors: step \(int\)"),
     ):
         with pytest.raises(ConversionError, match=f"x.pt .*{reason}"):
             recognise(tensors, "x.pt")
 
 
-def test_six_channels_on_both_sides_are_an_upsampler_unless_one_says_no() -> None:
+def test_an_upsampler_is_told_by_its_channels() -> None:
+    flags = {name: value for name, value in FLAGS.items() if name != "image_size"} | {"large_size": "16"}
+    for told in (flags, flags | {"small_size": "4"}, flags | {"image_size": "16"}):
+        model = plan(small_shapes(in_channels=6, out_channels=3), None, told).model
+        assert (model.in_channels, model.condition_channels, model.input_channels, model.out_channels) == (3, 3, 6, 3)
+        assert model.image_size == (16, 16)
+    with pytest.raises(ConversionError, match="large_size is an upsampler's name of image_size, but the two differ"):
+        plan(small_shapes(in_channels=6, out_channels=3), None, flags | {"image_size": "32"})
+    with pytest.raises(ConversionError, match=r"small_size is of an upsampler, .* but 1 go in and 1 come out"):
+        plan(small_shapes(), None, FLAGS | {"small_size": "4"})
+
+
+def test_six_channels_on_both_sides_are_what_one_says() -> None:
     six = small_shapes(in_channels=6, out_channels=6)
     with pytest.raises(UnsettledError, match=r"an upsampler of 3 .* or a network of 6-channel images") as caught:
         plan(six, None, FLAGS)
-    assert caught.value.asks == ("learn_sigma=False",)
+    assert caught.value.asks == ("small_size=SIDE",)
+    learned = plan(six, None, FLAGS | {"small_size": "4"})
+    assert (learned.model.in_channels, learned.model.condition_channels, learned.model.out_channels) == (3, 3, 6)
+    assert learned.sampler.variance == "learned_range"
     model = plan(six, None, FLAGS | {"learn_sigma": "False"}).model
     assert (model.in_channels, model.out_channels) == (6, 6)
     with pytest.raises(ConversionError, match="learn_sigma is True by the flags, but False"):
