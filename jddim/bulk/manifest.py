@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jddim.bulk.shards import Layout
-from jddim.config import METHODS, SamplerConfig, did_you_mean, from_json, to_json
-from jddim.run.request import ALWAYS_SAID, Request, options, type_problems
+from jddim.config import METHODS, SamplerConfig, did_you_mean, from_json, to_json, type_problems
+from jddim.run.request import ALWAYS_SAID, Request, options
 
 FORMAT_VERSION = 1
 

@@ -77,7 +77,8 @@ def _sample(args: argparse.Namespace) -> int:
         raise ValueError("--trajectory goes with OUT ending in .png, .gif, .npz or .npy")
 
     from jddim.checkpoint.folder import load_metadata
-    from jddim.images import atomic, check_output, save_images, save_png
+    from jddim.files import atomic, write_array
+    from jddim.images import check_output, save_images, save_png
 
     metadata = load_metadata(args.ckpt)
     check_output(args.out, metadata.model.in_channels)
@@ -148,7 +149,7 @@ def _sample(args: argparse.Namespace) -> int:
             if suffix == ".npz":
                 np.savez(staging, allow_pickle=False, arr_0=images.to_uint8(x_0), **arrays)
             else:
-                np.save(staging, arrays["x_t"])
+                write_array(staging, arrays["x_t"])
     steps = planned.table.num_steps
     if request.steps is not None and steps != request.steps:
         print(f"note: {used.spacing} spacing makes {steps} steps of {request.steps}, as its source does")

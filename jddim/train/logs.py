@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from jddim.images import atomic
+from jddim.files import atomic
 
 Record = Mapping[str, float]
 """What a line says: step, images, loss, grad_norm, lr, images_per_s, seconds."""

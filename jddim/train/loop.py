@@ -34,9 +34,9 @@ from jddim.checkpoint.folder import CheckpointError, check_destination, save_che
 from jddim.checkpoint.metadata import Metadata
 from jddim.checkpoint.orbax import is_full_disk, orbax, quiet_orbax
 from jddim.config import first_few
+from jddim.files import lock, open_lock
 from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.pipeline import DDIM
-from jddim.run.lock import lock, open_lock
 from jddim.schedule import make_schedule
 from jddim.train import step as training
 from jddim.train.data import Data, batches
