@@ -55,7 +55,5 @@ def export(
         others = ", ".join(name for name in known if name != format)
         raise ConversionError(f"{ckpt} cannot be written as {format}: {error} (other formats: {others})") from error
     except FileExistsError as error:
-        raise ConversionError(
-            f"{dst} appeared meanwhile, and was left as it is; choose another name"
-        ) from error
+        raise ConversionError(f"{dst} appeared meanwhile, and was left as it is; choose another name") from error
     return format

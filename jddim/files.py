@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import glob
+import gzip
 import json
 import math
 import os
@@ -319,6 +320,7 @@ def parse_json(text: str | bytes) -> Any:
     object, for whole numbers beyond 64 bits, and for what lies deeper than MAX_DEPTH.
     """
     try:
+        text = text.decode() if isinstance(text, bytes) else text
         data = json.loads(text, parse_int=_integer, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
@@ -352,6 +354,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def most_unpacked(size: int) -> int:
     """Bytes that a compressed file of `size` bytes may unpack to."""
     return 64 * (size + 2**20)
+
+
+def read_gzip(path: Path) -> bytes:
+    """What a gzip file unpacks to. Raises ValueError for damage and for more than `most_unpacked`; OSError likewise."""
+    with open_regular(path) as file, gzip.GzipFile(fileobj=file) as unpacked:
+        most = most_unpacked(os.fstat(file.fileno()).st_size)
+        try:
+            content = unpacked.read(most + 1)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"it is damaged ({error})") from error
+    if len(content) > most:
+        raise ValueError(f"it would unpack to more than {most} bytes")
+    return content
 
 
 def read_arrays(

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -159,18 +160,20 @@ PICTURES = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
 """What is opened of Pillow's formats; for some of the others it starts a program."""
 
 
+_opening = threading.Lock()  # filters of warnings are the whole process's
+
+
 @contextmanager
 def open_picture(source: Path | bytes) -> Iterator[Image.Image]:
     """A picture of anybody's. Raises ValueError, without its name, for what is none of `PICTURES`, for damage that is
     found while the picture is used, and for more pixels than Pillow warns of; OSError for what is no regular file.
     """
     try:
-        with (
-            io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file,
-            warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-            Image.open(file, formats=PICTURES) as image,
-        ):
-            yield image
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
+            with _opening, warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+                opened = Image.open(file, formats=PICTURES)
+            with opened as image:
+                yield image
     except UnidentifiedImageError as error:
         raise ValueError("it is not a picture") from error
     except _BROKEN as error:

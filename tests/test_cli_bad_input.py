@@ -183,7 +183,7 @@ def test_noise_files_that_hold_no_array(
     for name, message in (
         ("x.npz", "archive of first, second; save one array as .npy"),
         ("number.npy", "must have shape ("),
-        ("text.npy", "is not an .npy file of numbers; numpy.save writes one"),
+        ("text.npy", "is not an .npy file of numbers (the magic string is not correct"),
         ("zip.npy", "is not an .npy file of numbers"),
     ):
         assert message in fails("sample", mnist_checkpoint, tmp_path / "a.npy", option, tmp_path / name)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .mapped import DTYPES, LayoutError, MappedFile, UnreadableError
-from .pickles import Constructor, PickleError, load, plain, printable
+from .pickles import Constructor, PickleError, checked_key, load, plain, printable
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 """Of a zip entry: signature, version, flags, method, time, date, CRC, sizes, lengths of name and extra field."""
@@ -217,8 +217,10 @@ def _open(path: Path) -> tuple[MappedFile, Mapping[str, Entry], str]:
     except _BROKEN as error:
         raise DamagedFileError(printable(str(error) or type(error).__name__)) from error
     pickles = [name for name in entries if name.endswith("/data.pkl")]
-    if len(entries) < len(infos) or len(pickles) != 1:
+    if len(entries) < len(infos):
         raise DamagedFileError("it holds entries of one name twice")
+    if len(pickles) != 1:
+        raise DamagedFileError(f"it holds {len(pickles)} files data.pkl, one is what torch.save writes")
     if sum(entry.length for entry in entries.values()) > file.size:
         raise DamagedFileError("its entries overlap")
     return file, entries, pickles[0].removesuffix("data.pkl")
@@ -275,7 +277,7 @@ def _dict(*arguments: Any) -> dict[Any, Any]:
     pairs = arguments[0]
     if not all(type(pair) in (list, tuple) and len(pair) == 2 and type(pair[0]) in (str, int) for pair in pairs):
         raise PickleError("it makes a dict of something else")
-    return dict(pairs)
+    return {checked_key(key): value for key, value in pairs}
 
 
 def _bytes(text: Any, encoding: Any = "latin1") -> bytes:

@@ -32,6 +32,10 @@ FORMATS = {
 }
 
 
+MOST_SHARDS = 100_000
+"""Their numbers have five digits."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How `num` images are cut into shards of `size`, in one of `FORMATS`."""
@@ -47,6 +51,8 @@ class Layout:
             for name, value in (("num", self.num), ("the shards' size", self.size))
             if value < 1
         ]
+        if not problems and self.count > MOST_SHARDS:
+            problems.append(f"{self.num} images make {self.count} shards of {self.size}, more than {MOST_SHARDS}")
         if self.format not in FORMATS:
             problems.append(f"unknown format {self.format!r}{did_you_mean(self.format, FORMATS)}")
         if problems:
