@@ -389,7 +389,7 @@ def test_mistakes_are_one_line(tmp_path: Path, fails: Callable[..., str], monkey
     assert "no such file or folder" in fails(*words[:2], tmp_path / "absent", out)
     assert "--set takes KEY=VALUE" in fails(*words, out, "--set", "lr")
     assert "config.json with --set lr=-1: train: lr must be above 0, got -1" in fails(*words, out, "--set", "lr=-1")
-    assert "clip_norm must be above 0, or null for none, got 'none'" in fails(*words, out, "--set", "clip_norm=none")
+    assert "clip_norm must be float or None, got 'none'" in fails(*words, out, "--set", "clip_norm=none")
     assert "null_label must be one of the labels, or null" in fails(*words, out, "--set", 'null_label="abc"')
     assert "save_every must be at least 1" in fails(*words, out, "--save-every", 0)
     assert "--classes is for a checkpoint" in fails(*words, out, "--classes", 3)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jddim.config import did_you_mean
-from jddim.files import atomic, open_regular, parse_json, read_arrays, read_regular
+from jddim.files import atomic, parse_json, read_arrays, read_regular
 from jddim.files import remove as clear
 from jddim.images import encode_png, open_picture, settings_of
 
@@ -195,7 +195,8 @@ def read(folder: Path, layout: Layout, k: int) -> tuple[NDArray[np.uint8], NDArr
             if "label" in said[0][1]:
                 labels = [metadata["label"] for _, metadata in said]
         else:
-            with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            # in memory, where asking for more than there is takes nothing
+            with tarfile.open(fileobj=io.BytesIO(read_regular(path)), mode="r:") as archive:
                 content = {m.name: archive.extractfile(m).read() for m in archive if m.isreg() and not m.issparse()}  # type: ignore[union-attr]
             images = np.stack([decode(content[f"{i:08d}.png"])[0] for i in numbers])
             if f"{numbers[0]:08d}.cls" in content:
