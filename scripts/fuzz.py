@@ -339,7 +339,7 @@ def sealed(content: bytes) -> bytes:
     with contextlib.suppress(ValueError, RecursionError, AttributeError):
         rest = {name: value for name, value in json.loads(content).items() if name != "sha256"}
         text = json.dumps(rest, sort_keys=True)
-        return json.dumps({**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}).encode()
+        return (json.dumps({**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=2) + "\n").encode()
     return content
 
 

@@ -57,7 +57,7 @@ class BulkConfig:
         if self.request.method not in METHODS:
             problems.append(f"unknown method {self.request.method!r}{did_you_mean(self.request.method, METHODS)}")
         try:
-            Layout(self.num, self.shard_size or 1, self.format)
+            Layout(self.num, 1 if self.shard_size is None else self.shard_size, self.format)
         except ValueError as error:
             problems.append(str(error))
         if problems:
