@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read as data of somebody else's. No jax, and NumPy on first use.
+"""Files: written whole or not at all, and read as data that anybody may have made. No jax, and NumPy on first use.
 
 Nothing here replaces what it was not told to replace, waits for a pipe, or takes much more memory than the file has
 bytes. What a reader finds wrong is a ValueError whose text says it without the file's name, or an OSError that has it.
@@ -188,12 +188,13 @@ def _locked_folder(target: Path) -> tuple[Path, int]:
     while True:
         own = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         own.mkdir()
-        held = os.open(own, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # where there are no locks, nobody takes this one for left behind
-            if not lock(held):  # another swept it before it was locked
-                os.close(held)
-                continue
-        return own, held
+        with contextlib.suppress(FileNotFoundError):  # another swept it before it was locked
+            held = os.open(own, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # where there are no locks, nobody takes this one for left behind
+                if not lock(held):
+                    os.close(held)
+                    continue
+            return own, held
 
 
 def _clear(own: Path, target: Path) -> None:
@@ -298,14 +299,14 @@ def check_regular(folder: Path) -> None:
     """Raise OSError, which names it, if anything below a folder is neither a file nor a folder (links are followed)."""
     waiting, seen = [folder], set()
     while waiting:
-        for entry in os.scandir(waiting.pop()):
-            found = entry.stat()
+        for path in waiting.pop().iterdir():
+            found = path.stat()
             if stat.S_ISDIR(found.st_mode):
                 if (found.st_dev, found.st_ino) not in seen:
                     seen.add((found.st_dev, found.st_ino))
-                    waiting.append(Path(entry.path))
+                    waiting.append(path)
             elif not stat.S_ISREG(found.st_mode):
-                raise OSError(errno.EINVAL, "is a pipe or a device, not a file", entry.path)
+                raise OSError(errno.EINVAL, "is a pipe or a device, not a file", str(path))
 
 
 def read_json(path: Path, most: int = MOST_JSON) -> Any:
@@ -394,11 +395,24 @@ def read_arrays(
             with zipfile.ZipFile(file) as archive:
                 return _members(archive, most_unpacked(size), wanted, kinds)
     except _BROKEN as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
 
 
 _BROKEN = (  # what NumPy, zipfile and what it unpacks with raise for damaged files
-    *(ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError),
+    *(
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+    ),
     *(RuntimeError, NotImplementedError, OverflowError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
 
@@ -412,6 +426,8 @@ def _members(archive: zipfile.ZipFile, most: int, wanted: Collection[str] | None
         raise ValueError(f"it would unpack to {total} bytes, {most} are the most of a file of its size")
     arrays = {}
     for name, info in chosen.items():
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"its array {name[:100]!r} is compressed in a way that NumPy does not write")
         with archive.open(info) as member:
             arrays[name] = _numbers(member, *_header(member, info.file_size, kinds))
             if member.read(1):  # which compares the checksum too

@@ -177,7 +177,7 @@ def open_picture(source: Path | bytes) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise ValueError("it is not a picture") from error
     except _BROKEN as error:
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
 

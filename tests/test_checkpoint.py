@@ -366,6 +366,8 @@ def test_stored_arrays_that_are_not_the_configs(whole: Path, tmp_path: Path) -> 
     edited("shape", lambda data: data.update(shape=[10**9] * 4))
     edited("chunks", as_one_chunk)
     edited("shards", in_large_shards)
+    shutil.rmtree(shutil.copytree(plain, tmp_path / "fewer") / "params" / "conv_out.bias")
+    sealed(shutil.copytree(plain, tmp_path / "deeper"), lambda data: data["model"].update(num_res_blocks=2))
     sealed(shutil.copytree(plain, tmp_path / "config"), lambda data: data["model"].update(channels=600))
     empty = shutil.copytree(whole, tmp_path / "empty")
     for file in (empty / "params").rglob("*"):
@@ -383,6 +385,8 @@ def test_stored_arrays_that_are_not_the_configs(whole: Path, tmp_path: Path) -> 
         "shape": "conv_out.kernel is stored as (1000000000, ",
         "chunks": "conv_out.kernel is stored in chunks of (10000, ",
         "shards": "params",
+        "fewer": "parameters are incomplete or damaged",
+        "deeper": "arrays are stored or the config's alone, among them ",
         "config": " is stored as ",
         "empty": "parameters are incomplete or damaged",
         "pipe": "is a pipe or a device",

@@ -299,6 +299,7 @@ BAD = {
     "no .npy inside": npz(("arr_0", b"text")),
     "one name twice": npz(("arr_0.npy", npy(header("(2,)"), bytes(8))), ("arr_0", b"")),
     "longer than it says": npz(("arr_0.npy", npy(header("(1,)"), bytes(8)))),
+    "lzma": npz(("arr_0.npy", npy(header("(2,)"), bytes(8))), method=zipfile.ZIP_LZMA),
     "encrypted": encrypted(npz(("arr_0.npy", npy(header("(2,)"), bytes(8))))),
     "broken deflate": npz(("arr_0.npy", npy(header("(99,)"), os.urandom(396)))).replace(b"NUMPY", b"NUMBY"),
     "broken deflate inside": (lambda c: c[:60] + bytes(40) + c[100:])(

@@ -201,12 +201,12 @@ def _check_stored(stored: Mapping[str, Any], expected: Mapping[str, Any], size: 
 
     size: the bytes of all files. A file can say of an array, and of its chunks, that they are as large as it likes.
     """
+    if strange := sorted(stored.keys() ^ expected.keys()):
+        raise ValueError(f"{len(strange)} arrays are stored or the config's alone, among them {strange[0][:100]}")
     for name, leaf in expected.items():
-        found = stored.get(name)
-        if found is None or tuple(found.shape) != leaf.shape:
-            raise ValueError(
-                f"{name} is stored as {str(getattr(found, 'shape', None))[:60]}, the config's is {leaf.shape}"
-            )
+        found = stored[name]
+        if tuple(found.shape) != leaf.shape:
+            raise ValueError(f"{name} is stored as {str(found.shape)[:60]}, the config's is {leaf.shape}")
         chunk = (found.storage and found.storage.chunk_shape) or ()
         if any(part > max(side, 1) for part, side in zip(chunk, leaf.shape, strict=True)):
             raise ValueError(f"{name} is stored in chunks of {str(chunk)[:60]}, larger than it is, {leaf.shape}")
