@@ -6,10 +6,10 @@ Each case is a function of (seed, its number) alone. Most only read; a fifth is 
 into a new folder or over an old checkpoint. Of these an eighth is verified, and half cannot make one of their files.
 
 A case fails if it raises anything but ConversionError or CheckpointError (readers of arrays, pictures, sets and
-settings: ValueError or OSError), if it would run a program, import by pickle,
-connect, or write, rename or remove outside its folder, or there where it only reads (audit hooks, which see what Python
-does whoever asks for it), if it needs more than 1.5 GB or 20 seconds, if it changes its source, if a refusal leaves
-anything behind, or what was written cannot be loaded. What failed is kept, and named.
+settings: ValueError or OSError), if it would run a program, import by pickle, connect, or write, rename or remove
+outside its folder, or there where it only reads (audit hooks, which see what Python does whoever asks for it), if it
+needs more than 1.5 GB or 20 seconds, if it changes its source, if a refusal leaves anything behind, or what was written
+cannot be loaded. What failed is kept, and named.
 """
 
 from __future__ import annotations
@@ -263,7 +263,6 @@ def samples(folder: Path) -> dict[str, Specimen]:
     def arrays_in(name: str) -> Callable[[Path], object]:
         def read(folder: Path) -> None:
             for way in (
-                lambda path: load_images(path, (6, 6)),
                 lambda path: training_data.read(path, MODEL),
                 lambda path: diff(path, folder / f"whole{path.suffix}"),
                 lambda path: read_arrays(path, text=True),
@@ -271,8 +270,7 @@ def samples(folder: Path) -> dict[str, Specimen]:
             ):
                 with contextlib.suppress(ValueError, OSError):
                     way(folder / name)
-            if (folder / name).read_bytes() != (folder / f"whole{Path(name).suffix}").read_bytes():
-                load_images(folder / name, (6, 6))
+            load_images(folder / name, (6, 6))
 
         return read
 
