@@ -11,6 +11,7 @@ import io
 import json
 import shlex
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -323,3 +324,33 @@ def test_a_connection_may_stay_for_the_next_request(port: int, monkeypatch: pyte
         response = kept.getresponse()
         assert (response.status, bool(response.read())) == (200, True)
         time.sleep(0.5)
+
+
+@pytest.mark.timeout(60)
+def test_half_sent_requests_keep_nobody_out_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    import uvicorn
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"here"})
+
+    monkeypatch.setattr(connections, "PATIENCE", 1.0)
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    settings = uvicorn.Config(
+        app, http=connections.Timed, limit_concurrency=4, log_level="critical", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    with contextlib.ExitStack() as held:
+        for _ in range(4):
+            held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)).sendall(b"GET / HTTP/1.1\r\n")
+        statuses = []
+        while not statuses or statuses[-1] != 200:
+            statuses.append(send(port, "GET", "/").status)
+            time.sleep(0.1)
+    assert statuses[0] == 503
+    server.should_exit = True
+    thread.join(20)
