@@ -181,6 +181,10 @@ def corpus(folder: Path) -> dict[str, Specimen]:
     def file(name: str, content: bytes, refused: bool = False) -> Specimen:
         return Specimen({name: content}, name, name, told, refused)
 
+    exported = io.BytesIO()
+    with zipfile.ZipFile(exported, "w") as archive:  # what `jddim export` writes, which nothing here reads
+        for name in ("about.json", "program", "weights.npz"):
+            archive.writestr(name, b"{}")
     sampler = SamplerConfig(spacing="uniform", num_steps=5, clip=False)
     checkpoint(folder / "ckpt", MODEL, ScheduleConfig(), sampler)
     hostile = {**state, "temb.dense.0.weight": Runs()}
@@ -188,6 +192,7 @@ def corpus(folder: Path) -> dict[str, Specimen]:
         "zip": file("a.pt", saved(state)),
         "runner": file("a.pth", saved(runner)),
         "zip of protocol 4": file("a.pt", saved(state, pickle_protocol=4)),
+        "exported": file("a.jddim", exported.getvalue(), refused=True),
         "hostile zip": file("a.pt", saved(hostile), refused=True),
         "old format": file("a.pt", saved(state, _use_new_zipfile_serialization=False)),
         "hostile old format": file("a.pt", saved(hostile, _use_new_zipfile_serialization=False), refused=True),
