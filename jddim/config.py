@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import numbers
+import types
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -245,6 +249,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong, and what would be right."""
+        check_bounds(self)
         problems = [
             f"{name}={getattr(self, name)} must be at least 1"
             for name in ("in_channels", "out_channels", "num_res_blocks", "norm_groups", "num_heads")
@@ -421,6 +426,7 @@ class LucidrainsConfig:
 
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong, and what would be right."""
+        check_bounds(self)
         problems = [
             f"{name}={getattr(self, name)} must be at least 1"
             for name in ("in_channels", "out_channels", "stem")
@@ -453,6 +459,30 @@ class LucidrainsConfig:
 
 
 LUCIDRAINS_TIME_EMBEDDINGS = ("sinusoidal", "learned")
+
+
+MOST, MOST_LEVELS, MOST_BLOCKS = 1_000_000, 16, 100
+"""Of any number in a network's config, of its levels, and of the residual blocks on the way down: far beyond what there
+is, and no more than can be laid out in seconds."""
+
+
+def check_bounds(config: Any) -> None:
+    """Raise ValueError for numbers in a network's config that would take memory and time without end, and for NaN."""
+    problems = []
+    for name, value in vars(config).items():
+        of = value if isinstance(value, tuple) else (value,)
+        if len(of) > MOST_LEVELS:
+            problems.append(f"{name} has {len(of)} entries, more than {MOST_LEVELS} levels")
+        elif any(isinstance(each, (int, float)) and not abs(each) <= MOST for each in of):
+            problems.append(f"{name}={value} is beyond {MOST:,}")
+    if not problems and max(config.widths, default=0) > MOST:
+        problems.append(f"channels={config.channels} with channel_mults={config.channel_mults} is beyond {MOST:,}")
+    if not problems and len(config.channel_mults) * getattr(config, "num_res_blocks", 1) > MOST_BLOCKS:
+        problems.append(
+            f"num_res_blocks={config.num_res_blocks} on {len(config.channel_mults)} levels: beyond {MOST_BLOCKS}"
+        )
+    if problems:
+        raise ValueError(f"{type(config).__name__}: " + "; ".join(problems))
 
 
 def size_problems(config: ModelConfig, image_size: tuple[int, int]) -> list[str]:
@@ -489,7 +519,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
-    """The inverse of `to_json`. Raises ValueError on unknown keys (naming the nearest) or missing ones."""
+    """The inverse of `to_json`. Raises ValueError on unknown keys (naming the nearest), missing ones, other types."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     problems = [f"unknown key {key!r}{did_you_mean(key, fields)}" for key in data if key not in fields]
     problems += [
@@ -499,7 +529,66 @@ def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
     ]
     if problems:
         raise ValueError(f"{cls.__name__}: " + "; ".join(problems))
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    if problems := misfits(values, cls):
+        raise ValueError(f"{cls.__name__}: " + "; ".join(problems))
+    return cls(**values)
+
+
+def type_problems(config: Any) -> list[str]:
+    """What is wrong with the types of a dataclass's values, as sentences that begin with the field's name."""
+    return misfits(vars(config), type(config))
+
+
+def misfits(data: Mapping[str, Any], kind: type, prefix: str = "") -> list[str]:
+    """What is wrong with the types of these values for a dataclass's or a TypedDict's fields of these names.
+
+    A sentence each, which begins with `prefix` and the name, dotted where TypedDicts hold each other. Whole numbers fit
+    where numbers are asked for, truth values do not. Names that the kind does not know are not looked at.
+    """
+    problems = []
+    for name, wanted in _hints(kind).items():
+        if name not in data:
+            continue
+        value = data[name]
+        if typing.is_typeddict(wanted) and isinstance(value, Mapping):
+            problems += misfits(value, wanted, f"{prefix}{name}.")
+        elif not _fits(value, wanted):
+            got = repr(value)
+            problems.append(
+                f"{prefix}{name} must be {_said(wanted)}, got {got if len(got) <= 60 else got[:57] + '...'}"
+            )
+    return problems
+
+
+@functools.cache
+def _hints(of: type) -> dict[str, Any]:
+    """A class's types, which take Python as long to find as a short call of `DDIM.sample`."""
+    return typing.get_type_hints(of)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, each) for each in kind.__args__)
+    origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(_fits(each, of[1]) for each in value.values())
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        of = of[:1] * len(value) if of[-1] is Ellipsis else of
+        return len(value) == len(of) and all(map(_fits, value, of))
+    if kind in (int, float):  # NumPy's too
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    return kind is Any or (not typing.is_typeddict(kind) and isinstance(value, kind))
+
+
+def _said(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_said(each) for each in kind.__args__)
+    if typing.is_typeddict(kind) or typing.get_origin(kind) is dict:
+        return "an object"
+    return "None" if kind is types.NoneType else kind.__name__ if type(kind) is type else str(kind)
 
 
 def counted(number: int, noun: str) -> str:

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jddim.checkpoint.folder import load_metadata, load_params
 from jddim.checkpoint.metadata import Metadata
-from jddim.config import SamplerConfig
+from jddim.config import SamplerConfig, type_problems
 from jddim.ddim import StepTable, sampler_table
 from jddim.guidance import Scale
 from jddim.models import Network
@@ -26,7 +26,7 @@ from jddim.run.methods import Guidance, find
 from jddim.run.plan import Inputs, Plan, limits, plan
 from jddim.run.problems import condition_problems, guidance_problems, label_problems
 from jddim.run.programs import Program, network_denoiser
-from jddim.run.request import Request, RequestError, check_names, type_problems
+from jddim.run.request import Request, RequestError, check_names
 from jddim.sampling import Denoiser, Trajectory
 from jddim.schedule import NoiseSchedule, make_schedule
 from jddim.solvers import Solver

@@ -186,6 +186,7 @@ def test_a_nan_names_the_image_and_the_step(ddim: jddim.DDIM) -> None:
     ("arguments", "messages"),
     [
         ({"num": 0}, ["num must be at least 1, got 0"]),
+        ({"num": 10**12}, ["num must be at most 4294967296, which images are kept apart in, got 1000000000000"]),
         ({"num": None}, ["num must be at least 1, got none: give num, or x_T"]),
         ({"num": 3, "key": None}, ["a key is needed for x_T"]),
         ({"key": "7"}, ["key must be jax.random.key(seed), got '7'"]),

@@ -103,7 +103,7 @@ def _export_torch(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from jddim.images import atomic
+    from jddim.files import atomic
 
     result = converting.verify(args.ckpt, args.src, config=args.config)
     print(result)

@@ -7,7 +7,6 @@ import hashlib
 import os
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +76,8 @@ def _sample(args: argparse.Namespace) -> int:
         raise ValueError("--trajectory goes with OUT ending in .png, .gif, .npz or .npy")
 
     from jddim.checkpoint.folder import load_metadata
-    from jddim.images import atomic, check_output, save_images, save_png
+    from jddim.files import atomic, write_array
+    from jddim.images import check_output, save_images, save_png
 
     metadata = load_metadata(args.ckpt)
     check_output(args.out, metadata.model.in_channels)
@@ -148,7 +148,7 @@ def _sample(args: argparse.Namespace) -> int:
             if suffix == ".npz":
                 np.savez(staging, allow_pickle=False, arr_0=images.to_uint8(x_0), **arrays)
             else:
-                np.save(staging, arrays["x_t"])
+                write_array(staging, arrays["x_t"])
     steps = planned.table.num_steps
     if request.steps is not None and steps != request.steps:
         print(f"note: {used.spacing} spacing makes {steps} steps of {request.steps}, as its source does")
@@ -173,16 +173,15 @@ def _in_terminal(now: Preview) -> None:
 def _load_array(path: Path | None, option: str) -> np.ndarray | None:
     if path is None:
         return None
-    import numpy as np
+    from jddim.files import read_arrays
 
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        told = " (it is cut short)" if path.stat().st_size and "pickle" not in str(error) else ""
-        raise ValueError(f"{option} {path} is not an .npy file of numbers{told}; numpy.save writes one") from error
-    if not isinstance(array, np.ndarray):
+        array = read_arrays(path)
+    except ValueError as error:
+        raise ValueError(f"{option} {path} is not an .npy file of numbers ({error}); numpy.save writes one") from error
+    if isinstance(array, dict):
         raise ValueError(
-            f"{option} {path} is an .npz archive of {', '.join(array.files) or 'nothing'}; save one array as .npy"
+            f"{option} {path} is an .npz archive of {', '.join(array) or 'nothing'}; save one array as .npy"
         )
     if array.ndim != {"--x-T": 4, "--noise": 5}[option]:
         wanted = {"--x-T": "(N, H, W, C)", "--noise": "(S, N, H, W, C)"}[option]

@@ -64,6 +64,7 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
+        from jddim.serve.connections import Timed
         from jddim.serve.site import Site, is_address, loopback
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"jddim serve needs {error.name}: pip install 'jddim[web]'") from error
@@ -104,6 +105,7 @@ def _serve(args: argparse.Namespace) -> int:
     say(f"http://{shown}:{port}/  (Ctrl-C ends it; the first images can be had once ddim is compiled)")
     settings = uvicorn.Config(
         site.app(allowed),
+        http=Timed,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -54,8 +54,10 @@ def num_problems(num: int | None) -> Problems:
     """What is wrong with the number of images."""
     if num is not None and not isinstance(num, (int, np.integer)):
         return [("num", f"num must be a whole number, got {num!r}")]
-    if num is not None and num >= 1:
+    if num is not None and 1 <= num <= 2**32:
         return []
+    if num is not None and num > 1:
+        return [("num", f"num must be at most {2**32}, which images are kept apart in, got {num}")]
     got = "got none: give num, or x_T" if num is None else f"got {num}"
     return [("num", f"num must be at least 1, {got}")]
 
