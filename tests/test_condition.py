@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -10,23 +12,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import random_model, small_config, write_checkpoint
 
 import jddim
 from jddim import sampling
+from jddim.cli.main import main
 from jddim.config import SamplerConfig, UNetConfig, from_json, to_json
 from jddim.denoisers import with_condition
+from jddim.images import read_metadata
 from jddim.pipeline import DDIM
+from jddim.run.request import Request
 from jddim.schedule import linear_schedule
-from tests.tiny import random_model, small_config
 
 NUM, SIZE = 3, (6, 10)
 BESIDE = jax.random.uniform(jax.random.key(1), (NUM, *SIZE, 2), minval=-1)
 X_T = jax.random.normal(jax.random.key(2), (NUM, *SIZE, 1))
 
 
+FIELDS: dict[str, Any] = {
+    "image_size": SIZE,
+    "condition_channels": 2,
+    "channel_mults": (1,),
+    "middle": False,
+    "attention_levels": (),
+}
+
+
 def config(**changes: Any) -> UNetConfig:
-    fields: dict[str, Any] = {"image_size": SIZE, "condition_channels": 2, "channel_mults": (1,), "middle": False}
-    return small_config(**(fields | {"attention_levels": ()} | changes))
+    return small_config(**(FIELDS | changes))
 
 
 def ddim_of(config: UNetConfig) -> DDIM:
@@ -137,3 +150,62 @@ def test_the_config() -> None:
     assert not [name for name in to_json(plain) if name.startswith("condition")]  # files without them keep their digest
     with pytest.raises(ValueError, match="condition_channels=-1 must not be negative"):
         dataclasses.replace(made, condition_channels=-1)
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ckpt = write_checkpoint(tmp_path / "ckpt", **FIELDS)
+    ddim = jddim.load(ckpt)
+    for name, images in (("beside.npy", BESIDE), ("x_T.npy", X_T)):
+        np.save(tmp_path / name, images)
+    options = ["--steps", "3", "--eta", "0", "--condition", str(tmp_path / "beside.npy")]
+    out = tmp_path / "out.npy"
+    assert main(["sample", str(ckpt), str(out), "--x-T", str(tmp_path / "x_T.npy"), *options]) == 0
+    made = np.load(out)
+    np.testing.assert_array_equal(made, ddim.sample(x_T=X_T, steps=3, eta=0.0, condition=BESIDE))
+
+    picture = tmp_path / "a.png"
+    assert main(["sample", str(ckpt), str(picture), "--num", "3", *options]) == 0
+    digest = hashlib.sha256((tmp_path / "beside.npy").read_bytes()).hexdigest()
+    assert read_metadata(picture)["condition"] == {"file": "beside.npy", "sha256": digest}
+
+    np.save(tmp_path / "one.npy", BESIDE[:1])  # one for all
+    one = ["--steps", "3", "--condition", str(tmp_path / "one.npy")]
+    assert main(["interpolate", str(ckpt), str(tmp_path / "line.npz"), "--num", "3", *one]) == 0
+    held = np.load(tmp_path / "line.npz")
+    all_alike = np.repeat(BESIDE[:1], 3, axis=0)
+    np.testing.assert_array_equal(held["x_0"], ddim.sample(x_T=held["x_T"], steps=3, eta=0.0, condition=all_alike))
+
+    np.save(tmp_path / "images.npy", made.clip(-1, 1))
+    images = str(tmp_path / "images.npy")
+    assert main(["invert", str(ckpt), images, str(tmp_path / "up.npy"), "--steps", "3", *options[4:]]) == 0
+    up = ddim.invert(made.clip(-1, 1), steps=3, condition=BESIDE)
+    np.testing.assert_array_equal(np.load(tmp_path / "up.npy"), up)
+    edited = ["edit", str(ckpt), images, str(tmp_path / "b.npy"), "--strength", "0.7"]
+    assert main([*edited, *options]) == 0
+    again = ddim.edit(made.clip(-1, 1), 0, strength=0.7, steps=3, eta=0.0, condition=BESIDE)
+    np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), again)
+    capsys.readouterr()
+    assert main(["sample", str(ckpt), str(tmp_path / "c.png"), "--num", "2"]) == 1
+    assert "--condition is needed, an image of 2 channels for each: (2, 6, 10, 2)" in capsys.readouterr().err
+    assert main(["serve", str(ckpt)]) == 1
+    assert "is given an image beside x_t, which the page has no place for" in capsys.readouterr().err
+    for command in ("bulk", "sweep", "warmup", "export"):
+        with pytest.raises(SystemExit) as caught:
+            main([command, str(ckpt), *([] if command == "warmup" else [str(tmp_path / "d.png")]), *options[4:]])
+        assert caught.value.code == 2
+        assert f"--condition is not for jddim {command}" in capsys.readouterr().err
+
+
+def test_an_exported_program_takes_one() -> None:
+    pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jddim[export]'")
+    from jddim.scale.export import export_sampler, export_step
+
+    ddim = ddim_of(config())
+    exported = export_sampler(ddim, Request(steps=3), batch_size=3, platforms=("cpu",))
+    arguments = (np.uint32(0), np.arange(3, dtype=np.uint32), np.float32(0.5), np.asarray(BESIDE))
+    options = exported.about["compiler_options"]["cpu"]
+    made = jax.jit(exported.program.call, compiler_options=options)(exported.weights, *arguments)
+    live = ddim.sample(jax.random.key(0), 3, steps=3, eta=0.5, condition=BESIDE)
+    chex.assert_trees_all_close(made, live, atol=1e-4)
+    step = export_step(ddim, platforms=("cpu",))
+    assert list(step.about["arguments"])[-1] == "condition"

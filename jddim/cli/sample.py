@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jddim import __version__
-from jddim.cli.options import add_request, fastest_batch_size, read_batch_size, request_of
+from jddim.cli.options import add_request, condition_of, fastest_batch_size, given_file, read_batch_size, request_of
 from jddim.config import counted
 
 if TYPE_CHECKING:
@@ -103,7 +102,8 @@ def _sample(args: argparse.Namespace) -> int:
     if args.batch_size == "auto":
         args.batch_size = fastest_batch_size(request, ddim, num)
     key = jax.random.key(request.seed)
-    planned = plan(ddim, request, Inputs(key, x_T=x_T, noise=noise), num, args.batch_size).check("sample")
+    inputs = Inputs(key, x_T=x_T, noise=noise, condition=condition_of(args, ddim.model.config, num))
+    planned = plan(ddim, request, inputs, num, args.batch_size).check("sample")
     table, used = planned.rows, planned.sampler
     keep = suffix == ".gif" or args.trajectory
     every = max(1, table.num_steps // 40) if suffix == ".gif" else 1
@@ -127,8 +127,9 @@ def _sample(args: argparse.Namespace) -> int:
         "jddim": __version__,
         "num": num,
         **request.described(used, table.num_steps, "sample"),
-        "x_T": _given_array(args.x_T),
-        "noise": _given_array(args.noise),
+        "x_T": given_file(args.x_T),
+        "noise": given_file(args.noise),
+        **({"condition": given_file(args.condition)} if args.condition else {}),
         "trajectory": args.trajectory,
     }
     if not planned.program.method.takes_eta:
@@ -187,8 +188,3 @@ def _load_array(path: Path | None, option: str) -> np.ndarray | None:
         wanted = {"--x-T": "(N, H, W, C)", "--noise": "(S, N, H, W, C)"}[option]
         raise ValueError(f"{option} {path} must have shape {wanted}, got {array.shape}")
     return array
-
-
-def _given_array(path: Path | None) -> dict[str, str] | None:
-    """A file of noise, as the settings record it."""
-    return None if path is None else {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

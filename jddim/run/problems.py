@@ -123,11 +123,12 @@ def condition_problems(
     channels = config.condition_channels
     if condition is None and channels:
         told = f"condition is needed, an image of {channels} channels for each: {(*shape, channels)}"
-        return [("condition", f"{told}; this network is given one beside x_t")]
+        doors = "(in Python, and by sample, edit, invert and interpolate)"
+        return [("condition", f"{told}; this network is given one beside x_t {doors}")]
     if condition is not None and not channels:
         return [("condition", "this network is given no image beside x_t: leave condition out")]
     given = np.shape(condition) if condition is not None else ()
-    if len(given) == 4 and min(given) > 0 and shape[1] % given[1] == 0 and shape[2] % given[2] == 0:
+    if len(given) == 4 and min(given[1:3]) > 0 and shape[1] % given[1] == 0 and shape[2] % given[2] == 0:
         shape = (shape[0], given[1], given[2])  # smaller by whole factors: it is enlarged
     return array_problems("condition", condition, (*shape, channels), dtype)
 
