@@ -58,7 +58,7 @@ def locate(folder: Path, weights: str | None, variant: str | None) -> Path | Non
 
 def _newest_checkpoint(run: Path, weights: str | None, variant: str | None) -> Path | None:
     """The weights in the last `checkpoint-N` of a training run that has not finished, None if there is none."""
-    numbered = [path for path in run.iterdir() if re.fullmatch(r"checkpoint-\d{1,12}", path.name)]
+    numbered = [path for path in run.iterdir() if _CHECKPOINT.fullmatch(path.name)]
     for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         if path.is_dir() and (file := locate(path, weights, variant)) is not None:
             return file
@@ -66,6 +66,7 @@ def _newest_checkpoint(run: Path, weights: str | None, variant: str | None) -> P
 
 
 _NETWORKS = ("unet_ema", "unet")
+_CHECKPOINT = re.compile(r"checkpoint-\d{1,12}")
 
 
 def _weights_in(folder: Path) -> dict[str | None, Path]:
@@ -82,12 +83,17 @@ def _weights_in(folder: Path) -> dict[str | None, Path]:
 
 
 def config_files(weights: Path) -> Iterator[Path]:
-    """Where the two configs of a weights file lie: beside it, and in the pipeline's scheduler folder."""
-    yield weights.parent / "config.json"
-    yield weights.parent / "scheduler_config.json"
-    if weights.parent.name in _NETWORKS:
-        yield weights.parent.parent / "scheduler" / "scheduler_config.json"
-        yield weights.parent.parent / "scheduler_config.json"
+    """Where the configs of a weights file lie: beside it, in its pipeline's folder, and in that of its run."""
+    folder = weights.absolute().parent
+    yield folder / "config.json"
+    places = [folder, *([folder.parent] if folder.name in _NETWORKS else [])]
+    if _CHECKPOINT.fullmatch(places[-1].name):
+        places.append(places[-1].parent)
+        yield places[-1] / "unet" / "config.json"
+    for place in places:
+        yield place / "scheduler_config.json"
+        yield place / "scheduler" / "scheduler_config.json"
+        yield place / "model_index.json"
 
 
 def hub_files(variant: str | None) -> Sequence[Sequence[str]]:
@@ -160,7 +166,13 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     model = configs.unet_config(told.unet)
     schedule = configs.schedule_config(told.scheduler)
     sampler = configs.sampler_config(told, model, schedule)
-    return Plan(model, schedule, sampler, rules(model), {}, told.defaulted, wording=configs.wording(told))
+    return Plan(
+        *(model, schedule, sampler, rules(model), {}),
+        assumed=told.defaulted,
+        notes=told.notes,
+        warnings=told.warnings,
+        wording=configs.wording(told),
+    )
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

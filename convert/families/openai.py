@@ -350,8 +350,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         {},
         tuple(assumed),
         (*_notes(told), *not_read(sections(config, SETTINGS)[1])),
-        {"use_new_attention_order": new_order},
-        Wording(
+        reference_options={"use_new_attention_order": new_order},
+        wording=Wording(
             {"noise_schedule": noise_schedule, "diffusion_steps": str(T)},
             {
                 "timestep_respacing": told.get("timestep_respacing", "") or '""',

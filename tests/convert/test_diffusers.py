@@ -118,13 +118,20 @@ def test_the_command_line_takes_two_configs_and_info_a_folder(
 
 
 def test_the_emas_weights_come_first_and_its_step_is_known(tmp_path: Path) -> None:
-    run = tmp_path / "checkpoint-500"  # as train_unconditional.py leaves it: no scheduler
+    run = tmp_path / "run" / "checkpoint-500"  # as train_unconditional.py leaves it: no scheduler
     write(run / "unet")
     ema = tensors(seed=1)
     write(run / "unet_ema", ema, decay=0.9999, optimization_step=500, power=0.75, update_after_step=0)
     metadata = convert(run, tmp_path / "a", verify=False)
     assert (metadata.provenance["weights"], metadata.provenance["step"]) == ("ema", 500)
-    assert any(line.startswith("num_train_timesteps = 1000, beta_start") for line in metadata.provenance["assumed"])
+    assert not any("beta_start" in line for line in metadata.provenance["assumed"])
+    assert any(line.startswith("trained_betas = null, ") for line in metadata.provenance["assumed"])
+    (warning,) = metadata.provenance["warnings"]
+    assert "no scheduler_config.json was found" in warning
+    assert "trained with num_train_timesteps = 1000, beta_start = 0.0001, " in warning
+    assert f"- WARNING: `{warning}`" in (tmp_path / "a" / "README.md").read_text()
+    (line,) = (line for line in describe(run) if "WARNING" in line)
+    assert warning in line
     assert find(run, "raw").file.parent.name == "unet"
     for src, weights, message in (
         (run / "unet_ema", "raw", "the ema ones, so no --weights raw"),
@@ -132,6 +139,48 @@ def test_the_emas_weights_come_first_and_its_step_is_known(tmp_path: Path) -> No
     ):
         with pytest.raises(ConversionError, match=message):
             convert(src, tmp_path / "c", weights=weights, verify=False)
+
+
+def test_a_checkpoint_of_a_run_takes_the_runs_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    write(run / "checkpoint-500" / "unet")
+    write(run / "checkpoint-500" / "unet_ema", optimization_step=500)
+    write_scheduler(run / "scheduler", prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    monkeypatch.chdir(run / "checkpoint-500")
+    for src in (run, run / "checkpoint-500", run / "checkpoint-500" / "unet", Path("."), Path("unet_ema")):
+        lines: list[str] = []
+        metadata = convert(src, tmp_path / "out", verify=False, overwrite=True, say=lines.append)
+        assert (metadata.schedule.name, metadata.sampler.prediction_type) == ("cosine", "v_prediction")
+        assert f"  config: {run / 'scheduler' / 'scheduler_config.json'} (found)" in lines
+        assert "warnings" not in metadata.provenance
+    # accelerate's file has no config.json beside it; the run's network does
+    shutil.copy(run / "checkpoint-500" / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "w")
+    write(run / "unet")
+    shutil.rmtree(run / "checkpoint-500")
+    (run / "checkpoint-1").mkdir()
+    shutil.copy(tmp_path / "w", run / "checkpoint-1" / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert sum(line.startswith("  config ") for line in describe(run / "checkpoint-1")) == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("vqvae", r"holds a network of latents \(unet\) and the first stage .* \(vqvae\), .* no decoder yet"),
+        ("text_encoder", r"what encodes its conditions \(text_encoder\)"),
+    ],
+)
+def test_a_pipelines_other_parts_are_heard(tmp_path: Path, pipeline: Path, part: str, message: str) -> None:
+    index = {"_class_name": "APipeline", "unet": ["diffusers", "UNet2DModel"], part: ["diffusers", "AModel"]}
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    for src in (pipeline, pipeline / "unet"):
+        with pytest.raises(ConversionError, match=message):
+            convert(src, tmp_path / "out", verify=False)
+        (refused,) = (line for line in describe(src) if "refused" in line)
+        assert "convert it" not in describe(src)[-1]
+        assert part in refused
+    (pipeline / "model_index.json").write_text(json.dumps(index | {part: [None, None]}))
+    assert describe(pipeline)[-1].startswith("convert it: ")
 
 
 def test_variants_are_taken_when_asked_for_or_alone(tmp_path: Path) -> None:
@@ -433,10 +482,14 @@ def test_what_no_file_names_is_listed_as_assumed() -> None:
         ({"out_channels": 2}, {}, "in_channels is 1 and out_channels 2: DDIM needs both equal, or twice as many"),
         ({}, {"variance_type": "learned_range"}, "in_channels is 1 and out_channels 1"),
         ({}, {"variance_type": "learned"}, "variance_type must be one of"),
-        ({"magic": 1}, {}, r"config\.json: unknown key 'magic'"),
-        ({}, {"magic": 1}, r"scheduler_config\.json: unknown key 'magic'"),
+        ({"norm_groups": 1}, {}, r"config\.json: unknown key 'norm_groups'.*did you mean 'norm_num_groups'"),
+        ({}, {"beta_starts": 1}, r"scheduler_config\.json: unknown key 'beta_starts'.*did you mean 'beta_start'"),
+        ({}, {"_jddim": {"num_steps": 1}}, r"_jddim: unknown key 'num_steps'.*did you mean 'num_inference_steps'"),
         ({"_class_name": "UNet2DConditionModel"}, {}, "is a UNet2DConditionModel's"),
-        ({}, {"_class_name": "PNDMScheduler"}, "is a PNDMScheduler's; jddim reads DDIMScheduler and DDPMScheduler"),
+        ({}, {"_class_name": "OwnScheduler"}, "is a OwnScheduler's, a class that jddim does not know"),
+        ({}, {"_class_name": "EDMEulerScheduler"}, "its process is EDM's, whose t is a sigma, not DDIM's$"),
+        ({}, {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "its process is flow matching"),
+        ({}, {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type continuous"),
         ({}, {"beta_schedule": "laplace"}, "must be one of linear, scaled_linear"),
         ({}, {"trained_betas": [0.1]}, "num_train_timesteps is 1000, but trained_betas holds 1"),
         ({}, {"beta_end": 1.5}, "the noise schedule cannot be built"),
@@ -446,13 +499,24 @@ def test_what_no_file_names_is_listed_as_assumed() -> None:
         (
             {},
             {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
-            "the sampler's defaults do not work: .*alpha_bar",
+            "the sampler's defaults do not work: .*zero terminal SNR",
         ),
     ],
 )
 def test_refusals_say_why(network: dict[str, Any], scheduler: dict[str, Any], message: str) -> None:
     with pytest.raises(ConversionError, match=message):
         plan(network, scheduler)
+
+
+def test_keys_that_diffusers_ignores_are_listed() -> None:
+    found = plan(
+        {"cross_attention_dim": None, "magic": 1, "reverse_transformer_layers_per_block": None},
+        {"_class_name": "DDIMScheduler", "skip_prk_steps": True, "interpolation_type": "linear"},
+    )
+    assert found.notes == (
+        "config.json: not read, nor by diffusers: cross_attention_dim; magic; reverse_transformer_layers_per_block",
+        "scheduler_config.json: not read, nor by diffusers: skip_prk_steps; interpolation_type",
+    )
 
 
 def test_all_that_is_wrong_comes_in_one_message() -> None:
