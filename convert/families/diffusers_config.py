@@ -263,8 +263,14 @@ class Told:
     warnings: tuple[str, ...]
 
 
-def read_configs(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Told:
-    """The files' contents, by `section`, with --set over them. Raises ConversionError with all that is wrong."""
+def read_configs(
+    config: Mapping[str, Any] | None, given: Mapping[str, str], found: Mapping[str, Any] | None = None
+) -> Told:
+    """The files' contents, by `section`, with --set over them.
+
+    found: in place of config.json's contents, where there are none, what the tensors tell. Raises ConversionError with
+    all that is wrong; UnsettledError if that is but what they do not tell, and no default is safe for.
+    """
     files: dict[str, dict[str, Any]] = {
         name: dict((config or {}).get(name) or {}) for name in ("unet", "scheduler", "pipeline")
     }
@@ -272,11 +278,6 @@ def read_configs(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> 
     check_companions("the pipeline of model_index.json", "unet", parts_there)
     problems, notes = _class_problems(files)
     refuse(problems)  # the keys are another class's
-    if not files["unet"]:
-        problems.append(
-            "the tensors do not tell norm_num_groups, attention_head_dim and more; give UNet2DModel's config.json by "
-            "--config (none lies beside the weights)"
-        )
     problems += [f"unknown --set key {key!r}{did_you_mean(key, SETTINGS)}" for key in given if key not in SETTINGS]
     call = files["scheduler"].pop("_jddim", {})
     if not isinstance(call, Mapping):
@@ -309,11 +310,21 @@ def read_configs(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> 
         sources = {file: known, "--set": {key: literal(given[key]) for key in sorted(mine)}}
         parsed, refused = parse(sources, {key: option.parse for key, option in options.items()})
         problems += refused
-        parts[name] = {key: option.default for key, option in options.items()} | parsed
-    refuse(problems)
+        inferred = dict(found or {}) if name == "unet" else {}
+        problems += _contradictions(inferred, parsed)
+        parts[name] = {key: option.default for key, option in options.items()} | inferred | parsed
+    missing = {} if found is None else _missing(found, given)
+    asks = () if problems else missing
+    if missing:
+        problems.append(
+            f"without a config.json, the tensors do not tell {'; nor '.join(missing.values())}; --config config.json "
+            "says all of it"
+        )
+    refuse(problems, asks)
     assumed, warnings = list(obsolete), []
-    if absent := _defaulted(UNET, {*unet, *given}, _INERT):
-        assumed.append(f"{absent} (UNet2DModel's defaults in diffusers: its config does not name them)")
+    if absent := _defaulted(UNET, {*unet, *given, *(found or {})}, _INERT):
+        why = "its config does not name them" if found is None else "the tensors do not tell them"
+        assumed.append(f"{absent} (UNet2DModel's defaults in diffusers: {why})")
     trained = _TRAINED if not files["scheduler"] else ()
     if absent := _defaulted(SCHEDULER, {*scheduler, *given}, ("variance_type", "set_alpha_to_one", *trained)):
         assumed.append(f"{absent} (the scheduler's defaults in diffusers: its config does not name them)")
@@ -328,6 +339,37 @@ def read_configs(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> 
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
+
+
+def _contradictions(found: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
+    """What is told otherwise than the tensors have it, with both values."""
+
+    def same(key: str, value: Any) -> Any:
+        if key in ("down_block_types", "up_block_types") and value:  # nothing is resampled after the last block
+            return (*value[:-1], re.sub("Resnet(Down|Up)sample", r"\1", value[-1]))
+        return value or 4 * found["block_out_channels"][0] if key == "time_embedding_dim" else value
+
+    return [
+        f"{key} is {_shown(value)} by --set, but {_shown(found[key])} by the tensors"
+        for key, value in told.items()
+        if key in found and same(key, value) != same(key, found[key])
+    ]
+
+
+def _missing(found: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    """What neither the tensors nor --set tell and no default is safe for: as --set takes it -> what it is."""
+    missing = {"sample_size=SIDE": "the size of the images: --set sample_size=32, or HEIGHTxWIDTH"}
+    middle = found.get("add_attention", False)
+    if middle or any("Attn" in name for name in found["down_block_types"] + found["up_block_types"]):
+        missing["attention_head_dim=N"] = (
+            "how attention is split into heads: --set attention_head_dim=8 (the default of UNet2DModel), or =None (one "
+            "head, as in Ho et al.'s)"
+        )
+    if any(width % UNET["norm_num_groups"].default for width in found["block_out_channels"]):
+        missing["norm_num_groups=N"] = "the groups of the norms: --set norm_num_groups=N, a divisor of each width"
+    if middle and found["resnet_time_scale_shift"] == "scale_shift" and "attn_norm_num_groups" not in found:
+        missing["attn_norm_num_groups=N"] = "the groups of the middle attention's norm: --set attn_norm_num_groups=N"
+    return {ask: what for ask, what in missing.items() if ask.partition("=")[0] not in given}
 
 
 def _class_problems(files: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -20,7 +21,7 @@ from safetensors.numpy import save_file  # noqa: E402
 
 from convert import hub  # noqa: E402
 from convert.conversion import convert, describe, verify  # noqa: E402
-from convert.engine import ConversionError  # noqa: E402
+from convert.engine import ConversionError, UnsettledError  # noqa: E402
 from convert.export import export  # noqa: E402
 from convert.families import diffusers as family  # noqa: E402
 from convert.families import diffusers_config as configs  # noqa: E402
@@ -526,14 +527,139 @@ def test_all_that_is_wrong_comes_in_one_message() -> None:
         assert part in str(caught.value)
 
 
-def test_bare_weights_need_their_config_and_must_fit_it(tmp_path: Path) -> None:
-    path = write(tmp_path / "unet")
-    (tmp_path / "unet" / "config.json").rename(tmp_path / "config.json")
-    with pytest.raises(ConversionError, match=r"give UNet2DModel's config\.json by --config"):
-        convert(path, tmp_path / "out")
+# -- without config.json ----------------------------------------------------------------------------------------------
+
+# As their config.json on the hub, in diffusers' training script and in its course say: name -> what no tensor tells
+# (as --set takes it), and what they do.
+ATTENTION_AT_16 = {
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
+SIX_LEVELS = {
+    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+}
+OF_HO = {"attention_head_dim": "None", "norm_eps": "1e-6", "flip_sin_to_cos": "false", "freq_shift": "1"}
+OF_HO |= {"downsample_padding": "0"}
+PUBLISHED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "ddpm-cifar10-32": (
+        {"sample_size": "32", **OF_HO},
+        {"block_out_channels": [128, 256, 256, 256], **ATTENTION_AT_16},
+    ),
+    "ddpm-cat-256": ({"sample_size": "256", **OF_HO}, SIX_LEVELS),
+    "the training script": ({"sample_size": "64", "attention_head_dim": "8"}, SIX_LEVELS),
+    "the course's butterflies": (
+        {"sample_size": "32", "attention_head_dim": "8"},
+        {
+            "block_out_channels": [64, 128, 128, 256],
+            "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+        },
+    ),
+    "the course's MNIST with classes": (
+        {"sample_size": "28", "attention_head_dim": "8"},
+        {
+            **{"in_channels": 1, "out_channels": 1, "block_out_channels": [32, 64, 64], "num_class_embeds": 10},
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        },
+    ),
+    "spectrograms": (
+        {"sample_size": "64x256", "attention_head_dim": "8"},
+        {**SIX_LEVELS, "in_channels": 1, "out_channels": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_tensors_of_a_published_network_tell_its_config(name: str) -> None:
+    told, rest = PUBLISHED[name]
+    config = {key: configs.literal(value) for key, value in told.items()} | rest
+    config["sample_size"] = [64, 256] if told["sample_size"] == "64x256" else config["sample_size"]
+    expected = configs.unet_config(configs.read_configs({"unet": config}, {}).unet)
+    shapes = state_shapes(lambda: family.reference(expected))
+    state = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+    assert family.plan(state, {}, told).model == expected
+    with pytest.raises(UnsettledError) as caught:
+        family.plan(state, {}, {})
+    assert caught.value.asks == ("sample_size=SIDE", "attention_head_dim=N")
+
+
+def test_a_bare_state_dict_converts_with_what_info_asks_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "pipeline" / "unet")
+    write_scheduler(tmp_path / "pipeline" / "scheduler")
+    bare = Path(shutil.copy(path, tmp_path / "model.safetensors"))
+    lines = describe(bare)
+    asked = "--set sample_size=SIDE --set attention_head_dim=N --set norm_num_groups=N"
+    assert lines[-1] == f"convert it:   jddim convert {bare} DST {asked}"
+    wrapped = tmp_path / "last.ckpt"
+    state = {f"model.unet.{key}": torch.from_numpy(value) for key, value in tensors().items()}
+    torch.save({"state_dict": state, "epoch": 3}, wrapped)
+    expected = convert(tmp_path / "pipeline", tmp_path / "expected", verify=False)
+    settings = {"sample_size": "6", "attention_head_dim": "4", "norm_num_groups": "2", "variance_type": "fixed_large"}
+    for src in (bare, wrapped):
+        found = convert(src, tmp_path / src.stem, settings=settings)
+        assert (found.model, found.params_sha256) == (expected.model, expected.params_sha256)
+        assert found.provenance["verification"]["output_error"] <= 2e-5
+        assert any("norm_eps = 1e-05" in line for line in found.provenance["assumed"])
+        assert not any("block_out_channels" in line for line in found.provenance["assumed"])
+        assert len(found.provenance["warnings"]) == 1
+        assert verify(tmp_path / src.stem, src).first_bad is None
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"block_out_channels": "4,4"}, r"block_out_channels is \(4, 4\) by --set, but \(4, 8\) by the tensors"),
+        ({"layers_per_block": "2"}, "layers_per_block is 2 by --set, but 1 by the tensors"),
+        ({"num_class_embeds": "10"}, "num_class_embeds is 10 by --set, but null by the tensors"),
+        ({"attention_head_dim": "3"}, "cannot be split into heads of head_channels=3"),
+        ({"norm_num_groups": "3"}, "multiple of norm_groups=3"),
+        ({"time_embedding_dim": "17"}, "time_embedding_dim is 17 by --set, but null by the tensors"),
+        (
+            {"down_block_types": "DownBlock2D,DownBlock2D"},
+            "down_block_types is .* by --set, but .*Attn.* by the tensors",
+        ),
+        ({"attn_norm_num_groups": "5"}, "width 8 must be a multiple of mid_norm_groups=5"),
+    ],
+)
+def test_what_a_bare_state_dict_contradicts_is_refused(told: dict[str, str], message: str) -> None:
+    settings = {"sample_size": "6", "attention_head_dim": "4", "norm_num_groups": "2"}
+    with pytest.raises(ConversionError, match=message) as caught:
+        family.plan(tensors(), {}, settings | told)
+    assert not isinstance(caught.value, UnsettledError)
+
+
+def test_what_says_the_same_in_other_words_is_no_contradiction() -> None:
+    settings = {"sample_size": "6", "attention_head_dim": "4", "norm_num_groups": "2"}
+    expected = family.plan(tensors(), {}, settings).model
+    same = {"time_embedding_dim": "16", "down_block_types": "DownBlock2D,AttnDownBlock2D", "layers_per_block": "1"}
+    found = family.plan(
+        tensors(), {}, settings | same | {"up_block_types": "AttnUpBlock2D,ResnetUpsampleBlock2D"}
+    ).model
+    assert found == dataclasses.replace(expected, time_channels=16)
+
+
+def test_a_bare_state_dict_that_is_not_whole_is_said(tmp_path: Path) -> None:
+    state = tensors()
+    settings = {"sample_size": "6", "attention_head_dim": "4", "norm_num_groups": "2"}
+    for lost, message in (
+        ("up_blocks", "the blocks do not add up to a UNet2DModel: 2 down_blocks and 0 up_blocks"),
+        ("conv_in", "too few tensors of the UNet2DModel"),
+        ("down_blocks.0.resnets.0.conv1.weight", "missing down_blocks.0.resnets.0.conv1.weight"),
+    ):
+        path = tmp_path / "w.safetensors"
+        save_file({key: value for key, value in state.items() if not key.startswith(lost)}, path)
+        with pytest.raises(ConversionError, match=message):
+            convert(path, tmp_path / "out", settings=settings)
+
+
+def test_weights_must_fit_their_config(tmp_path: Path) -> None:
+    path = write(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(NETWORK | {"layers_per_block": 2}))
     with pytest.raises(ConversionError, match=r"tensors do not fit the model: missing down_blocks\.0\.resnets\.1"):
-        convert(path, tmp_path / "out", config=tmp_path / "config.json")
+        convert(path, tmp_path / "out")
 
 
 def test_diffusers_other_networks_are_named(tmp_path: Path) -> None:
