@@ -454,12 +454,12 @@ def _schedule(name: str, T: int) -> ScheduleConfig:
 
 
 def _spacing(respacing: str, T: int) -> tuple[str, int]:
-    """Our spacing and S for the source's timestep_respacing; where it is empty, the number of steps is ours."""
+    """Our spacing and S for the source's timestep_respacing; where it is empty, DDIM's, and the number is ours."""
     if respacing.startswith("ddim"):
         return respacing, int(respacing.removeprefix("ddim"))
     if "," in respacing:
         return respacing, sum(map(int, respacing.split(",")))
-    return "openai", int(respacing) if respacing else min(50, T)
+    return ("openai", int(respacing)) if respacing else ("openai_ddim", min(50, T))
 
 
 def _notes(told: Mapping[str, Any]) -> tuple[str, ...]:
