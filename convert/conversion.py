@@ -94,6 +94,7 @@ def convert(
         "assumed": list(plan.assumed),
         "ignored": dict(plan.ignored),
         "notes": list(plan.notes),
+        **({"warnings": list(plan.warnings)} if plan.warnings else {}),
         "wording": plan.wording.to_json(told),
         "reference_options": dict(plan.reference_options),
         "verification": figure,
@@ -165,6 +166,7 @@ def describe(
         ]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
         facts += [f"  note        {note}" for note in plan.notes]
+        facts += [f"  WARNING     {warning}" for warning in plan.warnings]
     except UnsettledError as error:
         facts.append(f"  needs       {error}")
         if fitting := [] if preset else _fitting_presets(family, source, contents, settings):
@@ -223,7 +225,7 @@ def _open(
     if source.taken:
         say(f"  taken: {_taken(source)}")
     for file in files:
-        say(f"  config: {file}" + ("" if file in given else " (found beside the checkpoint)"))
+        say(f"  config: {file}" + ("" if file in given else " (found)"))
     with refusing(src):
         settings = _with_preset(family, preset, settings)
         plan = family.plan(source.tensors, contents, settings)
@@ -234,6 +236,8 @@ def _open(
         say(f"  ignored: {name}: {reason}")
     for note in plan.notes:
         say(f"  note: {note}")
+    for warning in plan.warnings:
+        say(f"  WARNING: {warning}")
     return _Opened(family, source, plan, files, settings)
 
 

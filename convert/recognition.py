@@ -16,6 +16,7 @@ import numpy as np
 from . import foreign
 from .engine import ConversionError, shortened
 from .families import FAMILIES, Family, Source
+from .families.base import check_companions
 from .files.pickles import printable
 
 LEVELS = 4
@@ -26,8 +27,6 @@ _LIST = ("model", "optimizer", "epoch", "step", "ema")
 _AVERAGE = re.compile(r"(^|_)(ema|shadow|average|averaged)(_|\.?$)", re.IGNORECASE)
 _NOT_AVERAGE = re.compile(r"(^|_)online(_|\.?$)", re.IGNORECASE)  # ema_pytorch's name for what it averages
 _STEPS = ("step", "global_step", "iteration", "iter", "it")
-_FIRST_STAGES = frozenset({"vae", "vqvae", "vqmodel", "autoencoder", "first_stage", "first_stage_model"})
-_CONDITIONERS = frozenset({"cond_stage_model", "conditioner", "text_encoder", "text_encoder_2", "text_model"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ def recognise(raw: Any, name: str, weights: str | None = None) -> tuple[Family, 
     if not sets:
         raise refusal
     place, source = _chosen(sets, contents, name, weights, notes)
-    _refuse_latents(place, name)
+    check_companions(name, place.label, (key.removesuffix(".") for step in place.beside for key in step))
     return place.family, source
 
 
@@ -256,17 +255,3 @@ def _listed(sets: Sequence[_Set]) -> str:
     return shortened(
         [f"{source.weights} ({source.taken or 'the file itself'}: {place.family.title})" for place, source in sets]
     )
-
-
-def _refuse_latents(place: _Place, name: str) -> None:
-    beside = {key.removesuffix(".") for step in place.beside for key in step}
-    if stages := sorted(beside & _FIRST_STAGES):
-        raise ConversionError(
-            f"{name} holds a network of latents ({place.label}) and the first stage that turns them into images "
-            f"({', '.join(stages)}), for which jddim has no decoder yet"
-        )
-    if conditioners := sorted(beside & _CONDITIONERS):
-        raise ConversionError(
-            f"{name} holds a network ({place.label}) and what encodes its conditions ({', '.join(conditioners)}); "
-            "jddim's networks take class labels or nothing"
-        )

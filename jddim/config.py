@@ -319,6 +319,10 @@ class UNetConfig:
                 f"with channel_mults={self.channel_mults} gives {list(widths)}"
                 f"; take channels from {groups}, {2 * groups}, {3 * groups}, ..."
             )
+        if self.middle and self.mid_attention and self.mid_norm_groups and self.widths[-1] % self.mid_norm_groups:
+            problems.append(
+                f"the middle's width {self.widths[-1]} must be a multiple of mid_norm_groups={self.mid_norm_groups}"
+            )
         attended = [
             (width, up) for i, width in enumerate(self.widths) for up in (False, True) if self.has_attention(i, up=up)
         ]

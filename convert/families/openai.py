@@ -349,8 +349,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         {},
         tuple(assumed),
         (*_notes(told), *not_read(sections(config, SETTINGS)[1])),
-        {"use_new_attention_order": new_order},
-        Wording(
+        reference_options={"use_new_attention_order": new_order},
+        wording=Wording(
             {"noise_schedule": noise_schedule, "diffusion_steps": str(T)},
             {
                 "timestep_respacing": told.get("timestep_respacing", "") or '""',
@@ -472,12 +472,12 @@ def _schedule(name: str, T: int) -> ScheduleConfig:
 
 
 def _spacing(respacing: str, T: int) -> tuple[str, int]:
-    """Our spacing and S for the source's timestep_respacing; where it is empty, the number of steps is ours."""
+    """Our spacing and S for the source's timestep_respacing; where it is empty, DDIM's, and the number is ours."""
     if respacing.startswith("ddim"):
         return respacing, int(respacing.removeprefix("ddim"))
     if "," in respacing:
         return respacing, sum(map(int, respacing.split(",")))
-    return "openai", int(respacing) if respacing else min(50, T)
+    return ("openai", int(respacing)) if respacing else ("openai_ddim", min(50, T))
 
 
 def _notes(told: Mapping[str, Any]) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ def card(metadata: Metadata, parameters: int) -> str:
         f"- network: {metadata.model.summary}; {parameters:,} parameters",
         *_conventions(metadata),
         *_list("assumed", facts.get("assumed") or ()),
+        *_list("WARNING", facts.get("warnings") or ()),
         f"- written by: {_pairs(facts.get('versions') or {})}",
         f"- SHA-256 of this checkpoint, as `jddim info` prints it: {_code(metadata.sha256)}",
     ]

@@ -79,7 +79,7 @@ def _invert(args: argparse.Namespace) -> int:
     steps = up.table.num_steps
     print(
         f"{counted(len(images), 'image')} in {counted(steps, 'step')} "
-        f"({request.spacing or ddim.sampler.spacing}, {request.convention}, refine {request.refine}) -> {args.out}  "
+        f"({up.sampler.spacing}, {request.convention}, refine {request.refine}) -> {args.out}  "
         f"[{seconds:.1f} s with compiling]"
     )
     if again is not None:

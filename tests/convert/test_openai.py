@@ -254,7 +254,7 @@ def test_defaults_of_the_sources_are_listed_as_assumed() -> None:
         "predict_xstart = False",
         "sigma_small = False",
     ]
-    assert (made.sampler.spacing, made.sampler.rederive_eps, made.sampler.clip) == ("openai", True, True)
+    assert (made.sampler.spacing, made.sampler.rederive_eps, made.sampler.clip) == ("openai_ddim", True, True)
     one_head = plan(small_shapes(heads=(1, 1), heads_up=(1, 1)), None, FLAGS | {"num_heads": "1"})
     assert not any("attention_order" in fact for fact in one_head.assumed)  # it makes no difference
 
@@ -296,7 +296,7 @@ def test_flags_without_effect_on_sampling_are_taken_and_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("respacing", "expected"), [("", ("openai", 50)), ("250", ("openai", 250)), ("ddim25", ("ddim25", 25))]
+    ("respacing", "expected"), [("", ("openai_ddim", 50)), ("250", ("openai", 250)), ("ddim25", ("ddim25", 25))]
 )
 def test_respacing_becomes_the_default_timetable(respacing: str, expected: tuple[str, int]) -> None:
     sampler = plan(small_shapes(), None, FLAGS | {"timestep_respacing": respacing}).sampler
