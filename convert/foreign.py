@@ -26,7 +26,7 @@ _MARKS = {
     r"(^|\.)conv_in\.conv\.": "is a network of MONAI's (DiffusionModelUNet and its like); this family is not supported",
     r"(^|\.)map_layer0\.": "is an EDM network (SongUNet or DhariwalUNet); this family is not supported",
     r"(^|\.)all_modules\.": "is a score_sde model; this family is not supported",
-    r"timembedding\.": "is a model of w86763777/pytorch-ddpm's; this family is not supported",
+    r"timembedding\.": "has a timembedding as w86763777/pytorch-ddpm's networks have, but too few of their blocks",
     r"down_blocks\..*transformer_blocks\.": (
         "is a diffusers model with cross-attention to text; jddim's take class labels or nothing"
     ),

@@ -16,10 +16,11 @@ from typing import Any
 
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import UNetConfig, did_you_mean
+from jddim.models.building import abstract_model, flat_params
 
 from ..engine import ConversionError, refuse, shortened
 from ..files.shards import INDEX
-from ..rules import Rules
+from ..rules import Rules, source_of
 from ..writers import save_safetensors, torch_tensors
 from . import diffusers_config as configs
 from .base import Family, Plan, Source, of_wiring
@@ -210,6 +211,20 @@ def reference(config: UNetConfig) -> Any:
 
     skipped = ("_class_name", "sample_size", "dropout")
     return ReferenceUNet2D(**{key: value for key, value in configs.unet_json(config).items() if key not in skipped})
+
+
+def reference_by(config: UNetConfig, table: Rules) -> Any:
+    """The same, to be loaded under the names that another source of this wiring has, by that source's rename table."""
+    module = reference(config)
+    own = {name: value.shape for name, value in module.state_dict().items()}
+    leaves = flat_params(abstract_model(config))
+    names = {source_of(leaf, table): source_of(leaf, rules(config)) for leaf in leaves}
+
+    def renamed(module: Any, state: dict[str, Any], *of_torch: Any) -> None:
+        state.update({own_name: state.pop(name).reshape(own[own_name]) for name, own_name in names.items()})
+
+    module.register_load_state_dict_pre_hook(renamed)
+    return module
 
 
 # -- back -------------------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ import tiny
 pytest.importorskip("torch", reason="the families' names and shapes are PyTorch's: pip install 'jddim[convert]'")
 
 import lucidrains_files
+import named
 from lucidrains_files import COSINE, diffusion, draw
 
 from convert.engine import ConversionError, fill
-from convert.families import FAMILIES, Source, diffusers, openai
+from convert.families import FAMILIES, Source, diffusers, openai, pytorch_ddpm
 from convert.families import diffusers_config as configs
 from convert.recognition import as_asked, recognise
 from convert.writers import state_shapes
@@ -39,6 +40,10 @@ OPENAI = UNetConfig(
 LUCIDRAINS = lucidrains_files.small_config(
     channel_mults=(2,), full_attention=(True,), num_heads=(2,), head_channels=(3,)
 )
+PYTORCH_DDPM = UNetConfig(
+    **{"image_size": (6, 10), "channels": 6, "channel_mults": (1,), "num_res_blocks": 1, "attention_levels": (0,)},
+    **{"norm_groups": 2, "time_embedding": "learned", "num_timesteps": 11},
+)
 FLAGS = {"image_size": "6x10", "num_heads": "2", "norm_groups": "2"}
 
 
@@ -57,6 +62,12 @@ CASES: dict[str, tuple[str, Callable[[int], State], Any, dict[str, str]]] = {
     "ho": ("ho", lambda seed: tiny.arrays(seed=seed), None, tiny.SETTINGS),
     "diffusers": ("diffusers", diffusers_state, {"unet": DIFFUSERS}, {}),
     "openai": ("openai", lambda seed: drawn(openai, OPENAI, seed, use_new_attention_order=False), None, FLAGS),
+    "pytorch_ddpm": (
+        "pytorch_ddpm",
+        lambda seed: named.state_dict(pytorch_ddpm, PYTORCH_DDPM, seed),
+        None,
+        {"img_size": "6x10", "norm_groups": "2"},
+    ),
     "lucidrains": ("lucidrains", lambda seed: draw(LUCIDRAINS, seed), None, lucidrains_files.SETTINGS),
     "lucidrains' diffusion": (
         "lucidrains",
@@ -207,7 +218,7 @@ def test_a_partial_average_is_not_taken_and_that_is_said(case: str) -> None:
     rest = {
         name: value
         for name, value in ema.items()
-        if any(part in name for part in ("conv_in", "init_conv", "input_blocks.0"))
+        if any(part in name for part in ("conv_in", "init_conv", "input_blocks.0", "head"))
     }
     source = recognise({"model": state(case), "ema": rest}, "file")[1]
     assert (source.taken, source.note) == ("model", "ema has the names of no family's network")
@@ -322,7 +333,7 @@ FOREIGN = {
     "conv_in.conv.weight time_embed.0.weight down_blocks.0.resnets.0.conv1.conv.weight": "is a network of MONAI's",
     "model.map_layer0.weight model.enc.32x32_conv.weight": "is an EDM network",
     "module.all_modules.0.W": "is a score_sde model",
-    "time_embedding.timembedding.0.weight downblocks.0.weight": "is a model of w86763777/pytorch-ddpm's",
+    "time_embedding.timembedding.0.weight downblocks.0.weight": "has a timembedding as w86763777/pytorch-ddpm's",
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": "cross-attention to text",
     "first_stage_model.x": "is a latent-diffusion autoencoder",
     "a.b c": r"is no checkpoint that jddim knows: it holds a\.b, c",
