@@ -283,14 +283,14 @@ def _misfit(
 def _params(family: Family, source: Source, plan: Plan) -> dict[str, np.ndarray]:
     """The model's parameters. Raises ConversionError with every tensor that does not fit."""
     expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
-    return fill(source.tensors, expected, plan.rules, plan.ignored, family.pointwise)
+    return fill({**source.tensors, **plan.implied}, expected, plan.rules, plan.ignored, family.pointwise)
 
 
 def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> Verification:
-    tensors = {name: value for name, value in source.tensors.items() if name not in plan.ignored}
+    tensors = {**source.tensors, **plan.implied}
     return verification.verify(
         build_model(plan.model, verification.in_place(params)),
-        tensors,
+        {name: value for name, value in tensors.items() if name not in plan.ignored},
         family,
         plan.model,
         plan.schedule.num_train_timesteps,

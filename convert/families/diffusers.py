@@ -20,7 +20,7 @@ from jddim.models.building import abstract_model, flat_params
 
 from ..engine import ConversionError, refuse, shortened
 from ..files.shards import INDEX
-from ..rules import Rules, source_of
+from ..rules import Fused, Rules, source_of, target_leaves, targets_of
 from ..writers import save_safetensors, torch_tensors
 from . import diffusers_config as configs
 from .base import Family, Plan, Source, of_wiring
@@ -216,12 +216,19 @@ def reference(config: UNetConfig) -> Any:
 def reference_by(config: UNetConfig, table: Rules) -> Any:
     """The same, to be loaded under the names that another source of this wiring has, by that source's rename table."""
     module = reference(config)
-    own = {name: value.shape for name, value in module.state_dict().items()}
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
     leaves = flat_params(abstract_model(config))
-    names = {source_of(leaf, table): source_of(leaf, rules(config)) for leaf in leaves}
 
     def renamed(module: Any, state: dict[str, Any], *of_torch: Any) -> None:
-        state.update({own_name: state.pop(name).reshape(own[own_name]) for name, own_name in names.items()})
+        tensors = {}
+        for name in list(state):
+            value, (source, _, kind) = state.pop(name), name.rpartition(".")
+            for target in targets_of(source, table):
+                pieces = target.split(value) if isinstance(target, Fused) else [value]
+                for leaf, piece in zip(target_leaves(target, kind, leaves), pieces, strict=False):
+                    own = source_of(leaf, rules(config))
+                    tensors[own] = piece.reshape(shapes[own])
+        state.update(tensors)
 
     module.register_load_state_dict_pre_hook(renamed)
     return module

@@ -18,7 +18,7 @@ import named
 from lucidrains_files import COSINE, diffusion, draw
 
 from convert.engine import ConversionError, fill
-from convert.families import FAMILIES, Source, diffusers, openai, pytorch_ddpm
+from convert.families import FAMILIES, Source, diffusers, monai, openai, pytorch_ddpm
 from convert.families import diffusers_config as configs
 from convert.recognition import as_asked, recognise
 from convert.writers import state_shapes
@@ -44,6 +44,11 @@ PYTORCH_DDPM = UNetConfig(
     **{"image_size": (6, 10), "channels": 6, "channel_mults": (1,), "num_res_blocks": 1, "attention_levels": (0,)},
     **{"norm_groups": 2, "time_embedding": "learned", "num_timesteps": 11},
 )
+MONAI = UNetConfig(
+    **{"image_size": (6, 10), "in_channels": 1, "out_channels": 1, "channels": 6, "channel_mults": (1,)},
+    **{"num_res_blocks": 1, "attention_levels": (0,), "norm_groups": 2},
+)
+MONAIS = {"image_size": "6x10", "num_head_channels": "3", "norm_num_groups": "2"}
 FLAGS = {"image_size": "6x10", "num_heads": "2", "norm_groups": "2"}
 
 
@@ -68,6 +73,18 @@ CASES: dict[str, tuple[str, Callable[[int], State], Any, dict[str, str]]] = {
         None,
         {"img_size": "6x10", "norm_groups": "2"},
     ),
+    "MONAI core": (
+        "monai",
+        lambda seed: named.state_dict(monai, MONAI, seed, core=True, combined=True),
+        None,
+        MONAIS,
+    ),
+    "MONAI Generative": (
+        "monai",
+        lambda seed: named.state_dict(monai, MONAI, seed, core=False, combined=False),
+        None,
+        MONAIS,
+    ),
     "lucidrains": ("lucidrains", lambda seed: draw(LUCIDRAINS, seed), None, lucidrains_files.SETTINGS),
     "lucidrains' diffusion": (
         "lucidrains",
@@ -89,7 +106,7 @@ def converted(source: Source, case: str) -> tuple[State, Any, Any]:
     plan = FAMILIES[family].plan(source.tensors, config, settings)
     expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
     return (
-        fill(source.tensors, expected, plan.rules, plan.ignored, FAMILIES[family].pointwise),
+        fill({**source.tensors, **plan.implied}, expected, plan.rules, plan.ignored, FAMILIES[family].pointwise),
         plan.schedule,
         plan.sampler,
     )
@@ -330,7 +347,7 @@ FOREIGN = {
     "denoise_fn.noise_level_mlp.1.weight denoise_fn.downs.0.weight": "is an SR3 network",
     "x_embedder.proj.weight blocks.0.adaLN_modulation.1.weight": "is a diffusion transformer",
     "pos_embed.proj.weight transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight": "is a diffusion transf",
-    "conv_in.conv.weight time_embed.0.weight down_blocks.0.resnets.0.conv1.conv.weight": "is a network of MONAI's",
+    "conv_in.conv.weight time_embed.0.weight down_blocks.0.resnets.0.conv1.conv.weight": "is a network of MONAI's, but",
     "model.map_layer0.weight model.enc.32x32_conv.weight": "is an EDM network",
     "module.all_modules.0.W": "is a score_sde model",
     "time_embedding.timembedding.0.weight downblocks.0.weight": "has a timembedding as w86763777/pytorch-ddpm's",
@@ -348,10 +365,3 @@ def test_foreign_files_are_named_for_what_they_are(names: str, wrap: Callable[[A
     with pytest.raises(ConversionError, match=f"^file {message}" if message.startswith("is ") else message):
         recognise(contents, "file")
     assert "lucidrains Trainer" not in message
-
-
-def test_whole_monai_networks_are_not_diffusers() -> None:
-    names = [f"down_blocks.0.resnets.0.{x}.weight" for x in ("norm1", "norm2", "time_emb_proj", "conv1.conv")]
-    contents = dict.fromkeys([*names, "conv_in.conv.weight", "time_embed.0.weight"], np.zeros(2, np.float32))
-    with pytest.raises(ConversionError, match="is a network of MONAI's"):
-        recognise(contents, "file")

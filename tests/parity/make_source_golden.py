@@ -1,6 +1,7 @@
 """Writes golden/SOURCE.npz from a source's own code: `source_cases` says what is in it.
 
     python tests/parity/make_source_golden.py pytorch_ddpm CHECKOUT    # w86763777/pytorch-ddpm at f804ccb
+    python tests/parity/make_source_golden.py monai CHECKOUT CHECKOUT  # MONAI at d388d1c, GenerativeModels at 7428fce
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
@@ -14,7 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from source_cases import GOLDEN, SOURCES, SourceCase, drawn, images
+import yaml
+from source_cases import ETA, GOLDEN, SOURCES, STEPS, SourceCase, drawn, images
+
+NOT_OF_THE_SCHEDULER = ("image_size", "num_head_channels", "norm_num_groups")
 
 
 def nchw(x: np.ndarray) -> torch.Tensor:
@@ -50,11 +54,37 @@ def pytorch_ddpm(name: str, case: SourceCase) -> dict[str, Any]:
     return found
 
 
-MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {"pytorch_ddpm": pytorch_ddpm}
+def monai(name: str, case: SourceCase) -> dict[str, Any]:
+    if name == "Generative":
+        from generative.networks.nets import DiffusionModelUNet
+        from generative.networks.schedulers import DDIMScheduler
+    else:
+        from monai.networks.nets import DiffusionModelUNet
+        from monai.networks.schedulers import DDIMScheduler
+
+    network, shapes = redrawn(DiffusionModelUNet(**case.network))
+    labels = None if case.labels is None else torch.tensor(case.labels)
+    x_t = nchw(images(case, len(case.t), seed=1))
+    found = {"shapes": shapes, "eps": network(x_t, torch.tensor(case.t), class_labels=labels)}
+    if labels is not None:
+        told = {key: yaml.safe_load(value) for key, value in case.settings.items() if key not in NOT_OF_THE_SCHEDULER}
+        scheduler = DDIMScheduler(**told)
+        scheduler.set_timesteps(STEPS)
+        noise = iter(nchw(images(case, STEPS, len(labels), seed=3)))
+        torch.randn = lambda *shape, noise=noise, **options: next(noise)
+        x = nchw(images(case, len(labels), seed=2))
+        for t in scheduler.timesteps:
+            output = network(x, t.expand(len(labels)), class_labels=labels)
+            x, _ = scheduler.step(output, int(t), x, eta=ETA)
+        found["DDIM"] = x
+    return found
+
+
+MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {"pytorch_ddpm": pytorch_ddpm, "monai": monai}
 
 if __name__ == "__main__":
-    source, checkout = sys.argv[1:]
-    sys.path.insert(0, checkout)
+    source, *checkouts = sys.argv[1:]
+    sys.path[:0] = checkouts
     kept: dict[str, Any] = {}
     for name, case in SOURCES[source].items():
         for part, value in MAKERS[source](name, case).items():

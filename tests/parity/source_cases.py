@@ -18,6 +18,7 @@ from convert.engine import fill
 from convert.families import FAMILIES, Plan
 from jddim.models.building import abstract_model, flat_params
 
+STEPS, ETA = 7, 0.6  # of the runs by DDIM
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -30,6 +31,10 @@ class SourceCase(NamedTuple):
     labels: tuple[int, ...] | None = None
 
 
+SMALL: dict[str, Any] = {
+    **{"spatial_dims": 2, "in_channels": 1, "out_channels": 1, "num_res_blocks": 1, "norm_num_groups": 4},
+    "num_class_embeds": 3,
+}
 SOURCES: dict[str, dict[str, SourceCase]] = {
     "pytorch_ddpm": {
         "one block": SourceCase(
@@ -45,6 +50,36 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
             (8, 12),
             3,
             (999, 500),
+        ),
+    },
+    "monai": {
+        "core": SourceCase(
+            SMALL | {"channels": (8, 16), "attention_levels": (False, True), "num_head_channels": (0, 4)},
+            {"image_size": "6x10", "num_head_channels": "8,4", "norm_num_groups": "4"}
+            | {"num_train_timesteps": "50", "schedule": "scaled_linear_beta", "beta_end": "0.2"}
+            | {"prediction_type": "v_prediction", "clip_sample_min": "0"},
+            (6, 10),
+            1,
+            (0, 7, 999),
+            (2, 0, 1),
+        ),
+        "core, combined, without projections, resampling blocks": SourceCase(
+            {**SMALL, "num_res_blocks": 2, "num_class_embeds": None, "channels": (4, 4, 8)}
+            | {"attention_levels": (True, False, False), "num_head_channels": (4, 0, 8)}
+            | {"resblock_updown": True, "include_fc": False, "use_combined_linear": True},
+            {"image_size": "8x12", "num_head_channels": "4,1,8", "norm_num_groups": "4"},
+            (8, 12),
+            1,
+            (999, 500),
+        ),
+        "Generative": SourceCase(
+            SMALL | {"num_channels": (8, 16), "attention_levels": (False, True), "num_head_channels": 4},
+            {"image_size": "6x10", "num_head_channels": "4", "norm_num_groups": "4"}
+            | {"num_train_timesteps": "200", "beta_end": "0.1", "set_alpha_to_one": "false", "steps_offset": "1"},
+            (6, 10),
+            1,
+            (0, 7, 999),
+            (2, 0, 1),
         ),
     },
 }
@@ -80,4 +115,4 @@ def converted(source: str, name: str) -> tuple[Plan, dict[str, np.ndarray]]:
     tensors = family.open_source(source_tensors(source, name), "file").tensors
     plan = family.plan(tensors, None, SOURCES[source][name].settings)
     expected = {leaf: value.shape for leaf, value in flat_params(abstract_model(plan.model)).items()}
-    return plan, fill(tensors, expected, plan.rules, plan.ignored, family.pointwise)
+    return plan, fill({**tensors, **plan.implied}, expected, plan.rules, plan.ignored, family.pointwise)

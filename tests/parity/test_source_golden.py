@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from source_cases import SOURCES, converted, golden, images
+from source_cases import ETA, SOURCES, STEPS, converted, golden, images
 
-from jddim.ddim import step_table
+from jddim.ddim import sampler_table, step_table
 from jddim.models.building import build_model
-from jddim.sampling import ancestral_loop
+from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import make_schedule
 from jddim.timesteps import make_timesteps
 
@@ -51,3 +53,26 @@ def test_pytorch_ddpms_sampler(var_type: str) -> None:
     )
     x_0 = run(build_model(plan.model, params), images(case, 2, seed=2), images(case, T, 2, seed=3))
     assert error(x_0, golden("pytorch_ddpm")[f"one block/{var_type}"]) <= 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name, case in SOURCES["monai"].items() if case.labels is not None])
+def test_monais_ddim(name: str) -> None:
+    case = SOURCES["monai"][name]
+    plan, params = converted("monai", name)
+    sampler = dataclasses.replace(plan.sampler, num_steps=STEPS)
+    table = sampler_table(make_schedule(plan.schedule), sampler)
+    labels = jnp.array(case.labels)
+    run = jax.jit(
+        lambda model, x_T, noise: sample_loop(
+            lambda x_t, t: model(x_t, t, labels),
+            x_T,
+            table,
+            eta=ETA,
+            noise=noise,
+            prediction_type=sampler.prediction_type,
+            clip_range=sampler.clip_range,
+        )
+    )
+    num = len(labels)
+    x_0 = run(build_model(plan.model, params), images(case, num, seed=2), images(case, STEPS, num, seed=3))
+    assert error(x_0, golden("monai")[f"{name}/DDIM"]) <= 1e-4
