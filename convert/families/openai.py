@@ -87,6 +87,13 @@ def _refusal(tensors: Tensors) -> str | None:
         return (
             "is a classifier (half a UNet, no output_blocks) for guidance; it predicts no noise, so cannot be sampled"
         )
+    projections = [value.ndim for name, value in tensors.items() if name.endswith(".qkv.weight")]
+    if projections and set(projections) == {4}:
+        return (
+            "has attention by 2-D convolutions, as openai/consistency_models has (edm_, cd_ and ct_ files): its "
+            "networks are given 250 ln(sigma) in place of t, and sampled by EDM's or a consistency model's steps, "
+            "which jddim does not have; as networks that predict noise at t they would give wrong images"
+        )
     channels_in, channels_out = _ends(tensors)
     if channels_in and channels_out and channels_in == 2 * channels_out:
         return (
