@@ -318,9 +318,35 @@ def test_a_network_of_latents_or_with_a_conditioner_is_refused_for_what_it_is() 
 
 
 def test_a_schedule_that_is_not_read_is_said() -> None:
-    contents = under("denoise_fn.", state("openai")) | {"betas": np.ones(5, np.float32)}
+    contents = under("denoise_fn.", state("ho")) | {"betas": np.ones(5, np.float32)}
     assert "betas lie beside them, which this family does not read" in recognise(contents, "file")[1].note
     assert recognise(state("lucidrains' diffusion"), "file")[1].note == ""
+
+
+def test_betas_that_a_family_reads_go_with_raw_and_averaged_weights() -> None:
+    """CompVis' layout: buffers of the diffusion beside its network, and an EMA under names without dots."""
+    raw, ema = state("openai"), state("openai", 2)
+    dotless = {f"model_ema.diffusion_model{name.replace('.', '')}": value for name, value in ema.items()}
+    rest = {
+        "betas": np.linspace(0.01, 0.2, 7).astype(np.float32),
+        "model_ema.decay": LIST,
+        "model_ema.num_updates": LIST,
+    }
+    contents = {"state_dict": under("model.diffusion_model.", raw) | dotless | rest, "global_step": 5}
+    for asked, taken, expected in (
+        (None, "state_dict.model_ema", ema),
+        ("state_dict.model_ema", "state_dict.model_ema", ema),
+        ("raw", "state_dict.model.diffusion_model", raw),
+    ):
+        source = recognise(contents, "file", asked)[1]
+        assert (source.taken, source.note) == (taken, "")
+        assert (source.weights, source.step) == ("raw" if asked == "raw" else "ema", 5)
+        assert source.tensors.keys() == {*raw, "betas"}
+        assert all(np.array_equal(source.tensors[name], value) for name, value in expected.items())
+    del contents["state_dict"]["model_ema.diffusion_modelout2bias"]
+    source = recognise(contents, "file")[1]
+    assert source.taken == "state_dict.model.diffusion_model"
+    assert source.note == "model_ema has the names of no family's network"
 
 
 def test_what_lies_beside_is_said() -> None:

@@ -2,6 +2,7 @@
 
     python tests/parity/make_source_golden.py pytorch_ddpm CHECKOUT    # w86763777/pytorch-ddpm at f804ccb
     python tests/parity/make_source_golden.py monai CHECKOUT CHECKOUT  # MONAI at d388d1c, GenerativeModels at 7428fce
+    python tests/parity/make_source_golden.py openai CHECKOUT             # CompVis/latent-diffusion at a506df5
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
@@ -80,7 +81,18 @@ def monai(name: str, case: SourceCase) -> dict[str, Any]:
     return found
 
 
-MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {"pytorch_ddpm": pytorch_ddpm, "monai": monai}
+def latent_diffusion(name: str, case: SourceCase) -> dict[str, Any]:
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    network, shapes = redrawn(UNetModel(**case.network))
+    return {"shapes": shapes, "eps": network(nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t))}
+
+
+MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
+    "pytorch_ddpm": pytorch_ddpm,
+    "openai": latent_diffusion,
+    "monai": monai,
+}
 
 if __name__ == "__main__":
     source, *checkouts = sys.argv[1:]

@@ -52,6 +52,16 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
             (999, 500),
         ),
     },
+    "openai": {
+        "latent-diffusion": SourceCase(
+            {"image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "channel_mult": (1, 2)}
+            | {"num_res_blocks": 1, "attention_resolutions": [2], "num_head_channels": 32},
+            {"image_size": "6x10", "num_head_channels": "32"},
+            (6, 10),
+            3,
+            (0, 7, 999),
+        ),
+    },
     "monai": {
         "core": SourceCase(
             SMALL | {"channels": (8, 16), "attention_levels": (False, True), "num_head_channels": (0, 4)},
