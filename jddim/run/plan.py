@@ -438,7 +438,7 @@ def spacing_of(request: Request, sampler: SamplerConfig, T: int) -> str | np.nda
     steps = request.steps if request.steps is not None else sampler.num_steps
     if spacing != "openai_ddim" or not 1 <= steps <= T:
         return spacing
-    return openai_respacing(T, steps) if request.method == "ddim" else "openai"
+    return openai_respacing(T, steps) if methods.find(request.method).takes_eta else "openai"
 
 
 def _numbers(start: int, num: int) -> np.ndarray:

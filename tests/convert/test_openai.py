@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from tiny import small_config
 
 torch = pytest.importorskip("torch", reason="the OpenAI networks are built in torch: pip install 'jddim[convert]'")
@@ -488,3 +489,73 @@ def test_presets_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main(["convert", str(tmp_path / "small.pt"), str(tmp_path / "out"), "--preset", preset]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# -- latent-diffusion's layout, in pixel space ------------------------------------------------------------------------
+
+COMPVIS: dict[str, Any] = {
+    "unet_config": {
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": {"image_size": 8, "model_channels": 32, "attention_resolutions": [2], "num_heads": 2},
+    },
+    "timesteps": 30,
+    "parameterization": "x0",
+    "first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"},
+}
+
+
+PLAIN = {"rescale_timesteps": "False"}
+
+
+def test_a_run_of_latent_diffusions_is_converted_and_verified(tmp_path: Path) -> None:
+    """In pixel space: the EMA without dots in its names, and the schedule from the betas beside it."""
+    raw, ema = state_dict(1), state_dict(2)
+    betas = torch.linspace(0.001**0.5, 0.2**0.5, 30, dtype=torch.float64).square().float()
+    contents = {f"model.diffusion_model.{name}": value for name, value in raw.items()} | {"betas": betas}
+    contents |= {f"model_ema.diffusion_model{name.replace('.', '')}": value for name, value in ema.items()}
+    torch.save({"state_dict": contents, "global_step": 3}, tmp_path / "last.ckpt")
+    (tmp_path / "project.yaml").write_text(yaml.safe_dump({"model": {"params": COMPVIS}}))
+    metadata = convert(tmp_path / "last.ckpt", tmp_path / "out", config=tmp_path / "project.yaml")
+    assert metadata.schedule == ScheduleConfig("scaled_linear", 30, 0.001, 0.2)
+    assert metadata.sampler.prediction_type == "sample"
+    assert (metadata.provenance["weights"], metadata.provenance["step"]) == ("ema", 3)
+    assert metadata.provenance["ignored"] == {"betas": "the noise schedule, which is read"}
+    assert metadata.model.image_size == (8, 8)
+    assert not any("diffusion_steps" in fact or "noise_schedule" in fact for fact in metadata.provenance["assumed"])
+    assert verify(tmp_path / "out", tmp_path / "last.ckpt", tmp_path / "project.yaml").first_bad is None
+
+
+def test_betas_beside_the_weights_are_the_schedule() -> None:
+    tensors = small_shapes()
+    for config in (ScheduleConfig("linear", 50, 1e-3, 0.2), ScheduleConfig("cosine", 50)):
+        betas = make_schedule(config).betas.astype(np.float32)
+        for told in ({}, {"diffusion_steps": "50"}):
+            assert plan({**tensors, "betas": betas}, None, FLAGS | PLAIN | told).schedule == config
+    odd = np.array([0.1, 0.3, 0.2], np.float32)
+    schedule = plan({**tensors, "betas": odd}, None, FLAGS | PLAIN).schedule
+    assert (schedule.name, schedule.betas) == ("betas", tuple(odd.tolist()))
+    for flag, why in (
+        ({"diffusion_steps": "1000"}, "diffusion_steps is 1000 by the flags, but 50 by the betas in the file"),
+        ({"noise_schedule": "linear"}, "noise_schedule is linear by the flags, but the betas in the file are others"),
+    ):
+        with pytest.raises(ConversionError, match=why):
+            plan({**tensors, "betas": betas}, None, FLAGS | flag)
+    for wrong in (np.ones((2, 2), np.float32), np.array(0.1, np.float32), np.arange(3)):
+        with pytest.raises(ConversionError, match="the betas beside the weights are no list of T numbers"):
+            plan({**tensors, "betas": wrong}, None, FLAGS)
+    with pytest.raises(ConversionError, match="the noise schedule cannot be built"):
+        plan({**tensors, "betas": np.array([0.1, 2, 0.3], np.float32)}, None, FLAGS | PLAIN)
+
+
+def test_latent_diffusions_configs_have_other_names_for_flags() -> None:
+    told = read_settings({"model": {"params": COMPVIS}}, {})
+    assert told == {
+        **{"image_size": (8, 8), "num_channels": 32, "num_heads": 2, "attention_resolutions": (4,)},
+        **{"diffusion_steps": 30, "predict_xstart": True, "rescale_timesteps": False},
+    }
+    latent = COMPVIS | {"first_stage_config": {"target": "ldm.models.autoencoder.VQModelInterface"}}
+    with pytest.raises(
+        ConversionError, match=r"first stage \(ldm.*VQModelInterface\), so this is a network of latents"
+    ):
+        plan(small_shapes(), {"model": {"params": latent}}, FLAGS)
+    assert read_settings({"model": {"params": 3}}, {}) == {}
