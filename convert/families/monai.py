@@ -226,9 +226,9 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "and 1 as white, and its .npy files have the numbers",
             *not_read(unread),
         ),
-        names,
-        words,
-        {} if include_fc else _identities(model, **names),
+        reference_options=names,
+        wording=words,
+        implied={} if include_fc else _identities(model, **names),
     )
 
 
