@@ -240,13 +240,17 @@ def infer(tensors: Tensors) -> dict[str, Any]:
 def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:
     """The model, schedule and sampler of the config files, or of the tensors, with --set over them."""
     told = configs.read_configs(config, given, None if (config or {}).get("unet") else infer(tensors))
-    model = configs.unet_config(told.unet)
+    model = configs.unet_config(told)
+    beside = (
+        f"{model.condition_channels} channels in are an image's that the network is given beside x_t, "
+        f"{'before' if model.condition_first else 'after'} x_t's, as --set condition_first says",
+    )
     schedule = configs.schedule_config(told.scheduler)
     sampler = configs.sampler_config(told, model, schedule)
     return Plan(
         *(model, schedule, sampler, rules(model), {}),
         assumed=told.defaulted,
-        notes=told.notes,
+        notes=told.notes + (beside if model.condition_channels else ()),
         warnings=told.warnings,
         wording=configs.wording(told),
     )

@@ -197,6 +197,7 @@ CALL: Mapping[str, Option] = {
     "num_inference_steps": Option(50, _count, "default number of steps"),
     "eta": Option(0.0, number, "default eta"),
     "use_clipped_model_output": Option(False, boolean, "default for re-deriving eps from the clipped x0"),
+    "condition_first": Option(False, boolean, "of a network given an image beside x_t: its channels come before x_t's"),
 }
 
 SETTINGS: Mapping[str, str] = {key: option.meaning for part in (UNET, CALL, SCHEDULER) for key, option in part.items()}
@@ -431,8 +432,14 @@ def _shown(value: Any) -> str:
 # -- the network ------------------------------------------------------------------------------------------------------
 
 
-def unet_config(c: Mapping[str, Any]) -> UNetConfig:
-    """The network that `config.json` describes. Raises ConversionError with every reason why jddim cannot hold it."""
+def unet_config(told: Told) -> UNetConfig:
+    """The network that `config.json` describes. Raises ConversionError with every reason why jddim cannot hold it.
+
+    Channels in beyond those that come out of x_t are an image's that it is given beside it.
+    """
+    c = told.unet
+    of_x_t, odd = divmod(c["out_channels"], 2 if told.scheduler["variance_type"] == "learned_range" else 1)
+    beside = 0 if odd else max(c["in_channels"] - of_x_t, 0)
     widths, down, up = c["block_out_channels"], c["down_block_types"], c["up_block_types"]
     problems = []
     if not len(widths) == len(down) == len(up):
@@ -455,8 +462,10 @@ def unet_config(c: Mapping[str, Any]) -> UNetConfig:
     attended_up = [i for i, name in enumerate(up) if name.startswith("Attn")]
     fields = {
         "image_size": c["sample_size"],
-        "in_channels": c["in_channels"],
+        "in_channels": c["in_channels"] - beside,
         "out_channels": c["out_channels"],
+        "condition_channels": beside,
+        "condition_first": told.call["condition_first"],
         "channels": widths[0],
         "channel_mults": tuple(whole(width / widths[0]) for width in widths),
         "num_res_blocks": c["layers_per_block"],
@@ -537,7 +546,7 @@ def unet_json(c: UNetConfig) -> dict[str, Any]:
     return {
         "_class_name": "UNet2DModel",
         "sample_size": height if height == width else [height, width],
-        "in_channels": c.in_channels,
+        "in_channels": c.input_channels,
         "out_channels": c.out_channels,
         "center_input_sample": c.center_input,
         "time_embedding_type": {"sinusoidal": "positional"}.get(c.time_embedding, c.time_embedding),
@@ -615,8 +624,7 @@ def sampler_config(told: Told, model: UNetConfig, schedule: ScheduleConfig) -> S
     if model.out_channels != outputs * model.in_channels:
         raise ConversionError(
             f"in_channels is {model.in_channels} and out_channels {model.out_channels}: DDIM needs both equal, or "
-            "twice as many out with variance_type learned_range (a network that takes a condition beside x_t, such as "
-            "an upscaler, is not one that jddim samples)"
+            "twice as many out with variance_type learned_range, or more in, an image's beside x_t"
         )
     T = schedule.num_train_timesteps
     sampler = SamplerConfig(
@@ -688,7 +696,9 @@ def scheduler_json(metadata: Metadata) -> dict[str, Any]:
         (config.beta_start, config.beta_end), ends, strict=True
     ))  # fmt: skip
     threshold = {} if s.threshold_ratio is None else {"dynamic_thresholding_ratio": s.threshold_ratio}
-    call = {"num_inference_steps": s.num_steps, "eta": s.eta, "use_clipped_model_output": s.rederive_eps}
+    call: dict[str, Any] = {"num_inference_steps": s.num_steps, "eta": s.eta}
+    call |= {"use_clipped_model_output": s.rederive_eps}
+    call |= {"condition_first": True} if metadata.model.condition_first else {}
     return {
         "_class_name": "DDPMScheduler" if ancestral else "DDIMScheduler",
         "num_train_timesteps": config.num_train_timesteps,

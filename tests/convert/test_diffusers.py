@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch", reason="the reference and the writers need 
 
 from safetensors.numpy import save_file  # noqa: E402
 
+import jddim  # noqa: E402
 from convert import hub  # noqa: E402
 from convert.conversion import convert, describe, verify  # noqa: E402
 from convert.engine import ConversionError, UnsettledError  # noqa: E402
@@ -46,7 +47,7 @@ SCHEDULER = {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "varianc
 
 def tensors(seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:
     """Random weights of NETWORK with `changes`, under diffusers' names."""
-    config = configs.unet_config(configs.read_configs({"unet": NETWORK | changes}, {}).unet)
+    config = configs.unet_config(configs.read_configs({"unet": NETWORK | changes}, {}))
     rng = np.random.default_rng(seed)
     shapes = state_shapes(lambda: family.reference(config))
     return {name: 0.3 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
@@ -412,7 +413,42 @@ def test_a_config_becomes_the_models_and_back() -> None:
         frequency_shift=0.0,
         divide_last=True,
     )
-    assert configs.unet_config(configs.read_configs({"unet": configs.unet_json(model)}, {}).unet) == model
+    assert configs.unet_config(configs.read_configs({"unet": configs.unet_json(model)}, {})) == model
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_channels_beyond_x_ts_are_an_image_beside_it(tmp_path: Path, first: bool) -> None:
+    """5 in and 2 out: converted, verified, and sampled as diffusers' users do, who concatenate at each step."""
+    state = tensors(seed=3, in_channels=5, out_channels=2)
+    write(tmp_path / "net", state, in_channels=5, out_channels=2)
+    write_scheduler(tmp_path / "net", clip_sample=False)
+    settings = {"condition_first": "true"} if first else {}
+    metadata = convert(tmp_path / "net", tmp_path / "ckpt", settings=settings)
+    config = metadata.model
+    assert isinstance(config, UNetConfig)
+    assert (config.in_channels, config.condition_channels, config.out_channels) == (2, 3, 2)
+    assert config.condition_first is first
+    (note,) = (note for note in metadata.provenance["notes"] if "beside x_t" in note)
+    assert (
+        f"3 channels in are an image's that the network is given beside x_t, {'before' if first else 'after'}" in note
+    )
+
+    ddim = jddim.load(tmp_path / "ckpt")
+    rng = np.random.default_rng(5)
+    x_T, beside = (rng.standard_normal((3, 6, 6, c), np.float32) for c in (2, 3))
+    made = ddim.sample(x_T=x_T, steps=3, eta=0.0, condition=beside)
+    network = family.reference(config)
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    x, table = torch.from_numpy(x_T).permute(0, 3, 1, 2), ddim.table(3)
+    condition = torch.from_numpy(beside).permute(0, 3, 1, 2)
+    for t, alpha, sigma, alpha_prev, sigma_prev in zip(table.t, *table[3:7], strict=True):
+        with torch.no_grad():
+            eps = network(torch.cat([condition, x] if first else [x, condition], dim=1), torch.full((3,), int(t)), None)
+        x = alpha_prev * (x - sigma * eps) / alpha + sigma_prev * eps
+    expected = x.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(made, expected, atol=1e-4 * np.abs(expected).max())
+    with pytest.raises(ConversionError, match="in_channels is 3 and out_channels 3: DDIM needs both equal"):
+        plan({"in_channels": 3, "out_channels": 3}, {"variance_type": "learned_range"})
 
 
 def test_the_scheduler_becomes_schedule_and_sampler() -> None:
@@ -585,7 +621,7 @@ def test_the_tensors_of_a_published_network_tell_its_config(name: str) -> None:
     told, rest = PUBLISHED[name]
     config = {key: configs.literal(value) for key, value in told.items()} | rest
     config["sample_size"] = [64, 256] if told["sample_size"] == "64x256" else config["sample_size"]
-    expected = configs.unet_config(configs.read_configs({"unet": config}, {}).unet)
+    expected = configs.unet_config(configs.read_configs({"unet": config}, {}))
     shapes = state_shapes(lambda: family.reference(expected))
     state = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
     assert family.plan(state, {}, told).model == expected

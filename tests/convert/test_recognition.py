@@ -59,7 +59,7 @@ def drawn(module: ModuleType, config: Any, seed: int, **options: Any) -> State:
 
 
 def diffusers_state(seed: int) -> State:
-    return drawn(diffusers, configs.unet_config(configs.read_configs({"unet": DIFFUSERS}, {}).unet), seed)
+    return drawn(diffusers, configs.unet_config(configs.read_configs({"unet": DIFFUSERS}, {})), seed)
 
 
 # name of a case -> the family, a state dict by seed, the config and settings that its plan needs
