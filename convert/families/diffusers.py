@@ -246,6 +246,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         *(model, schedule, sampler, rules(model), {}),
         assumed=told.defaulted,
         notes=told.notes,
+        unchecked=tuple(key for key in given if key in configs.UNTOLD),
         warnings=told.warnings,
         wording=configs.wording(told),
     )

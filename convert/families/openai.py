@@ -200,6 +200,10 @@ SETTINGS = {
     "rescale_learned_sigmas": "of training; no effect on sampling",
     "norm_groups": "groups of every group norm; 32 in both sources, for forks",
 }
+_UNTOLD = (
+    *("image_size", "num_heads", "num_head_channels", "num_heads_upsample", "use_new_attention_order", "norm_groups"),
+    *("diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart"),
+)
 TRAINING_ONLY = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 
 # The multipliers that the sources' create_model takes for each image size, where channel_mult is not given.
@@ -350,6 +354,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         {},
         tuple(assumed),
         (*_notes(told), *not_read(sections(config, SETTINGS)[1])),
+        unchecked=_unchecked(told, given),
         reference_options={"use_new_attention_order": new_order},
         wording=Wording(
             {"noise_schedule": noise_schedule, "diffusion_steps": str(T)},
@@ -363,6 +368,14 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             },
         ),
     )
+
+
+def _unchecked(told: Mapping[str, Any], given: Mapping[str, str]) -> tuple[str, ...]:
+    """Flags among `given` that are facts of the network or its training and that no tensor tells."""
+    idle = [key for key in ("num_head_channels", "num_heads_upsample") if told.get(key) is None]
+    if "num_head_channels" in told and "num_head_channels" not in idle:
+        idle += ["num_heads", "num_heads_upsample"]
+    return tuple(key for key in given if key in _UNTOLD and key not in idle)
 
 
 def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
