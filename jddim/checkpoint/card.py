@@ -105,7 +105,8 @@ def _converted(facts: Mapping[str, Any]) -> list[str]:
 
 def unchecked(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What was told of a converted network that its file would not contradict if it were wrong."""
-    return {name: provenance["set"][name] for name in provenance.get("unchecked") or ()}
+    told = provenance.get("set") or {}
+    return {name: told[name] for name in provenance.get("unchecked") or () if name in told}
 
 
 def _verified(figure: Mapping[str, Any]) -> str:

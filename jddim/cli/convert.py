@@ -120,7 +120,7 @@ def _verify(args: argparse.Namespace) -> int:
         return 1
     print(f"equal: largest error of the output {result.output_error:.1e} of its scale; kept in {args.ckpt}/verify.json")
     if told := unchecked(load_metadata(args.ckpt).provenance):
-        print(f"told, not checked by the file: {', '.join(f'{name} = {value}' for name, value in told.items())}")
+        say(f"told, not checked by the file: {', '.join(f'{name} = {value}' for name, value in told.items())}")
     return 0
 
 

@@ -219,7 +219,7 @@ def test_what_no_tensor_checks_depends_on_the_buffers() -> None:
     told |= {"image_size": "(6, 10)", "sinusoidal_pos_emb_theta": "10000", "ddim_sampling_eta": "0"}
     bare = plan(draw(CONFIG, 1), None, told)
     assert bare.unchecked == ("timesteps", "beta_schedule", "objective", "image_size", "sinusoidal_pos_emb_theta")
-    whole = plan(diffusion(draw(CONFIG, 1), COSINE, "pred_x0"), None, told)
+    whole = plan(open_source(diffusion(draw(CONFIG, 1), COSINE, "pred_x0"), "file").tensors, None, told)
     assert whole.unchecked == ("image_size", "sinusoidal_pos_emb_theta")
 
 
