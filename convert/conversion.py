@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -295,14 +296,14 @@ def _misfit(
 def _params(family: Family, source: Source, plan: Plan) -> dict[str, np.ndarray]:
     """The model's parameters. Raises ConversionError with every tensor that does not fit."""
     expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
-    return fill(source.tensors, expected, plan.rules, plan.ignored, family.pointwise)
+    return fill({**source.tensors, **plan.implied}, expected, plan.rules, plan.ignored, family.pointwise)
 
 
 def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> Verification:
-    tensors = {name: value for name, value in source.tensors.items() if name not in plan.ignored}
+    tensors = {**source.tensors, **plan.implied}
     return verification.verify(
         build_model(plan.model, verification.in_place(params)),
-        tensors,
+        {name: value for name, value in tensors.items() if name not in plan.ignored},
         family,
         plan.model,
         plan.schedule.num_train_timesteps,
@@ -371,8 +372,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         text = path.read_text()
-        # YAML 1.1 is no superset of JSON: it takes 1e-06 for text
-        contents = json.loads(text, parse_int=_integer) if kind == "JSON" else yaml.load(text, Loader=_ConfigLoader)
+        if kind == "JSON":  # of which YAML 1.1 is no superset: it takes 1e-06 for text
+            contents = json.loads(text, parse_int=_integer)
+        else:
+            contents = _flags(text) or yaml.load(text, Loader=_ConfigLoader)
         contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
     except yaml.constructor.ConstructorError as error:
         raise ConversionError(
@@ -385,6 +388,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise ConversionError(f"{path} holds no config: expected sections or keys, each with a value")
     return contents
+
+
+def _flags(text: str) -> dict[str, Any]:
+    """An absl flagfile's lines: `--name=value`, whose text is kept, or `--name`; a name that is repeated has a list."""
+    found: dict[str, list[Any]] = {}
+    for name, equals, value in re.findall(r"^--(\w+)(=?)(.*)$", text, re.MULTILINE):
+        found.setdefault(name, []).append(value if equals else True)
+    return {name: values if len(values) > 1 else values[0] for name, values in found.items()}
 
 
 def _weights(source: Source) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from jddim.checkpoint.folder import load_metadata, load_params
 from jddim.config import did_you_mean
-from jddim.images import atomic
+from jddim.files import atomic
 
 from .engine import ConversionError
 from .families import FAMILIES
@@ -39,7 +39,9 @@ def export(
     if format is None:
         own = FAMILIES[metadata.provenance["family"]].formats if metadata.provenance.get("family") in FAMILIES else {}
         if not own:
-            raise ConversionError(f"{ckpt} does not say where it came from; give --format, one of {', '.join(known)}")
+            raise ConversionError(
+                f"{ckpt} comes from no family that has a format to write; give --format, one of {', '.join(known)}"
+            )
         format = next(iter(own))
     if format not in known:
         raise ConversionError(f"unknown format {format!r}{did_you_mean(format, known)}")
@@ -48,10 +50,12 @@ def export(
         hint = "it is a folder; choose another name" if target.is_dir() else "choose another name, or pass --overwrite"
         raise ConversionError(f"{dst} exists; {hint}")
     params = load_params(ckpt, metadata)
-    with atomic(target) as staging:
-        try:
+    try:
+        with atomic(target, overwrite=overwrite) as staging:
             known[format](metadata, params, staging)
-        except ConversionError as error:
-            others = ", ".join(name for name in known if name != format)
-            raise ConversionError(f"{ckpt} cannot be written as {format}: {error} (other formats: {others})") from error
+    except ConversionError as error:
+        others = ", ".join(name for name in known if name != format)
+        raise ConversionError(f"{ckpt} cannot be written as {format}: {error} (other formats: {others})") from error
+    except FileExistsError as error:
+        raise ConversionError(f"{dst} appeared meanwhile, and was left as it is; choose another name") from error
     return format

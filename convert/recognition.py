@@ -154,12 +154,21 @@ def _opened(place: _Place, name: str) -> Source:
         raise ConversionError(f"{where} holds, with and without a prefix, {shortened(list(place.clashes))}")
     source = place.family.open_source(place.state, where)
     beside = [_shown(key, value) for step in place.beside for key, value in step.items() if value is not None]
-    note = source.note
-    if any("betas" in step for step in place.beside):
+    note, tensors = source.note, source.tensors
+    buffers = {name: step[name] for step in place.beside for name in place.family.buffers & step.keys()}
+    if place.family.buffers and buffers.keys() == place.family.buffers:
+        tensors = {**buffers, **tensors}
+    elif any("betas" in step for step in place.beside):
         betas = "betas lie beside them, which this family does not read: see that the schedule is theirs"
         note = f"{note}; {betas}" if note else betas
     return dataclasses.replace(
-        source, weights=place.said, step=place.step, note=note, taken=place.label, beside=shortened(beside, 8)
+        source,
+        tensors=tensors,
+        weights=place.said,
+        step=place.step,
+        note=note,
+        taken=place.label,
+        beside=shortened(beside, 8),
     )
 
 
@@ -177,7 +186,8 @@ def _chosen(sets: list[_Set], contents: Any, name: str, weights: str | None, not
     """One of the sets, by the rules that `recognise` says. notes: why averages in the file are none of them."""
     others = _different([item for item in sets if item[1].weights != "ema"])
     averaged: list[_Set] = []
-    for place, source in [*(item for item in sets if item[1].weights == "ema"), *_lists(contents, others, notes)]:
+    found = [item for item in sets if item[1].weights == "ema"]
+    for place, source in [*found, *_lists(contents, others, notes), *_dotless(others)]:
         if not others:
             averaged.append((place, source))
         elif twins := [other for of, other in others if of.family is place.family and _same(place, source, other)]:
@@ -249,6 +259,19 @@ def _lists(contents: Any, others: Sequence[_Set], notes: list[str], path: tuple[
                 break
         else:
             notes.append(f"{label} is a list of {len(value)} tensors without names, not those of a model in this file")
+
+
+def _dotless(others: Sequence[_Set]) -> Iterator[_Set]:
+    """EMAs of a module that lies beside them, under its names without the dots: CompVis' LitEma."""
+    for place, source in others:
+        names = [name for name in source.tensors if name not in place.family.buffers]
+        for i, step in enumerate(place.beside):
+            dotless = {name: "".join([*place.path[i + 1 :], name]).replace(".", "") for name in names}
+            for key, value in step.items():
+                if _AVERAGE.search(key) and isinstance(value, Mapping) and set(dotless.values()) <= value.keys():
+                    label = ".".join(printable(part.removesuffix(".")) for part in (*place.path[:i], key))
+                    tensors = {name: value[short] for name, short in dotless.items()}
+                    yield place, dataclasses.replace(source, tensors=tensors, weights="ema", taken=label)
 
 
 def _listed(sets: Sequence[_Set]) -> str:

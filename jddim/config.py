@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import numbers
+import types
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -84,7 +88,15 @@ class ModelConfig(Protocol):
 
     @property
     def input_channels(self) -> int:
-        """Channels of the network's input: the image's, and those of the self-conditioning where there is any."""
+        """Channels of the network's input: the image's, and those of what it is given beside it."""
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of an image that it is given beside x_t; 0: none."""
+
+    @property
+    def condition_first(self) -> bool:
+        """Whether the condition's channels come before x_t's."""
 
     @property
     def out_channels(self) -> int:
@@ -105,6 +117,12 @@ class ModelConfig(Protocol):
     @property
     def num_classes(self) -> int | None:
         """Integer labels lie in 0..num_classes-1; None if there are none, or they are not integers."""
+
+
+def later(default: T) -> T:
+    """A field that files of the same format may lack: their digests hold, since its default is not written."""
+    field: T = dataclasses.field(default=default, metadata={"later": True})
+    return field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +155,8 @@ class UNetConfig:
     class_embedding: None, "learned" (num_classes rows), "timestep" (a number, embedded as t is) or "identity" (a
         vector of the time MLP's width), added to the time MLP's output.
     center_input: the network first maps x to 2 x - 1.
+    condition_channels: of an image that it is given beside x_t, after x_t's channels, or before them with
+        condition_first (image to image: a low resolution, a mask, a grey image, ...). in_channels counts x_t's alone.
     """
 
     image_size: tuple[int, int]
@@ -172,11 +192,13 @@ class UNetConfig:
     class_embedding: str | None = None
     num_classes: int | None = None
     center_input: bool = False
+    condition_channels: int = later(0)
+    condition_first: bool = later(False)
 
     @property
     def input_channels(self) -> int:
-        """Channels of the network's input."""
-        return self.in_channels
+        """Channels of the network's input: x_t's and the condition's."""
+        return self.in_channels + self.condition_channels
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -201,6 +223,7 @@ class UNetConfig:
             f"mult {','.join(f'{mult:g}' for mult in self.channel_mults)}, "
             f"{counted(self.num_res_blocks, 'block')} a level, "
             f"attention at {_resolutions(self.image_size, self.attention_levels)}, {_labels(self)}"
+            + (f", given an image of {self.condition_channels} channels" if self.condition_channels else "")
         )
 
     @property
@@ -227,6 +250,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong, and what would be right."""
+        check_bounds(self)
         problems = [
             f"{name}={getattr(self, name)} must be at least 1"
             for name in ("in_channels", "out_channels", "num_res_blocks", "norm_groups", "num_heads")
@@ -282,6 +306,8 @@ class UNetConfig:
             problems.append(f"num_timesteps={self.num_timesteps} goes with time_embedding='learned', and only with it")
         if self.mid_scale == 0:
             problems.append("mid_scale must not be 0")
+        if self.condition_channels < 0:
+            problems.append(f"condition_channels={self.condition_channels} must not be negative")
         return problems
 
     def _width_problems(self) -> list[str]:
@@ -384,6 +410,16 @@ class LucidrainsConfig:
         return None
 
     @property
+    def condition_channels(self) -> int:
+        """0: no image is given beside x_t, but the self-conditioning's."""
+        return 0
+
+    @property
+    def condition_first(self) -> bool:
+        """Whether a condition would come first."""
+        return False
+
+    @property
     def summary(self) -> str:
         """The network in one line, for people."""
         full = [level for level, full in enumerate(self.full_attention) if full]
@@ -396,6 +432,7 @@ class LucidrainsConfig:
 
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong, and what would be right."""
+        check_bounds(self)
         problems = [
             f"{name}={getattr(self, name)} must be at least 1"
             for name in ("in_channels", "out_channels", "stem")
@@ -443,6 +480,30 @@ def _labels(config: ModelConfig) -> str:
     return {None: "no classes", "timestep": "labels are numbers"}.get(config.class_embedding, "labels are vectors")
 
 
+MOST, MOST_LEVELS, MOST_BLOCKS = 1_000_000, 16, 100
+"""Of any number in a network's config, of its levels, and of the residual blocks on the way down: far beyond what there
+is, and no more than can be laid out in seconds."""
+
+
+def check_bounds(config: Any) -> None:
+    """Raise ValueError for numbers in a network's config that would take memory and time without end, and for NaN."""
+    problems = []
+    for name, value in vars(config).items():
+        of = value if isinstance(value, tuple) else (value,)
+        if len(of) > MOST_LEVELS:
+            problems.append(f"{name} has {len(of)} entries, more than {MOST_LEVELS} levels")
+        elif any(isinstance(each, (int, float)) and not abs(each) <= MOST for each in of):
+            problems.append(f"{name}={value} is beyond {MOST:,}")
+    if not problems and max(config.widths, default=0) > MOST:
+        problems.append(f"channels={config.channels} with channel_mults={config.channel_mults} is beyond {MOST:,}")
+    if not problems and len(config.channel_mults) * getattr(config, "num_res_blocks", 1) > MOST_BLOCKS:
+        problems.append(
+            f"num_res_blocks={config.num_res_blocks} on {len(config.channel_mults)} levels: beyond {MOST_BLOCKS}"
+        )
+    if problems:
+        raise ValueError(f"{type(config).__name__}: " + "; ".join(problems))
+
+
 def size_problems(config: ModelConfig, image_size: tuple[int, int]) -> list[str]:
     """What is wrong with (height, width) for this network: [] or one sentence that says which sizes divide."""
     factor = config.size_factor
@@ -467,15 +528,17 @@ def levels_at_resolutions(image_size: int, num_levels: int, resolutions: Iterabl
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A dataclass as a dict of JSON types (tuples become lists)."""
+    """A dataclass as a dict of JSON types (tuples become lists), without what is `later` and at its default."""
+    fields = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
     return {
-        field.name: list(value) if isinstance(value := getattr(config, field.name), tuple) else value
-        for field in dataclasses.fields(config)
+        field.name: list(value) if isinstance(value, tuple) else value
+        for field, value in fields
+        if not ("later" in field.metadata and value == field.default)
     }
 
 
 def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
-    """The inverse of `to_json`. Raises ValueError on unknown keys (naming the nearest) or missing ones."""
+    """The inverse of `to_json`. Raises ValueError on unknown keys (naming the nearest), missing ones, other types."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     problems = [f"unknown key {key!r}{did_you_mean(key, fields)}" for key in data if key not in fields]
     problems += [
@@ -485,7 +548,66 @@ def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
     ]
     if problems:
         raise ValueError(f"{cls.__name__}: " + "; ".join(problems))
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    if problems := misfits(values, cls):
+        raise ValueError(f"{cls.__name__}: " + "; ".join(problems))
+    return cls(**values)
+
+
+def type_problems(config: Any) -> list[str]:
+    """What is wrong with the types of a dataclass's values, as sentences that begin with the field's name."""
+    return misfits(vars(config), type(config))
+
+
+def misfits(data: Mapping[str, Any], kind: type, prefix: str = "") -> list[str]:
+    """What is wrong with the types of these values for a dataclass's or a TypedDict's fields of these names.
+
+    A sentence each, which begins with `prefix` and the name, dotted where TypedDicts hold each other. Whole numbers fit
+    where numbers are asked for, truth values do not. Names that the kind does not know are not looked at.
+    """
+    problems = []
+    for name, wanted in _hints(kind).items():
+        if name not in data:
+            continue
+        value = data[name]
+        if typing.is_typeddict(wanted) and isinstance(value, Mapping):
+            problems += misfits(value, wanted, f"{prefix}{name}.")
+        elif not _fits(value, wanted):
+            got = repr(value)
+            problems.append(
+                f"{prefix}{name} must be {_said(wanted)}, got {got if len(got) <= 60 else got[:57] + '...'}"
+            )
+    return problems
+
+
+@functools.cache
+def _hints(of: type) -> dict[str, Any]:
+    """A class's types, which take Python as long to find as a short call of `DDIM.sample`."""
+    return typing.get_type_hints(of)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, each) for each in kind.__args__)
+    origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(_fits(each, of[1]) for each in value.values())
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        of = of[:1] * len(value) if of[-1] is Ellipsis else of
+        return len(value) == len(of) and all(map(_fits, value, of))
+    if kind in (int, float):  # NumPy's too
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    return kind is Any or (not typing.is_typeddict(kind) and isinstance(value, kind))
+
+
+def _said(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_said(each) for each in kind.__args__)
+    if typing.is_typeddict(kind) or typing.get_origin(kind) is dict:
+        return "an object"
+    return "None" if kind is types.NoneType else kind.__name__ if type(kind) is type else str(kind)
 
 
 def counted(number: int, noun: str) -> str:

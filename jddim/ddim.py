@@ -45,6 +45,15 @@ class StepTable(NamedTuple):
     sigma_prev: Column
     fresh: Column
 
+    def __repr__(self) -> str:
+        """One line of a table on the host; the columns of a row, or of a table that is elsewhere or traced."""
+        if np.ndim(self.t) != 1 or not isinstance(self.t, np.ndarray):
+            return f"StepTable{tuple(self)!r}"
+        t = ", ".join(map(str, self.t if self.num_steps <= 8 else (*self.t[:4], "...", *self.t[-3:])))
+        return (
+            f"StepTable({self.num_steps} steps: t = {t}; ends at t = {self.t_prev[-1]}, sigma {self.sigma_prev[-1]:g})"
+        )
+
     @property
     def num_steps(self) -> int:
         """S, the number of rows."""

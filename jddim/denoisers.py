@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -25,6 +26,22 @@ def with_scaled_time(denoise: Denoiser, scale: ArrayLike) -> Denoiser:
 def without_variance(denoise: Denoiser) -> Denoiser:
     """A denoiser of a network with learned variance: the first half of its channels (OpenAI, Nichol)."""
     return lambda x_t, t, *rest: jnp.split(denoise(x_t, t, *rest), 2, axis=-1)[0]
+
+
+def with_condition(denoise: Denoiser, condition: Array, *, first: bool = False) -> Denoiser:
+    """A denoiser of a network that is given an image beside each x_t: condition `(b, h, w, channels)`, as in training.
+
+    Its channels come after x_t's, or first. A smaller one is enlarged bilinearly (guided-diffusion's SuperResModel).
+    What else the network takes is passed on.
+    """
+
+    def conditioned(x_t: Array, t: Array, *rest: Array) -> Array:
+        beside = condition.astype(x_t.dtype)
+        if beside.shape[1:3] != x_t.shape[1:3]:
+            beside = jax.image.resize(beside, (*x_t.shape[:3], beside.shape[3]), "linear", antialias=False)
+        return denoise(jnp.concatenate([beside, x_t] if first else [x_t, beside], axis=-1), t, *rest)
+
+    return conditioned
 
 
 def with_self_condition(denoise: Denoiser) -> Denoiser:

@@ -6,10 +6,11 @@ import io
 import json
 import math
 import os
-import shutil
-import uuid
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
-from jddim import interrupt
+from jddim.files import atomic, beside, open_regular, parse_json, read_arrays, write_array
 
 FORMATS = (".png", ".gif", ".npz", ".npy")
 
@@ -125,12 +126,12 @@ def load_images(path: str | os.PathLike[str], size: tuple[int, int]) -> NDArray[
             return from_uint8(images)
         case ".npy" | ".npz":
             try:
-                array = np.load(target, allow_pickle=False)
-                array = array["arr_0"] if target.suffix.lower() == ".npz" else array
-            except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-                raise ValueError(f"{path} holds no images ({type(error).__name__}: {error})") from error
-            if not isinstance(array, np.ndarray) or array.ndim != 4:
-                what = f"an array of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
+                held = read_arrays(target, ["arr_0"])
+            except ValueError as error:
+                raise ValueError(f"{path} holds no images: {error}") from error
+            array = held.get("arr_0") if isinstance(held, dict) else held
+            if array is None or array.ndim != 4:
+                what = "an archive without arr_0" if array is None else f"an array of shape {array.shape}"
                 raise ValueError(f"{path} must hold images (N, H, W, C), it holds {what}")
             return from_uint8(array) if array.dtype == np.uint8 else array
     raise ValueError(f"{path}: images are read from .npy, .npz, .png or a folder of .png files")
@@ -139,22 +140,64 @@ def load_images(path: str | os.PathLike[str], size: tuple[int, int]) -> NDArray[
 def _read_png(path: Path) -> NDArray[np.uint8]:
     """`(h, w, 1 or 3)`."""
     try:
-        with Image.open(path) as opened:
+        with open_picture(path) as opened:
             image: Image.Image = opened
             if "A" in image.getbands() or "transparency" in image.info:
                 if image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-                    raise ValueError(f"{path} is transparent in places: flatten it first")
+                    raise ValueError("it is transparent in places: flatten it first")
                 if "A" in image.getbands():
                     image = image.convert("L" if image.mode == "LA" else "RGB")
             grey = image.mode in ("1", "L")
             if not grey and image.mode not in ("P", "RGB"):
-                raise ValueError(f"{path} has the mode {image.mode}; convert it to 8-bit grey or RGB")
+                raise ValueError(f"it has the mode {image.mode}; convert it to 8-bit grey or RGB")
             pixels = np.asarray(image.convert("L" if grey else "RGB"))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture") from error
-    except Image.DecompressionBombError as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return pixels.reshape(*pixels.shape[:2], -1)
+
+
+PICTURES = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
+"""What is opened of Pillow's formats; for some of the others it starts a program."""
+
+
+_opening = threading.Lock()  # filters of warnings are the whole process's
+
+
+@contextmanager
+def open_picture(source: Path | bytes) -> Iterator[Image.Image]:
+    """A picture of anybody's. Raises ValueError, without its name, for what is none of `PICTURES`, for damage that is
+    found while the picture is used, and for more pixels than Pillow warns of; OSError for what is no regular file.
+    """
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
+            with _opening, warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+                opened = Image.open(file, formats=PICTURES)
+            with opened as image:
+                yield image
+    except UnidentifiedImageError as error:
+        raise ValueError("it is not a picture") from error
+    except _BROKEN as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise ValueError(" ".join(str(error).split())[:300] or type(error).__name__) from error
+
+
+_BROKEN = (  # what Pillow raises for damaged files
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+    *(RuntimeError, MemoryError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
+
+
+def settings_of(image: Image.Image) -> dict[str, Any]:
+    """What a PNG of ours says of how it was made. Raises ValueError if it does not."""
+    said = getattr(image, "text", {}).get("jddim")
+    if said is None:
+        raise ValueError("it does not say how it was made")
+    settings = parse_json(said)
+    if not isinstance(settings, dict):
+        raise ValueError("what it says of itself is no JSON object")
+    return settings
 
 
 def check_output(path: str | os.PathLike[str], channels: int, *, formats: Sequence[str] = FORMATS) -> None:
@@ -185,7 +228,7 @@ def check_output(path: str | os.PathLike[str], channels: int, *, formats: Sequen
     if not parent.is_dir():
         raise NotADirectoryError(f"cannot write {path}: {parent} is not a writable folder")
     # Only trying tells: permissions do not bind root, and file systems refuse for reasons of their own.
-    probe = parent / _staging(target).name
+    probe = parent / beside(target).name
     try:
         probe.touch(exist_ok=False)
     except OSError as error:
@@ -226,7 +269,7 @@ def save_images(
                 np.savez(staging, arr_0=to_uint8(images))
         case ".npy":
             with atomic(target) as staging:
-                np.save(staging, images)
+                write_array(staging, images)
         case suffix:
             raise ValueError(f"{path}: unknown format {suffix!r}; allowed: {', '.join(FORMATS)} or a folder")
 
@@ -251,38 +294,9 @@ def save_gif(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings that a PNG of ours was made with. Raises KeyError for a PNG without, AttributeError for no PNG."""
-    with Image.open(path) as image:
-        settings: dict[str, Any] = json.loads(image.text["jddim"])  # type: ignore[attr-defined]
-        return settings
-
-
-@contextmanager
-def atomic(target: Path) -> Iterator[Path]:
-    """A path beside `target` (same suffix) to write to; renamed to `target` on success, removed on any failure."""
-    made = [parent for parent in target.absolute().parents if not parent.exists()]
-    staging = _staging(target)
-    remove: Callable[[Path], None] = lambda p: shutil.rmtree(p) if p.is_dir() else p.unlink(missing_ok=True)  # noqa: E731
-    try:
-        interrupt.unwind()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield staging
-        if staging.is_dir() and target.is_dir():
-            target.rmdir()  # only ever an empty folder; see check_output
-        staging.replace(target)
-    except BaseException as error:
-        remove(staging)
-        with suppress(OSError):
-            for parent in made:
-                parent.rmdir()
-        # Of a full disk the system does not say where; of other failures it names what is not there any more.
-        if isinstance(error, OSError) and error.errno and error.filename in (None, str(staging)):
-            raise type(error)(error.errno, error.strerror, str(target)) from error
-        raise
-
-
-def _staging(target: Path) -> Path:
-    return target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
+    """The settings that a PNG of ours was made with. Raises ValueError for what is none; OSError as `open_picture`."""
+    with open_picture(Path(path)) as image:
+        return settings_of(image)
 
 
 def encode_png(picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> bytes:

@@ -15,17 +15,18 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jddim.checkpoint.folder import load_metadata, load_params
 from jddim.checkpoint.metadata import Metadata
-from jddim.config import SamplerConfig
+from jddim.config import SamplerConfig, type_problems
 from jddim.ddim import StepTable, sampler_table
 from jddim.guidance import Scale
 from jddim.models import Network
 from jddim.models.building import build_model
+from jddim.models.layers import at_least_float32
 from jddim.run.batches import Preview, run
 from jddim.run.methods import Guidance, find
 from jddim.run.plan import Inputs, Plan, limits, plan
-from jddim.run.problems import guidance_problems, label_problems
+from jddim.run.problems import condition_problems, guidance_problems, label_problems
 from jddim.run.programs import Program, network_denoiser
-from jddim.run.request import Request, RequestError, check_names, type_problems
+from jddim.run.request import Request, RequestError, check_names
 from jddim.sampling import Denoiser, Trajectory
 from jddim.schedule import NoiseSchedule, make_schedule
 from jddim.solvers import Solver
@@ -46,6 +47,7 @@ class Common(TypedDict, total=False):
     set_alpha_to_one: bool | None
     prediction_type: str | None
     labels: ArrayLike | None
+    condition: Images | None
     guidance: str | None
     guidance_scale: ArrayLike | None
     guidance_rescale: float | None
@@ -204,6 +206,9 @@ class DDIM:
         steps_offset, set_alpha_to_one, prediction_type, variance: as in `jddim.config.SamplerConfig`.
         labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1 (or what its
             `class_embedding` takes, one row an image).
+        condition: for a network that is given an image beside each x_t, and only for one: `(num, h, w,
+            condition_channels)` float32, scaled as in training (mostly to [-1, 1]); one that is smaller by whole
+            factors is enlarged bilinearly.
         guidance_scale: guidance between `null_label`, the label that meant none in training (scale 0; by default what
             `jddim train` recorded), and `labels` (1), or beyond; a scalar or one value per image. Twice the
             evaluations. guidance: its kind, "classifier-free", "projected" or "cfg++" (`jddim.guidance`).
@@ -295,14 +300,19 @@ class DDIM:
         return plan(self, dataclasses.replace(request, **solver), inputs, num, options.get("batch_size"))
 
     def denoiser(
-        self, labels: ArrayLike | None = None, *, guidance_scale: Scale | None = None, null_label: int | None = None
+        self,
+        labels: ArrayLike | None = None,
+        *,
+        condition: Images | None = None,
+        guidance_scale: Scale | None = None,
+        null_label: int | None = None,
     ) -> Denoiser:
         """`denoise(x_t, t)`, the network as the loops of `jddim.sampling`, `jddim.editing` and the like take it.
 
-        labels: `(b,)`, for a network with classes. guidance_scale, null_label: as in `sample`; the scale may also be a
-        function of t (`jddim.guidance`). A learned variance is left out. Closes over the weights: under `jit`, pass
-        the model to the jitted function and call this on `dataclasses.replace(ddim, model=model)`, or every weight
-        becomes a constant of the program.
+        labels: `(b,)`, for a network with classes. condition, guidance_scale, null_label: as in `sample`; the scale may
+        also be a function of t (`jddim.guidance`). A learned variance is left out. Closes over the weights: under
+        `jit`, pass the model to the jitted function and call this on `dataclasses.replace(ddim, model=model)`, or every
+        weight becomes a constant of the program.
         Raises ValueError if labels or guidance are not this network's.
         """
         labels = None if labels is None else jnp.asarray(labels)
@@ -312,13 +322,16 @@ class DDIM:
         if guidance_scale is not None and null_label is None:
             null_label = self.null_label
         problems = label_problems(config, labels, num) + guidance_problems(config, scale, null_label, num)
+        beside = None if condition is None else jnp.asarray(condition)
+        lead = (1, *config.image_size) if beside is None else beside.shape[:3]
+        problems += condition_problems(config, beside, lead, at_least_float32(self.model.dtype))  # type: ignore[arg-type]
         if problems:
             raise RequestError(problems, "denoiser")
         program = Program(
             find("ddim"), c.prediction_type, c.timestep_scale, c.rederive_eps, c.variance, c.self_condition
         )
         guidance: Any = None if guidance_scale is None else Guidance(guidance_scale, null_label)  # type: ignore[arg-type]
-        return network_denoiser(self.model, program, labels, guidance)
+        return network_denoiser(self.model, program, labels, guidance, beside)
 
     def conventions(self, dtype: DTypeLike = np.float32) -> dict[str, Any]:
         """The checkpoint's conventions as keyword arguments of `sample_loop`, and of `inpaint_loop` and `invert_loop`.

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from jddim.config import ScheduleConfig, did_you_mean
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class NoiseSchedule:
     """The forward process q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), Eq. 4 of 2006.11239.
 
@@ -25,6 +25,11 @@ class NoiseSchedule:
 
     betas: NDArray[np.float64]
     alphas_cumprod: NDArray[np.float64]
+
+    def __repr__(self) -> str:
+        """One line."""
+        ends = f"beta {self.betas[0]:.4g} to {self.betas[-1]:.4g}, alpha_bar {self.alphas_cumprod[0]:.4g} to "
+        return f"NoiseSchedule(T = {self.num_train_timesteps:,}; {ends}{self.alphas_cumprod[-1]:.4g})"
 
     @property
     def num_train_timesteps(self) -> int:

@@ -5,16 +5,20 @@
 Each case is a function of (seed, its number) alone. Most only read; a fifth is converted, checkpoint folder and all,
 into a new folder or over an old checkpoint. Of these an eighth is verified, and half cannot make one of their files.
 
-A case fails if it raises anything but ConversionError or CheckpointError, if it would run a program, import by pickle,
-connect, or write, rename or remove outside its folder, or there where it only reads (audit hooks, which see what Python
-does whoever asks for it), if it needs more than 1.5 GB or 20 seconds, if it changes its source, if a refusal leaves
-anything behind, or what was written cannot be loaded. What failed is kept, and named.
+A case fails if it raises anything but ConversionError or CheckpointError (readers of arrays, pictures, sets and
+settings: ValueError or OSError), if it would run a program, import by pickle, connect, or write, rename or remove
+outside its folder, or there where it only reads (audit hooks, which see what Python does whoever asks for it), if it
+needs more than 1.5 GB or 20 seconds, if it changes its source, if a refusal leaves anything behind, or what was written
+cannot be loaded. What failed is kept, and named.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import gzip
+import hashlib
 import io
 import json
 import logging
@@ -32,6 +36,7 @@ import time
 import traceback
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,11 +56,23 @@ from convert.families import openai
 from convert.families.ho import source_shapes
 from convert.sources import find
 from convert.writers import state_shapes
+from jddim.bulk import collecting, shards
+from jddim.bulk.manifest import BulkConfig, Manifest
+from jddim.bulk.shards import FORMATS
+from jddim.checkpoint.card import lines
+from jddim.checkpoint.cite import bibtex, citations
+from jddim.checkpoint.diff import diff
 from jddim.checkpoint.folder import CheckpointError, load_metadata, load_params, save_checkpoint
 from jddim.checkpoint.metadata import Metadata
 from jddim.cli.options import OneLineParser
+from jddim.cli.train import _begin
 from jddim.config import LucidrainsConfig, ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.evaluate.mnist_cnn import read_mnist
+from jddim.files import read_arrays
+from jddim.images import encode_png, grid, load_images, read_metadata, to_uint8
 from jddim.models.building import abstract_model, flat_params
+from jddim.train import data as training_data
+from jddim.train.task import Task
 
 MEMORY = 1_500_000_000
 SECONDS_A_CASE = 20
@@ -134,13 +151,19 @@ class Runs:
 
 @dataclasses.dataclass(frozen=True)
 class Specimen:
-    """Files that are read together, of which one is damaged. source: what is converted; None: a jddim checkpoint."""
+    """Files that are read together, of which one is damaged.
+
+    source: what is converted; None: nothing is, and `reader` is given the folder. seal: gives damaged contents the
+    digest again that an attacker would.
+    """
 
     files: Mapping[str, bytes]
     damaged: str
     source: str | None
     settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     refused: bool = False
+    reader: Callable[[Path], object] | None = None
+    seal: Callable[[bytes], bytes] | None = None
 
 
 def corpus(folder: Path) -> dict[str, Specimen]:
@@ -158,6 +181,10 @@ def corpus(folder: Path) -> dict[str, Specimen]:
     def file(name: str, content: bytes, refused: bool = False) -> Specimen:
         return Specimen({name: content}, name, name, told, refused)
 
+    exported = io.BytesIO()
+    with zipfile.ZipFile(exported, "w") as archive:  # what `jddim export` writes, which nothing here reads
+        for name in ("about.json", "program", "weights.npz"):
+            archive.writestr(name, b"{}")
     sampler = SamplerConfig(spacing="uniform", num_steps=5, clip=False)
     checkpoint(folder / "ckpt", MODEL, ScheduleConfig(), sampler)
     hostile = {**state, "temb.dense.0.weight": Runs()}
@@ -165,6 +192,7 @@ def corpus(folder: Path) -> dict[str, Specimen]:
         "zip": file("a.pt", saved(state)),
         "runner": file("a.pth", saved(runner)),
         "zip of protocol 4": file("a.pt", saved(state, pickle_protocol=4)),
+        "exported": file("a.jddim", exported.getvalue(), refused=True),
         "hostile zip": file("a.pt", saved(hostile), refused=True),
         "old format": file("a.pt", saved(state, _use_new_zipfile_serialization=False)),
         "hostile old format": file("a.pt", saved(hostile, _use_new_zipfile_serialization=False), refused=True),
@@ -173,8 +201,15 @@ def corpus(folder: Path) -> dict[str, Specimen]:
         "config.yml": Specimen(
             {"config.yml": CONFIG, "a.pt": saved(state)}, "config.yml", "a.pt", {"norm_groups": "4"}
         ),
-        "metadata": Specimen(contents_of(folder / "ckpt"), str(metadata_file(folder / "ckpt")), None),
     }
+    whole, metadata = contents_of(folder / "ckpt"), str(metadata_file(folder / "ckpt"))
+    specimens["metadata"] = Specimen(whole, metadata, None, reader=read_folder)
+    specimens["metadata, sealed"] = Specimen(whole, metadata, None, reader=read_folder, seal=sealed)
+    for name in whole:
+        if re.fullmatch(r"_CHECKPOINT_METADATA|params/(_METADATA|manifest.ocdbt|d/.*)", name):
+            kind = re.sub("d/.*", "d", name)
+            specimens[kind] = Specimen(whole, name, None, reader=read_folder)
+    specimens |= samples(folder) | sets(folder)
     export(folder / "ckpt", folder / "pipeline", "diffusers")
     pipeline = contents_of(folder / "pipeline")
     for name in pipeline:
@@ -208,6 +243,107 @@ def corpus(folder: Path) -> dict[str, Specimen]:
         content = (folder / name).read_bytes()
         specimens[format] = Specimen({name: content}, name, name, {"image_size": "6"})
     return specimens
+
+
+def read_folder(ckpt: Path) -> None:
+    """All that is read of a jddim checkpoint."""
+    metadata = load_metadata(ckpt)
+    lines(metadata, 1)
+    bibtex(*citations(metadata.provenance))
+    load_params(ckpt, metadata)
+
+
+def samples(folder: Path) -> dict[str, Specimen]:
+    """Arrays, pictures and settings, and whoever reads them."""
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((3, 6, 6, 1)).astype(np.float32).clip(-1, 1)
+    stream, packed, idx = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    np.save(stream, images)
+    np.savez_compressed(packed, arr_0=to_uint8(images), arr_1=np.arange(3), mu=np.zeros(3), sigma=np.eye(3))
+    idx.write(b"\0\0\x08\x03" + np.array([3, 6, 6], ">u4").tobytes() + bytes(108))
+    picture = encode_png(grid(images), {"seed": 3, "a": [1, {"b": None}]})
+    task = json.dumps(Task(MODEL).to_json()).encode()
+    labels = gzip.compress(b"\0\0\x08\x01" + np.array([3], ">u4").tobytes() + bytes(3), mtime=0)
+
+    def arrays_in(name: str) -> Callable[[Path], object]:
+        def read(folder: Path) -> None:
+            for way in (
+                lambda path: training_data.read(path, MODEL),
+                lambda path: diff(path, folder / f"whole{path.suffix}"),
+                lambda path: read_arrays(path, text=True),
+                lambda path: read_metadata(path) if path.suffix == ".png" else None,
+            ):
+                with contextlib.suppress(ValueError, OSError):
+                    way(folder / name)
+            load_images(folder / name, (6, 6))
+
+        return read
+
+    found = {}
+    for name, content in (("a.npy", stream.getvalue()), ("a.npz", packed.getvalue()), ("a.png", picture)):
+        files = {name: content, f"whole{Path(name).suffix}": content}
+        found[name] = Specimen(files, name, None, reader=arrays_in(name))
+    mnist = {"train-images-idx3-ubyte": idx.getvalue(), "train-labels-idx1-ubyte.gz": labels}
+    for name in mnist:
+        found[name] = Specimen(mnist, name, None, reader=lambda folder: read_mnist(folder, "train"))
+    found["task"] = Specimen(
+        {"a.json": task}, "a.json", None, reader=lambda folder: _begin(folder / "a.json", [], None)
+    )
+    found["settings"] = Specimen(
+        {"a.json": task, "b.json": task},
+        "a.json",
+        None,
+        reader=lambda folder: diff(folder / "a.json", folder / "b.json"),
+    )
+    return found
+
+
+def sets(folder: Path) -> dict[str, Specimen]:
+    """Sets of shards in each format, of which the manifest, a receipt or a shard is damaged; and a picture of one."""
+    found, label = {}, np.arange(4, dtype=np.int32)
+    for format in FORMATS:
+        bulk = BulkConfig(4, batch_size=2, shard_size=2, format=format)
+        manifest = Manifest("../ckpt", "0" * 64, bulk, SamplerConfig(), {"jax": "none"})
+        out = folder / f"set-{format}"
+        out.mkdir()
+        (out / "manifest.json").write_text(manifest.text())
+        for k in range(2):
+            pixels = np.random.default_rng(k).integers(0, 256, (2, 5, 7, 3), np.uint8)
+            numbers = bulk.layout.images(k)
+            encoded = shards.encode(bulk.layout, k, pixels, label[numbers.start : numbers.stop], manifest.settings)
+            shards.write(out, bulk.layout, k, encoded, manifest.run)
+        files = contents_of(out)
+
+        def check(folder: Path) -> None:
+            collecting.problems(folder)
+
+        def look(folder: Path, layout: shards.Layout = bulk.layout) -> None:  # as where the receipt fits too
+            for k in range(2):
+                shards.read(folder, layout, k)
+
+        shard = next(name for name in files if name.startswith("shard-00001") and not name.endswith("01.json"))
+        found[f"{format} manifest"] = Specimen(files, "manifest.json", None, reader=check)
+        found[f"{format} manifest, sealed"] = Specimen(files, "manifest.json", None, reader=check, seal=sealed)
+        found[f"{format} receipt"] = Specimen(files, "shard-00001.json", None, reader=check)
+        found[f"{format} shard"] = Specimen(files, shard, None, reader=look)
+        if format == "png":
+            found["a set's picture"] = Specimen(files, shard, None, reader=lambda folder, s=shard: said_of(folder / s))
+    return found
+
+
+def said_of(picture: Path) -> None:
+    """What `jddim reproduce` takes from a picture."""
+    said = read_metadata(picture)
+    Manifest.of(said)
+
+
+def sealed(content: bytes) -> bytes:
+    """JSON with its own "sha256" again, as an attacker would write it; what is no JSON as it is."""
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        rest = {name: value for name, value in json.loads(content).items() if name != "sha256"}
+        text = json.dumps(rest, sort_keys=True)
+        return (json.dumps({**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=2) + "\n").encode()
+    return content
 
 
 def checkpoint(path: Path, model: ModelConfig, schedule: ScheduleConfig, sampler: SamplerConfig) -> None:
@@ -285,13 +421,88 @@ def damage_numbers(rng: random.Random, content: bytes) -> bytes:
     return content[:start] + rng.choice([str(rng.choice(NUMBERS)).encode(), rng.choice(WORDS)]) + content[end:]
 
 
+VALUES: list[Any] = [None, True, False, -1, 0, 7, 2**31, 2**40, 2**63, 10**30, 0.5, 1e999, -1e999, "", "x", "9" * 5000]
+VALUES += [[], {}, [[]], [None], {"a": 1}, ["x"] * 1000, {"sha256": []}, "../../x", "\x1b[2J"]
+
+
+def damage_json(rng: random.Random, content: bytes) -> bytes:
+    """JSON of which one value, however deep, is another, is gone, or has another name."""
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    node: Any = data
+    while isinstance(node, (dict, list)) and node:
+        at = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+        if not isinstance(node[at], (dict, list)) or not node[at] or rng.random() < 0.3:
+            match rng.randrange(6):
+                case 0:
+                    del node[at]
+                case 1 if isinstance(node, dict):
+                    node[rng.choice(["x", "type", "sha256"])] = node.pop(at)
+                case _:
+                    node[at] = rng.choice(VALUES)
+            break
+        node = node[at]
+    return json.dumps(data).encode()
+
+
+def damage_picture(rng: random.Random, content: bytes) -> bytes:
+    """A PNG with right checksums, one of whose chunks is damaged."""
+    chunks, at = [], 8
+    while at < len(content):
+        length = int.from_bytes(content[at : at + 4], "big")
+        chunks.append((content[at + 4 : at + 8], content[at + 8 : at + 8 + length]))
+        at += 12 + length
+    chosen = rng.randrange(len(chunks))
+    kind, data = chunks[chosen]
+    if kind == b"tEXt" and rng.random() < 0.7:
+        data = b"jddim\0" + damage_json(rng, data.partition(b"\0")[2])
+    elif rng.random() < 0.2:
+        kind = rng.choice([b"zTXt", b"iTXt", b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"eXIf", b"acTL", b"fcTL", b"fdAT"])
+    else:
+        data = damage(rng, data)
+    chunks[chosen] = kind, data
+    body = b"".join(len(d).to_bytes(4, "big") + k + d + zlib.crc32(k + d).to_bytes(4, "big") for k, d in chunks)
+    return content[:8] + body
+
+
+def damage_tar(rng: random.Random, content: bytes) -> bytes:
+    """A tar of whose members one has another kind, name, size or contents, under a right checksum."""
+    changed = bytearray(content)
+    heads = [at for at in range(0, len(changed), 512) if changed[at + 257 : at + 262] == b"ustar"]
+    at = rng.choice(heads)
+    match rng.randrange(4):
+        case 0:
+            changed[at + 156] = rng.choice(b"0123456789gxLKSDMNV\0")
+        case 1:
+            size = rng.choice([b"00000000000", b"77777777777", b"-0000000001", b"\x80" + bytes(9) + b"\xff"])
+            changed[at + 124 : at + 124 + len(size)] = size
+        case 2:
+            changed[at : at + 100] = changed[(other := rng.choice(heads)) : other + 100]
+        case _:
+            where = at + rng.randrange(512)
+            changed[where] = rng.randrange(256)
+    changed[at + 148 : at + 156] = b" " * 8
+    changed[at + 148 : at + 156] = b"%06o\0 " % sum(changed[at : at + 512])
+    return bytes(changed)
+
+
+def damage_npy(rng: random.Random, content: bytes) -> bytes:
+    """An .npy whose header has its own length again."""
+    length = int.from_bytes(content[8:10], "little")
+    header = rng.choice([damage, damage_numbers])(rng, content[10 : 10 + length])[:65535]
+    return content[:8] + len(header).to_bytes(2, "little") + header + content[10 + length :]
+
+
 def damage_zip(rng: random.Random, content: bytes) -> bytes:
     """A whole zip with right checksums, one of whose entries is damaged: what the checksums would otherwise catch."""
     stream = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(stream, "w") as target:
         entries = {name: source.read(name) for name in source.namelist()}
         chosen = rng.choice([name for name in entries if name.endswith("data.pkl")] * 9 + list(entries))
-        entries[chosen] = damage(rng, entries[chosen])
+        way = damage_npy if chosen.endswith(".npy") and rng.random() < 0.7 else damage
+        entries[chosen] = way(rng, entries[chosen])
         if rng.random() < 0.1:
             entries[rng.choice(list(entries))] = b""
         for name, value in entries.items():
@@ -315,6 +526,10 @@ def damaged(rng: random.Random, name: str, content: bytes) -> bytes:
         ways += [damage_safetensors] * 3
     if name.endswith((".yml", ".json", "metadata")):
         ways += [damage_numbers]
+    if name.endswith((".json", "metadata", "_METADATA")):
+        ways += [damage_json] * 2
+    for suffix, way in ((".png", damage_picture), (".tar", damage_tar), (".npy", damage_npy)):
+        ways += [way] * 3 if name.endswith(suffix) else []
     return rng.choice(ways)(rng, content)
 
 
@@ -364,7 +579,13 @@ def read(folder: Path, specimen: Specimen) -> str:
     """Do all that a conversion does up to verifying and writing; the documented error's type, or "read"."""
     try:
         if specimen.source is None:
-            load_metadata(folder)
+            assert specimen.reader is not None
+            try:
+                specimen.reader(folder)
+            except CheckpointError:
+                raise
+            except (ValueError, OSError) as error:
+                return type(error).__name__
             return "read"
         opened = _open(find(folder / specimen.source), (), specimen.settings, None, None, lambda line: None)
         expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(opened.plan.model)).items()}
@@ -447,6 +668,7 @@ def run(seconds: float, seed: int, first: int, keep: Path) -> int:
             name = rng.choice(list(whole))
             specimen = whole[name]
             content = damaged(rng, specimen.damaged, specimen.files[specimen.damaged])
+            content = specimen.seal(content) if specimen.seal is not None else content
             write(folder, specimen, content)
             to = folder / "made" / "out"
             goes_on = specimen.source is not None and rng.random() < CONVERTED

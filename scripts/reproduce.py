@@ -163,7 +163,7 @@ def make_interpolation(ddim: Any, steps: int, seed: int) -> dict[str, NDArray[An
 
 def keep(path: Path, make: Any) -> bool:
     """Whether the file had to be made."""
-    from jddim.images import atomic
+    from jddim.files import atomic
 
     if path.exists():
         return False
@@ -271,7 +271,7 @@ def plot_seconds(path: Path, seconds: dict[int, float]) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from jddim.images import atomic
+    from jddim.files import atomic
 
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     axes.loglog(list(seconds), list(seconds.values()), "o-")
@@ -286,7 +286,7 @@ def plot_seconds(path: Path, seconds: dict[int, float]) -> bool:
 def write_results(args: argparse.Namespace, cells: list[Cell], store: Store, *, clip: bool) -> None:
     """OUT/results.md and the pictures, from the files alone."""
     from jddim.evaluate import mnist_cnn
-    from jddim.images import atomic
+    from jddim.files import atomic
 
     images, seconds = {}, {}
     for cell in cells:

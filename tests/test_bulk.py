@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import gzip
+import hashlib
 import json
 import os
 import random
 import shutil
 import signal
+import tarfile
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +27,7 @@ from jddim.bulk import run as bulk
 from jddim.bulk.lock import locked
 from jddim.bulk.manifest import BulkConfig, BulkError, Manifest, manifest_path, read_manifest
 from jddim.bulk.shards import FORMATS, Layout
+from jddim.images import save_png
 
 pytestmark = pytest.mark.unoptimised
 
@@ -294,3 +299,140 @@ def test_old_and_new_manifests_are_read(tmp_path: Path) -> None:
 def test_the_default_shard_is_whole_batches() -> None:
     assert [BulkConfig(9, batch_size=b).shard_size for b in (64, 100, 3000)] == [1024, 1000, 3000]
     assert [len(Layout(43, 6).images(k)) for k in (0, 7)] == [6, 1]
+
+
+# -- a set of somebody else's -----------------------------------------------------------------------------------------
+
+
+def sealed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest, and give it its digest again."""
+    data = json.loads(manifest_path(folder).read_text())
+    change(data)
+    rest = {name: value for name, value in data.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    manifest_path(folder).write_text(json.dumps({**rest, "sha256": digest}, indent=2) + "\n")
+
+
+WRONG: list[Any] = [None, True, -1, 0, 2**40, 2**62, 1e999, "", "9" * 5000, [], {}, [[1]], {"a": [None]}]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("part", ["", "bulk", "sampler", "versions"])
+def test_a_manifest_of_other_types(undisturbed: dict[str, Path], tmp_path: Path, part: str) -> None:
+    out = shutil.copytree(undisturbed["npz"], tmp_path / "out")
+    text, refused = manifest_path(out).read_text(), 0
+    data = json.loads(text)
+    for name in data[part] if part else data:
+        for value in WRONG:
+            manifest_path(out).write_text(text)
+            sealed(out, lambda data, name=name, value=value: (data[part] if part else data).update({name: value}))
+            try:
+                collecting.problems(out)
+            except BulkError as error:
+                assert len(str(error)) < 1000  # noqa: PT017
+                refused += 1
+    assert refused > 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num": True}, "num must be int, got True"),
+        ({"num": 2**62}, "more than 100000"),
+        ({"batch_size": 2**40, "shard_size": 2**40}, "batch_size must be at most 1048576"),
+        ({"labels": 3}, "labels must be str or None, got 3"),
+        ({"format": []}, r"format must be str, got \(\)"),
+    ],
+)
+def test_a_manifest_edited_and_sealed_again(
+    undisturbed: dict[str, Path], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    out = shutil.copytree(undisturbed["npz"], tmp_path / "out")
+    sealed(out, lambda data: data["bulk"].update(change))
+    with pytest.raises(BulkError, match=f"manifest.json is damaged .*{message}"):
+        read_manifest(out)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("format", FORMATS)
+def test_shards_and_receipts_that_are_no_files(undisturbed: dict[str, Path], tmp_path: Path, format: str) -> None:
+    out = shutil.copytree(undisturbed[format], tmp_path / "out")
+    layout = manifest(format).bulk.layout
+    places = [layout.path(out, k) / f"{6 * k:08d}.png" if format == "png" else layout.path(out, k) for k in range(2)]
+    for place in (*places, layout.receipt(out, 2), layout.receipt(out, 3)):
+        place.unlink()
+    for place in (places[0], layout.receipt(out, 2)):
+        os.mkfifo(place)
+    for place in (places[1], layout.receipt(out, 3)):
+        place.symlink_to("/dev/zero")
+    assert len(collecting.problems(out)) == 4
+    for k in range(2):
+        with pytest.raises(ValueError, match="cannot be read"):
+            shards.read(out, layout, k)
+    for other in (manifest_path(out), out / "shard-00004.json"):
+        other.unlink()
+        os.mkfifo(other)
+    with pytest.raises(OSError, match=r"manifest\.json"):
+        read_manifest(out)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "receipt", ["[" * 90_000, "[]", "null", '{"run": 1}', '{"run": "x", "bytes": "1", "sha256": 2}', "9" * 9000, "\xff"]
+)
+def test_receipts_of_other_types(undisturbed: dict[str, Path], tmp_path: Path, receipt: str) -> None:
+    out = shutil.copytree(undisturbed["npz"], tmp_path / "out")
+    (out / "shard-00002.json").write_text(receipt, encoding="latin1")
+    assert collecting.problems(out) == ["shard-00002.json is damaged"]
+
+
+@pytest.mark.timeout(60)
+def test_tars_of_other_members(undisturbed: dict[str, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(undisturbed["tar"], tmp_path / "out")
+    layout = manifest("tar").bulk.layout
+    path, first = layout.path(out, 0), "00000000.png"
+    whole = path.read_bytes()
+
+    def member(name: str, kind: bytes, size: int = 0, **more: Any) -> bytes:
+        info = tarfile.TarInfo(name)
+        info.type, info.size = kind, size
+        for field, value in more.items():
+            setattr(info, field, value)
+        return info.tobuf(tarfile.PAX_FORMAT if "pax_headers" in more else tarfile.GNU_FORMAT)
+
+    sparse = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": str(10**12), "GNU.sparse.map": "0,1"}
+    for content in (
+        *(member(first, kind, linkname="/etc/passwd") for kind in (tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.LNKTYPE)),
+        *(member(first, kind) for kind in (tarfile.FIFOTYPE, tarfile.CHRTYPE)),
+        member(first, tarfile.REGTYPE, 2**40),
+        member(first, tarfile.REGTYPE, 0, pax_headers=sparse),
+        member(first, tarfile.GNUTYPE_LONGNAME, 2**40),
+        gzip.compress(whole),
+        whole[:5000],
+        b"",
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="cannot be read"):
+            shards.read(out, layout, 0)
+    label = whole.replace(b"00000000.cls", b"00000000.clx")
+    path.write_bytes(label)
+    with pytest.raises(ValueError, match="cannot be read"):
+        shards.read(out, layout, 0)
+
+
+@pytest.mark.parametrize("index", [True, None, "1", -1, NUM, 10**15, [1]])
+def test_a_picture_that_is_no_image_of_its_set(tmp_path: Path, fails: Callable[..., str], index: Any) -> None:
+    path = tmp_path / "a.png"
+    save_png(path, make(0)[0], {**manifest("png").settings, "index": index})
+    assert "is no picture that jddim bulk wrote: index must be one of its set's 43" in fails("reproduce", path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bulk": None}, {"bulk": {"num": "x"}}, {"versions": {"jax": []}}, {"checkpoint_sha256": 3}, {"sampler": [1]}],
+)
+def test_a_picture_that_says_nothing_of_a_set(
+    tmp_path: Path, fails: Callable[..., str], change: dict[str, Any]
+) -> None:
+    save_png(tmp_path / "a.png", make(0)[0], {**manifest("png").settings, "index": 1, **change})
+    assert "is no picture that jddim bulk wrote: " in fails("reproduce", tmp_path / "a.png")

@@ -269,6 +269,20 @@ def test_vp_rows_are_the_tables_and_have_finite_derivatives() -> None:
     np.testing.assert_allclose(slopes["sigma_prev"][1].diagonal(), [-0.5 / math.sqrt(0.75), 0], rtol=1e-6)
 
 
+def test_a_table_prints_as_one_line() -> None:
+    schedule = linear_schedule(1000)
+    table = step_table(schedule, np.arange(999, -1, -1))
+    assert repr(table) == "StepTable(1000 steps: t = 999, 998, 997, 996, ..., 2, 1, 0; ends at t = -1, sigma 0)"
+    assert repr(step_table(schedule, [999, 7], set_alpha_to_one=False)).endswith(
+        "t = 999, 7; ends at t = -1, sigma 0.01)"
+    )
+    assert repr(jax.tree.map(lambda column: column[0], table)).startswith("StepTable(np.int32(0), np.int32(999), ")
+    assert repr(schedule) == "NoiseSchedule(T = 1,000; beta 0.0001 to 0.02, alpha_bar 0.9999 to 4.036e-05)"
+    seen = []
+    jax.jit(lambda rows: seen.append(repr(rows)) or rows.t)(table)
+    assert "Tracer" in seen[0]
+
+
 def test_coefficients_are_the_columns_of_a_step() -> None:
     row = StepTable(*range(8))
     assert coefficients(row) == {name: getattr(row, name) for name in StepTable._fields[3:]}

@@ -59,7 +59,7 @@ def test_the_pages_lines_run_with_jax_alone(tmp_path: Path) -> None:
     code = f"{JAX_ALONE}\n{block}\nnp.save('x_0.npy', x_0)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     live = jddim.load(tmp_path / "cifar10").sample(jax.random.key(0), 16, steps=4, eta=0.5)
-    # an open batch is another program to XLA: rounding, in four steps of an untrained network with values up to 60
+    # an open batch is another program to XLA: rounding, in four steps of an untrained network
     np.testing.assert_allclose(np.load(tmp_path / "x_0.npy"), live, rtol=0, atol=1e-5 * np.abs(live).max())
     with zipfile.ZipFile(out) as file:
         about = json.loads(file.read("about.json"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +151,7 @@ def test_what_holds_no_images_is_said(tmp_path: Path) -> None:
         ("text.npz", "holds no images"),
         ("a.jpg", r"read from \.npy, \.npz, \.png or a folder"),
         ("number.npy", r"must hold images \(N, H, W, C\), it holds an array of shape \(\)"),
-        ("other.npz", "holds no images"),
+        ("other.npz", "it holds an archive without arr_0"),
         ("nothing.npy", "no such file"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
@@ -182,3 +185,53 @@ def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path: Path) -> Non
             raise OSError(28, "No space left on device", *([] if name is None else [str(staging)]))
         assert caught.value.filename == str(target)
     assert not list(tmp_path.iterdir())
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of white pixels, 1 bit each, with these chunks before them."""
+    rows = zlib.compress(b"".join([b"\0" + b"\xff" * -(-width // 8)] * min(height, 100)))
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x01\0\0\0\0"
+    every = [(b"IHDR", head), *chunks, (b"IDAT", rows), (b"IEND", b"")]
+    parts = [len(d).to_bytes(4, "big") + k + d + zlib.crc32(k + d).to_bytes(4, "big") for k, d in every]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def told(text: bytes) -> tuple[bytes, bytes]:
+    return b"tEXt", b"jddim\0" + text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (png(10_000, 9_000), "could be decompression bomb"),  # Pillow only warns of it
+        (png(60_000, 60_000), "could be decompression bomb"),
+        (png(7, 11)[:60], r"."),
+        (png(7, 11)[:-30], r"."),
+        (png(7, 11, (b"PLTE", b"ab")), r"."),
+        (png(7, 11, (b"IHDR", b"")), r"."),
+        (png(7, 11, (b"zTXt", b"jddim\0\0" + zlib.compress(bytes(10**8)))), r"too large|does not say"),
+        (png(7, 11, told(b"[" * 90_000)), "deep in each other"),
+        (png(7, 11, told(b"[1]")), "no JSON object"),
+        (png(7, 11, told(b"{")), "Expecting"),
+        (png(7, 11, told(b'{"seed": 1, "seed": 2}')), "occurs twice"),
+        (png(7, 11), "does not say how it was made"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not a picture"),
+        (b"P5 9 9 255 ", "is not a picture"),
+        (b"", "is not a picture"),
+    ],
+)
+def test_pictures_that_are_none_of_ours(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_metadata(tmp_path / "a.png")
+    with contextlib.suppress(ValueError):
+        load_images(tmp_path / "a.png", (11, 7))
+
+
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    for read in (read_metadata, lambda path: load_images(path, (7, 11))):
+        with pytest.raises(OSError, match=r"a\.png"):
+            read(tmp_path / "a.png")

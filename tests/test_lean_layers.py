@@ -24,7 +24,7 @@ from jddim.models.fast.lean_layers import (
 from jddim.models.unet import UNet
 from jddim.run.compiling import Kind, compiler_options, faster
 
-pytestmark = [pytest.mark.unoptimised, pytest.mark.quick]
+pytestmark = pytest.mark.unoptimised
 
 RNG = np.random.default_rng(0)
 

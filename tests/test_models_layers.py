@@ -12,8 +12,6 @@ from tiny import SIZE, random_model, small_config
 
 from jddim.models.layers import cast_kernels, group_norm
 
-pytestmark = pytest.mark.quick
-
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_kernels_cast_beforehand_give_the_same_bits(dtype: type) -> None:

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
-from tiny import random_model, small_config
+from tiny import random_model, small_config, tree
 
 import jddim
 from jddim.checkpoint.folder import load_metadata, load_params
@@ -203,13 +203,16 @@ def test_what_comes_out_is_a_checkpoint_and_the_best_state_is_kept(
     tmp_path: Path, run: Callable[..., list[str]]
 ) -> None:
     task = job(steps=6)
-    run(task, tmp_path / "out", LoopConfig(log_every=1, save_every=1, keep_last=1, keep_best=1), source="DATA")
+    loop = LoopConfig(log_every=1, save_every=1, keep_last=1, keep_best=1)
+    run(task, tmp_path / "out", loop, source=str(tmp_path / "DATA"))
     ddim = jddim.load(tmp_path / "out")
     assert ddim.sample(jax.random.key(0), 3, labels=np.array([0, 1, 2])).shape == (3, 6, 10, 1)
     assert (ddim.sampler, ddim.metadata.model) == (task.sampler, task.model)
     said = ddim.metadata.provenance
     assert (said["family"], said["weights"], said["step"]) == ("jddim", "ema", 6)
     assert said["training"]["ema_decay"] == 0.9
+    assert said["data"]["source"] == "DATA"  # and not where it lies on its maker's disk
+    assert not [name for name, held in tree(tmp_path / "out").items() if held and tmp_path.name.encode() in held]
     log = (train_loop.run_folder(tmp_path / "out") / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in log]
     kept = states(tmp_path / "out")
@@ -389,8 +392,14 @@ def test_mistakes_are_one_line(tmp_path: Path, fails: Callable[..., str], monkey
     assert "no such file or folder" in fails(*words[:2], tmp_path / "absent", out)
     assert "--set takes KEY=VALUE" in fails(*words, out, "--set", "lr")
     assert "config.json with --set lr=-1: train: lr must be above 0, got -1" in fails(*words, out, "--set", "lr=-1")
-    assert "clip_norm must be above 0, or null for none, got 'none'" in fails(*words, out, "--set", "clip_norm=none")
-    assert "null_label must be one of the labels, or null" in fails(*words, out, "--set", 'null_label="abc"')
+    assert "clip_norm must be float or None, got 'none'" in fails(*words, out, "--set", "clip_norm=none")
+    assert "null_label must be int or None, got 'abc'" in fails(*words, out, "--set", 'null_label="abc"')
+    assert "null_label must be one of the labels, or null" in fails(*words, out, "--set", "null_label=-1")
+    assert "KEY=VALUE" in fails(*words, out, "--set", "[" * 50_000)
+    (tmp_path / "deep.json").write_text('{"model":' * 50_000)
+    assert "deep in each other" in fails("train", tmp_path / "deep.json", words[2], out)
+    os.mkfifo(tmp_path / "pipe.json")
+    assert "is a pipe or a device" in fails("train", tmp_path / "pipe.json", words[2], out)
     assert "save_every must be at least 1" in fails(*words, out, "--save-every", 0)
     assert "--classes is for a checkpoint" in fails(*words, out, "--classes", 3)
     assert "is not a jddim checkpoint" in fails(*words, tmp_path / "data.npz", "--overwrite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -78,6 +79,46 @@ def test_mnists_own_files(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.pixels[..., 0], pixels)
     assert found.labels is not None
     assert found.labels.tolist() == [3, 1, 4, 1, 5]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (b"", "those start with 000008"),
+        (b"\0\0\x08", "those start with 000008"),
+        (b"\0\0\x08\xff", "no IDX file"),
+        (b"\0\0\x08\x03\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", "no IDX file"),
+        (b"\0\0\x08\x01\0\0\0\x05" + bytes(5), r"holds images \(5,\) and labels"),
+        (b"\0\0\x08\x03" + b"\0\0\0\x06" + b"\0\0\0\x01" * 2 + bytes(6), r"holds images \(6, 1, 1\) and labels \(5,\)"),
+    ],
+)
+def test_idx_files_that_are_none(tmp_path: Path, images: bytes, message: str) -> None:
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01\0\0\0\x05" + bytes(5))
+    for name, content in (("", images), (".gz", gzip.compress(images))):
+        path = tmp_path / f"train-images-idx3-ubyte{name}"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path, small_config())
+        path.unlink()
+
+
+@pytest.mark.timeout(60)
+def test_idx_files_that_cannot_be_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    for content, message in (
+        (gzip.compress(bytes(300_000_000), 1), "would unpack to more than"),
+        (gzip.compress(bytes(9))[:-5], "is damaged"),
+        (b"\x1f\x8b\x08" + bytes(30), "is damaged|those start"),
+        (b"no gzip", "Not a gzipped file"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path, small_config())
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="is a pipe or a device"):
+        read(tmp_path, small_config())
 
 
 def test_hugging_face_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

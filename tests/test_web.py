@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import contextlib
 import dataclasses
+import http.client
 import io
 import json
 import shlex
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +35,7 @@ for package in ("starlette", "uvicorn"):
 
 from web_server import SMALL, events, made, post, send, serving  # noqa: E402
 
+from jddim.serve import connections  # noqa: E402
 from jddim.serve.site import Site  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised
@@ -190,6 +194,10 @@ def test_bodies_that_are_refused(port: int, body: bytes, kind: str, problem: str
         ({"Host": "evil.example"}, 403),  # DNS rebinding
         ({"Host": "127.0.0.1.evil.example"}, 403),
         ({"Host": "192.168.0.7"}, 403),
+        ({"Host": "localhost:evil"}, 403),
+        ({"Host": "localhost:80:80"}, 403),
+        ({"Host": "[::1]evil"}, 403),
+        ({"Host": "[::1"}, 403),
         ({"Host": "localhost", "Origin": "http://localhost"}, 200),
         ({"Host": "localhost", "Origin": "http://evil.example"}, 403),
         ({"Host": "localhost", "Origin": "null"}, 403),
@@ -274,3 +282,75 @@ def test_what_a_checkpoint_has_not_is_left_out_not_waited_for(checkpoint: Path) 
     assert said[0].startswith("left out 1 of ")
     with pytest.raises(Refused, match="method: must be one of ddim; got 'heun'"):
         parse({"method": "heun", "label": 0}, site.served, site.methods, site.bounds)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET /api/about HTTP/1.1\r\nHost: localhost\r\n",
+        b"POST /api/run HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{",
+    ],
+    ids=["nothing", "half its headers", "half its body"],
+)
+def test_who_sends_half_a_request_is_not_waited_for(
+    port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], sent: bytes
+) -> None:
+    monkeypatch.setattr(connections, "PATIENCE", 1.0)
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as held:
+        held.sendall(sent)
+        started = time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            held.settimeout(0.4)
+            while held.recv(1):
+                pass
+        if sent:
+            held.sendall(b" ")  # a byte now and then does not help
+        held.settimeout(30)
+        with contextlib.suppress(ConnectionResetError):
+            while held.recv(1000):
+                pass
+        assert 0.5 < time.monotonic() - started < 20
+    assert send(port, "GET", "/api/about").status == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_connection_may_stay_for_the_next_request(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "PATIENCE", 0.3)
+    kept = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    for _ in range(3):
+        kept.request("GET", "/api/about")
+        response = kept.getresponse()
+        assert (response.status, bool(response.read())) == (200, True)
+        time.sleep(0.5)
+
+
+@pytest.mark.timeout(60)
+def test_half_sent_requests_keep_nobody_out_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    import uvicorn
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"here"})
+
+    monkeypatch.setattr(connections, "PATIENCE", 1.0)
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    settings = uvicorn.Config(
+        app, http=connections.Timed, limit_concurrency=4, log_level="critical", timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    with contextlib.ExitStack() as held:
+        for _ in range(4):
+            held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)).sendall(b"GET / HTTP/1.1\r\n")
+        statuses = []
+        while not statuses or statuses[-1] != 200:
+            statuses.append(send(port, "GET", "/").status)
+            time.sleep(0.1)
+    assert statuses[0] == 503
+    server.should_exit = True
+    thread.join(20)

@@ -34,6 +34,7 @@ def serving(
     """(the Site, its port), compiled. needed: which programs a test uses, by their keys. options: Site's."""
     import uvicorn
 
+    from jddim.serve.connections import Timed
     from jddim.serve.site import Site, loopback
 
     served = {name: jddim.load(path) for name, path in paths.items()}
@@ -44,7 +45,9 @@ def serving(
     site.compile()
     assert not site.refused
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(site.app(loopback), log_level="error", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(site.app(loopback), http=Timed, log_level="error", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:

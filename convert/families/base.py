@@ -63,7 +63,8 @@ class Plan:
     warnings: of that, what makes the samples wrong if it is not so. unchecked: the settings that the user gave and that
     the tensors would not contradict if they were wrong; how to sample is none of them.
     reference_options: what `Family.reference` needs beside the model's config to load these tensors; kept in the
-    checkpoint's provenance, for the way back. wording: of schedule and sampler.
+    checkpoint's provenance, for the way back. wording: of schedule and sampler. implied: tensors that the source's
+    network has the effect of, and its file not, or with other numbers in it: they take the place of the file's.
     """
 
     model: ModelConfig
@@ -77,6 +78,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     reference_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     wording: Wording = Wording()
+    implied: Tensors = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

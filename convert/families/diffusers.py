@@ -17,10 +17,11 @@ from typing import Any
 
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import UNetConfig, did_you_mean
+from jddim.models.building import abstract_model, flat_params
 
 from ..engine import ConversionError, refuse, shortened
 from ..files.shards import INDEX
-from ..rules import Rules
+from ..rules import Fused, Rules, source_of, target_leaves, targets_of
 from ..writers import save_safetensors, torch_tensors
 from . import diffusers_config as configs
 from .base import Family, Plan, Source, of_wiring
@@ -299,6 +300,27 @@ def reference(config: UNetConfig) -> Any:
 
     skipped = ("_class_name", "sample_size", "dropout")
     return ReferenceUNet2D(**{key: value for key, value in configs.unet_json(config).items() if key not in skipped})
+
+
+def reference_by(config: UNetConfig, table: Rules) -> Any:
+    """The same, to be loaded under the names that another source of this wiring has, by that source's rename table."""
+    module = reference(config)
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    leaves = flat_params(abstract_model(config))
+
+    def renamed(module: Any, state: dict[str, Any], *of_torch: Any) -> None:
+        tensors = {}
+        for name in list(state):
+            value, (source, _, kind) = state.pop(name), name.rpartition(".")
+            for target in targets_of(source, table):
+                pieces = target.split(value) if isinstance(target, Fused) else [value]
+                for leaf, piece in zip(target_leaves(target, kind, leaves), pieces, strict=False):
+                    own = source_of(leaf, rules(config))
+                    tensors[own] = piece.reshape(shapes[own])
+        state.update(tensors)
+
+    module.register_load_state_dict_pre_hook(renamed)
+    return module
 
 
 # -- back -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ options added, under the same names.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections import Counter
@@ -18,21 +19,22 @@ import numpy as np
 
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
-from jddim.schedule import make_schedule
+from jddim.schedule import make_schedule, schedule_config_from_betas
 from jddim.timesteps import make_timesteps
 
 from ..engine import ConversionError, cannot_hold, refuse, refusing
+from ..files.pickles import printable
 from ..rules import Fused, Rules, Target
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, checked, of_wiring
 from .tensors import Tensors, check_tensors, common_size
-from .values import not_read, number, parse, sections, settling, whole
+from .values import is_integer, not_read, number, parse, sections, settling, whole
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
 def recognise(state: Mapping[Any, Any]) -> bool:
-    """A state dict with this family's names; classifiers and upsamplers too, for `open_source` to refuse."""
+    """A state dict with this family's names; classifiers too, for `open_source` to refuse."""
     parts = {str(name).partition(".")[0] for name in state}
     return {"input_blocks", "middle_block", "time_embed"} <= parts
 
@@ -87,11 +89,12 @@ def _refusal(tensors: Tensors) -> str | None:
         return (
             "is a classifier (half a UNet, no output_blocks) for guidance; it predicts no noise, so cannot be sampled"
         )
-    channels_in, channels_out = _ends(tensors)
-    if channels_in and channels_out and channels_in == 2 * channels_out:
+    projections = [value.ndim for name, value in tensors.items() if name.endswith(".qkv.weight")]
+    if projections and set(projections) == {4}:
         return (
-            f"is an upsampler (SuperResModel: {channels_in} channels in, {channels_out} out), which reads a small "
-            "image beside x_t; jddim samples networks of x_t, t and labels only"
+            "has attention by 2-D convolutions, as openai/consistency_models has (edm_, cd_ and ct_ files): its "
+            "networks are given 250 ln(sigma) in place of t, and sampled by EDM's or a consistency model's steps, "
+            "which jddim does not have; as networks that predict noise at t they would give wrong images"
         )
     return None
 
@@ -174,6 +177,8 @@ def _ends(tensors: Tensors) -> tuple[int | None, int | None]:
 
 SETTINGS = {
     "image_size": "side of the training images in pixels (or HEIGHTxWIDTH)",
+    "large_size": "of an upsampler, its image_size",
+    "small_size": "of an upsampler (SuperResModel), the side of the small image that it is given beside x_t",
     "num_channels": "base width (checked against the tensors)",
     "num_res_blocks": "residual blocks a level (checked)",
     "channel_mult": "list of width multipliers; empty: the source's for image_size (checked)",
@@ -203,6 +208,7 @@ SETTINGS = {
 _UNTOLD = (
     *("image_size", "num_heads", "num_head_channels", "num_heads_upsample", "use_new_attention_order", "norm_groups"),
     *("diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart"),
+    *("large_size", "small_size"),
 )
 TRAINING_ONLY = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 
@@ -260,7 +266,7 @@ def _respacing(text: str) -> str:
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(SETTINGS, _boolean),  # all but those that follow
-    "image_size": _size,
+    **dict.fromkeys(("image_size", "large_size", "small_size"), _size),
     **dict.fromkeys(("num_channels", "num_res_blocks", "num_heads", "diffusion_steps", "norm_groups"), _positive),
     **dict.fromkeys(("num_head_channels", "num_heads_upsample"), _count),
     **dict.fromkeys(("channel_mult", "attention_resolutions"), _numbers),
@@ -275,11 +281,41 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
 
     Raises ConversionError for unknown or bad ones, all in one message.
     """
-    found, _, problems = sections(config, SETTINGS)
+    found, _, problems = sections(_of_compvis(config), SETTINGS)
     filed = {key: _spelled(value).strip() for key, value in found.items()}
     told, refused = parse({"config": filed, "--set": {k: v.strip() for k, v in given.items()}}, _PARSERS)
     refuse(problems + refused)
     return told
+
+
+def _of_compvis(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A latent-diffusion config as flags: other names, and attention by factors of downsampling. Any other as it is.
+
+    Raises ConversionError if it names a first stage: its network is one of latents.
+    """
+
+    def at(*keys: str) -> Mapping[str, Any]:
+        found: Any = config
+        for key in keys:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
+
+    network, outer = at("model", "params", "unet_config", "params"), at("model", "params")
+    if not network:
+        return config
+    stage = str(at("model", "params", "first_stage_config").get("target", "IdentityFirstStage"))
+    if not stage.endswith("IdentityFirstStage"):
+        raise ConversionError(
+            f"the config names a first stage ({printable(stage, 60)}), so this is a network of latents, for which "
+            "jddim has no decoder yet"
+        )
+    flags = {key: value for key, value in network.items() if key in SETTINGS and key != "attention_resolutions"}
+    side, factors = network.get("image_size"), network.get("attention_resolutions")
+    if is_integer(side) and isinstance(factors, list) and all(is_integer(factor) and factor > 0 for factor in factors):
+        flags["attention_resolutions"] = [side // factor for factor in factors]
+    told = {"num_channels": network.get("model_channels"), "diffusion_steps": outer.get("timesteps")}
+    flags |= {key: value for key, value in told.items() if value is not None}
+    return flags | {"predict_xstart": outer.get("parameterization") == "x0", "rescale_timesteps": False}
 
 
 def _spelled(value: Any) -> str:
@@ -290,13 +326,18 @@ def _spelled(value: Any) -> str:
 def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:
     """The model, schedule and sampler of these tensors, with what the flags add, and what is assumed."""
     told = read_settings(config, given)
-    found = infer(tensors)
+    found = _with_condition(infer(tensors), told)
+    if "large_size" in told:
+        told = {"image_size": told["large_size"], **told}
     assumed: list[str] = []
     settle = settling(told, assumed)
     problems = _contradictions(told, found)
 
     both = "the default of both sources"
-    T = settle("diffusion_steps", 1000, both)
+    betas = tensors.get("betas")
+    schedule = None if betas is None else _schedule_of(betas)
+    T = settle("diffusion_steps", 1000, both) if schedule is None else schedule.num_train_timesteps
+    problems += _schedule_problems(told, schedule)
     rescale = told.get("rescale_timesteps", False)
     missing = {}
     if "image_size" not in told:
@@ -314,9 +355,10 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "default) or False (guided-diffusion's)"
         )
     if found["in_channels"] == found["out_channels"] == 6 and "learn_sigma" not in told:
-        missing["learn_sigma=False"] = (
-            "whether 6 channels in and 6 out are an upsampler of 3 (SuperResModel, which reads a small image beside "
-            "x_t and is not supported) or a network of 6-channel images: --set learn_sigma=False says the latter"
+        missing["small_size=SIDE"] = (
+            "whether 6 channels in and 6 out are an upsampler of 3 that learns its variance (SuperResModel, which is "
+            "given a small image beside x_t: --set small_size=SIDE) or a network of 6-channel images (--set "
+            "learn_sigma=False)"
         )
     asks = () if problems else missing
     if missing:
@@ -329,8 +371,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     new_order = told.get("use_new_attention_order", False)
     if not one_head:  # with one, the orders are the same
         settle("use_new_attention_order", False, "the default of guided-diffusion, and improved-diffusion's only one")
-    noise_schedule = settle("noise_schedule", "linear", both)
-    schedule = _schedule(noise_schedule, T)
+    noise_schedule = schedule.name if schedule is not None else settle("noise_schedule", "linear", both)
+    schedule = schedule or _schedule(noise_schedule, T)
     predict_xstart = settle("predict_xstart", False, both)
     learned = found["out_channels"] == 2 * found["in_channels"]
     small = not learned and settle("sigma_small", False, f"{both}; DDIM does not use it")
@@ -351,10 +393,10 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         schedule,
         sampler,
         rules(model, use_new_attention_order=new_order),
-        {},
+        {} if betas is None else {"betas": "the noise schedule, which is read"},
         tuple(assumed),
-        (*_notes(told), *not_read(sections(config, SETTINGS)[1])),
-        unchecked=_unchecked(told, given),
+        (*_notes(told), *not_read(sections(_of_compvis(config), SETTINGS)[1])),
+        unchecked=_unchecked(told, given, betas is not None),
         reference_options={"use_new_attention_order": new_order},
         wording=Wording(
             {"noise_schedule": noise_schedule, "diffusion_steps": str(T)},
@@ -370,12 +412,24 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     )
 
 
-def _unchecked(told: Mapping[str, Any], given: Mapping[str, str]) -> tuple[str, ...]:
-    """Flags among `given` that are facts of the network or its training and that no tensor tells."""
+def _unchecked(told: Mapping[str, Any], given: Mapping[str, str], betas: bool) -> tuple[str, ...]:
+    """Flags among `given` that are facts of the network or its training and that no tensor tells. betas: these do."""
     idle = [key for key in ("num_head_channels", "num_heads_upsample") if told.get(key) is None]
     if "num_head_channels" in told and "num_head_channels" not in idle:
         idle += ["num_heads", "num_heads_upsample"]
+    idle += ["diffusion_steps", "noise_schedule"] if betas else []
     return tuple(key for key in given if key in _UNTOLD and key not in idle)
+
+
+def _with_condition(found: dict[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts with x_t's channels apart from those of an upsampler's small image, as many again.
+
+    The tensors tell an upsampler where half as many channels come out as go in; where as many do, small_size tells it.
+    """
+    channels_in, channels_out = found["in_channels"], found["out_channels"]
+    half, odd = divmod(channels_in, 2)
+    beside = half if not odd and (channels_out == half or ("small_size" in told and channels_out == 2 * half)) else 0
+    return {**found, "in_channels": channels_in - beside, "condition_channels": beside}
 
 
 def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -400,6 +454,13 @@ def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
             f"the network has {channels_in} channels in and {channels_out} out; x_t needs as many out, or twice as "
             "many with learn_sigma"
         )
+    if "large_size" in told and told["image_size"] != told["large_size"]:
+        problems.append("large_size is an upsampler's name of image_size, but the two differ; give one")
+    if "small_size" in told and not found["condition_channels"]:
+        problems.append(
+            f"small_size is of an upsampler, whose first layer takes twice its image's channels, but {channels_in} go "
+            f"in and {channels_out} come out"
+        )
     if "image_size" in told and "attention_resolutions" in told:
         side = told["image_size"][0]
         factors = {side // resolution for resolution in told["attention_resolutions"] if resolution}
@@ -423,6 +484,7 @@ def _model(told: Mapping[str, Any], found: Mapping[str, Any], groups: int) -> UN
         "image_size": told["image_size"],
         "in_channels": found["in_channels"],
         "out_channels": found["out_channels"],
+        "condition_channels": found["condition_channels"],
         "channels": found["num_channels"],
         "channel_mults": found["channel_mult"],
         "stem_channels": None if widths[0] == found["num_channels"] else widths[0],
@@ -464,6 +526,32 @@ def _schedule(name: str, T: int) -> ScheduleConfig:
     scale = 1000 / T
     config = ScheduleConfig(name, T, *((scale * 1e-4, scale * 0.02) if name == "linear" else (None, None)))
     return checked(config)
+
+
+def _schedule_of(betas: np.ndarray) -> ScheduleConfig:
+    """The schedule of betas that lie beside the weights, float32: one with a name if it has these, else themselves."""
+    if betas.ndim != 1 or not betas.size or betas.dtype.kind != "f":
+        raise ConversionError(f"the betas beside the weights are no list of T numbers, but {betas.dtype} {betas.shape}")
+    T, start, end = len(betas), float(f"{betas[0]:.6g}"), float(f"{betas[-1]:.6g}")
+    linear, scaled = (ScheduleConfig(name, T, start, end) for name in ("linear", "scaled_linear"))
+    for config in (ScheduleConfig("cosine", T), linear, scaled):
+        with contextlib.suppress(ValueError):  # ends that are none of this schedule's
+            if np.allclose(make_schedule(config).betas, betas, rtol=1e-5, atol=0):
+                return config
+    return checked(schedule_config_from_betas(betas.tolist()))
+
+
+def _schedule_problems(told: Mapping[str, Any], schedule: ScheduleConfig | None) -> list[str]:
+    """Flags that say otherwise than the betas beside the weights."""
+    if schedule is None:
+        return []
+    T = schedule.num_train_timesteps
+    name = told.get("noise_schedule")
+    if told.get("diffusion_steps", T) != T:
+        return [f"diffusion_steps is {told['diffusion_steps']} by the flags, but {T} by the betas in the file"]
+    if name and not np.allclose(make_schedule(_schedule(name, T)).betas, make_schedule(schedule).betas):
+        return [f"noise_schedule is {name} by the flags, but the betas in the file are others"]
+    return []
 
 
 def _spacing(respacing: str, T: int) -> tuple[str, int]:
@@ -549,7 +637,7 @@ def reference(config: UNetConfig, *, use_new_attention_order: bool) -> Any:
     from ..reference.openai_unet import OpenAIUNet
 
     return OpenAIUNet(
-        in_channels=config.in_channels,
+        in_channels=config.input_channels,
         out_channels=config.out_channels,
         model_channels=config.channels,
         widths=config.widths,
@@ -586,6 +674,7 @@ _VARIES = (
     *("image_size", "in_channels", "out_channels", "channels", "channel_mults", "stem_channels", "num_res_blocks"),
     *("attention_levels", "up_attention_levels", "num_heads", "num_heads_up", "head_channels", "downsample"),
     *("upsample", "scale_shift", "class_embedding", "num_classes", "time_channels", "mid_norm_groups"),
+    "condition_channels",
     "divide_last",  # a matter of rounding
 )
 
@@ -605,6 +694,8 @@ def _wiring_problems(c: UNetConfig) -> list[str]:
         problems.append(f"mid_norm_groups is {c.mid_norm_groups}, there {c.norm_groups} as everywhere")
     if c.class_embedding not in (None, "learned"):
         problems.append(f"class_embedding is {c.class_embedding!r}, there None or 'learned'")
+    if c.condition_channels not in (0, c.in_channels):
+        problems.append(f"condition_channels is {c.condition_channels}, there 0, or in_channels, {c.in_channels}")
     if c.out_channels not in (c.in_channels, 2 * c.in_channels):
         problems.append(f"out_channels is {c.out_channels}, there {c.in_channels}, or twice that with learn_sigma")
     return problems
@@ -676,6 +767,7 @@ _IMPROVED = _BOTH | {
     "rescale_timesteps": "True",
     "rescale_learned_sigmas": "True",
 }
+_UPSAMPLER = {"num_channels": "192", "num_head_channels": "-1"}
 _PLAIN = {"rescale_timesteps": "False", "rescale_learned_sigmas": "False"}
 PRESETS: dict[str, dict[str, str]] = {
     "guided-64": _GUIDED
@@ -685,6 +777,10 @@ PRESETS: dict[str, dict[str, str]] = {
     "guided-256": _GUIDED | {"image_size": "256"},
     "guided-256-uncond": _GUIDED | {"image_size": "256", "class_cond": "False"},
     "guided-512": _GUIDED | {"image_size": "512", "use_fp16": "False"},
+    "guided-64-256-upsampler": _GUIDED | _UPSAMPLER | {"large_size": "256", "small_size": "64"},
+    "guided-128-512-upsampler": _GUIDED
+    | _UPSAMPLER
+    | {"large_size": "512", "small_size": "128", "num_head_channels": "64", "attention_resolutions": "32,16"},
     "guided-lsun": _GUIDED | {"image_size": "256", "class_cond": "False", "dropout": "0.1"},
     "improved-cifar10": _IMPROVED | {"image_size": "32", "dropout": "0.3"},
     "improved-cifar10-vlb": _IMPROVED | {"image_size": "32", "dropout": "0.3", "use_kl": "True"},
@@ -707,6 +803,7 @@ FAMILY = Family(
     reference=reference,
     settings=SETTINGS,
     pointwise={"qkv": 1, "proj_out": 1},
+    buffers=frozenset({"betas"}),
     presets=PRESETS,
     formats={"openai": write_openai},
     locate=locate,

@@ -85,7 +85,8 @@ def load(stream: IO[bytes] | Any, known: Mapping[str, Any], persistent: Callable
     """
     machine = _Machine(known, persistent)
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
+        for opcode, argument, position in pickletools.genops(stream):
+            machine.read = position or 0
             machine.step(opcode.name, argument)
         return machine.pop()
     except UnreadableError:
@@ -133,6 +134,19 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 _KEYS = (str, int, float, bool, bytes, type(None))
 
 
+def checked_key(key: Any) -> Any:
+    """A key that a dict may have. Raises PickleError for others.
+
+    To hash and print a tuple of tuples of tuples can take for ever; integers beyond 64 bits can be chosen so that all
+    of them have one hash.
+    """
+    if type(key) not in _KEYS or (type(key) is int and not -(2**63) <= key < 2**64):
+        raise PickleError(
+            f"a dict has a {type(key).__name__} {'beyond 64 bits ' if type(key) is int else ''}as its key"
+        )
+    return key
+
+
 class _Machine:
     def __init__(self, known: Mapping[str, Any], persistent: Callable[[Any], Any]):
         self.known = known
@@ -140,6 +154,8 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
+        self.read = 0  # bytes of the file, up to here
+        self.copied = 0
 
     def step(self, name: str, argument: Any) -> None:
         if name in _LITERALS:
@@ -191,9 +207,7 @@ class _Machine:
         if len(items) % 2:
             raise PickleError("a key has no value")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in _KEYS:  # hashing and printing a tuple of tuples of tuples can take for ever
-                raise PickleError(f"a dict has a {type(key).__name__} as its key")
-            target[key] = value
+            target[checked_key(key)] = value
 
     def pop_pair(self) -> list[Any]:
         value, key = self.pop(), self.pop()
@@ -203,7 +217,11 @@ class _Machine:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, Constructor) or type(arguments) is not tuple:
             raise PickleError(f"it calls a {type(function).__name__}")
-        self.stack.append(function.build(*arguments))
+        made = function.build(*arguments)
+        self.copied += len(arguments) + (len(made) if isinstance(made, (dict, list, tuple, str, bytes)) else 0)
+        if self.copied > 4 * self.read + 1000:
+            raise PickleError("its constructors copy the same values until they are more than the file has bytes")
+        self.stack.append(made)
 
     def build(self) -> None:
         state = self.pop()

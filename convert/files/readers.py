@@ -96,8 +96,9 @@ def _check_zip(path: Path) -> None:
 
 def _refusal(path: Path, error: Exception) -> ConversionError:
     """What is wrong with a file, in the same words for both of PyTorch's formats."""
+    told = printable(str(error), 300)  # it may quote a shape of many large numbers
     if path.suffix == ".safetensors":
-        return ConversionError(f"{path} is not a whole .safetensors file: {error}")
+        return ConversionError(f"{path} is not a whole .safetensors file: {told}")
     match error:
         case RefusedGlobalError() if error.name.startswith("torch_utils.persistence."):
             return ConversionError(
@@ -116,6 +117,6 @@ def _refusal(path: Path, error: Exception) -> ConversionError:
                 "torch.save(model.state_dict(), FILE)"
             )
         case torch_zip.NotNumbersError():
-            return ConversionError(f"{path} holds a tensor that is not a plain array of numbers: {error}")
+            return ConversionError(f"{path} holds a tensor that is not a plain array of numbers: {told}")
         case _:
-            return ConversionError(f"{path} is damaged or truncated: {error}; copy or download it again")
+            return ConversionError(f"{path} is damaged or truncated: {told}; copy or download it again")

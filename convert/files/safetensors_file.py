@@ -6,11 +6,12 @@ each where the header says, without gaps or overlaps.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jddim.files import parse_json
 
 from .mapped import DTYPES, MappedFile, UnreadableError
 from .pickles import printable
@@ -60,19 +61,12 @@ def _header(file: MappedFile) -> tuple[dict[str, Any], int]:
     if file.size < 8 or length > min(file.size - 8, MAX_HEADER):
         raise SafetensorsError(f"its header would have {length} bytes, the file has {file.size}")
     try:
-        header = json.loads(file.bytes(8, length), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(file.bytes(8, length))
+    except ValueError as error:
         raise SafetensorsError(f"its header is not JSON ({printable(str(error))})") from error
     if not isinstance(header, dict):
         raise SafetensorsError("its header is not a table of tensors")
     return header, 8 + length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return table
 
 
 def _placed(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:

@@ -6,10 +6,11 @@ A plain weights file counts as its own only shard, so that callers need not ask.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
+
+from jddim.files import read_json
 
 from ..engine import ConversionError, shortened
 from .pickles import printable
@@ -56,10 +57,10 @@ def digest(path: Path) -> str:
 def _shards(index: Path) -> dict[str, set[str]]:
     """File name -> the tensors in it."""
     try:
-        contents = json.loads(index.read_bytes())
+        contents = read_json(index)
     except FileNotFoundError as error:
         raise ConversionError(f"no such file: {index}") from error
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConversionError(f"{index} is not JSON: {str(error)[:200]}; copy or download it again") from error
     weight_map = contents.get("weight_map") if isinstance(contents, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .mapped import DTYPES, LayoutError, MappedFile, UnreadableError
-from .pickles import Constructor, NumpyType, PickleError, Record, load, plain, printable
+from .pickles import Constructor, NumpyType, PickleError, Record, checked_key, load, plain, printable
 
 LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 """Of a zip entry: signature, version, flags, method, time, date, CRC, sizes, lengths of name and extra field."""
@@ -220,8 +220,10 @@ def _open(path: Path) -> tuple[MappedFile, Mapping[str, Entry], str]:
     except _BROKEN as error:
         raise DamagedFileError(printable(str(error) or type(error).__name__)) from error
     pickles = [name for name in entries if name.endswith("/data.pkl")]
-    if len(entries) < len(infos) or len(pickles) != 1:
+    if len(entries) < len(infos):
         raise DamagedFileError("it holds entries of one name twice")
+    if len(pickles) != 1:
+        raise DamagedFileError(f"it holds {len(pickles)} files data.pkl, one is what torch.save writes")
     if sum(entry.length for entry in entries.values()) > file.size:
         raise DamagedFileError("its entries overlap")
     return file, entries, pickles[0].removesuffix("data.pkl")
@@ -278,7 +280,7 @@ def _dict(*arguments: Any) -> dict[Any, Any]:
     pairs = arguments[0]
     if not all(type(pair) in (list, tuple) and len(pair) == 2 and type(pair[0]) in (str, int) for pair in pairs):
         raise PickleError("it makes a dict of something else")
-    return dict(pairs)
+    return {checked_key(key): value for key, value in pairs}
 
 
 def _bytes(text: Any, encoding: Any = "latin1") -> bytes:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from jddim.bulk import shards
 from jddim.bulk.manifest import BulkConfig, BulkError, Manifest, check_settings, read_manifest
 from jddim.config import first_few
-from jddim.images import atomic
+from jddim.files import atomic
 
 if TYPE_CHECKING:
     from jddim.bulk.run import Make

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from jddim.bulk.manifest import BulkError, Manifest, check_folder, check_settings, manifest_path
-from jddim.images import atomic
-from jddim.run.lock import lock, open_lock
+from jddim.files import atomic, lock, open_lock
 
 PATIENCE = 10.0
 """Seconds to wait for another run that is just beginning in the same folder."""

@@ -7,11 +7,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from jddim.bulk.shards import Layout
-from jddim.config import METHODS, SamplerConfig, did_you_mean, from_json, to_json
-from jddim.run.request import ALWAYS_SAID, Request, options, type_problems
+from jddim.config import METHODS, SamplerConfig, did_you_mean, from_json, misfits, to_json, type_problems
+from jddim.files import MOST_JSON, parse_json, read_regular
+from jddim.run.request import ALWAYS_SAID, Request, options
 
 FORMAT_VERSION = 1
 
@@ -47,6 +48,8 @@ class BulkConfig:
                 f"shard_size must be a multiple of the batch size {self.batch_size}, so that every batch is whole; "
                 f"got {self.shard_size}"
             )
+        if self.batch_size > 2**20:
+            problems.append(f"batch_size must be at most {2**20}, got {self.batch_size}")
         if not 0 <= self.request.seed < 2**32:
             problems.append(f"seed must lie in 0..{2**32 - 1}, got {self.request.seed}")
         if "," in (self.request.labels or ""):
@@ -54,7 +57,7 @@ class BulkConfig:
         if self.request.method not in METHODS:
             problems.append(f"unknown method {self.request.method!r}{did_you_mean(self.request.method, METHODS)}")
         try:
-            Layout(self.num, self.shard_size or 1, self.format)
+            Layout(self.num, 1 if self.shard_size is None else self.shard_size, self.format)
         except ValueError as error:
             problems.append(str(error))
         if problems:
@@ -80,6 +83,13 @@ class BulkConfig:
         """How the set is cut into shards."""
         assert self.shard_size is not None
         return Layout(self.num, self.shard_size, self.format)
+
+
+class _Settings(TypedDict):
+    checkpoint_sha256: str
+    bulk: dict[str, Any]
+    sampler: dict[str, Any]
+    versions: dict[str, str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +129,10 @@ class Manifest:
 
     @staticmethod
     def of(settings: Mapping[str, Any], checkpoint: str = "") -> Manifest:
-        """The manifest with these `settings`. Raises ValueError or KeyError if they are none."""
+        """The manifest with these `settings`. Raises ValueError if they are none."""
+        problems = [f"{name} is missing" for name in _Settings.__annotations__ if name not in settings]
+        if problems := problems + misfits(settings, _Settings):
+            raise ValueError("; ".join(problems))
         return Manifest(
             checkpoint,
             settings["checkpoint_sha256"],
@@ -138,21 +151,25 @@ def read_manifest(folder: Path) -> Manifest:
     """A folder's manifest. Raises BulkError if there is none, or a byte of it is not what was written."""
     path = manifest_path(folder)
     try:
-        said = path.read_bytes()
+        said = read_regular(path, MOST_JSON)
     except (FileNotFoundError, NotADirectoryError):
         if folder.is_file():
             raise BulkError(f"{folder} is a file: name the folder that jddim bulk wrote") from None
         raise BulkError(f"{folder} has no manifest.json: it is no folder that jddim bulk wrote") from None
+    except ValueError as error:
+        raise BulkError(f"{path} is no manifest: {error}") from error
     again = "remove it, and the jddim bulk command that the shards were made with writes it anew and keeps them"
     try:
-        data = json.loads(said)
-        if data["format_version"] != FORMAT_VERSION and data["sha256"] == _sha256(data):
-            raise BulkError(f"{path} has format {data['format_version']}, this jddim reads {FORMAT_VERSION}")
+        data = parse_json(said)
+        if not isinstance(data, dict) or type(data.get("checkpoint")) is not str:
+            raise ValueError("it names no checkpoint")
+        if (version := data.get("format_version")) != FORMAT_VERSION and data.get("sha256") == _sha256(data):
+            raise BulkError(f"{path} has format {str(version)[:20]}, this jddim reads {FORMAT_VERSION}")
         manifest = Manifest.of(data, data["checkpoint"])
     except BulkError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BulkError(f"{path} is damaged ({type(error).__name__}): {again}") from error
+    except ValueError as error:
+        raise BulkError(f"{path} is damaged ({str(error)[:300]}): {again}") from error
     if said != manifest.text().encode():
         raise BulkError(f"{path} was damaged or edited after it was written: {again}")
     return manifest

@@ -12,25 +12,28 @@ import dataclasses
 import hashlib
 import io
 import json
-import shutil
 import tarfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from jddim.config import did_you_mean
-from jddim.images import atomic, encode_png
+from jddim.files import atomic, parse_json, read_arrays, read_regular
+from jddim.files import remove as clear
+from jddim.images import encode_png, open_picture, settings_of
 
 FORMATS = {
     "npz": "arr_0 uint8 NHWC, and arr_1 labels",
     "png": "a folder of numbered PNGs, which say how they were made",
     "tar": "WebDataset: N.png, N.json, and N.cls with labels",
 }
+
+
+MOST_SHARDS = 100_000
+"""Their numbers have five digits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Layout:
             for name, value in (("num", self.num), ("the shards' size", self.size))
             if value < 1
         ]
+        if not problems and self.count > MOST_SHARDS:
+            problems.append(f"{self.num} images make {self.count} shards of {self.size}, more than {MOST_SHARDS}")
         if self.format not in FORMATS:
             problems.append(f"unknown format {self.format!r}{did_you_mean(self.format, FORMATS)}")
         if problems:
@@ -126,32 +131,41 @@ def problem(folder: Path, layout: Layout, k: int, run: str) -> str | None:
     """
     path, receipt = layout.path(folder, k), layout.receipt(folder, k)
     try:
-        said = receipt.read_bytes()
+        said = read_regular(receipt, _MOST_RECEIPT)
     except FileNotFoundError:
         return f"{path.name} is missing" if not path.exists() else f"{path.name} was not finished"
+    except (OSError, ValueError):
+        return f"{receipt.name} is damaged"
     try:
         files = _files(path, layout)
     except FileNotFoundError:
         return f"{path.name} is missing, its receipt is there"
     except NotADirectoryError:
         return f"{path.name} is no folder"
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
     found = _digest(files)
     if said == _receipt(layout, k, run, *found).encode():
         return None
     try:
-        other = json.loads(said)["run"]
-        if said == _receipt(layout, k, other, *found).encode():
-            raise OtherRunError(f"{path} was made by a run with other settings; remove it, or name a new folder")
-        size, sha256 = json.loads(said)["bytes"], json.loads(said)["sha256"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        if isinstance(error, OtherRunError):
-            raise
+        match parse_json(said):
+            case {"run": str(other), "bytes": int(size), "sha256": str(sha256)}:
+                pass
+            case _:
+                return f"{receipt.name} is damaged"
+    except ValueError:
         return f"{receipt.name} is damaged"
+    if said == _receipt(layout, k, other, *found).encode():
+        raise OtherRunError(f"{path} was made by a run with other settings; remove it, or name a new folder")
     if size != found[0]:
         return f"{path.name} has {found[0]} bytes, {size} were written"
     if sha256 != found[1]:
         return f"{path.name} is damaged: its SHA-256 is not what was written"
     return f"{receipt.name} is damaged"
+
+
+_MOST_RECEIPT = 10_000
+"""Bytes; one of ours has a few hundred."""
 
 
 class OtherRunError(ValueError):
@@ -162,50 +176,56 @@ def remove(folder: Path, layout: Layout, k: int) -> None:
     """Remove shard k, its receipt first, and what a stopped run left of it under other names."""
     layout.receipt(folder, k).unlink(missing_ok=True)
     for path in (layout.path(folder, k), *folder.glob(f".shard-{k:05d}.*")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        clear(path)
 
 
 def read(folder: Path, layout: Layout, k: int) -> tuple[NDArray[np.uint8], NDArray[np.int32] | None]:
     """Shard k's images `(n, h, w, c)` and labels `(n,)`, if it has any. Raises ValueError if it holds other ones."""
     path, numbers = layout.path(folder, k), layout.images(k)
-    labels: NDArray[np.int32] | None = None
+    labels: Any = None
     try:
         if layout.format == "npz":
-            with np.load(path, allow_pickle=False) as held:
-                images, labels = held["arr_0"], held.get("arr_1")
+            held = read_arrays(path, ["arr_0", "arr_1"])
+            if not isinstance(held, dict):
+                raise ValueError("it is no archive")
+            images, labels = held["arr_0"], held.get("arr_1")
         elif layout.format == "png":
-            said = [decode((path / f"{i:08d}.png").read_bytes()) for i in numbers]
+            said = [decode(read_regular(path / f"{i:08d}.png")) for i in numbers]
             images = np.stack([image for image, _ in said])
             if "label" in said[0][1]:
-                labels = np.array([metadata["label"] for _, metadata in said], np.int32)
+                labels = [metadata["label"] for _, metadata in said]
         else:
-            with tarfile.open(path) as archive:
-                content = {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
+            # in memory, where asking for more than there is takes nothing
+            with tarfile.open(fileobj=io.BytesIO(read_regular(path)), mode="r:") as archive:
+                content = {m.name: archive.extractfile(m).read() for m in archive if m.isreg() and not m.issparse()}  # type: ignore[union-attr]
             images = np.stack([decode(content[f"{i:08d}.png"])[0] for i in numbers])
             if f"{numbers[0]:08d}.cls" in content:
-                labels = np.array([int(content[f"{i:08d}.cls"]) for i in numbers], np.int32)
-    except (OSError, KeyError, ValueError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+                labels = [parse_json(content[f"{i:08d}.cls"]) for i in numbers]
+        if isinstance(labels, list):
+            if any(type(label) is not int for label in labels):
+                raise ValueError("a label is no whole number")
+            labels = np.array(labels, np.int32)
+    except (OSError, KeyError, ValueError, OverflowError, EOFError, tarfile.TarError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(numbers):
         raise ValueError(f"{path} holds {images.dtype} {images.shape}, not {len(numbers)} uint8 images")
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(numbers),)):
+        raise ValueError(f"{path} holds labels of {labels.dtype} {labels.shape}, not {len(numbers)} whole numbers")
     return images, labels
 
 
 def decode(content: bytes) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-    """A PNG of `encode`'s: the picture `(h, w, c)`, and what it says of itself."""
-    with Image.open(io.BytesIO(content)) as image:
+    """A PNG of `encode`'s: the picture `(h, w, c)`, and what it says of itself. Raises ValueError if it is none."""
+    with open_picture(content) as image:
         pixels = np.asarray(image)
-        return pixels.reshape(*pixels.shape[:2], -1), json.loads(image.text["jddim"])  # type: ignore[attr-defined]
+        return pixels.reshape(*pixels.shape[:2], -1), settings_of(image)
 
 
 def _files(path: Path, layout: Layout) -> dict[str, bytes]:
     """What `encode` gave, as it lies there. What is in a folder and is no file has no bytes."""
     if layout.format == "png":
         return {file.name: file.read_bytes() if file.is_file() else b"" for file in path.iterdir()}
-    return {"": b"" if path.is_dir() else path.read_bytes()}
+    return {"": b"" if path.is_dir() else read_regular(path)}
 
 
 def _digest(files: Mapping[str, bytes]) -> tuple[int, str]:

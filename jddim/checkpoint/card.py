@@ -56,11 +56,13 @@ def lines(metadata: Metadata, parameters: int) -> list[str]:
     facts = {"sha256": metadata.sha256, "parameters": f"{parameters:,}", **data, **provenance}
     found = []
     for name, value in facts.items():
-        if name == "verification" and "blocks" in value:
-            value = f"{value['output_error']:.1e} of the output's scale, against PyTorch {value['torch']}"
+        match name, value:
+            case "verification", {"output_error": float(error), "torch": str(torch)}:
+                value = f"{error:.1e} of the output's scale, against PyTorch {torch}"
         found.append(f"{name:<15} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
         if name in ("schedule", "sampler") and wording.get(name):
-            found.append(f"{'  in ' + provenance['family']:<15} {_worded(wording[name], wording['told'])}")
+            source = f"  in {provenance.get('family', '?')}"
+            found.append(f"{source:<15} {_worded(wording[name], wording.get('told', {}))}")
     return found
 
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from jddim.checkpoint.folder import load_metadata, load_params
-from jddim.images import read_metadata
+from jddim.files import read_arrays, read_json
+from jddim.images import open_picture, read_metadata
 
 
 class Difference(NamedTuple):
@@ -113,7 +112,7 @@ def _diff_samples(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> l
             rows.append(Difference(name, _shown(str(x)), _shown(str(y))))
         else:
             apart = np.abs(x.astype(np.float64) - y.astype(np.float64))
-            same = sum(np.array_equal(u, v) for u, v in zip(x, y, strict=True))
+            same = (x == y).reshape(len(x), -1).all(axis=1).sum()
             rows.append(
                 Difference(
                     name, f"{same} of {len(x)} equal", f"differ by {apart.max():.3g}, {apart.mean():.3g} on average"
@@ -124,24 +123,22 @@ def _diff_samples(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> l
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        contents = np.load(path, allow_pickle=False)
-        if isinstance(contents, np.ndarray):
-            return {"samples": contents}
-        return {name: contents[name] for name in contents}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        contents = read_arrays(path, text=True)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} holds no arrays of numbers ({error})") from error
+    return contents if isinstance(contents, dict) else {"samples": contents}
 
 
 def _pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         return np.asarray(image)[None]
 
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        settings = read_metadata(path) if path.suffix.lower() == ".png" else json.loads(path.read_text())
-    except (KeyError, OSError, ValueError, AttributeError) as error:  # the last: of another kind, by its contents
-        raise ValueError(f"{path} holds no settings ({type(error).__name__}: {error})") from error
+        settings = read_metadata(path) if path.suffix.lower() == ".png" else read_json(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no settings ({error})") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings: expected a JSON object")
     return settings

@@ -13,9 +13,8 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import json
 import os
-import shutil
-import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from jddim import interrupt
 from jddim.checkpoint.card import NAME, card
 from jddim.checkpoint.metadata import FORMAT_VERSION, Metadata
 from jddim.checkpoint.orbax import is_full_disk, orbax, quiet_orbax
-from jddim.config import SamplerConfig, ScheduleConfig, did_you_mean, from_json
-from jddim.models import MODELS
+from jddim.files import check_regular, open_regular, parse_json, read_json, recover, replacing
 from jddim.models.building import Params, abstract_model, check_fit, flat_params
+
+_METADATA = Path("metadata", "metadata")
 
 
 class CheckpointError(ValueError):
@@ -48,59 +47,44 @@ def save_checkpoint(
     check_destination(target, overwrite=overwrite)
     metadata = dataclasses.replace(metadata, params_sha256=_digest(params))
     check_fit(metadata.model, params)  # raises if they would not load again
-    ocp = orbax()
-    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    retired = staging.with_suffix(".old")
-    made = [parent for parent in target.parents if not parent.exists()]
     try:
-        interrupt.unwind()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Trained weights hardly compress; trying takes longer than writing them, and twice their memory.
-        handler = ocp.CompositeCheckpointHandler(
-            params=ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False),
-            metadata=ocp.JsonCheckpointHandler(),
-        )
-        with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(
-                staging,
-                args=ocp.args.Composite(
-                    params=ocp.args.PyTreeSave(_nested(params)),
-                    metadata=ocp.args.JsonSave({**metadata.to_json(), "sha256": metadata.sha256}),
-                ),
+        Metadata.from_json(parse_json(json.dumps(metadata.written())))
+    except ValueError as error:
+        raise CheckpointError(f"{path} would not load again, so it is not written: {error}") from error
+    ocp = orbax()
+    try:
+        with replacing(target, _is_ours if overwrite else None) as new:
+            # Trained weights hardly compress; trying takes longer than writing them, and twice their memory.
+            handler = ocp.CompositeCheckpointHandler(
+                params=ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False),
+                metadata=ocp.JsonCheckpointHandler(),
             )
-        (staging / NAME).write_text(card(metadata, sum(value.size for value in params.values())), encoding="utf-8")
-        if target.exists():
-            target.rename(retired)
-        staging.rename(target)
-    except BaseException as error:
-        if retired.exists() and not target.exists():
-            retired.rename(target)
-        _remove_all(staging)
-        with contextlib.suppress(OSError):
-            for parent in made:
-                parent.rmdir()
-        if isinstance(error, Exception) and is_full_disk(error):
+            with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(
+                    new,
+                    args=ocp.args.Composite(
+                        params=ocp.args.PyTreeSave(_nested(params)), metadata=ocp.args.JsonSave(metadata.written())
+                    ),
+                )
+            for done in new.rglob("commit_success.txt"):  # Orbax says in it where on this machine it wrote
+                done.write_text("Checkpoint commit was successful")
+            (new / NAME).write_text(card(metadata, sum(value.size for value in params.values())), encoding="utf-8")
+    except FileExistsError as error:
+        raise CheckpointError(
+            f"{path} appeared while the checkpoint was written, and was left as it is; choose another name"
+            + ("" if overwrite else ", or pass --overwrite (overwrite=True)")
+        ) from error
+    except Exception as error:
+        if is_full_disk(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
-    finally:
-        shutil.rmtree(retired, ignore_errors=True)
     return metadata
-
-
-def _remove_all(staging: Path) -> None:
-    """Remove what Orbax has written: under a longer name at first, and its threads may go on for a moment."""
-    quiet = 0
-    while quiet < 30:
-        leftovers = list(staging.parent.glob(f"{staging.name}*"))
-        for leftover in leftovers:
-            shutil.rmtree(leftover, ignore_errors=True)
-        quiet = 0 if leftovers else quiet + 1
-        time.sleep(0.01)
 
 
 def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Raise CheckpointError if a checkpoint may not be written to `path`; call it before the long work."""
     target = Path(path).absolute()
+    recover(target)
     exists = False
     with contextlib.suppress(OSError):  # a name the file system does not take: trying it, below, says why
         exists = target.exists() or target.is_symlink()
@@ -130,7 +114,7 @@ def check_destination(path: str | os.PathLike[str], *, overwrite: bool) -> None:
 def _is_ours(target: Path) -> bool:
     """Whether a folder is a jddim checkpoint, damaged parameters and all: other tools' have a `metadata` folder too."""
     try:
-        with open(target / "metadata" / "metadata", "rb") as file:
+        with open_regular(target / _METADATA) as file:
             return file.read(100).startswith(b'{"format": "jddim"')
     except OSError:
         return False
@@ -143,6 +127,8 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
     """
     target = Path(path).absolute()
     if not target.exists():
+        recover(target)
+    if not target.exists():
         raise CheckpointError(f"no checkpoint at {path}")
     if not target.is_dir():
         raise CheckpointError(
@@ -153,11 +139,9 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
         raise CheckpointError(
             f"{path} is not a jddim checkpoint: it has no metadata (an interrupted copy, or another tool's)"
         )
-    ocp = orbax()
     try:
-        with quiet_orbax(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            data = checkpointer.restore(target, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
-    except Exception as error:  # Orbax raises many kinds for a damaged folder; each means the same to the caller
+        data = read_json(target / _METADATA)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: metadata cannot be read ({_first_line(error)}); convert the checkpoint again"
         ) from error
@@ -166,26 +150,16 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
     version = data.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has checkpoint format {version}, this jddim reads {FORMAT_VERSION}; "
+            f"{path} has checkpoint format {str(version)[:20]}, this jddim reads {FORMAT_VERSION}; "
             + ("upgrade jddim" if isinstance(version, int) and version > FORMAT_VERSION else "convert it again")
         )
     try:
-        model = dict(data["model"])
-        if (wiring := model.pop("type")) not in MODELS:
-            raise ValueError(f"unknown model type {wiring!r}{did_you_mean(str(wiring), MODELS)}")
-        metadata = Metadata(
-            model=from_json(MODELS[wiring][0], model),
-            schedule=from_json(ScheduleConfig, data["schedule"]),
-            sampler=from_json(SamplerConfig, data["sampler"]),
-            provenance=data["provenance"],
-            params_sha256=data["params_sha256"],
-        )
-        stored = data["sha256"]
-    except (KeyError, TypeError, ValueError) as error:
+        metadata = Metadata.from_json(data)
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: metadata is damaged or edited ({_first_line(error)}); convert the checkpoint again"
         ) from error
-    if stored != metadata.sha256:
+    if data.get("sha256") != metadata.sha256:
         raise CheckpointError(
             f"{path}: metadata was edited after it was written (its SHA-256 does not match); to change settings, "
             "convert again with --set KEY=VALUE, or pass them to sample"
@@ -199,16 +173,19 @@ def load_params(path: str | os.PathLike[str], metadata: Metadata) -> dict[str, n
     They are restored onto a tree built from the config, so it does not matter on how many or which devices they
     were saved. Raises CheckpointError if any is missing, damaged or edited.
     """
+    target = Path(path).absolute()
     expected = flat_params(abstract_model(metadata.model))
-    target = _nested({name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()})
     ocp = orbax()
     try:
-        with quiet_orbax(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(
-                Path(path).absolute(), args=ocp.args.Composite(params=ocp.args.StandardRestore(target))
-            )["params"]
-        params = {name: np.asarray(value) for name, value in _flat(restored).items()}
-    except Exception as error:  # as above: whatever Orbax raises, the folder is not the one that was written
+        check_regular(target)
+        with quiet_orbax():
+            stored = ocp.PyTreeCheckpointHandler().metadata(target / "params").tree
+            _check_stored(_flat(stored), expected, sum(file.stat().st_size for file in (target / "params").rglob("*")))
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+                empty = _nested({name: np.empty(leaf.shape, leaf.dtype) for name, leaf in expected.items()})
+                restored = checkpointer.restore(target, args=ocp.args.Composite(params=ocp.args.StandardRestore(empty)))
+        params = {name: np.asarray(value) for name, value in _flat(restored["params"]).items()}
+    except Exception as error:  # Orbax raises many kinds; whichever, the folder is not the one that was written
         raise CheckpointError(
             f"{path}: parameters are incomplete or damaged ({_first_line(error)}); convert the checkpoint again"
         ) from error
@@ -217,6 +194,24 @@ def load_params(path: str | os.PathLike[str], metadata: Metadata) -> dict[str, n
             f"{path}: parameters are not those that were written (SHA-256 mismatch); convert the checkpoint again"
         )
     return params
+
+
+def _check_stored(stored: Mapping[str, Any], expected: Mapping[str, Any], size: int) -> None:
+    """Raise ValueError unless the arrays that are stored are the config's, before memory is taken for them.
+
+    size: the bytes of all files. A file can say of an array, and of its chunks, that they are as large as it likes.
+    """
+    if strange := sorted(stored.keys() ^ expected.keys()):
+        raise ValueError(f"{len(strange)} arrays are stored or the config's alone, among them {strange[0][:100]}")
+    for name, leaf in expected.items():
+        found = stored[name]
+        if tuple(found.shape) != leaf.shape:
+            raise ValueError(f"{name} is stored as {str(found.shape)[:60]}, the config's is {leaf.shape}")
+        chunk = (found.storage and found.storage.chunk_shape) or ()
+        if any(part > max(side, 1) for part, side in zip(chunk, leaf.shape, strict=True)):
+            raise ValueError(f"{name} is stored in chunks of {str(chunk)[:60]}, larger than it is, {leaf.shape}")
+    if (total := sum(leaf.size * leaf.dtype.itemsize for leaf in expected.values())) > 8 * size + 2**20:
+        raise ValueError(f"the config's parameters have {total} bytes, the files {size}")
 
 
 def _digest(params: Params) -> str:

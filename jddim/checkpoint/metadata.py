@@ -5,20 +5,68 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
-from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, to_json
-from jddim.models import wiring_of
+from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, did_you_mean, from_json, misfits, to_json
+from jddim.models import MODELS, wiring_of
 
 FORMAT_VERSION = 1
+
+
+class Source(TypedDict, total=False):
+    """Where the weights lay. sha256, commit: in hexadecimal."""
+
+    file: str
+    sha256: str
+    variant: str | None
+    hub_id: str | None
+    commit: str | None
+
+
+class Wording(TypedDict, total=False):
+    """Schedule and sampler in the source's words, and which of these were told."""
+
+    schedule: dict[str, Any]
+    sampler: dict[str, Any]
+    told: dict[str, str]
+
+
+class Training(TypedDict, total=False):
+    """What is read of how `jddim train` made it."""
+
+    null_label: int | None
+
+
+class Parent(TypedDict, total=False):
+    """What a training began from."""
+
+    family: str | None
+    sha256: str
+
+
+class Provenance(TypedDict, total=False):
+    """What readers of a checkpoint's provenance rely on. There is more in it, which is only printed."""
+
+    family: str
+    source: Source
+    preset: str | None
+    set: dict[str, str]
+    weights: str
+    step: int | None
+    wording: Wording
+    reference_options: dict[str, Any]
+    verification: dict[str, Any]
+    training: Training
+    parent: Parent
 
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
     """What a checkpoint says of itself, beside its parameters.
 
-    provenance: JSON of the converter's: source file and SHA-256, family, EMA or raw and its step, versions, what was
-    assumed, the verification figure. params_sha256 covers every parameter's name, shape and bytes.
+    provenance: JSON of the converter's (`Provenance`): source file and SHA-256, family, EMA or raw and its step,
+    versions, what was assumed, the verification figure. params_sha256 covers every parameter's name, shape and bytes.
     """
 
     model: ModelConfig
@@ -38,7 +86,7 @@ class Metadata:
         return (self.provenance.get("training") or {}).get("null_label")
 
     def to_json(self) -> dict[str, Any]:
-        """As stored in the `metadata` item (which adds `sha256` over this)."""
+        """As JSON holds it."""
         return {
             "format": "jddim",
             "format_version": FORMAT_VERSION,
@@ -48,3 +96,36 @@ class Metadata:
             "provenance": dict(self.provenance),
             "params_sha256": self.params_sha256,
         }
+
+    def written(self) -> dict[str, Any]:
+        """As stored in the `metadata` item: `to_json`, and `sha256` over it."""
+        return {**self.to_json(), "sha256": self.sha256}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Metadata:
+        """The inverse of `to_json` and `written`. Raises ValueError for what is missing or of another type."""
+        parts: dict[str, type] = {
+            "model": dict,
+            "schedule": dict,
+            "sampler": dict,
+            "provenance": dict,
+            "params_sha256": str,
+        }
+        problems = [
+            f"{name} is missing or no {kind.__name__}"
+            for name, kind in parts.items()
+            if type(data.get(name)) is not kind
+        ]
+        problems += [] if problems else misfits(data["provenance"], Provenance, "provenance.")
+        if problems:
+            raise ValueError("; ".join(problems))
+        model = dict(data["model"])
+        if (wiring := model.pop("type", None)) not in list(MODELS):
+            raise ValueError(f"unknown model type {str(wiring)[:60]!r}{did_you_mean(str(wiring)[:60], MODELS)}")
+        return Metadata(
+            model=from_json(MODELS[wiring][0], model),
+            schedule=from_json(ScheduleConfig, data["schedule"]),
+            sampler=from_json(SamplerConfig, data["sampler"]),
+            provenance=data["provenance"],
+            params_sha256=data["params_sha256"],
+        )

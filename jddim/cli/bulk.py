@@ -244,6 +244,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     from jddim.bulk import collecting
     from jddim.bulk.manifest import Manifest, manifest_path, read_manifest
     from jddim.bulk.shards import decode
+    from jddim.files import read_regular
     from jddim.images import check_output, read_metadata, save_png
 
     if args.out is not None and args.out.suffix.lower() != ".png":
@@ -257,12 +258,14 @@ def _reproduce(args: argparse.Namespace) -> int:
     else:
         try:
             said = read_metadata(args.source)
-            manifest, index = Manifest.of(said), said["index"]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{args.source} is no picture that jddim bulk wrote: it does not say how") from error
+            manifest, index = Manifest.of(said), said.get("index")
+            if type(index) is not int or not 0 <= index < manifest.bulk.num:
+                raise ValueError(f"index must be one of its set's {manifest.bulk.num}")
+            pixels, _ = decode(read_regular(args.source))
+        except ValueError as error:
+            raise ValueError(f"{args.source} is no picture that jddim bulk wrote: {error}") from error
         if args.index not in (None, index):
             raise ValueError(f"{args.source} is image {index}, not {args.index}")
-        pixels, _ = decode(args.source.read_bytes())
         folder = args.source.absolute().parent.parent
         if manifest_path(folder).exists():
             manifest = dataclasses.replace(manifest, checkpoint=read_manifest(folder).checkpoint)

@@ -105,7 +105,7 @@ def _export_torch(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from jddim.checkpoint.card import unchecked
     from jddim.checkpoint.folder import load_metadata
-    from jddim.images import atomic
+    from jddim.files import atomic
 
     result = converting.verify(args.ckpt, args.src, config=args.config)
     print(result)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from jddim.cli.options import add_request, load_for, quiet, request_of, settings_of
+from jddim.cli.options import add_request, condition_of, load_for, quiet, request_of, settings_of
 from jddim.config import counted
 
 
@@ -61,7 +61,9 @@ def _edit(args: argparse.Namespace) -> int:
         if len(masks) != 1 or masks.shape[1:3] != config.image_size:
             raise ValueError(f"--mask {args.mask} must be one picture of {config.image_size}, got {masks.shape[:3]}")
         mask = masks[0]
-    planned = plan(ddim, request, Inputs(jax.random.key(request.seed), images=known, mask=mask)).check("edit")
+    condition = condition_of(args, config, len(known))
+    inputs = Inputs(jax.random.key(request.seed), images=known, mask=mask, condition=condition)
+    planned = plan(ddim, request, inputs).check("edit")
     x_0 = np.asarray(run(planned, progress=True)[0])
     save_images(args.out, x_0, settings_of(args, request, ddim, planned, "edit"))
     print(f"{counted(len(x_0), 'image')} of {args.images} edited -> {args.out}")

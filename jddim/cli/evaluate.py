@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,20 +58,19 @@ def digit_features(path: Path) -> np.ndarray:
 
 def _features(path: Path, *, statistics: bool) -> np.ndarray | Moments:
     """Features `(n, d)` that were made elsewhere, .npy; or their statistics, an .npz with `mu` and `sigma`."""
-    import numpy as np
-
     from jddim.evaluate.metrics import Moments
+    from jddim.files import read_arrays
 
     try:
-        held = np.load(path, allow_pickle=False)
-        if isinstance(held, np.ndarray):
+        held = read_arrays(path)
+        if not isinstance(held, dict):
             if held.ndim != 2:
                 raise ValueError(f"features must be (n, d), got shape {held.shape}")
             return held
-        if statistics and {"mu", "sigma"} <= set(held.files):
+        if statistics and {"mu", "sigma"} <= held.keys():
             return Moments.given(held["mu"], held["sigma"])
-        raise ValueError(f"an .npz with {', '.join(held.files) or 'nothing'}")
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"an .npz with {', '.join(held) or 'nothing'}")
+    except ValueError as error:
         wanted = "features (n, d) as .npy" + (", or .npz statistics, mu and sigma" if statistics else "")
         raise ValueError(f"{path} does not hold {wanted}: {error}") from error
 

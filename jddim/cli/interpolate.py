@@ -6,7 +6,16 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from jddim.cli.options import add_request, check_num, load_for, numbers, quiet, request_of, settings_of
+from jddim.cli.options import (
+    add_request,
+    check_num,
+    condition_of,
+    load_for,
+    numbers,
+    quiet,
+    request_of,
+    settings_of,
+)
 from jddim.run.request import whole_seed
 
 
@@ -67,7 +76,8 @@ def _interpolate(args: argparse.Namespace) -> int:
     else:
         corners = ends.reshape(2, 2, *ends.shape[1:])
         x_T = slerp_grid(corners, args.num, args.num).reshape(-1, *ends.shape[1:])
-    planned = plan(ddim, request, Inputs(jax.random.key(seed), x_T=x_T), batch_size=64).check("interpolate")
+    inputs = Inputs(jax.random.key(seed), x_T=x_T, condition=condition_of(args, ddim.model.config, len(x_T)))
+    planned = plan(ddim, request, inputs, batch_size=64).check("interpolate")
     x_0 = np.asarray(run(planned, batch_size=64, progress=True)[0])
     settings = settings_of(args, request, ddim, planned, "interpolate")
     match args.out.suffix.lower():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jddim import __version__
-from jddim.cli.options import add_request, fastest_batch_size, read_batch_size, request_of
+from jddim.cli.options import add_request, condition_of, fastest_batch_size, given_file, read_batch_size, request_of
 from jddim.config import counted
 
 
@@ -64,13 +64,15 @@ def _invert(args: argparse.Namespace) -> int:
     ddim = jddim.load(args.ckpt, dtype=request.dtype)
     if args.batch_size == "auto":
         args.batch_size = fastest_batch_size(request, ddim, len(images))
-    up = plan(ddim, request, Inputs(images=images), batch_size=args.batch_size).check("invert")
+    condition = condition_of(args, metadata.model, len(images))
+    up = plan(ddim, request, Inputs(images=images, condition=condition), batch_size=args.batch_size).check("invert")
     started = time.perf_counter()
     x_T, _ = run(up, batch_size=args.batch_size, progress=True)
     seconds = time.perf_counter() - started
     again = None
     if args.reconstruct is not None:
-        down = plan(ddim, dataclasses.replace(request, eta=0.0), Inputs(x_T=x_T), batch_size=args.batch_size)
+        inputs = Inputs(x_T=x_T, condition=condition)
+        down = plan(ddim, dataclasses.replace(request, eta=0.0), inputs, batch_size=args.batch_size)
         again = np.asarray(run(down.check("sample"), batch_size=args.batch_size, progress=True)[0])
 
     save_images(args.out, np.asarray(x_T), {})
@@ -85,6 +87,7 @@ def _invert(args: argparse.Namespace) -> int:
             "checkpoint_sha256": metadata.sha256,
             "jddim": __version__,
             "inverted": args.images.name,
+            **({"condition": given_file(args.condition)} if args.condition else {}),
             **request.described(up.sampler, steps, "invert"),
             "eta": 0.0,
         }

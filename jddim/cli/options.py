@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jddim.run.request import OWN, Request, RequestError, options, taken_by
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from jddim.config import ModelConfig
     from jddim.pipeline import DDIM
     from jddim.run.plan import Plan
 
@@ -21,8 +25,16 @@ if TYPE_CHECKING:
 def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None:
     """Give a command every option of `Request` that it takes, and have it refuse the others by their reasons.
 
-    told: help in place of a field's. An option that has been defined before is left as it is.
+    told: help in place of a field's. An option that has been defined before is left as it is. --condition, which is a
+    file, is added here too.
     """
+    condition = (
+        "for a network that is given an image beside x_t: one for each, or one for all; .npy, .npz, .png, a folder"
+    )
+    if command in WITH_CONDITION:
+        sub.add_argument("--condition", type=Path, metavar="FILE", help=condition)
+    elif why := WITHOUT_CONDITION.get(command):
+        sub.add_argument("--condition", action=_Refused, why=why, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
     defined = {name for action in sub._actions for name in action.option_strings}
     conventions = sub.add_argument_group("conventions", "each overrides the checkpoint's (`jddim info` shows them)")
     for name, default, option in options():
@@ -37,6 +49,39 @@ def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None
             if option.how.get("action") is argparse.BooleanOptionalAction:
                 spellings.append(f"--no-{option.flag[2:]}")
             sub.add_argument(*spellings, action=_Refused, why=reason, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+WITH_CONDITION = ("sample", "edit", "invert", "interpolate")
+WITHOUT_CONDITION = {
+    "bulk": "a set is made from a seed alone; give it to jddim sample",
+    "sweep": "it compares one seed's images; give it to jddim sample, an eta a time",
+    "warmup": "warming up needs no images: zeros stand for them",
+    "export": "the exported program takes it as an argument",
+    "serve": "the page makes images from noise alone; give it to jddim sample",
+}
+"""Command -> why it has no --condition."""
+
+
+def condition_of(args: argparse.Namespace, model: ModelConfig, num: int) -> np.ndarray | None:
+    """The images of --condition, `(num, h, w, c)` float32; one picture stands for all."""
+    if args.condition is None:
+        return None
+    import numpy as np
+
+    from jddim.images import load_images
+
+    images = load_images(args.condition, model.image_size)
+    return np.repeat(images, num, axis=0) if len(images) == 1 else images
+
+
+def given_file(path: Path | None) -> dict[str, str] | None:
+    """A file or folder of arrays, as the settings record it: its name and the digest of its bytes."""
+    if path is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        digest.update(file.read_bytes())
+    return {"file": path.name, "sha256": digest.hexdigest()}
 
 
 def request_of(args: argparse.Namespace, command: str) -> Request:
@@ -84,6 +129,7 @@ def settings_of(args: argparse.Namespace, request: Request, ddim: DDIM, planned:
     assert ddim.metadata is not None
     names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out"}
     own = {n: v.name if isinstance(v, Path) else v for n, v in vars(args).items() if n not in names}
+    own |= {"condition": given_file(args.condition)} if getattr(args, "condition", None) else {}
     described = request.described(planned.sampler, planned.table.num_steps, command)
     return {"checkpoint_sha256": ddim.metadata.sha256, "jddim": __version__, **described, **own}
 
@@ -134,7 +180,8 @@ def _by_flag(problem: tuple[str, str]) -> str:
     """A problem's sentence with the option's name in place of the field's."""
     name, sentence = problem
     flags = {o.name: o.option.flag for o in options()}
-    flags |= {"num": "--num", "x_T": "--x-T", "noise": "--noise", "batch_size": "--batch-size"}
+    arrays = {"x_T": "--x-T", "noise": "--noise", "condition": "--condition"}
+    flags |= {"num": "--num", "batch_size": "--batch-size", **arrays}
     rest = sentence.removeprefix(f"{name} ")
     return sentence if rest == sentence or name not in flags else f"{flags[name]} {rest}"
 

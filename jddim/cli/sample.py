@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jddim import __version__
-from jddim.cli.options import add_request, fastest_batch_size, read_batch_size, request_of
+from jddim.cli.options import add_request, condition_of, fastest_batch_size, given_file, read_batch_size, request_of
 from jddim.config import counted
 
 if TYPE_CHECKING:
@@ -77,7 +75,8 @@ def _sample(args: argparse.Namespace) -> int:
         raise ValueError("--trajectory goes with OUT ending in .png, .gif, .npz or .npy")
 
     from jddim.checkpoint.folder import load_metadata
-    from jddim.images import atomic, check_output, save_images, save_png
+    from jddim.files import atomic, write_array
+    from jddim.images import check_output, save_images, save_png
 
     metadata = load_metadata(args.ckpt)
     check_output(args.out, metadata.model.in_channels)
@@ -103,7 +102,8 @@ def _sample(args: argparse.Namespace) -> int:
     if args.batch_size == "auto":
         args.batch_size = fastest_batch_size(request, ddim, num)
     key = jax.random.key(request.seed)
-    planned = plan(ddim, request, Inputs(key, x_T=x_T, noise=noise), num, args.batch_size).check("sample")
+    inputs = Inputs(key, x_T=x_T, noise=noise, condition=condition_of(args, ddim.model.config, num))
+    planned = plan(ddim, request, inputs, num, args.batch_size).check("sample")
     table, used = planned.rows, planned.sampler
     keep = suffix == ".gif" or args.trajectory
     every = max(1, table.num_steps // 40) if suffix == ".gif" else 1
@@ -127,8 +127,9 @@ def _sample(args: argparse.Namespace) -> int:
         "jddim": __version__,
         "num": num,
         **request.described(used, table.num_steps, "sample"),
-        "x_T": _given_array(args.x_T),
-        "noise": _given_array(args.noise),
+        "x_T": given_file(args.x_T),
+        "noise": given_file(args.noise),
+        **({"condition": given_file(args.condition)} if args.condition else {}),
         "trajectory": args.trajectory,
     }
     if not planned.program.method.takes_eta:
@@ -148,7 +149,7 @@ def _sample(args: argparse.Namespace) -> int:
             if suffix == ".npz":
                 np.savez(staging, allow_pickle=False, arr_0=images.to_uint8(x_0), **arrays)
             else:
-                np.save(staging, arrays["x_t"])
+                write_array(staging, arrays["x_t"])
     steps = planned.table.num_steps
     if request.steps is not None and steps != request.steps:
         print(f"note: {used.spacing} spacing makes {steps} steps of {request.steps}, as its source does")
@@ -176,23 +177,17 @@ def _in_terminal(now: Preview) -> None:
 def _load_array(path: Path | None, option: str) -> np.ndarray | None:
     if path is None:
         return None
-    import numpy as np
+    from jddim.files import read_arrays
 
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        told = " (it is cut short)" if path.stat().st_size and "pickle" not in str(error) else ""
-        raise ValueError(f"{option} {path} is not an .npy file of numbers{told}; numpy.save writes one") from error
-    if not isinstance(array, np.ndarray):
+        array = read_arrays(path)
+    except ValueError as error:
+        raise ValueError(f"{option} {path} is not an .npy file of numbers ({error}); numpy.save writes one") from error
+    if isinstance(array, dict):
         raise ValueError(
-            f"{option} {path} is an .npz archive of {', '.join(array.files) or 'nothing'}; save one array as .npy"
+            f"{option} {path} is an .npz archive of {', '.join(array) or 'nothing'}; save one array as .npy"
         )
     if array.ndim != {"--x-T": 4, "--noise": 5}[option]:
         wanted = {"--x-T": "(N, H, W, C)", "--noise": "(S, N, H, W, C)"}[option]
         raise ValueError(f"{option} {path} must have shape {wanted}, got {array.shape}")
     return array
-
-
-def _given_array(path: Path | None) -> dict[str, str] | None:
-    """A file of noise, as the settings record it."""
-    return None if path is None else {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -101,7 +101,7 @@ def _plot(path: Path, alphas_cumprod: np.ndarray, table: Any, sigma: np.ndarray,
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from jddim.images import atomic
+    from jddim.files import atomic
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     left.plot(alphas_cumprod, color="0.6", label=r"$\bar\alpha_t$")

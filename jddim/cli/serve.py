@@ -64,6 +64,7 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
+        from jddim.serve.connections import Timed
         from jddim.serve.site import Site, is_address, loopback
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"jddim serve needs {error.name}: pip install 'jddim[web]'") from error
@@ -74,6 +75,8 @@ def _serve(args: argparse.Namespace) -> int:
         config = load_metadata(path).model
         if config.in_channels not in (1, 3):
             raise ValueError(f"{path}: the page shows images of 1 or 3 channels, this one makes {config.in_channels}")
+        if config.condition_channels:
+            raise ValueError(f"{path}: this network is given an image beside x_t, which the page has no place for")
         if config.class_embedding not in (None, "learned"):
             raise ValueError(f"{path}: its labels are no numbers of classes ({config.class_embedding} embedding)")
     listening = _listen(args.host, args.port)
@@ -104,6 +107,7 @@ def _serve(args: argparse.Namespace) -> int:
     say(f"http://{shown}:{port}/  (Ctrl-C ends it; the first images can be had once ddim is compiled)")
     settings = uvicorn.Config(
         site.app(allowed),
+        http=Timed,
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -130,6 +129,7 @@ def _begin(
     """What CONFIG or CKPT, --set and --classes say, and the checkpoint's metadata and parameters."""
     from jddim.checkpoint.folder import load_metadata, load_params
     from jddim.config import from_json
+    from jddim.files import parse_json, read_json
     from jddim.train.step import with_classes
     from jddim.train.task import Task, TrainConfig
 
@@ -139,7 +139,7 @@ def _begin(
         if not equals:
             raise ValueError(f"--set takes KEY=VALUE, got {setting!r}")
         try:
-            told[name] = json.loads(value)
+            told[name] = parse_json(value)
         except ValueError:
             told[name] = value
     if not start.exists():
@@ -154,16 +154,14 @@ def _begin(
     if classes is not None:
         raise ValueError("--classes is for a checkpoint; a configuration has num_classes in its section model")
     try:
-        data = json.loads(start.read_text())
+        data = read_json(start)
         if not isinstance(data, dict):
             raise ValueError("it holds no object")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{start} is no text, so no configuration in JSON; if it is a PyTorch checkpoint, convert it first: "
-            f"jddim convert {start} CKPT"
-        ) from error
     except ValueError as error:
-        raise ValueError(f"{start} is neither a checkpoint folder nor a configuration in JSON ({error})") from error
+        raise ValueError(
+            f"{start} is neither a checkpoint folder nor a configuration in JSON ({error}); if it is a PyTorch "
+            f"checkpoint, convert it first: jddim convert {start} CKPT"
+        ) from error
     section = data.get("train", {})
     if told and isinstance(section, dict):
         data = {**data, "train": {**section, **told}}

@@ -6,13 +6,14 @@ scripts/train_classifier.py trains it and writes its file: 98.65% right on the t
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+from jddim.files import read_gzip, read_regular
 
 NAME = "mnist-cnn-v1"
 FILE = Path(__file__).with_name("mnist_cnn.npz")
@@ -101,15 +102,20 @@ def figures(path: Path = FILE) -> dict[str, float]:
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
     """An IDX file of bytes, FOLDER/NAME or FOLDER/NAME.gz: MNIST's images `(n, 28, 28)` or labels `(n,)`, uint8."""
-    path = folder / name
-    raw = path.read_bytes() if path.exists() else gzip.decompress((folder / f"{name}.gz").read_bytes())
-    if raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is no IDX file of bytes (those start with 000008 in hexadecimal)")
-    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+    path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
+    try:
+        raw = read_gzip(path) if path.suffix == ".gz" else read_regular(path)
+        if raw[:3] != b"\0\0\x08" or len(raw) < 4:
+            raise ValueError("those start with 000008 in hexadecimal")
+        shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+    except ValueError as error:
+        raise ValueError(f"{path} is no IDX file of bytes ({error})") from error
 
 
 def read_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     """Images `(n, 28, 28, 1)` float32 in [-1, 1] and labels `(n,)` of part "train" or "t10k"."""
-    images = read_idx(folder, f"{part}-images-idx3-ubyte")
-    return images[..., None] / np.float32(127.5) - 1, read_idx(folder, f"{part}-labels-idx1-ubyte")
+    images, labels = read_idx(folder, f"{part}-images-idx3-ubyte"), read_idx(folder, f"{part}-labels-idx1-ubyte")
+    if images.ndim != 3 or labels.shape != images.shape[:1]:
+        raise ValueError(f"{folder} holds images {images.shape} and labels {labels.shape}, not one label an image")
+    return images[..., None] / np.float32(127.5) - 1, labels

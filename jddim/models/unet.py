@@ -53,7 +53,7 @@ class Middle(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """The network: `unet(x_t, t)`, x_t `(b, h, w, in_channels)` float, t `(b,)` int or float.
+    """The network: `unet(x_t, t)`, x_t `(b, h, w, input_channels)` float, t `(b,)` int or float.
 
     labels: `(b,)` int for a class embedding "learned", `(b,)` numbers for "timestep", `(b, time_width)` for
     "identity"; needed by a model with classes, refused by one without (ValueError).
@@ -108,7 +108,7 @@ class UNet(nnx.Module):
         self.time_proj = _time_projection(config, rngs)
         self.time_embed = time_mlp()
         self.class_embed = time_mlp() if config.class_embedding == "timestep" else _class_table(config, dtype, rngs)
-        self.conv_in = conv3(config.in_channels, config.stem)
+        self.conv_in = conv3(config.input_channels, config.stem)
 
         widths = config.widths
         last = len(widths) - 1
@@ -158,8 +158,9 @@ class UNet(nnx.Module):
 
         `jddim verify` compares these one by one; the names are those of the PyTorch reference's blocks.
         """
-        if x_t.ndim != 4 or x_t.shape[3] != self.config.in_channels:
-            raise ValueError(f"UNet: x_t must be (b, h, w, {self.config.in_channels}), got {x_t.shape}")
+        if x_t.ndim != 4 or x_t.shape[3] != self.config.input_channels:
+            parts = ", x_t's and the condition's" if self.config.condition_channels else ""
+            raise ValueError(f"UNet: x_t must be (b, h, w, {self.config.input_channels}{parts}), got {x_t.shape}")
         if problems := size_problems(self.config, (x_t.shape[1], x_t.shape[2])):
             raise ValueError(f"UNet: {problems[0]}")
 

@@ -44,7 +44,7 @@ class Given(NamedTuple):
     """What a batch's program is given beside its state and rows. Traced: another value is no other program.
 
     eta: `(b,)`. keys: `(b,)`, or None where noise is given or none is drawn. noise: `(n, b, ...)`, one entry a row.
-    limits: the loops' clip_range or threshold. labels: `(b,)`.
+    limits: the loops' clip_range or threshold. labels: `(b,)`. condition: `(b, h, w, channels)`, beside x_t.
     """
 
     eta: Array
@@ -54,6 +54,7 @@ class Given(NamedTuple):
     labels: Array | None = None
     guidance: Guidance | None = None
     kept: Kept | None = None
+    condition: Array | None = None
 
 
 class Statics(Protocol):

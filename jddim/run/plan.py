@@ -31,6 +31,7 @@ from jddim.run.problems import (
     array_problems,
     batch_size_problems,
     channels_first,
+    condition_problems,
     eta_problems,
     guidance_problems,
     key_problems,
@@ -78,7 +79,8 @@ class Inputs(NamedTuple):
     key: one, or one an image `(num,)`. numbers: which images of the key they are, `(num,)`, in place of start,
     start + 1, ... x_T: `(num, h, w, c)`. noise: `(S, num, h, w, c)`. labels: one an image. eta, guidance_scale: a
     scalar or `(num,)`. images: `(num, h, w, c)`, what is edited, by a strength or with a mask, else inverted.
-    mask: `(h, w, 1)`, in [-1, 1], 1 where images are made anew.
+    mask: `(h, w, 1)`, in [-1, 1], 1 where images are made anew. condition: beside x_t, `(num, h, w,
+    condition_channels)`, or smaller by whole factors.
     """
 
     key: Array | int | None = None
@@ -90,6 +92,7 @@ class Inputs(NamedTuple):
     guidance_scale: ArrayLike | None = None
     images: Images | None = None
     mask: Images | None = None
+    condition: Images | None = None
 
 
 class Batch(NamedTuple):
@@ -208,6 +211,7 @@ class Part:
             None if inputs.labels is None else batch.of(inputs.labels),  # type: ignore[arg-type]
             guidance,
             kept,
+            None if inputs.condition is None else batch.of(inputs.condition),
         )
 
     def begin(self, trajectory_every: int | None = None) -> State:
@@ -325,6 +329,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         problems += array_problems("noise", inputs.noise, rows_of_noise, dtype, rows.num_steps)
         problems += [] if inputs.images is None else range_problems(inputs.images)
         problems += mask_problems(inputs.mask, shape)
+        problems += condition_problems(config, inputs.condition, (num, height, width), dtype)
         problems += eta_problems(eta, num, table) if method.takes_eta else []
         problems += guidance_problems(
             config,
@@ -433,7 +438,7 @@ def spacing_of(request: Request, sampler: SamplerConfig, T: int) -> str | np.nda
     steps = request.steps if request.steps is not None else sampler.num_steps
     if spacing != "openai_ddim" or not 1 <= steps <= T:
         return spacing
-    return openai_respacing(T, steps) if request.method == "ddim" else "openai"
+    return openai_respacing(T, steps) if methods.find(request.method).takes_eta else "openai"
 
 
 def _numbers(start: int, num: int) -> np.ndarray:

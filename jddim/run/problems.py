@@ -54,8 +54,10 @@ def num_problems(num: int | None) -> Problems:
     """What is wrong with the number of images."""
     if num is not None and not isinstance(num, (int, np.integer)):
         return [("num", f"num must be a whole number, got {num!r}")]
-    if num is not None and num >= 1:
+    if num is not None and 1 <= num <= 2**32:
         return []
+    if num is not None and num > 1:
+        return [("num", f"num must be at most {2**32}, which images are kept apart in, got {num}")]
     got = "got none: give num, or x_T" if num is None else f"got {num}"
     return [("num", f"num must be at least 1, {got}")]
 
@@ -112,6 +114,23 @@ def mask_problems(mask: Array | np.ndarray | None, shape: tuple[int, int, int]) 
         told = "mask must be floats in [-1, 1], -1 where images stay and 1 where they are made anew, got "
         return [("mask", f"{told}{values.dtype} in {values.min()}..{values.max()}")]
     return []
+
+
+def condition_problems(
+    config: ModelConfig, condition: Array | np.ndarray | None, shape: tuple[int, int, int], dtype: DTypeLike
+) -> Problems:
+    """What is wrong with the images given beside x_t, for (num, h, w) of them."""
+    channels = config.condition_channels
+    if condition is None and channels:
+        told = f"condition is needed, an image of {channels} channels for each: {(*shape, channels)}"
+        doors = "(in Python, and by sample, edit, invert and interpolate)"
+        return [("condition", f"{told}; this network is given one beside x_t {doors}")]
+    if condition is not None and not channels:
+        return [("condition", "this network is given no image beside x_t: leave condition out")]
+    given = np.shape(condition) if condition is not None else ()
+    if len(given) == 4 and min(given[1:3]) > 0 and shape[1] % given[1] == 0 and shape[2] % given[2] == 0:
+        shape = (shape[0], given[1], given[2])  # smaller by whole factors: it is enlarged
+    return array_problems("condition", condition, (*shape, channels), dtype)
 
 
 def start_problems(start: int, num: int) -> Problems:

@@ -11,7 +11,7 @@ import jax
 from jax.typing import ArrayLike
 
 from jddim.config import PREDICTION_TYPES, VARIANCES, did_you_mean
-from jddim.denoisers import with_labels, with_scaled_time, with_self_condition, without_variance
+from jddim.denoisers import with_condition, with_labels, with_scaled_time, with_self_condition, without_variance
 from jddim.editing import keep_known, repaint
 from jddim.guidance import Scale, cfg_plus_plus, classifier_free, label_pair, projected
 from jddim.models import Network
@@ -67,7 +67,7 @@ def segment(
 
     trajectory_every: inside a transformation of the caller's, where the state holds the trajectory's buffers.
     """
-    denoise = network_denoiser(cast_kernels(model), program, given.labels, given.guidance)
+    denoise = network_denoiser(cast_kernels(model), program, given.labels, given.guidance, given.condition)
     update = program.method.update(denoise, given, program)
     if given.kept is not None:
         known, keep, noise = given.kept
@@ -88,16 +88,25 @@ def segment(
 
 
 def network_denoiser(
-    model: Denoiser, program: Program, labels: jax.Array | None, guidance: Guidance | None
+    model: Network,
+    program: Program,
+    labels: jax.Array | None,
+    guidance: Guidance | None,
+    condition: jax.Array | None = None,
 ) -> Denoiser:
-    """The network as the loops take it: given t as it was trained with, at these labels or guided by them."""
-    denoise = model if program.timestep_scale == 1 else with_scaled_time(model, program.timestep_scale)
+    """The network as the loops take it: given t as it was trained with, at these labels or guided by them.
+
+    condition: `(b, h, w, channels)`, for a network that is given an image beside each x_t.
+    """
+    denoise: Denoiser = model if program.timestep_scale == 1 else with_scaled_time(model, program.timestep_scale)
     if program.variance == "learned_range" and not program.learned_variance:
         denoise = without_variance(denoise)
     if labels is not None and guidance is not None:
         denoise = _guided(denoise, labels, guidance, program.guidance)
     elif labels is not None:
         denoise = with_labels(denoise, labels)
+    if condition is not None:
+        denoise = with_condition(denoise, condition, first=model.config.condition_first)
     return with_self_condition(denoise) if program.self_condition else denoise
 
 

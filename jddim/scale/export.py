@@ -56,9 +56,9 @@ def export_sampler(
     """The whole sampler: `program(weights, seed, numbers[, eta][, labels])` -> images `(b, h, w, c)` float32.
 
     weights: float32 arrays by name. seed: uint32. numbers: uint32 `(b,)`, which images of the seed. eta: float32, for
-    methods that take one. labels: int32 `(b,)`, for a network with classes. What `DDIM.sample` does with the
-    conventions of `ddim` and what `request` asks, which are compiled in; values are not checked, a NaN is not looked
-    for. batch_size: b; None leaves it open.
+    methods that take one. labels: int32 `(b,)`, for a network with classes. condition: float32 `(b, h, w, channels)`,
+    for one that is given an image beside x_t. What `DDIM.sample` does with the conventions of `ddim` and what `request`
+    asks, which are compiled in; values are not checked, a NaN is not looked for. batch_size: b; None leaves it open.
     Raises ValueError as `DDIM.sample` does, ModuleNotFoundError without flatbuffers.
     """
     _need_flatbuffers()
@@ -67,7 +67,12 @@ def export_sampler(
     if problems := left_out_problems(request, "export"):
         raise RequestError(problems, "export")
     config, labelled = ddim.model.config, ddim.model.config.class_embedding is not None
-    one = Inputs(key=jax.random.key(0), labels=np.zeros(1, np.int32) if labelled else None)
+    beside = (*(request.image_size or config.image_size), config.condition_channels)
+    one = Inputs(
+        key=jax.random.key(0),
+        labels=np.zeros(1, np.int32) if labelled else None,
+        condition=np.zeros((1, *beside), at_least_float32(ddim.model.dtype)) if config.condition_channels else None,
+    )
     planned = plan(ddim, request, one, 1).check("sample")
     method, dtype = planned.program.method, planned.dtype
     scale = planned.scale
@@ -90,6 +95,7 @@ def export_sampler(
                     planned.limits,
                     given.get("labels"),
                     None if scale is None else planned.guidance(each(scale[0])),
+                    condition=given.get("condition"),
                 ),
             )
         )
@@ -103,13 +109,14 @@ def export_sampler(
     takes = {"weights": _shapes(ddim), "seed": _of((), jnp.uint32), "numbers": _of((batch,), jnp.uint32)}
     takes |= {"eta": _of((), jnp.float32)} if method.takes_eta else {}
     takes |= {"labels": _of((batch,), jnp.int32)} if labelled else {}
+    takes |= {"condition": _of((batch, *beside), jnp.float32)} if config.condition_channels else {}
     names = list(takes)
     about = {"kind": "sampler", "request": request.to_json(), "num_steps": planned.rows.num_steps}
     return _exported(ddim, sample, takes, about, platforms, planned.sampler)
 
 
 def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[str, ...] = PLATFORMS) -> Exported:
-    """One DDIM step: `program(weights, x_t, t, *ends, eta, noise[, labels][, x0_hat])` -> (x_prev, x0), like x_t.
+    """One DDIM step: `program(weights, x_t, t, *ends, eta, noise[, labels][, x0_hat][, condition])` -> (x_prev, x0).
 
     x_t, noise: `(b, h, w, c)` float32. t: int32; ends: its row's `jddim.ddim.Coefficients`, in order, float32.
     labels: int32 `(b,)`, for a network with classes; x0_hat: the last step's x0, for a self-conditioned one. The rows
@@ -125,7 +132,7 @@ def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[s
     def step(weights: dict[str, Array], x_t: Array, *rest: Array) -> tuple[Array, Array]:
         given = dict(zip(names[2:], rest, strict=True))
         model = cast_kernels(build_model(config, weights, ddim.model.dtype))
-        denoise = dataclasses.replace(ddim, model=model).denoiser(given.get("labels"))
+        denoise = dataclasses.replace(ddim, model=model).denoiser(given.get("labels"), condition=given.get("condition"))
         t = jnp.broadcast_to(given["t"], x_t.shape[:1])
         output = denoise(x_t, t, given["x0_hat"]) if selfish else denoise(x_t, t)
         zero = jnp.zeros((), jnp.int32)
@@ -140,6 +147,8 @@ def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[s
     takes |= {name: _of((), jnp.float32) for name in (*ends, "eta")} | {"noise": image}
     takes |= {"labels": _of((batch,), jnp.int32)} if labelled else {}
     takes |= {"x0_hat": image} if selfish else {}
+    beside = _of((batch, *config.image_size, config.condition_channels), jnp.float32)
+    takes |= {"condition": beside} if config.condition_channels else {}
     names = list(takes)
     table = ddim.table()
     rows = {name: np.asarray(getattr(table, name)).tolist() for name in ("t", *ends)}

@@ -16,13 +16,13 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jddim.config import did_you_mean
+from jddim.config import did_you_mean, type_problems
 from jddim.ddim import sampler_table
 from jddim.images import from_uint8
 from jddim.pipeline import DDIM
 from jddim.run.methods import find
 from jddim.run.plan import Inputs, Plan, classes_in_turn, plan
-from jddim.run.request import Option, Request, options, taken_by, type_problems
+from jddim.run.request import Option, Request, options, taken_by
 from jddim.scale.stepping import Between, Inverted, Run, Stepping
 from jddim.timesteps import SPACINGS
 

@@ -15,6 +15,7 @@ import io
 import ipaddress
 import json
 import math
+import re
 import secrets
 import threading
 import time
@@ -33,6 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jddim import __version__
 from jddim.ddim import largest_eta, sampler_table
+from jddim.files import parse_json
 from jddim.images import encode_gif, encode_png, grid, to_uint8
 from jddim.inversion import reconstruction_error
 from jddim.pipeline import DDIM
@@ -345,8 +347,8 @@ class Site:
             if len(body) > self.most_bytes:
                 raise Refused({"request": f"is longer than {self.most_bytes} bytes"})
         try:
-            data = json.loads(body)
-        except (ValueError, RecursionError):
+            data = parse_json(bytes(body))
+        except ValueError:
             raise Refused({"request": "is not JSON"}) from None
         return parse(data, self.served, self.methods, self.bounds, self.start)
 
@@ -410,9 +412,9 @@ class Guard:
 
 
 def host_name(host: str) -> str:
-    """A Host header without its port, in lower case."""
-    name = host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]
-    return name.lower().strip("[]")
+    """A Host header without its port, in lower case; nothing if it is no name with or without one."""
+    found = re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]*)(:[0-9]{1,5})?", host)
+    return found[1].lower().strip("[]") if found else ""
 
 
 def loopback(name: str) -> bool:

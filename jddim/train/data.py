@@ -8,9 +8,7 @@ which pixels that lie in one array have no use for.)
 
 from __future__ import annotations
 
-import io
 import os
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from jddim.config import ModelConfig
 from jddim.evaluate.mnist_cnn import read_mnist
-from jddim.images import from_uint8
+from jddim.files import read_arrays
+from jddim.images import from_uint8, open_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 MNIST = "train-images-idx3-ubyte"
@@ -96,14 +95,13 @@ def _array(path: Path) -> Data:
         if path.exists():
             raise ValueError(f"{path}: images are read from .npy, .npz, a folder of pictures or MNIST's folder")
         raise FileNotFoundError(f"no such file or folder: {path}")
-    labels = None
     try:
-        pixels = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(pixels, np.ndarray):  # an archive
-            with pixels as file:
-                pixels, labels = file["arr_0"], file.get("arr_1")
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} holds no images ({type(error).__name__}: {error})") from error
+        held = read_arrays(path, ["arr_0", "arr_1"], mapped=True)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no images: {error}") from error
+    if isinstance(held, dict) and "arr_0" not in held:
+        raise ValueError(f"{path} holds no images: it is an archive without arr_0")
+    pixels, labels = (held["arr_0"], held.get("arr_1")) if isinstance(held, dict) else (held, None)
     if pixels.ndim != 4 or pixels.dtype not in (np.uint8, np.float32, np.float64, np.float16):
         raise ValueError(f"{path} must hold images (N, H, W, C), uint8 or floats, got {pixels.dtype} {pixels.shape}")
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
@@ -148,8 +146,8 @@ def decoded(
     def decode(i: int) -> str | None:
         name, file = pictures[i]
         try:
-            pixels[i] = _decode(io.BytesIO(file) if isinstance(file, bytes) else file, (width, height), channels)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UnidentifiedImageError) as error:
+            pixels[i] = _decode(file, (width, height), channels)
+        except (OSError, ValueError) as error:
             return f"{name} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         return None
 
@@ -164,9 +162,9 @@ def decoded(
     return Data(pixels, labels, bad)
 
 
-def _decode(file: Path | io.BytesIO, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
+def _decode(file: Path | bytes, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
     """One picture as `(h, w, channels)`; size: (width, height), as Pillow has it."""
-    with Image.open(file) as image:
+    with open_picture(file) as image:
         if "A" in image.getbands() or "transparency" in image.info:
             raise ValueError("transparent in places: flatten it first")
         if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):  # 16 bits would be clipped, not scaled

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from jddim.images import atomic
+from jddim.files import atomic, parse_json, read_regular
 
 Record = Mapping[str, float]
 """What a line says: step, images, loss, grad_norm, lr, images_per_s, seconds."""
@@ -52,9 +52,9 @@ class JsonLines(Log):
         self.path = path
         self.records: list[Record] = []
         if path.exists():
-            lines = path.read_text().split("\n")[:-1]  # the last may be cut short
             try:
-                self.records = [record for record in map(json.loads, lines) if record["step"] <= step]
+                lines = read_regular(path).split(b"\n")[:-1]  # the last may be cut short
+                self.records = [record for record in map(parse_json, lines) if record["step"] <= step]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} is damaged: move it away, and the run goes on with a new one") from error
             with atomic(path) as staging:

@@ -34,12 +34,12 @@ from jddim.checkpoint.folder import CheckpointError, check_destination, save_che
 from jddim.checkpoint.metadata import Metadata
 from jddim.checkpoint.orbax import is_full_disk, orbax, quiet_orbax
 from jddim.config import first_few
+from jddim.files import lock, open_lock, read_json
 from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.pipeline import DDIM
-from jddim.run.lock import lock, open_lock
 from jddim.schedule import make_schedule
 from jddim.train import step as training
-from jddim.train.data import Data, batches
+from jddim.train.data import HUB, Data, batches
 from jddim.train.logs import open_logs
 from jddim.train.objective import Params
 from jddim.train.step import TrainState
@@ -339,10 +339,20 @@ def _about(task: Task, data: Data, source: str, parent: Metadata | None) -> dict
         "format": "jddim-train",
         "format_version": FORMAT_VERSION,
         "task": task.to_json(),
-        "data": {"source": source, "shape": shape, "left_out": len(data.bad), "sha256_of_1000": digest.hexdigest()},
+        "data": {
+            "source": _name(source),
+            "shape": shape,
+            "left_out": len(data.bad),
+            "sha256_of_1000": digest.hexdigest(),
+        },
         "parent": None if parent is None else {"sha256": parent.sha256, "family": parent.provenance.get("family")},
         "versions": {"jddim": __version__, "jax": jax.__version__, "optax": optax.__version__},
     }
+
+
+def _name(source: str) -> str:
+    """What is recorded of where data came from: of a path its last part, as nobody needs to know the rest."""
+    return source if source.startswith(HUB) else Path(source).name
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
@@ -367,7 +377,7 @@ def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
 def check_run(folder: Path, about: Mapping[str, Any]) -> None:
     """Raise TrainError if `folder` is not a run of this task on this data."""
     try:
-        before = json.loads((folder / "run.json").read_text())
+        before = read_json(folder / "run.json")
         if before["format"] != "jddim-train" or before["format_version"] != FORMAT_VERSION:
             raise ValueError("another format")
         rows = diff_mappings(_identity(before), _identity(about))
@@ -424,7 +434,7 @@ class _Best:
         if info.metrics:
             return float(info.metrics["loss"])
         try:
-            return float(json.loads((self.folder / f"step_{info.step:08d}" / "about" / "metadata").read_text())["loss"])
+            return float(read_json(self.folder / f"step_{info.step:08d}" / "about" / "metadata")["loss"])
         except (OSError, ValueError, KeyError, TypeError):
             return math.inf  # a damaged one is no best
 

@@ -278,6 +278,9 @@ def test_an_index_may_only_name_files_beside_it(tmp_path: Path, file: Any, messa
     assert tree(tmp_path) == before
 
 
+TWICE = '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'
+
+
 def test_an_index_that_disagrees_with_its_files_or_is_none(tmp_path: Path) -> None:
     def swap(weight_map: dict[str, str]) -> None:
         names = sorted(weight_map)
@@ -288,7 +291,12 @@ def test_an_index_that_disagrees_with_its_files_or_is_none(tmp_path: Path) -> No
         ConversionError, match=r"disagree: conv_in\.bias is not in .*; conv_in\.bias in .* is not in the index"
     ):
         convert(tmp_path / "sharded", tmp_path / "out")
-    for content, message in (("[1]", "no weight_map"), ("{", "not JSON"), ("[" * 100_000, "not JSON")):
+    for content, message in (
+        ("[1]", "no weight_map"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        (TWICE, "twice"),
+    ):
         index.write_text(content)
         with pytest.raises(ConversionError, match=message):
             convert(index, tmp_path / "out")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from tiny import small_config
 
 torch = pytest.importorskip("torch", reason="the OpenAI networks are built in torch: pip install 'jddim[convert]'")
@@ -78,6 +79,8 @@ MILLIONS = {
     "guided-256": 553.8,
     "guided-256-uncond": 552.8,
     "guided-512": 559.0,
+    "guided-64-256-upsampler": 311.8,  # no card says how many the two upsamplers have: these are by their flags
+    "guided-128-512-upsampler": 308.8,
     "guided-lsun": 552.8,
     "improved-cifar10": 52.5,
     "improved-cifar10-vlb": 52.5,
@@ -90,13 +93,14 @@ MILLIONS = {
 
 def published(flags: Mapping[str, str]) -> dict[str, Any]:
     """The network that the sources' scripts build from flags."""
-    side, channels = int(flags["image_size"]), int(flags["num_channels"])
-    widths = [int(mult * channels) for mult in WIDTHS[side]]
+    side, channels = int(flags.get("image_size") or flags["large_size"]), int(flags["num_channels"])
+    upsampler = "small_size" in flags
+    widths = [int(mult * channels) for mult in WIDTHS[256 if upsampler else side]]  # sr_create_model's of 512 too
     head_channels = int(flags.get("num_head_channels", -1))
     heads = [int(flags["num_heads"]) if head_channels == -1 else width // head_channels for width in widths]
     factors = [side // int(resolution) for resolution in flags["attention_resolutions"].split(",")]
     return {
-        "in_channels": 3,
+        "in_channels": 6 if upsampler else 3,
         "out_channels": 6 if flags["learn_sigma"] == "True" else 3,
         "model_channels": channels,
         "widths": widths,
@@ -116,7 +120,11 @@ def test_a_preset_is_the_published_network_and_leaves_nothing_to_assume(name: st
     assert round(sum(value.size for value in tensors.values()) / 1e6, 1) == MILLIONS[name]
     made = plan(tensors, None, PRESETS[name])
     assert made.assumed == ("norm_groups = 32 (fixed in both sources)",)
-    assert made.model.channel_mults == WIDTHS[int(PRESETS[name]["image_size"])]
+    assert made.model.channel_mults == tuple(
+        width / made.model.channels for width in published(PRESETS[name])["widths"]
+    )
+    assert made.model.condition_channels == (3 if "upsampler" in name else 0)
+    assert (made.model.in_channels, made.model.out_channels) == (3, 6)
     assert made.sampler.variance == "learned_range"
     rescaled = PRESETS[name]["rescale_timesteps"] == "True"
     assert made.sampler.timestep_scale == (0.25 if rescaled else 1)
@@ -164,22 +172,35 @@ def test_networks_of_other_kinds_are_refused_with_the_reason() -> None:
     small = small_shapes()
     classifier = {name: value for name, value in small.items() if not name.startswith("output_blocks.")}
     cross = {**small, "input_blocks.1.1.transformer_blocks.0.norm1.weight": np.ones(3, np.float32)}
-    upsampler = small_shapes(in_channels=6, out_channels=3)
     for tensors, reason in (
         (classifier, "is a classifier"),
         (cross, "latent-diffusion"),
-        (upsampler, r"is an upsampler \(SuperResModel: 6 channels in, 3 out\)"),
         ({**small, "step": 3}, r"not tensors: step \(int\)"),
     ):
         with pytest.raises(ConversionError, match=f"x.pt .*{reason}"):
             recognise(tensors, "x.pt")
 
 
-def test_six_channels_on_both_sides_are_an_upsampler_unless_one_says_no() -> None:
+def test_an_upsampler_is_told_by_its_channels() -> None:
+    flags = {name: value for name, value in FLAGS.items() if name != "image_size"} | {"large_size": "16"}
+    for told in (flags, flags | {"small_size": "4"}, flags | {"image_size": "16"}):
+        model = plan(small_shapes(in_channels=6, out_channels=3), None, told).model
+        assert (model.in_channels, model.condition_channels, model.input_channels, model.out_channels) == (3, 3, 6, 3)
+        assert model.image_size == (16, 16)
+    with pytest.raises(ConversionError, match="large_size is an upsampler's name of image_size, but the two differ"):
+        plan(small_shapes(in_channels=6, out_channels=3), None, flags | {"image_size": "32"})
+    with pytest.raises(ConversionError, match=r"small_size is of an upsampler, .* but 1 go in and 1 come out"):
+        plan(small_shapes(), None, FLAGS | {"small_size": "4"})
+
+
+def test_six_channels_on_both_sides_are_what_one_says() -> None:
     six = small_shapes(in_channels=6, out_channels=6)
     with pytest.raises(UnsettledError, match=r"an upsampler of 3 .* or a network of 6-channel images") as caught:
         plan(six, None, FLAGS)
-    assert caught.value.asks == ("learn_sigma=False",)
+    assert caught.value.asks == ("small_size=SIDE",)
+    learned = plan(six, None, FLAGS | {"small_size": "4"})
+    assert (learned.model.in_channels, learned.model.condition_channels, learned.model.out_channels) == (3, 3, 6)
+    assert learned.sampler.variance == "learned_range"
     model = plan(six, None, FLAGS | {"learn_sigma": "False"}).model
     assert (model.in_channels, model.out_channels) == (6, 6)
     with pytest.raises(ConversionError, match="learn_sigma is True by the flags, but False"):
@@ -490,3 +511,73 @@ def test_presets_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main(["convert", str(tmp_path / "small.pt"), str(tmp_path / "out"), "--preset", preset]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# -- latent-diffusion's layout, in pixel space ------------------------------------------------------------------------
+
+COMPVIS: dict[str, Any] = {
+    "unet_config": {
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": {"image_size": 8, "model_channels": 32, "attention_resolutions": [2], "num_heads": 2},
+    },
+    "timesteps": 30,
+    "parameterization": "x0",
+    "first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"},
+}
+
+
+PLAIN = {"rescale_timesteps": "False"}
+
+
+def test_a_run_of_latent_diffusions_is_converted_and_verified(tmp_path: Path) -> None:
+    """In pixel space: the EMA without dots in its names, and the schedule from the betas beside it."""
+    raw, ema = state_dict(1), state_dict(2)
+    betas = torch.linspace(0.001**0.5, 0.2**0.5, 30, dtype=torch.float64).square().float()
+    contents = {f"model.diffusion_model.{name}": value for name, value in raw.items()} | {"betas": betas}
+    contents |= {f"model_ema.diffusion_model{name.replace('.', '')}": value for name, value in ema.items()}
+    torch.save({"state_dict": contents, "global_step": 3}, tmp_path / "last.ckpt")
+    (tmp_path / "project.yaml").write_text(yaml.safe_dump({"model": {"params": COMPVIS}}))
+    metadata = convert(tmp_path / "last.ckpt", tmp_path / "out", config=tmp_path / "project.yaml")
+    assert metadata.schedule == ScheduleConfig("scaled_linear", 30, 0.001, 0.2)
+    assert metadata.sampler.prediction_type == "sample"
+    assert (metadata.provenance["weights"], metadata.provenance["step"]) == ("ema", 3)
+    assert metadata.provenance["ignored"] == {"betas": "the noise schedule, which is read"}
+    assert metadata.model.image_size == (8, 8)
+    assert not any("diffusion_steps" in fact or "noise_schedule" in fact for fact in metadata.provenance["assumed"])
+    assert verify(tmp_path / "out", tmp_path / "last.ckpt", tmp_path / "project.yaml").first_bad is None
+
+
+def test_betas_beside_the_weights_are_the_schedule() -> None:
+    tensors = small_shapes()
+    for config in (ScheduleConfig("linear", 50, 1e-3, 0.2), ScheduleConfig("cosine", 50)):
+        betas = make_schedule(config).betas.astype(np.float32)
+        for told in ({}, {"diffusion_steps": "50"}):
+            assert plan({**tensors, "betas": betas}, None, FLAGS | PLAIN | told).schedule == config
+    odd = np.array([0.1, 0.3, 0.2], np.float32)
+    schedule = plan({**tensors, "betas": odd}, None, FLAGS | PLAIN).schedule
+    assert (schedule.name, schedule.betas) == ("betas", tuple(odd.tolist()))
+    for flag, why in (
+        ({"diffusion_steps": "1000"}, "diffusion_steps is 1000 by the flags, but 50 by the betas in the file"),
+        ({"noise_schedule": "linear"}, "noise_schedule is linear by the flags, but the betas in the file are others"),
+    ):
+        with pytest.raises(ConversionError, match=why):
+            plan({**tensors, "betas": betas}, None, FLAGS | flag)
+    for wrong in (np.ones((2, 2), np.float32), np.array(0.1, np.float32), np.arange(3)):
+        with pytest.raises(ConversionError, match="the betas beside the weights are no list of T numbers"):
+            plan({**tensors, "betas": wrong}, None, FLAGS)
+    with pytest.raises(ConversionError, match="the noise schedule cannot be built"):
+        plan({**tensors, "betas": np.array([0.1, 2, 0.3], np.float32)}, None, FLAGS | PLAIN)
+
+
+def test_latent_diffusions_configs_have_other_names_for_flags() -> None:
+    told = read_settings({"model": {"params": COMPVIS}}, {})
+    assert told == {
+        **{"image_size": (8, 8), "num_channels": 32, "num_heads": 2, "attention_resolutions": (4,)},
+        **{"diffusion_steps": 30, "predict_xstart": True, "rescale_timesteps": False},
+    }
+    latent = COMPVIS | {"first_stage_config": {"target": "ldm.models.autoencoder.VQModelInterface"}}
+    with pytest.raises(
+        ConversionError, match=r"first stage \(ldm.*VQModelInterface\), so this is a network of latents"
+    ):
+        plan(small_shapes(), {"model": {"params": latent}}, FLAGS)
+    assert read_settings({"model": {"params": 3}}, {}) == {}

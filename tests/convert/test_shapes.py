@@ -49,17 +49,24 @@ def test_ones_too_many_or_too_few_are_refused(name: str) -> None:
             assert str(caught.value).endswith(f"has shape {value.shape}, expected {right[name].shape}")
 
 
-def test_attention_by_2d_convolutions_is_no_file_of_openais(tmp_path: Any) -> None:
-    """As consistency models have it, with q, k and v in another order."""
+def test_attention_by_2d_convolutions_is_no_file_of_openais_diffusion(tmp_path: Any) -> None:
+    """As consistency models have it, with q, k and v in another order; in one attention alone it is damage."""
     import torch
 
-    from convert.conversion import convert
+    from convert.conversion import convert, describe
 
     _, config, options = CASES["openai"]
     shapes = state_shapes(lambda: openai.reference(config, **options))
-    tensors = {name: torch.ones(*shape, *([1] if "qkv.weight" in name else [])) for name, shape in shapes.items()}
-    torch.save(tensors, tmp_path / "model000001.pt")
     settings = {"image_size": "8", "num_heads": "2", "norm_groups": "2"}
-    for verify in (True, False):
-        with pytest.raises(ConversionError, match=r"qkv\.weight has shape \(24, 8, 1, 1\), expected \(24, 8, 1\)"):
-            convert(tmp_path / "model000001.pt", tmp_path / "out", settings=settings, verify=verify)
+    file = tmp_path / "edm_bedroom256_ema.pt"
+    for where, why in (
+        ("qkv.weight", r"attention by 2-D convolutions, as openai/consistency_models has .* given 250 ln\(sigma\)"),
+        ("middle_block.1.qkv.weight", r"qkv\.weight has shape \(24, 8, 1, 1\), expected \(24, 8, 1\)"),
+    ):
+        torch.save({n: torch.ones(*shape, *([1] if where in n else [])) for n, shape in shapes.items()}, file)
+        for verify in (True, False):
+            with pytest.raises(ConversionError, match=why):
+                convert(file, tmp_path / "out", settings=settings, verify=verify)
+        if where == "qkv.weight":
+            with pytest.raises(ConversionError, match=why):
+                describe(file)

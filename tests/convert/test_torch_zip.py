@@ -301,6 +301,42 @@ def test_many_names_for_the_same_bytes(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        b"}(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(5000)) + b"uq\x00"
+        b"ccollections\nOrderedDict\nq\x02](" + b"h\x02h\x00\x85R" * 20_000 + b"e",
+        b"](" + b"N" * 10_000 + b"eq\x00](cbuiltins\nset\nq\x02" + b"h\x02h\x00\x85R" * 20_000 + b"e",
+        b"ctorch\ndevice\nq\x02(" + b"K\x07" * 10_000 + b"tq\x00](" + b"h\x02h\x00R" * 20_000 + b"e",
+        text("x" * 10_000) + b"q\x00c_codecs\nencode\nq\x02](" + b"h\x02h\x00\x85R" * 20_000 + b"e",
+    ],
+    ids=["dicts", "sets", "arguments", "bytes"],
+)
+def test_what_constructors_copy_is_no_more_than_the_file(opcodes: bytes) -> None:
+    with pytest.raises(UnreadableError, match="copy the same values until they are more than the file has bytes"):
+        load(io.BytesIO(as_pickle(opcodes)), torch_zip.known_globals(lambda *_: None), lambda identity: None)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("as_pairs", [False, True])
+def test_integer_keys_that_collide(as_pairs: bool) -> None:
+    number = lambda i: (value := (i * (2**61 - 1)).to_bytes(16, "little")) and b"\x8a\x10" + value  # noqa: E731
+    pairs = [number(i) + b"N" for i in range(1, 30_000)]
+    opcodes = b"}(" + b"".join(pairs) + b"u"
+    if as_pairs:
+        opcodes = b"ccollections\nOrderedDict\n](" + b"".join(pair + b"\x86" for pair in pairs) + b"e\x85R"
+    with pytest.raises(UnreadableError, match="a dict has a int beyond 64 bits as its key"):
+        load(io.BytesIO(as_pickle(opcodes)), torch_zip.known_globals(lambda *_: None), lambda identity: None)
+
+
+def test_a_shape_of_many_large_numbers_is_told_of_in_short(tmp_path: Path) -> None:
+    for sides in ((1,) * 1000, (256**250,) * 32):
+        with pytest.raises(ConversionError) as caught:
+            read(write(tmp_path / "a.pt", as_pickle(tensor(sides, sides)), {"0": SIX.tobytes()}))
+        assert len(str(caught.value)) < 450 + len(str(tmp_path))
+
+
 def test_the_machine_names_what_it_refuses() -> None:
     with pytest.raises(RefusedGlobalError) as caught:
         load(io.BytesIO(pickle.dumps(shutil.rmtree, 2)), {}, lambda identity: None)
@@ -323,7 +359,7 @@ def test_zips_that_torch_save_does_not_write(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", as_pickle(b"}"))
         archive.writestr("b/data.pkl", as_pickle(b"]"))
-    refused("one name twice")
+    refused("it holds 2 files data.pkl")
     with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path, "w") as archive:  # zipfile's, of the same name
         archive.writestr("a/data.pkl", as_pickle(b"}"))
         archive.writestr("a/data.pkl", as_pickle(b"]"))
