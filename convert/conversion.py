@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 import jddim
+from jddim.checkpoint.card import ALL_ZERO
 from jddim.checkpoint.folder import CheckpointError, check_destination, load_metadata, load_params, save_checkpoint
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import did_you_mean, to_json
@@ -27,7 +28,7 @@ from jddim.models.building import abstract_model, build_model, flat_params
 from . import verify as verification
 from .engine import ConversionError, UnsettledError, fill, refusing
 from .families import Family, Plan, Source
-from .files.pickles import plain
+from .files.pickles import plain, printable
 from .files.readers import sha256
 from .files.shards import read_weights
 from .recognition import as_asked, recognise
@@ -79,6 +80,8 @@ def convert(
         say(
             f"  verified: largest error {result.output_error:.1e} of the output's scale, against PyTorch {result.torch}"
         )
+        if result.all_zero:
+            say(f"  WARNING: {ALL_ZERO}")
         figure = result.to_json()
     else:
         say("  not verified (--no-verify), and recorded as such")
@@ -93,6 +96,7 @@ def convert(
         "weights": source.weights,
         "step": source.step,
         "assumed": list(plan.assumed),
+        **({"unchecked": list(plan.unchecked)} if plan.unchecked else {}),
         "ignored": dict(plan.ignored),
         "notes": list(plan.notes),
         **({"warnings": list(plan.warnings)} if plan.warnings else {}),
@@ -159,13 +163,16 @@ def describe(
     source = as_asked(family.placed(source, origin.file, contents), weights, str(src))
     facts = [f"  config      {file}" for file in files] or ["  config      none beside it"]
     try:
-        plan = family.plan(source.tensors, contents, _with_preset(family, preset, settings))
+        told_settings = _with_preset(family, preset, settings)
+        plan = family.plan(source.tensors, contents, told_settings)
         _params(family, source, plan)
         facts += [
             f"  {name:<11} {to_json(part)}"
             for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
         ]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
+        if plan.unchecked:
+            facts.append(f"  told        not checked by the file: {_pairs(plan.unchecked, told_settings)}")
         facts += [f"  note        {note}" for note in plan.notes]
         facts += [f"  WARNING     {warning}" for warning in plan.warnings]
     except UnsettledError as error:
@@ -180,7 +187,7 @@ def describe(
         ):
             facts.append(f"  refused     {misfit}")
             command = []
-    except ConversionError as error:
+    except ValueError as error:  # ConversionErrors, and what a network refuses when it is made
         facts.append(f"  refused     {error}")
         command = []
     return [
@@ -233,6 +240,8 @@ def _open(
     say(f"  model: {plan.model.summary}")
     for fact in plan.assumed:
         say(f"  assumed: {fact}")
+    if plan.unchecked:
+        say(f"  told, not checked by the file: {_pairs(plan.unchecked, settings)}")
     for name, reason in plan.ignored.items():
         say(f"  ignored: {name}: {reason}")
     for note in plan.notes:
@@ -396,6 +405,10 @@ def _weights(source: Source) -> str:
 
 def _taken(source: Source) -> str:
     return source.taken + (f", beside {source.beside}" if source.beside else "")
+
+
+def _pairs(names: Iterable[str], settings: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} = {printable(settings[name], 80)}" for name in names)
 
 
 def _versions() -> dict[str, str | None]:

@@ -129,7 +129,7 @@ def test_labels_of_a_model_without_classes(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("steps", "said"), [("20", "(ddim20, eta "), ("31", "(31 sectioned, as no stride makes ddim31, eta ")]
+    ("steps", "said"), [("20", "(ddim20, eta "), ("60", "(60 sectioned, as no stride makes ddim60, eta ")]
 )
 def test_openais_spacing_is_said(
     conditional: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: str, said: str

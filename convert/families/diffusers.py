@@ -196,7 +196,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     ends = common_size(tensors, r"conv_in\.weight", 1), common_size(tensors, r"conv_out\.(weight|bias)", 0)
     widths = tuple(map(width, range(len(down))))
     time = common_size(tensors, r"time_embedding\.linear_[12]\.(weight|bias)", 0)
-    if None in (*ends, *widths, time):
+    if not all((*ends, *widths, time)):
         raise ConversionError("too few tensors of the UNet2DModel are there to tell its shape; is the file whole?")
     ratios = Counter(
         tensors[name].size // max(tensors[conv].size, 1)
@@ -224,7 +224,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
         "downsample_type": "resnet" if resampled["down"] else "conv",
         "upsample_type": "resnet" if resampled["up"] else "conv",
         "resnet_time_scale_shift": "scale_shift" if shift else "default",
-        "num_class_embeds": classes.shape[0] if classes is not None and classes.ndim == 2 else None,
+        "num_class_embeds": classes.shape[0] or None if classes is not None and classes.ndim == 2 else None,
     }
     if middle:
         facts["add_attention"] = "mid_block.attentions.0.to_q" in modules
@@ -233,7 +233,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     if "class_embedding.linear_1" in modules:
         facts["class_embed_type"] = "timestep"
     if proj is not None and embedding == "learned":
-        facts["num_train_timesteps"] = proj.shape[0]
+        facts["num_train_timesteps"] = proj.shape[0] or None
     return facts
 
 
@@ -251,6 +251,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         *(model, schedule, sampler, rules(model), {}),
         assumed=told.defaulted,
         notes=told.notes + (beside if model.condition_channels else ()),
+        unchecked=tuple(key for key in given if key in configs.UNTOLD),
         warnings=told.warnings,
         wording=configs.wording(told),
     )

@@ -200,6 +200,14 @@ CALL: Mapping[str, Option] = {
     "condition_first": Option(False, boolean, "of a network given an image beside x_t: its channels come before x_t's"),
 }
 
+UNTOLD = (
+    *("sample_size", "center_input_sample", "freq_shift", "flip_sin_to_cos", "mid_block_scale_factor", "act_fn"),
+    *("downsample_padding", "attention_head_dim", "norm_num_groups", "attn_norm_num_groups", "norm_eps"),
+    *("class_embed_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("rescale_betas_zero_snr", "prediction_type"),
+)
+"""The facts of a network and its training that no tensor tells."""
+
 SETTINGS: Mapping[str, str] = {key: option.meaning for part in (UNET, CALL, SCHEDULER) for key, option in part.items()}
 
 # What EMAModel.save_pretrained adds to the network's config, and what old schedulers had: without effect on sampling.

@@ -158,6 +158,13 @@ SETTINGS = {
 }
 
 
+_UNTOLD = (
+    *("image_size", "norm_groups", "norm_eps", "beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps"),
+    "rescaled",
+)
+"""The facts of the network and its training that no tensor tells."""
+
+
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "image_size": sides,
     **dict.fromkeys(("ch", "num_res_blocks", "in_channels", "out_ch", "norm_groups"), integer),
@@ -287,6 +294,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         {k: v for k, v in ignored.items() if k in tensors},
         tuple(assumed),
         tuple(not_read(sections(config, SETTINGS)[1])),
+        unchecked=tuple(key for key in given if key in _UNTOLD),
         wording=_wording({**betas, "num_diffusion_timesteps": T}, sampler, var_type),
     )
 

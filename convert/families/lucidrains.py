@@ -348,7 +348,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         schedule = _source_schedule(name, max(T, 1))
         if T < 1 or _built(schedule) is None:
             problems.append(f"timesteps={T} makes no {name} schedule")
-    objective = _settle_objective(_objective(tensors), found, told, assumed, problems)
+    read = _objective(tensors)
+    objective = _settle_objective(read, found, told, assumed, problems)
     settle("auto_normalize", True, "GaussianDiffusion's default")
     theta = 10000.0
     if found["learned_sinusoidal_dim"] is None:
@@ -391,7 +392,11 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         },
     )
     notes = (*_notes(found, steps, T), *not_read(sections(config, SETTINGS)[1]))
-    return Plan(model, schedule, sampler, rules(model), ignored, tuple(assumed), notes, wording=wording)
+    untold = ["image_size", "auto_normalize", "sinusoidal_pos_emb_theta"]
+    untold += [] if "betas" in tensors and "alphas_cumprod" in tensors else ["timesteps", "beta_schedule"]
+    untold += ["objective"] if read is None else []
+    unchecked = tuple(key for key in given if key in untold)
+    return Plan(*(model, schedule, sampler, rules(model), ignored, tuple(assumed), notes, unchecked), wording=wording)
 
 
 def _notes(found: Mapping[str, Any], steps: int, T: int) -> tuple[str, ...]:

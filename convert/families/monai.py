@@ -138,6 +138,10 @@ SETTINGS = {
     "variance_type": "fixed_small or fixed_large, the ancestral sampler's",
 }
 _SCHEDULES = {"linear_beta": "linear", "scaled_linear_beta": "scaled_linear", "sigmoid_beta": "sigmoid"}
+_UNTOLD = (
+    *("image_size", "num_head_channels", "norm_num_groups", "norm_eps", "num_train_timesteps", "schedule"),
+    *("beta_start", "beta_end", "prediction_type"),
+)
 _CHECKED = ("num_channels", "attention_levels", "in_channels", "out_channels", "num_class_embeds", "resblock_updown")
 
 
@@ -226,6 +230,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "and 1 as white, and its .npy files have the numbers",
             *not_read(unread),
         ),
+        unchecked=tuple(key for key in given if key in (_UNTOLD if found["core"] else (*_UNTOLD, "include_fc"))),
         reference_options=names,
         wording=words,
         implied={} if include_fc else _identities(model, **names),

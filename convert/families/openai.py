@@ -205,6 +205,11 @@ SETTINGS = {
     "rescale_learned_sigmas": "of training; no effect on sampling",
     "norm_groups": "groups of every group norm; 32 in both sources, for forks",
 }
+_UNTOLD = (
+    *("image_size", "num_heads", "num_head_channels", "num_heads_upsample", "use_new_attention_order", "norm_groups"),
+    *("diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart"),
+    *("large_size", "small_size"),
+)
 TRAINING_ONLY = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 
 # The multipliers that the sources' create_model takes for each image size, where channel_mult is not given.
@@ -391,6 +396,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         {} if betas is None else {"betas": "the noise schedule, which is read"},
         tuple(assumed),
         (*_notes(told), *not_read(sections(_of_compvis(config), SETTINGS)[1])),
+        unchecked=_unchecked(told, given, betas is not None),
         reference_options={"use_new_attention_order": new_order},
         wording=Wording(
             {"noise_schedule": noise_schedule, "diffusion_steps": str(T)},
@@ -404,6 +410,15 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             },
         ),
     )
+
+
+def _unchecked(told: Mapping[str, Any], given: Mapping[str, str], betas: bool) -> tuple[str, ...]:
+    """Flags among `given` that are facts of the network or its training and that no tensor tells. betas: these do."""
+    idle = [key for key in ("num_head_channels", "num_heads_upsample") if told.get(key) is None]
+    if "num_head_channels" in told and "num_head_channels" not in idle:
+        idle += ["num_heads", "num_heads_upsample"]
+    idle += ["diffusion_steps", "noise_schedule"] if betas else []
+    return tuple(key for key in given if key in _UNTOLD and key not in idle)
 
 
 def _with_condition(found: dict[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:

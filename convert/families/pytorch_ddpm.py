@@ -95,6 +95,7 @@ SETTINGS = {
     "var_type": "fixedlarge or fixedsmall, the ancestral sampler's variance",
     "norm_groups": "groups of every group norm; the source always uses 32",
 }
+_UNTOLD = ("img_size", "beta_1", "beta_T", "mean_type", "norm_groups")
 _MEANS = {"epsilon": "epsilon", "xstart": "sample"}
 _PARSERS = {
     "img_size": sides,
@@ -172,6 +173,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "the source has the ancestral sampler alone (--method ddpm --steps T); DDIM's timesteps are jddim's own",
             *not_read(unread),
         ),
+        unchecked=tuple(key for key in given if key in _UNTOLD),
         wording=Wording(
             {"beta_1": str(beta_1), "beta_T": str(beta_T), "T": str(T)}, {"mean_type": mean_type, "var_type": var_type}
         ),

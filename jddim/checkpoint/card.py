@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jddim.checkpoint.metadata import Metadata
 
 NAME = "README.md"
+ALL_ZERO = "its output is all zero: untrained?"
 
 
 def card(metadata: Metadata, parameters: int) -> str:
@@ -100,7 +101,14 @@ def _converted(facts: Mapping[str, Any]) -> list[str]:
         f"- weights: {_code(facts.get('weights', 'unstated'))}" + (f", step {step:,}" if step is not None else "")
     ]
     lines += [f"- told: {_pairs(told)}"] if told else []
+    lines += [f"- told, not checked by the file: {_pairs(unchecked(facts))}"] if unchecked(facts) else []
     return [*lines, f"- verification: {_verified(facts.get('verification') or {})}"]
+
+
+def unchecked(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What was told of a converted network that its file would not contradict if it were wrong."""
+    told = provenance.get("set") or {}
+    return {name: told[name] for name in provenance.get("unchecked") or () if name in told}
 
 
 def _verified(figure: Mapping[str, Any]) -> str:
@@ -108,6 +116,7 @@ def _verified(figure: Mapping[str, Any]) -> str:
         return (
             f"equal to PyTorch {_code(figure['torch'])}, block by block; largest error of the output "
             f"{figure['output_error']:.1e} of its scale (allowed: {figure['tolerance']:g})"
+            + (f"; {ALL_ZERO}" if figure.get("all_zero") else "")
         )
     why = f" ({figure['reason']})" if figure.get("reason") else ""
     return f"not verified when it was written{why}; `jddim verify CKPT SRC` does it, and leaves verify.json here"

@@ -649,6 +649,7 @@ def test_a_bare_state_dict_converts_with_what_info_asks_for(tmp_path: Path) -> N
         assert any("norm_eps = 1e-05" in line for line in found.provenance["assumed"])
         assert not any("block_out_channels" in line for line in found.provenance["assumed"])
         assert len(found.provenance["warnings"]) == 1
+        assert found.provenance["unchecked"] == ["sample_size", "attention_head_dim", "norm_num_groups"]
         assert verify(tmp_path / src.stem, src).first_bad is None
 
 
@@ -716,6 +717,17 @@ def test_diffusers_other_networks_are_named(tmp_path: Path) -> None:
         save_file(stem | {name: np.zeros(2, np.float32)}, tmp_path / "w.safetensors")
         with pytest.raises(ConversionError, match=message):
             convert(tmp_path / "w.safetensors", tmp_path / "out")
+
+
+def test_an_output_of_zeros_is_said(tmp_path: Path) -> None:
+    state = tensors()
+    write(tmp_path / "unet", {key: value * (not key.startswith("conv_out.")) for key, value in state.items()})
+    lines: list[str] = []
+    metadata = convert(tmp_path, tmp_path / "out", say=lines.append)
+    assert "  WARNING: its output is all zero: untrained?" in lines
+    assert metadata.provenance["verification"]["all_zero"] is True
+    assert "its scale (allowed: 0.0001); its output is all zero: untrained?" in (tmp_path / "out/README.md").read_text()
+    assert str(verify(tmp_path / "out", tmp_path)).endswith("\nits output is all zero: untrained?")
 
 
 @pytest.mark.parametrize("kind", ["fourier", "learned"])

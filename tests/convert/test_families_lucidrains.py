@@ -214,6 +214,15 @@ def test_a_bare_unet_has_the_sources_defaults_or_what_is_told() -> None:
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
+def test_what_no_tensor_checks_depends_on_the_buffers() -> None:
+    told = {"timesteps": "100", "beta_schedule": "cosine", "objective": "pred_x0", "dim_mults": "(1, 2)"}
+    told |= {"image_size": "(6, 10)", "sinusoidal_pos_emb_theta": "10000", "ddim_sampling_eta": "0"}
+    bare = plan(draw(CONFIG, 1), None, told)
+    assert bare.unchecked == ("timesteps", "beta_schedule", "objective", "image_size", "sinusoidal_pos_emb_theta")
+    whole = plan(open_source(diffusion(draw(CONFIG, 1), COSINE, "pred_x0"), "file").tensors, None, told)
+    assert whole.unchecked == ("image_size", "sinusoidal_pos_emb_theta")
+
+
 def test_every_contradiction_is_in_one_message() -> None:
     told = {"timesteps": "1000", "beta_schedule": "linear", "objective": "pred_noise", "dim": "8", "dim_mults": "1,4"}
     told |= {"channels": "3", "self_condition": "true", "attn_heads": "4", "full_attn": "True"}

@@ -69,6 +69,8 @@ def test_a_file_is_converted_and_verified(tmp_path: Path, naming: str, projected
     np.testing.assert_array_equal(params["mid.attention.out.kernel"], tensors[name].T if projected else np.eye(8))
     assumed = [fact for fact in metadata.provenance["assumed"] if "include_fc" in fact]
     assert bool(assumed) == (naming == "Generative" and not projected)
+    unchecked = [*SETTINGS, *(["include_fc"] if naming == "Generative" and projected else [])]  # core's tensors tell it
+    assert metadata.provenance["unchecked"] == unchecked
 
 
 def test_settings_become_the_schedule_and_sampler() -> None:

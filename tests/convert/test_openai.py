@@ -400,6 +400,28 @@ def test_convert_verify_and_info(tmp_path: Path) -> None:
     assert verify(tmp_path / "out", file).output_error < 2e-5  # of q, k and v mixed up: 1e-1
 
 
+def test_what_is_told_and_the_file_cannot_check_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.pt"
+    torch.save(state_dict(**ONE_LEVEL), file)
+    flags = {"num_res_blocks": "1", **FLAGS, "dropout": "0.1", "timestep_respacing": "7"}
+    said = "not checked by the file: image_size = 6x10, num_heads = 2"
+    assert f"  told        {said}" in describe(file, None, flags)
+    options = [part for key, value in flags.items() for part in ("--set", f"{key}={value}")]
+    assert main(["convert", str(file), str(tmp_path / "out"), *options]) == 0
+    assert f"\n  told, {said}\n" in capsys.readouterr().out
+    assert load_metadata(tmp_path / "out").provenance["unchecked"] == ["image_size", "num_heads"]
+    assert "- told, not checked by the file: `image_size=6x10, num_heads=2`" in (tmp_path / "out/README.md").read_text()
+    assert main(["verify", str(tmp_path / "out"), str(file)]) == 0
+    assert capsys.readouterr().out.endswith(f"\ntold, {said}\n")
+
+
+def test_a_flag_that_another_overrides_is_not_among_them() -> None:
+    flags = {"image_size": "6x10", "num_heads": "3", "num_head_channels": "16", "num_heads_upsample": "-1"}
+    assert plan(small_shapes(), None, flags).unchecked == ("image_size", "num_head_channels")
+    flags |= {"num_heads": "2", "num_head_channels": "-1"}
+    assert plan(small_shapes(), None, flags).unchecked == ("image_size", "num_heads")
+
+
 def test_the_wrong_attention_order_does_not_verify_as_another_networks(tmp_path: Path) -> None:
     # Both sides follow the flag, so only the flag can tell: it must reach the reference as well as the rules.
     tensors = {name: value.numpy() for name, value in state_dict(new_order=True).items()}

@@ -65,6 +65,7 @@ def test_a_run_is_converted_with_its_flags_and_verified(tmp_path: Path) -> None:
     assert (provenance["weights"], provenance["step"], provenance["taken"]) == ("ema", 700, "ema_model")
     assert provenance["config"][0]["file"] == "flagfile.txt"
     assert provenance["assumed"] == []
+    assert provenance["unchecked"] == ["norm_groups"]  # the rest is the flagfile's
     assert provenance["verification"]["output_error"] < 2e-5
     assert metadata.model.image_size == (6, 6)
     assert metadata.schedule == ScheduleConfig("linear", 30, 0.001, 0.2)
