@@ -337,6 +337,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     schedule = None if betas is None else _schedule_of(betas)
     T = settle("diffusion_steps", 1000, both) if schedule is None else schedule.num_train_timesteps
     problems += _schedule_problems(told, schedule)
+    if schedule is None and _of_compvis(config) is not config:
+        problems.append("latent-diffusion's schedule is read from the betas beside the weights; there are none")
     rescale = told.get("rescale_timesteps", False)
     missing = {}
     if "image_size" not in told:
