@@ -300,10 +300,10 @@ def _params(family: Family, source: Source, plan: Plan) -> dict[str, np.ndarray]
 
 
 def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> Verification:
-    tensors = {**source.tensors, **plan.implied}
+    tensors = {n: value for n, value in {**source.tensors, **plan.implied}.items() if n not in plan.ignored}
     return verification.verify(
         build_model(plan.model, verification.in_place(params)),
-        {name: value for name, value in tensors.items() if name not in plan.ignored},
+        tensors,
         family,
         plan.model,
         plan.schedule.num_train_timesteps,

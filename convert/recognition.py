@@ -155,8 +155,13 @@ def _opened(place: _Place, name: str) -> Source:
     source = place.family.open_source(place.state, where)
     beside = [_shown(key, value) for step in place.beside for key, value in step.items() if value is not None]
     note, tensors = source.note, source.tensors
-    buffers = {name: step[name] for step in place.beside for name in place.family.buffers & step.keys()}
-    if place.family.buffers and buffers.keys() == place.family.buffers:
+    buffers = {
+        name: step[name]
+        for step in place.beside
+        for name in place.family.buffers
+        if isinstance(step.get(name), np.ndarray)
+    }
+    if buffers and buffers.keys() == place.family.buffers:
         tensors = {**buffers, **tensors}
     elif any("betas" in step for step in place.beside):
         betas = "betas lie beside them, which this family does not read: see that the schedule is theirs"
@@ -268,9 +273,11 @@ def _dotless(others: Sequence[_Set]) -> Iterator[_Set]:
         for i, step in enumerate(place.beside):
             dotless = {name: "".join([*place.path[i + 1 :], name]).replace(".", "") for name in names}
             for key, value in step.items():
-                if _AVERAGE.search(key) and isinstance(value, Mapping) and set(dotless.values()) <= value.keys():
+                if not _AVERAGE.search(key) or not isinstance(value, Mapping):
+                    continue
+                tensors = {n: value[short] for n, short in dotless.items() if isinstance(value.get(short), np.ndarray)}
+                if tensors.keys() == dotless.keys():
                     label = ".".join(printable(part.removesuffix(".")) for part in (*place.path[:i], key))
-                    tensors = {name: value[short] for name, short in dotless.items()}
                     yield place, dataclasses.replace(source, tensors=tensors, weights="ema", taken=label)
 
 

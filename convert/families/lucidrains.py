@@ -70,8 +70,8 @@ def _not_ours(state: Mapping[Any, Any]) -> str | None:
             "is a Unet of classifier_free_guidance.py, guided_diffusion.py or a version before 2.0 (its attention is "
             "under `.2.fn.`, or it has classes_emb); only denoising_diffusion_pytorch.py of 2.x is supported"
         )
-    if any(name.endswith(".block1.norm.weight") for name in names):
-        return "is of denoising-diffusion-pytorch 1.x, whose blocks have group norms; only 2.x is supported"
+    if any(re.search(r"\.block1\.(norm\.weight$|block\.\d)", name) for name in names):
+        return "is of denoising-diffusion-pytorch 0.x or 1.x, whose blocks have group norms; only 2.x is supported"
     if any(name.endswith("init_conv.weight") and np.ndim(value) == 3 for name, value in state.items()):
         return "is a Unet1D, a network of sequences and not of images; not supported"
     if any(name.startswith("model.") for name in names) and not any(

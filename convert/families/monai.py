@@ -67,9 +67,9 @@ def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
 
 
 def infer(tensors: Tensors) -> dict[str, Any]:
-    """What names and shapes tell, under the source's argument names.
+    """What names and shapes tell, under the source's argument names; num_res_blocks of each level.
 
-    attended: level -> whether its blocks have attention. core, combined: of the names, as in `rules`.
+    core, combined: of the names, as in `rules`. projected: whether core's attentions have a projection.
     """
 
     def blocks(side: str, kind: str, level: int) -> int:
@@ -90,7 +90,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
         for level in range(last + 1 if len(found) == last + 1 else 0)
     ]
     ends = [common_size(tensors, r"conv_in\.conv\.weight", 1), common_size(tensors, r"out\.2\.conv\.(weight|bias)", 0)]
-    if not widths or None in widths or ends == [None, None]:
+    if not widths or not all(widths) or ends == [None, None]:
         raise ConversionError("too few tensors of the UNet are there to tell its shape; is the file whole?")
     levels = range(last + 1)
     each = [max(blocks("down", "resnets", level), blocks("up", "resnets", last - level) - 1) for level in levels]

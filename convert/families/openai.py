@@ -309,13 +309,15 @@ def _of_compvis(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
             f"the config names a first stage ({printable(stage, 60)}), so this is a network of latents, for which "
             "jddim has no decoder yet"
         )
+    if (predicted := outer.get("parameterization", "eps")) not in ("eps", "x0"):
+        raise ConversionError(f"the config's parameterization must be eps or x0, got {printable(str(predicted), 60)}")
     flags = {key: value for key, value in network.items() if key in SETTINGS and key != "attention_resolutions"}
     side, factors = network.get("image_size"), network.get("attention_resolutions")
     if is_integer(side) and isinstance(factors, list) and all(is_integer(factor) and factor > 0 for factor in factors):
         flags["attention_resolutions"] = [side // factor for factor in factors]
     told = {"num_channels": network.get("model_channels"), "diffusion_steps": outer.get("timesteps")}
     flags |= {key: value for key, value in told.items() if value is not None}
-    return flags | {"predict_xstart": outer.get("parameterization") == "x0", "rescale_timesteps": False}
+    return flags | {"predict_xstart": predicted == "x0", "rescale_timesteps": False}
 
 
 def _spelled(value: Any) -> str:
@@ -338,6 +340,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     schedule = None if betas is None else _schedule_of(betas)
     T = settle("diffusion_steps", 1000, both) if schedule is None else schedule.num_train_timesteps
     problems += _schedule_problems(told, schedule)
+    if schedule is None and _of_compvis(config) is not config:
+        problems.append("latent-diffusion's schedule is read from the betas beside the weights; there are none")
     rescale = told.get("rescale_timesteps", False)
     missing = {}
     if "image_size" not in told:

@@ -130,10 +130,13 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "the tensors do not tell the image size; give the run's flagfile.txt by --config, or --set img_size=32 "
             "(the source's default)"
         )
-    refuse([*problems, *missing.values()], () if problems else missing)
-
     assumed: list[str] = []
     settle = settling(told, assumed)
+    groups = settle("norm_groups", 32, "fixed in the source")
+    if "norm_groups" not in told and (odd := [mult for mult in found["ch_mult"] if found["ch"] * mult % groups]):
+        missing["norm_groups=N"] = f"32 groups of a norm, fixed in the source, do not divide {found['ch']} times {odd}"
+    refuse([*problems, *missing.values()], () if problems else missing)
+
     default = "the source's default"
     T = found["T"] or settle("T", 1000, default)
     with refusing("the tensors and flags make no valid UNet"):
@@ -146,7 +149,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             num_res_blocks=found["num_res_blocks"],
             attention_levels=found["attn"],
             symmetric_padding=True,
-            norm_groups=settle("norm_groups", 32, "fixed in the source"),
+            norm_groups=groups,
             norm_epsilon=1e-5,
             time_embedding="learned",
             num_timesteps=T,

@@ -94,7 +94,8 @@ def renamed(old: str, new: str) -> dict[str, np.ndarray]:
     [
         (renamed("downs.0.2.", "downs.0.2.fn."), r"before 2\.0"),
         ({**draw(CONFIG, 1), "classes_emb.weight": np.zeros((3, 4), np.float32)}, "classifier_free_guidance.py"),
-        (renamed("block1.norm.g", "block1.norm.weight"), r"1\.x, whose blocks have group norms"),
+        (renamed("block1.norm.g", "block1.norm.weight"), r"0\.x or 1\.x, whose blocks have group norms"),
+        (renamed("block1.proj", "block1.block.0"), r"0\.x or 1\.x, whose blocks have group norms"),
         ({f"net.{name}": value for name, value in draw(LEARNED, 1).items()}, "ElucidatedDiffusion"),
         ({f"model.{name}": value for name, value in draw(LEARNED, 1).items()}, "no betas"),
         ({**draw(CONFIG, 1), "init_conv.weight": np.zeros((4, 1, 7), np.float32)}, "Unet1D"),

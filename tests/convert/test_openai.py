@@ -580,4 +580,8 @@ def test_latent_diffusions_configs_have_other_names_for_flags() -> None:
         ConversionError, match=r"first stage \(ldm.*VQModelInterface\), so this is a network of latents"
     ):
         plan(small_shapes(), {"model": {"params": latent}}, FLAGS)
+    with pytest.raises(ConversionError, match="read from the betas beside the weights; there are none"):
+        plan(small_shapes(), {"model": {"params": COMPVIS}}, {})
+    with pytest.raises(ConversionError, match="the config's parameterization must be eps or x0, got v"):
+        read_settings({"model": {"params": COMPVIS | {"parameterization": "v"}}}, {})
     assert read_settings({"model": {"params": 3}}, {}) == {}

@@ -18,6 +18,8 @@ from jddim.checkpoint.folder import load_params
 from jddim.config import ScheduleConfig, UNetConfig
 from jddim.models.building import abstract_model, flat_params
 
+pytestmark = pytest.mark.unoptimised
+
 CONFIG = UNetConfig(
     **{"image_size": (6, 10), "channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1, "attention_levels": (1,)},
     **{"norm_groups": 2, "norm_epsilon": 1e-5, "symmetric_padding": True},
@@ -110,6 +112,8 @@ def test_contradictions_are_in_one_report() -> None:
     with pytest.raises(UnsettledError, match=r"give the run's flagfile\.txt by --config") as asked:
         pytorch_ddpm.plan(state(), None, {"norm_groups": "2"})
     assert asked.value.asks == ("img_size=SIDE",)
+    with pytest.raises(UnsettledError, match=r"32 groups of a norm, .* do not divide 8 times \[1, 2\]"):
+        pytorch_ddpm.plan(state(), None, {"img_size": "6x10"})
     wide = state() | {"head.weight": np.zeros((8, 4, 3, 3), np.float32)}
     with pytest.raises(ConversionError, match="the network has 4 channels in and 3 out"):
         planned(wide)

@@ -318,8 +318,11 @@ def test_a_network_of_latents_or_with_a_conditioner_is_refused_for_what_it_is() 
 
 
 def test_a_schedule_that_is_not_read_is_said() -> None:
-    contents = under("denoise_fn.", state("ho")) | {"betas": np.ones(5, np.float32)}
-    assert "betas lie beside them, which this family does not read" in recognise(contents, "file")[1].note
+    for contents in (
+        under("denoise_fn.", state("ho")) | {"betas": np.ones(5, np.float32)},
+        {"model": state("openai"), "betas": [0.1, 0.2]},  # no tensor
+    ):
+        assert "betas lie beside them, which this family does not read" in recognise(contents, "file")[1].note
     assert recognise(state("lucidrains' diffusion"), "file")[1].note == ""
 
 
@@ -343,10 +346,11 @@ def test_betas_that_a_family_reads_go_with_raw_and_averaged_weights() -> None:
         assert (source.weights, source.step) == ("raw" if asked == "raw" else "ema", 5)
         assert source.tensors.keys() == {*raw, "betas"}
         assert all(np.array_equal(source.tensors[name], value) for name, value in expected.items())
-    del contents["state_dict"]["model_ema.diffusion_modelout2bias"]
-    source = recognise(contents, "file")[1]
-    assert source.taken == "state_dict.model.diffusion_model"
-    assert source.note == "model_ema has the names of no family's network"
+    for part in (None, 0.5):
+        contents["state_dict"]["model_ema.diffusion_modelout2bias"] = part
+        source = recognise(contents, "file")[1]
+        assert source.taken == "state_dict.model.diffusion_model"
+        assert source.note == "model_ema has the names of no family's network"
 
 
 def test_what_lies_beside_is_said() -> None:
