@@ -204,7 +204,7 @@ UNTOLD = (
     *("sample_size", "center_input_sample", "freq_shift", "flip_sin_to_cos", "mid_block_scale_factor", "act_fn"),
     *("downsample_padding", "attention_head_dim", "norm_num_groups", "attn_norm_num_groups", "norm_eps"),
     *("class_embed_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
-    *("rescale_betas_zero_snr", "prediction_type"),
+    *("rescale_betas_zero_snr", "prediction_type", "condition_first"),
 )
 """The facts of a network and its training that no tensor tells."""
 
