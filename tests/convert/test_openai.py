@@ -541,7 +541,7 @@ def test_a_run_of_latent_diffusions_is_converted_and_verified(tmp_path: Path) ->
     assert metadata.schedule == ScheduleConfig("scaled_linear", 30, 0.001, 0.2)
     assert metadata.sampler.prediction_type == "sample"
     assert (metadata.provenance["weights"], metadata.provenance["step"]) == ("ema", 3)
-    assert metadata.provenance["ignored"] == {"betas": "the noise schedule, which is read"}
+    assert metadata.provenance["ignored"] == {"betas": "no parameter; the noise schedule is taken from it"}
     assert metadata.model.image_size == (8, 8)
     assert not any("diffusion_steps" in fact or "noise_schedule" in fact for fact in metadata.provenance["assumed"])
     assert verify(tmp_path / "out", tmp_path / "last.ckpt", tmp_path / "project.yaml").first_bad is None
