@@ -206,18 +206,8 @@ SETTINGS = {
     "norm_groups": "groups of every group norm; 32 in both sources, for forks",
 }
 _UNTOLD = (
-    *(
-        "image_size",
-        "large_size",
-        "small_size",
-        "num_heads",
-        "num_head_channels",
-        "num_heads_upsample",
-        "use_new_attention_order",
-        "norm_groups",
-    ),
-    *("diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart"),
-    *("large_size", "small_size"),
+    *("image_size", "num_heads", "num_head_channels", "num_heads_upsample", "use_new_attention_order", "norm_groups"),
+    *("large_size", "small_size", "diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart"),
 )
 TRAINING_ONLY = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 
