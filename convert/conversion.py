@@ -121,20 +121,23 @@ def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Pa
     """
     metadata = load_metadata(ckpt)
     params = load_params(ckpt, metadata)
-    facts = metadata.provenance.get("source", {})
-    kind = None if metadata.provenance["weights"] == "unstated" else metadata.provenance["weights"]
+    provenance = metadata.provenance
+    facts, said = provenance.get("source", {}), provenance.get("weights", "unstated")
+    if (recorded := facts.get("sha256")) is None:
+        raise ConversionError(
+            f"{ckpt} does not say which file it was converted from, so there is none to verify it with"
+        )
+    kind = None if said == "unstated" else said
     if (file := Path(src) / str(facts.get("place", facts.get("file")))).is_file():
         origin = Origin(file)  # which a folder may have newer ones of
     else:
         commit = facts.get("commit") if str(src) == facts.get("hub_id") else None
         origin = find(src, kind, facts.get("variant"), commit)
-    recorded = facts.get("sha256")
     if (actual := origin.sha256()) != recorded:
         raise ConversionError(
             f"{ckpt} was not converted from {src}: its source has SHA-256 {recorded}, this file has {actual}"
         )
-    weights = metadata.provenance.get("taken") or kind
-    opened = _open(origin, config, metadata.provenance["set"], None, weights, lambda line: None)
+    opened = _open(origin, config, provenance.get("set", {}), None, provenance.get("taken") or kind, lambda line: None)
     family, source, plan = opened.family, opened.source, opened.plan
     if plan.model != metadata.model:
         raise ConversionError(f"{ckpt} and {src} disagree about the model: {metadata.model} and {plan.model}")

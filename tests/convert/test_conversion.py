@@ -99,3 +99,11 @@ def test_ho_settings_may_be_flat_and_others_are_said(tmp_path: Path) -> None:
     lines = describe(tmp_path / "a.safetensors", config=tmp_path / "c.json")
     assert "  note        config: not read: lr; training" in lines
     assert any(line.startswith("convert it:") for line in lines)
+
+
+def test_a_checkpoint_of_no_file_is_not_verified(tmp_path: Path, fails: Callable[..., str]) -> None:
+    tiny.write_checkpoint(tmp_path / "ckpt")
+    (tmp_path / "model.pt").write_bytes(b"0")
+    assert "ckpt does not say which file it was converted from" in fails(
+        "verify", tmp_path / "ckpt", tmp_path / "model.pt"
+    )
