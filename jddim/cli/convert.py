@@ -17,7 +17,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "convert",
         _convert,
-        "convert a PyTorch checkpoint into a jddim checkpoint folder, verified",
+        "convert a PyTorch checkpoint into a jddim folder, and verify it",
         "ckpt.pth mnist\nckpt.pth mnist-raw --weights raw\nema_diffusion.ckpt cifar10 --set image_size=32\n"
         "google/ddpm-cifar10-32 cifar10\nunet/model.safetensors x --config config.json --config scheduler_config.json",
     )
@@ -36,7 +36,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "export-torch",
         _export_torch,
-        "write a checkpoint in the format of a PyTorch source, for that source's own loader",
+        "write a checkpoint in the format of a PyTorch source\nThe source's own loader reads the result.",
         "mnist ckpt-folder\nmnist pipeline --format diffusers",
     )
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")

@@ -16,7 +16,7 @@ PACKAGES = ("jddim", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "torc
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the command. command: `(name, run, text, examples)` -> its parser."""
-    command("doctor", _doctor, "versions, devices, and whether the cache of compiled programs works", "")
+    command("doctor", _doctor, "show versions and devices, and try the cache of programs", "")
 
 
 def _doctor(args: argparse.Namespace) -> int:

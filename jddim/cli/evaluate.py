@@ -20,7 +20,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "evaluate",
         _evaluate,
-        "how far images are from a reference: FD, KD, precision and recall; of digits by the features mnist-cnn-v1",
+        "measure how far images are from a reference\nFD, KD, precision, recall; of digits by features of ours.",
         "samples.npz --reference ../shared/data/mnist\nmine.npz --reference theirs.npz --json figures.json\n"
         "pool3-of-mine.npy --reference fid_stats_cifar10.npz --features inception-pool3",
     )

@@ -16,7 +16,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "diff",
         _diff,
-        "what differs between two checkpoints, sets of samples or settings; exit status 0 if nothing, as diff's",
+        "compare two checkpoints, sets of samples, or settings\nExit status 0 if nothing differs, 1 if something does.",
         "mnist mnist-raw\nmine.npy theirs.npy\na.png b.png",
     )
     sub.add_argument("a", type=Path, help="a checkpoint folder, .npy or .npz samples, .json or .png settings")
@@ -25,7 +25,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "cite",
         _cite,
-        "BibTeX of the method, the software and, of a checkpoint, where it comes from",
+        "print BibTeX of the method, the software and a checkpoint",
         "> jddim.bib\nmnist > mnist.bib",
     )
     sub.add_argument("ckpt", type=Path, nargs="?", help="a checkpoint folder; without one: the method and the software")
@@ -33,7 +33,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "info",
         _info,
-        "what a checkpoint is: a jddim folder, or a PyTorch file (nothing in it is run)",
+        "say what a checkpoint is, and how to convert it\nA jddim folder, or a PyTorch file; nothing in it is run.",
         "mnist\nckpt.pth",
     )
     sub.add_argument("path")

@@ -18,7 +18,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "invert",
         _invert,
-        "the x_T that the deterministic sampler leads from to given images (DDIM inversion)",
+        "find the x_T from which DDIM samples given images",
         "mnist digits.npy x_T.npy\nmnist grid.png x_T.npy --steps 100 --reconstruct again.png\n"
         "mnist folder x_T.npy --refine 5 --steps 20",
     )

@@ -199,6 +199,11 @@ def printable(line: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in line)
 
 
+def summary(command: argparse.ArgumentParser) -> str:
+    """The first line of a command's description: what `jddim --help` says of it."""
+    return (command.description or "").partition("\n")[0]
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Reports a mistake in one line."""
 

@@ -21,7 +21,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "schedule",
         _schedule,
-        "print (and plot) the table of steps of any spacing",
+        "print and plot the table of steps of any spacing",
         "--spacing quad --steps 20\nmnist --steps 10 --eta 1\n--spacing linspace --compare leading --steps 10\n"
         "--schedule cosine --steps 50 --plot cosine.png",
     )

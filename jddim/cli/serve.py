@@ -20,8 +20,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "serve",
         _serve,
-        "a page in the browser: sliders, previews while it runs, eta strips, drawn digits (docs/serve.md; needs "
-        "jddim[web])",
+        "open a page in the browser that samples while one looks\n"
+        "Sliders, previews, eta strips, drawn digits (docs/serve.md). Needs jddim[web].",
         "mnist\nmnist cifar10 --port 8123 --methods ddim,dpm++2m\nmnist --host 0.0.0.0",
     )
     sub.add_argument("ckpt", type=Path, nargs="+", help="folders written by jddim convert; each its name on the page")
