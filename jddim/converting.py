@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jddim.installing import install_line
+
 if TYPE_CHECKING:  # it imports jax, which the command line must not wait for
     from jddim.checkpoint.metadata import Metadata
 
@@ -216,8 +218,8 @@ def _part(name: str) -> Any:
         if error.name is None:
             raise
         raise ModuleNotFoundError(
-            f"reading PyTorch checkpoints needs {error.name}: pip install 'jddim[convert]', or "
-            "'jddim[convert-core]' to go without PyTorch and its verification",
+            f"reading PyTorch checkpoints needs {error.name}: {install_line('convert')} "
+            "(or [convert-core], to go without PyTorch and its verification)",
             name=error.name,
         ) from error
 

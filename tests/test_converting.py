@@ -17,6 +17,7 @@ import convert.engine
 import convert.export
 import jddim
 from jddim import converting
+from jddim.installing import install_line
 
 CKPT = MNIST_SOURCE / "ckpt.pth"
 STRANGER = "raise SystemExit('the stranger was run')\n"
@@ -92,7 +93,7 @@ def test_there_is_one_copy_where_the_name_is_free() -> None:
 def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = f"import sys; sys.modules['yaml'] = None; import jddim; jddim.info({str(CKPT)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert "ModuleNotFoundError: reading PyTorch checkpoints needs yaml: pip install 'jddim[convert]'" in done.stderr
+    assert f"reading PyTorch checkpoints needs yaml: {install_line('convert')}" in done.stderr
     monkeypatch.setattr(converting, "_FOLDER", tmp_path / "convert")
     with pytest.raises(ModuleNotFoundError, match="its package convert is not at"):
         jddim.info(CKPT)

@@ -26,6 +26,7 @@ from jddim.checkpoint.folder import load_metadata, load_params
 from jddim.cli.main import main
 from jddim.config import SamplerConfig, ScheduleConfig
 from jddim.images import from_uint8
+from jddim.installing import install_line
 from jddim.models.building import build_model, flat_params
 from jddim.train import logs as train_logs
 from jddim.train import loop as train_loop
@@ -404,7 +405,7 @@ def test_mistakes_are_one_line(tmp_path: Path, fails: Callable[..., str], monkey
     assert "--classes is for a checkpoint" in fails(*words, out, "--classes", 3)
     assert "is not a jddim checkpoint" in fails(*words, tmp_path / "data.npz", "--overwrite")
     monkeypatch.setitem(sys.modules, "optax", None)
-    assert "pip install 'jddim[train]'" in fails(*words, out)
+    assert install_line("train") in fails(*words, out)
 
 
 def test_the_same_on_devices_of_a_mesh(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from jddim.cli import (
     warmup,
 )
 from jddim.cli.options import OneLineParser, one_line, summary
+from jddim.installing import install_line
 
 GROUPS = {
     "Start": ("info", "convert", "sample", "serve", "doctor"),
@@ -78,7 +79,8 @@ def _no_device() -> str | None:
     try:
         jax.devices()
     except Exception:  # a RuntimeError, an AssertionError without a word
-        return f"jax has no device for JAX_PLATFORMS={asked} here: unset it, or pip install 'jddim[cuda12]' or [tpu]"
+        ways = f"{install_line('cuda12')} (on a TPU: [tpu])"
+        return f"jax has no device for JAX_PLATFORMS={asked} here: unset it, or {ways}"
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jddim.cli.options import add_request, request_of, say
 from jddim.config import METHODS
+from jddim.installing import install_line
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -67,7 +68,7 @@ def _serve(args: argparse.Namespace) -> int:
         from jddim.serve.connections import Timed
         from jddim.serve.site import Site, is_address, loopback
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"jddim serve needs {error.name}: pip install 'jddim[web]'") from error
+        raise ModuleNotFoundError(f"jddim serve needs {error.name}: {install_line('web')}") from error
     from jddim.checkpoint.folder import load_metadata
     from jddim.serve.request import Bounds
 
