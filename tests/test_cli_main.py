@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 
+from jddim.cli.doctor import PACKAGES
 from jddim.cli.main import GROUPS, _parser, main
+from jddim.cli.options import print_json
 
 pytestmark = pytest.mark.quick
 
@@ -42,6 +45,28 @@ def test_each_command_stands_in_one_line_of_one_group(capsys: pytest.CaptureFixt
 def test_an_unknown_command(fails, word: str, said: str) -> None:
     assert said in fails(word, "a", "b", status=2)
     assert "unrecognized arguments: --stepz" in fails("--stepz", status=2)
+
+
+def test_doctor_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 1  # in Python nobody keeps programs
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"].keys() == set(PACKAGES)
+    assert found["devices"][0]["platform"] == "cpu"
+    assert (found["programs"], found["cache"]) == (None, None)
+
+
+def test_numbers_that_json_has_not_are_null(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [float("nan"), -float("inf"), 1e-300, "NaN", None]})
+    text = capsys.readouterr().out
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert found == {"a": [None, None, 1e-300, "NaN", None]}
+
+
+def test_a_mistake_prints_no_document(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["info", "absent"], ["diff", "a", "b"], ["schedule", "--eta", "-1"], ["verify", "a", "b"]):
+        assert main([*words, "--json"]) == 1
+        told = capsys.readouterr()
+        assert (told.out, told.err.count("\n")) == ("", 1)
 
 
 def test_help_waits_for_nothing_heavy() -> None:

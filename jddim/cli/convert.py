@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jddim import converting
-from jddim.cli.options import say
+from jddim.cli.options import add_json, print_json, say
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -48,6 +48,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("ckpt", type=Path)
     sub.add_argument("src", help="the file, folder or hub id that it was converted from")
     sub.add_argument("--config", type=Path, action="append", metavar="FILE", help="as given to convert")
+    add_json(sub)
 
 
 def source_options(sub: argparse.ArgumentParser) -> None:
@@ -106,7 +107,10 @@ def _verify(args: argparse.Namespace) -> int:
     from jddim.files import atomic
 
     result = converting.verify(args.ckpt, args.src, config=args.config)
-    print(result)
+    if args.json:
+        print_json(result.to_json())
+    else:
+        print(result)
     with atomic(Path(args.ckpt) / "verify.json") as staging:
         staging.write_text(json.dumps(result.to_json(), indent=2) + "\n")
     if result.first_bad is not None:
@@ -116,7 +120,9 @@ def _verify(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    print(f"equal: largest error of the output {result.output_error:.1e} of its scale; kept in {args.ckpt}/verify.json")
+    if not args.json:
+        kept = f"kept in {args.ckpt}/verify.json"
+        print(f"equal: largest error of the output {result.output_error:.1e} of its scale; {kept}")
     return 0
 
 

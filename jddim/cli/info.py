@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jddim import converting
 from jddim.cli.convert import settings, source_options
-from jddim.cli.options import printable
+from jddim.cli.options import add_json, print_json, printable
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -21,6 +21,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     sub.add_argument("a", type=Path, help="a checkpoint folder, .npy or .npz samples, .json or .png settings")
     sub.add_argument("b", type=Path, help="another of the same kind")
+    add_json(sub)
 
     sub = command(
         "cite",
@@ -34,13 +35,17 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "info",
         _info,
         "say what a checkpoint is, and how to convert it\nA jddim folder, or a PyTorch file; nothing in it is run.",
-        "mnist\nckpt.pth",
+        "mnist\nmnist --json\nckpt.pth",
     )
     sub.add_argument("path")
+    add_json(sub)
     source_options(sub)
 
 
 def _info(args: argparse.Namespace) -> int:
+    if args.json and (found := converting.recorded(args.path)) is not None:
+        print_json(found)
+        return 0
     lines = converting.info(
         args.path,
         config=args.config,
@@ -50,7 +55,10 @@ def _info(args: argparse.Namespace) -> int:
         variant=args.variant,
         revision=args.revision,
     )
-    print("\n".join(map(printable, lines)))
+    if args.json:
+        print_json({"source": args.path, "lines": lines})
+    else:
+        print("\n".join(map(printable, lines)))
     return 0
 
 
@@ -58,6 +66,9 @@ def _diff(args: argparse.Namespace) -> int:
     from jddim.checkpoint.diff import diff, table
 
     rows = diff(args.a, args.b)
+    if args.json:
+        print_json({"a": str(args.a), "b": str(args.b), "differences": [row._asdict() for row in rows]})
+        return int(bool(rows))
     print("\n".join(map(printable, [*table(rows).split("\n"), f"{len(rows)} differ"])) if rows else "equal")
     return int(bool(rows))
 
