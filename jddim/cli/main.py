@@ -11,6 +11,7 @@ from typing import Any
 from jddim import __version__, interrupt
 from jddim.cli import (
     bulk,
+    completion,
     convert,
     doctor,
     edit,
@@ -34,7 +35,7 @@ GROUPS = {
     "Sample": ("edit", "interpolate", "invert", "warmup"),
     "Research": ("schedule", "sweep", "evaluate", "train"),
     "Scale": ("bulk", "collect", "check", "reproduce", "export"),
-    "Files": ("verify", "diff", "cite", "export-torch"),
+    "Files": ("verify", "diff", "cite", "export-torch", "completion"),
 }
 """The commands as `jddim --help` shows them, and the site."""
 
@@ -128,6 +129,7 @@ def _parser() -> OneLineParser:
         info,
     ):
         module.add(command)
+    completion.add(command, commands.choices)
     lines = ["DDIM sampling in JAX for diffusion models trained in PyTorch."]
     for group, names in GROUPS.items():
         lines += ["", f"{group}:", *(f"  {name:<12}  {summary(commands.choices[name])}" for name in names)]

@@ -37,7 +37,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--train-timesteps", type=int, default=1000, metavar="T", help="without a checkpoint (default 1000)"
     )
     sub.add_argument("--spacing", metavar="NAME", help=SPACING_NAMES)
-    sub.add_argument("--steps", type=int, metavar="S")
+    sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's, or 50")
     sub.add_argument("--eta", type=float, default=1.0, metavar="E", help="for sigma (default 1)")
     sub.add_argument(
         "--compare", metavar="NAME", help="another spacing's table beside it: what the paper does, what diffusers does"
