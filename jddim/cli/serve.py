@@ -21,7 +21,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "serve",
         _serve,
-        "open a page in the browser that samples while one looks\n"
+        "serve a page for the browser that samples while one looks\n"
         "Sliders, previews, eta strips, drawn digits (docs/serve.md). Needs jddim[web].",
         "mnist\nmnist cifar10 --port 8123 --methods ddim,dpm++2m\nmnist --host 0.0.0.0",
     )
