@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import yaml
 
 import jddim
+from jddim.checkpoint.card import ALL_ZERO
 from jddim.checkpoint.folder import CheckpointError, check_destination, load_metadata, load_params, save_checkpoint
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import did_you_mean, to_json
@@ -26,7 +28,7 @@ from jddim.models.building import abstract_model, build_model, flat_params
 from . import verify as verification
 from .engine import ConversionError, UnsettledError, fill, refusing
 from .families import Family, Plan, Source
-from .files.pickles import plain
+from .files.pickles import plain, printable
 from .files.readers import sha256
 from .files.shards import read_weights
 from .recognition import as_asked, recognise
@@ -78,6 +80,8 @@ def convert(
         say(
             f"  verified: largest error {result.output_error:.1e} of the output's scale, against PyTorch {result.torch}"
         )
+        if result.all_zero:
+            say(f"  WARNING: {ALL_ZERO}")
         figure = result.to_json()
     else:
         say("  not verified (--no-verify), and recorded as such")
@@ -92,8 +96,10 @@ def convert(
         "weights": source.weights,
         "step": source.step,
         "assumed": list(plan.assumed),
+        **({"unchecked": list(plan.unchecked)} if plan.unchecked else {}),
         "ignored": dict(plan.ignored),
         "notes": list(plan.notes),
+        **({"warnings": list(plan.warnings)} if plan.warnings else {}),
         "wording": plan.wording.to_json(told),
         "reference_options": dict(plan.reference_options),
         "verification": figure,
@@ -157,14 +163,18 @@ def describe(
     source = as_asked(family.placed(source, origin.file, contents), weights, str(src))
     facts = [f"  config      {file}" for file in files] or ["  config      none beside it"]
     try:
-        plan = family.plan(source.tensors, contents, _with_preset(family, preset, settings))
+        told_settings = _with_preset(family, preset, settings)
+        plan = family.plan(source.tensors, contents, told_settings)
         _params(family, source, plan)
         facts += [
             f"  {name:<11} {to_json(part)}"
             for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
         ]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
+        if plan.unchecked:
+            facts.append(f"  told        not checked by the file: {_pairs(plan.unchecked, told_settings)}")
         facts += [f"  note        {note}" for note in plan.notes]
+        facts += [f"  WARNING     {warning}" for warning in plan.warnings]
     except UnsettledError as error:
         facts.append(f"  needs       {error}")
         if fitting := [] if preset else _fitting_presets(family, source, contents, settings):
@@ -177,7 +187,7 @@ def describe(
         ):
             facts.append(f"  refused     {misfit}")
             command = []
-    except ConversionError as error:
+    except ValueError as error:  # ConversionErrors, and what a network refuses when it is made
         facts.append(f"  refused     {error}")
         command = []
     return [
@@ -223,17 +233,21 @@ def _open(
     if source.taken:
         say(f"  taken: {_taken(source)}")
     for file in files:
-        say(f"  config: {file}" + ("" if file in given else " (found beside the checkpoint)"))
+        say(f"  config: {file}" + ("" if file in given else " (found)"))
     with refusing(src):
         settings = _with_preset(family, preset, settings)
         plan = family.plan(source.tensors, contents, settings)
     say(f"  model: {plan.model.summary}")
     for fact in plan.assumed:
         say(f"  assumed: {fact}")
+    if plan.unchecked:
+        say(f"  told, not checked by the file: {_pairs(plan.unchecked, settings)}")
     for name, reason in plan.ignored.items():
         say(f"  ignored: {name}: {reason}")
     for note in plan.notes:
         say(f"  note: {note}")
+    for warning in plan.warnings:
+        say(f"  WARNING: {warning}")
     return _Opened(family, source, plan, files, settings)
 
 
@@ -282,11 +296,11 @@ def _misfit(
 def _params(family: Family, source: Source, plan: Plan) -> dict[str, np.ndarray]:
     """The model's parameters. Raises ConversionError with every tensor that does not fit."""
     expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
-    return fill(source.tensors, expected, plan.rules, plan.ignored, family.pointwise)
+    return fill({**source.tensors, **plan.implied}, expected, plan.rules, plan.ignored, family.pointwise)
 
 
 def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> Verification:
-    tensors = {name: value for name, value in source.tensors.items() if name not in plan.ignored}
+    tensors = {n: value for n, value in {**source.tensors, **plan.implied}.items() if n not in plan.ignored}
     return verification.verify(
         build_model(plan.model, verification.in_place(params)),
         tensors,
@@ -358,8 +372,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         text = path.read_text()
-        # YAML 1.1 is no superset of JSON: it takes 1e-06 for text
-        contents = json.loads(text, parse_int=_integer) if kind == "JSON" else yaml.load(text, Loader=_ConfigLoader)
+        if kind == "JSON":  # of which YAML 1.1 is no superset: it takes 1e-06 for text
+            contents = json.loads(text, parse_int=_integer)
+        else:
+            contents = _flags(text) or yaml.load(text, Loader=_ConfigLoader)
         contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
     except yaml.constructor.ConstructorError as error:
         raise ConversionError(
@@ -374,6 +390,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     return contents
 
 
+def _flags(text: str) -> dict[str, Any]:
+    """An absl flagfile's lines: `--name=value`, whose text is kept, or `--name`; a name that is repeated has a list."""
+    found: dict[str, list[Any]] = {}
+    for name, equals, value in re.findall(r"^--(\w+)(=?)(.*)$", text, re.MULTILINE):
+        found.setdefault(name, []).append(value if equals else True)
+    return {name: values if len(values) > 1 else values[0] for name, values in found.items()}
+
+
 def _weights(source: Source) -> str:
     step = "" if source.step is None else f", step {source.step:,}"
     return source.weights + step + (f" ({source.note})" if source.note else "")
@@ -381,6 +405,10 @@ def _weights(source: Source) -> str:
 
 def _taken(source: Source) -> str:
     return source.taken + (f", beside {source.beside}" if source.beside else "")
+
+
+def _pairs(names: Iterable[str], settings: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} = {printable(settings[name], 80)}" for name in names)
 
 
 def _versions() -> dict[str, str | None]:

@@ -39,7 +39,9 @@ def export(
     if format is None:
         own = FAMILIES[metadata.provenance["family"]].formats if metadata.provenance.get("family") in FAMILIES else {}
         if not own:
-            raise ConversionError(f"{ckpt} does not say where it came from; give --format, one of {', '.join(known)}")
+            raise ConversionError(
+                f"{ckpt} comes from no family that has a format to write; give --format, one of {', '.join(known)}"
+            )
         format = next(iter(own))
     if format not in known:
         raise ConversionError(f"unknown format {format!r}{did_you_mean(format, known)}")

@@ -23,15 +23,17 @@ _MARKS = {
     r"adaLN_modulation\.|transformer_blocks\.\d+\.norm1\.emb\.": (
         "is a diffusion transformer (DiT and its like); this family is not supported"
     ),
-    r"(^|\.)conv_in\.conv\.": "is a network of MONAI's (DiffusionModelUNet and its like); this family is not supported",
+    r"controlnet_": "is a ControlNet, which goes with another network",
+    r"(^|\.)conv_in\.conv\.": (
+        "is a network of MONAI's, but no whole DiffusionModelUNet (down_blocks, middle_block, time_embed)"
+    ),
     r"(^|\.)map_layer0\.": "is an EDM network (SongUNet or DhariwalUNet); this family is not supported",
     r"(^|\.)all_modules\.": "is a score_sde model; this family is not supported",
-    r"timembedding\.": "is a model of w86763777/pytorch-ddpm's; this family is not supported",
+    r"timembedding\.": "has a timembedding as w86763777/pytorch-ddpm's networks have, but too few of their blocks",
     r"down_blocks\..*transformer_blocks\.": (
         "is a diffusers model with cross-attention to text; jddim's take class labels or nothing"
     ),
     r"(^|\.)(encoder\.down|decoder\.up)": "is an autoencoder, not a diffusion model in pixel space",
-    r"controlnet_": "is a ControlNet, which goes with another network",
     r"down_blocks\.": (
         "has down_blocks as diffusers' networks have, but too few names of a UNet2DModel, the class that jddim reads "
         "(down_blocks.N.resnets, time_embedding, conv_norm_out)"

@@ -16,6 +16,7 @@ import numpy as np
 from . import foreign
 from .engine import ConversionError, shortened
 from .families import FAMILIES, Family, Source
+from .families.base import check_companions
 from .files.pickles import printable
 
 LEVELS = 4
@@ -26,8 +27,6 @@ _LIST = ("model", "optimizer", "epoch", "step", "ema")
 _AVERAGE = re.compile(r"(^|_)(ema|shadow|average|averaged)(_|\.?$)", re.IGNORECASE)
 _NOT_AVERAGE = re.compile(r"(^|_)online(_|\.?$)", re.IGNORECASE)  # ema_pytorch's name for what it averages
 _STEPS = ("step", "global_step", "iteration", "iter", "it")
-_FIRST_STAGES = frozenset({"vae", "vqvae", "vqmodel", "autoencoder", "first_stage", "first_stage_model"})
-_CONDITIONERS = frozenset({"cond_stage_model", "conditioner", "text_encoder", "text_encoder_2", "text_model"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ def recognise(raw: Any, name: str, weights: str | None = None) -> tuple[Family, 
     if not sets:
         raise refusal
     place, source = _chosen(sets, contents, name, weights, notes)
-    _refuse_latents(place, name)
+    check_companions(name, place.label, (key.removesuffix(".") for step in place.beside for key in step))
     return place.family, source
 
 
@@ -155,12 +154,26 @@ def _opened(place: _Place, name: str) -> Source:
         raise ConversionError(f"{where} holds, with and without a prefix, {shortened(list(place.clashes))}")
     source = place.family.open_source(place.state, where)
     beside = [_shown(key, value) for step in place.beside for key, value in step.items() if value is not None]
-    note = source.note
-    if any("betas" in step for step in place.beside):
+    note, tensors = source.note, source.tensors
+    buffers = {
+        name: step[name]
+        for step in place.beside
+        for name in place.family.buffers
+        if isinstance(step.get(name), np.ndarray)
+    }
+    if buffers and buffers.keys() == place.family.buffers:
+        tensors = {**buffers, **tensors}
+    elif any("betas" in step for step in place.beside):
         betas = "betas lie beside them, which this family does not read: see that the schedule is theirs"
         note = f"{note}; {betas}" if note else betas
     return dataclasses.replace(
-        source, weights=place.said, step=place.step, note=note, taken=place.label, beside=shortened(beside, 8)
+        source,
+        tensors=tensors,
+        weights=place.said,
+        step=place.step,
+        note=note,
+        taken=place.label,
+        beside=shortened(beside, 8),
     )
 
 
@@ -178,7 +191,8 @@ def _chosen(sets: list[_Set], contents: Any, name: str, weights: str | None, not
     """One of the sets, by the rules that `recognise` says. notes: why averages in the file are none of them."""
     others = _different([item for item in sets if item[1].weights != "ema"])
     averaged: list[_Set] = []
-    for place, source in [*(item for item in sets if item[1].weights == "ema"), *_lists(contents, others, notes)]:
+    found = [item for item in sets if item[1].weights == "ema"]
+    for place, source in [*found, *_lists(contents, others, notes), *_dotless(others)]:
         if not others:
             averaged.append((place, source))
         elif twins := [other for of, other in others if of.family is place.family and _same(place, source, other)]:
@@ -252,21 +266,22 @@ def _lists(contents: Any, others: Sequence[_Set], notes: list[str], path: tuple[
             notes.append(f"{label} is a list of {len(value)} tensors without names, not those of a model in this file")
 
 
+def _dotless(others: Sequence[_Set]) -> Iterator[_Set]:
+    """EMAs of a module that lies beside them, under its names without the dots: CompVis' LitEma."""
+    for place, source in others:
+        names = [name for name in source.tensors if name not in place.family.buffers]
+        for i, step in enumerate(place.beside):
+            dotless = {name: "".join([*place.path[i + 1 :], name]).replace(".", "") for name in names}
+            for key, value in step.items():
+                if not _AVERAGE.search(key) or not isinstance(value, Mapping):
+                    continue
+                tensors = {n: value[short] for n, short in dotless.items() if isinstance(value.get(short), np.ndarray)}
+                if tensors.keys() == dotless.keys():
+                    label = ".".join(printable(part.removesuffix(".")) for part in (*place.path[:i], key))
+                    yield place, dataclasses.replace(source, tensors=tensors, weights="ema", taken=label)
+
+
 def _listed(sets: Sequence[_Set]) -> str:
     return shortened(
         [f"{source.weights} ({source.taken or 'the file itself'}: {place.family.title})" for place, source in sets]
     )
-
-
-def _refuse_latents(place: _Place, name: str) -> None:
-    beside = {key.removesuffix(".") for step in place.beside for key in step}
-    if stages := sorted(beside & _FIRST_STAGES):
-        raise ConversionError(
-            f"{name} holds a network of latents ({place.label}) and the first stage that turns them into images "
-            f"({', '.join(stages)}), for which jddim has no decoder yet"
-        )
-    if conditioners := sorted(beside & _CONDITIONERS):
-        raise ConversionError(
-            f"{name} holds a network ({place.label}) and what encodes its conditions ({', '.join(conditioners)}); "
-            "jddim's networks take class labels or nothing"
-        )

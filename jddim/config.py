@@ -220,8 +220,9 @@ class UNetConfig:
         """The network in one line, for people."""
         return (
             f"{self.image_size[0]}x{self.image_size[1]}x{self.in_channels}, ch {self.channels}, "
-            f"mult {','.join(f'{mult:g}' for mult in self.channel_mults)}, {self.num_res_blocks} blocks a level, "
-            f"attention at levels {','.join(map(str, self.attention_levels)) or 'none'}"
+            f"mult {','.join(f'{mult:g}' for mult in self.channel_mults)}, "
+            f"{counted(self.num_res_blocks, 'block')} a level, "
+            f"attention at {_resolutions(self.image_size, self.attention_levels)}, {_labels(self)}"
             + (f", given an image of {self.condition_channels} channels" if self.condition_channels else "")
         )
 
@@ -318,6 +319,10 @@ class UNetConfig:
                 f"every level's width must be a multiple of norm_groups={groups}: channels={self.channels} "
                 f"with channel_mults={self.channel_mults} gives {list(widths)}"
                 f"; take channels from {groups}, {2 * groups}, {3 * groups}, ..."
+            )
+        if self.middle and self.mid_attention and self.mid_norm_groups and self.widths[-1] % self.mid_norm_groups:
+            problems.append(
+                f"the middle's width {self.widths[-1]} must be a multiple of mid_norm_groups={self.mid_norm_groups}"
             )
         attended = [
             (width, up) for i, width in enumerate(self.widths) for up in (False, True) if self.has_attention(i, up=up)
@@ -417,10 +422,11 @@ class LucidrainsConfig:
     @property
     def summary(self) -> str:
         """The network in one line, for people."""
-        full = [str(level) for level, full in enumerate(self.full_attention) if full]
+        full = [level for level, full in enumerate(self.full_attention) if full]
         return (
             f"{self.image_size[0]}x{self.image_size[1]}x{self.in_channels}, ch {self.channels}, "
-            f"mult {','.join(map(str, self.channel_mults))}, full attention at levels {','.join(full) or 'none'}"
+            f"mult {','.join(map(str, self.channel_mults))}, "
+            f"full attention at {_resolutions(self.image_size, full)}, {_labels(self)}"
             + (", self-conditioned" if self.self_condition else "")
         )
 
@@ -459,6 +465,19 @@ class LucidrainsConfig:
 
 
 LUCIDRAINS_TIME_EMBEDDINGS = ("sinusoidal", "learned")
+
+
+def _resolutions(image_size: tuple[int, int], levels: Iterable[int]) -> str:
+    """The sizes of levels, for people, who count them from 0 or from 1."""
+    height, width = image_size
+    return ",".join(f"{height >> level}x{width >> level}" for level in levels) or "no level"
+
+
+def _labels(config: ModelConfig) -> str:
+    """What labels a network takes, for people."""
+    if config.num_classes is not None:
+        return "1 class" if config.num_classes == 1 else f"{config.num_classes:,} classes"
+    return {None: "no classes", "timestep": "labels are numbers"}.get(config.class_embedding, "labels are vectors")
 
 
 MOST, MOST_LEVELS, MOST_BLOCKS = 1_000_000, 16, 100

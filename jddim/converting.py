@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jddim.checkpoint.card import ALL_ZERO
 from jddim.installing import install_line
 
 if TYPE_CHECKING:  # it imports jax, which the command line must not wait for
@@ -41,7 +42,8 @@ class Verification:
 
     blocks: name -> largest absolute error over the reference block's largest magnitude, in forward order; the last
     is the network's output. t, image_size (height, width), seed: the inputs `(len(t), height, width, channels)`, of
-    normal numbers. torch, jax: versions. tolerance: the largest error that passes.
+    normal numbers. torch, jax: versions. tolerance: the largest error that passes. all_zero: PyTorch's output was, as
+    it is where a network's last layer starts at zero and was not trained.
     """
 
     blocks: Mapping[str, float]
@@ -51,6 +53,7 @@ class Verification:
     torch: str
     jax: str
     tolerance: float
+    all_zero: bool = False
 
     @property
     def output_error(self) -> float:
@@ -77,7 +80,7 @@ class Verification:
         for name, error in self.blocks.items():
             mark = "" if error <= self.tolerance else "  out of tolerance"
             lines.append(f"{name:<{width}}  {error:.2e}{mark}{' (first)' if name == self.first_bad else ''}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *([ALL_ZERO] if self.all_zero else [])])
 
 
 def convert(

@@ -162,6 +162,26 @@ def openai_timesteps(num_train_timesteps: int, num_steps: int) -> Timesteps:
     return section_timesteps(T, [S])
 
 
+def openai_ddim_timesteps(num_train_timesteps: int, num_steps: int) -> Timesteps:
+    """OpenAI's DDIM in S steps, as its documentation asks for them: of `openai_respacing`.
+
+    >>> openai_ddim_timesteps(1000, 4)
+    array([750, 500, 250,   0])
+    """
+    T, S = _check(num_train_timesteps, num_steps)
+    return make_timesteps(openai_respacing(T, S), T)
+
+
+def openai_respacing(num_train_timesteps: int, num_steps: int) -> str:
+    """The timestep_respacing of OpenAI's DDIM for S steps: "ddimS" where a stride makes it, else "S", one section.
+
+    >>> openai_respacing(1000, 25), openai_respacing(1000, 60)
+    ('ddim25', '60')
+    """
+    fits = any(len(range(0, num_train_timesteps, stride)) == num_steps for stride in range(1, num_train_timesteps))
+    return f"ddim{num_steps}" if fits else str(num_steps)
+
+
 SPACINGS: dict[str, Callable[[int, int], Timesteps]] = {
     "linspace": linspace_timesteps,
     "uniform": uniform_timesteps,
@@ -170,6 +190,7 @@ SPACINGS: dict[str, Callable[[int, int], Timesteps]] = {
     "trailing": trailing_timesteps,
     "linspace_diffusers": linspace_diffusers_timesteps,
     "openai": openai_timesteps,
+    "openai_ddim": openai_ddim_timesteps,
 }
 
 

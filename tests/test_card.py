@@ -14,7 +14,7 @@ import pytest
 from tiny import SETTINGS, arrays, small_config, tree, write_checkpoint
 
 from jddim.checkpoint import folder as checkpoint
-from jddim.checkpoint.card import NAME, card, lines
+from jddim.checkpoint.card import ALL_ZERO, NAME, card, lines
 from jddim.checkpoint.folder import load_metadata, load_params, save_checkpoint
 from jddim.checkpoint.metadata import Metadata
 from jddim.cli.main import main
@@ -101,6 +101,7 @@ def test_info_is_a_card() -> None:
 
 def test_infos_other_facts() -> None:
     provenance = {"training": {"null_label": 6, "lr": 0.1}, "verification": {"skipped": True, "reason": "no torch"}}
+    provenance["unchecked"] = ["num_heads"]
     classes = {"class_embedding": "learned", "num_classes": 7}
     betas = ScheduleConfig("betas", 3, betas=(0.1, 0.2, 0.3))
     text = infos(provenance, SamplerConfig(clip=False), betas, **classes)
@@ -110,6 +111,9 @@ def test_infos_other_facts() -> None:
     assert "training        null_label=6, lr=0.1" in text
     assert "verification    skipped (no torch); jddim verify CKPT SRC does it" in text
     assert "license         not stated" in text
+    assert "unchecked       num_heads: told, not checked by the file" in text
+    zero = infos({"verification": {**PROVENANCE["verification"], "all_zero": True}}, SamplerConfig(), betas)
+    assert "verification    3.2e-07 of the output's scale, against PyTorch 2.6; " + ALL_ZERO in zero
 
 
 def test_info_for_programs_has_all_that_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

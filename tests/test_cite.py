@@ -78,6 +78,8 @@ def test_the_parser_refuses_what_bibtex_would() -> None:
         ({"family": "ho"}, ["ho2020ddpm"]),
         ({"family": "diffusers"}, ["ho2020ddpm", "diffusers"]),
         ({"family": "lucidrains"}, ["ho2020ddpm", "denoising-diffusion-pytorch"]),
+        ({"family": "pytorch_ddpm"}, ["ho2020ddpm", "pytorch-ddpm"]),
+        ({"family": "monai"}, ["ho2020ddpm", "pinaya2023monai"]),
         ({"family": "openai", "preset": "guided-256"}, ["ho2020ddpm", "dhariwal2021guided"]),
         ({"family": "openai", "preset": "improved-cifar10"}, ["ho2020ddpm", "nichol2021improved"]),
         ({"family": "openai", "preset": None}, ["ho2020ddpm", "nichol2021improved", "dhariwal2021guided"]),

@@ -128,6 +128,17 @@ def test_labels_of_a_model_without_classes(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "out.npy").exists()
 
 
+@pytest.mark.parametrize(
+    ("steps", "said"), [("20", "(ddim20, eta "), ("60", "(60 sectioned, as no stride makes ddim60, eta ")]
+)
+def test_openais_spacing_is_said(
+    conditional: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: str, said: str
+) -> None:
+    options = ["--labels", "1", "--num", "1", "--spacing", "openai_ddim", "--steps", steps]
+    assert main(["sample", str(conditional), str(tmp_path / "out.npy"), *options]) == 0
+    assert said in capsys.readouterr().out
+
+
 def test_help_names_every_spacing() -> None:
     assert set(SPACINGS) <= set(SPACING_NAMES.replace(" or ", ", ").split(", "))
 

@@ -44,6 +44,22 @@ def test_round_trip(config) -> None:
     assert from_json(type(config), json.loads(json.dumps(to_json(config)))) == config
 
 
+@pytest.mark.parametrize(
+    ("fields", "end"),
+    [
+        ({}, "2 blocks a level, attention at 8x12, no classes"),
+        ({"attention_levels": (0, 2)}, "attention at 16x24,4x6, no classes"),
+        ({"attention_levels": (), "num_res_blocks": 1}, "1 block a level, attention at no level, no classes"),
+        ({"class_embedding": "learned", "num_classes": 1000}, ", 1,000 classes"),
+        ({"class_embedding": "learned", "num_classes": 1}, ", 1 class"),
+        ({"class_embedding": "timestep"}, ", labels are numbers"),
+        ({"class_embedding": "identity"}, ", labels are vectors"),
+    ],
+)
+def test_a_summary_has_resolutions_and_classes(fields: dict, end: str) -> None:
+    assert UNetConfig((16, 24), **fields).summary.endswith(end)
+
+
 def test_unknown_and_missing_keys_raise_together() -> None:
     with pytest.raises(
         ValueError, match=r"unknown key 'chanels' \(did you mean 'channels'\?\); missing key 'image_size'"

@@ -48,7 +48,7 @@ def test_the_config_survives_json() -> None:
     assert wiring_of(CONFIG) == "lucidrains"
     assert from_json(MODELS["lucidrains"][0], json.loads(json.dumps(to_json(CONFIG)))) == CONFIG
     assert (CONFIG.input_channels, CONFIG.widths, CONFIG.stem, CONFIG.size_factor) == (2, (4, 8), 4, 2)
-    assert "full attention at levels 1, self-conditioned" in CONFIG.summary
+    assert "full attention at 3x5, no classes, self-conditioned" in CONFIG.summary
 
 
 def test_everything_wrong_with_a_config_is_in_one_message() -> None:

@@ -127,6 +127,9 @@ def test_openai_spacings() -> None:
     assert (len(sections), sections[25], sections[-1]) == (45, 200, 299)
     assert make_timesteps("20", 300).tolist() == make_timesteps("openai", 300, 20).tolist()
     assert make_timesteps("openai", 1000, 1).tolist() == [0]
+    for S in (1, 25, 60, 334):
+        alike = f"ddim{S}" if S in feasible else str(S)
+        assert make_timesteps("openai_ddim", 1000, S).tolist() == make_timesteps(alike, 1000).tolist()
     for spacing, message in (("200,1", "length"), ("0,5", "length"), ("ddim0", r"1\.\.300")):
         with pytest.raises(ValueError, match=message):
             make_timesteps(spacing, 300)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from . import diffusers, ho, lucidrains, openai
+from . import diffusers, ho, lucidrains, monai, openai, pytorch_ddpm
 from .base import Family, Plan, Source
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (ho.FAMILY, diffusers.FAMILY, openai.FAMILY, lucidrains.FAMILY)
+    module.FAMILY.name: module.FAMILY for module in (ho, pytorch_ddpm, monai, diffusers, openai, lucidrains)
 }
+"""In the order in which they are asked: diffusers would take MONAI's names for its own where a file is damaged."""
 
 __all__ = ["FAMILIES", "Family", "Plan", "Source"]

@@ -59,9 +59,12 @@ class Wording:
 class Plan:
     """How a source becomes a model: everything inferred, told or assumed, and the rename table.
 
-    assumed: sentences, each a fact that neither the tensors nor the user gave. notes: what else a user should know.
+    assumed: sentences, each a fact that neither the tensors nor the user gave. notes: what else a user should know;
+    warnings: of that, what makes the samples wrong if it is not so. unchecked: the settings that the user gave and that
+    the tensors would not contradict if they were wrong; how to sample is none of them.
     reference_options: what `Family.reference` needs beside the model's config to load these tensors; kept in the
-    checkpoint's provenance, for the way back. wording: of schedule and sampler.
+    checkpoint's provenance, for the way back. wording: of schedule and sampler. implied: tensors that the source's
+    network has the effect of, and its file not, or with other numbers in it: they take the place of the file's.
     """
 
     model: ModelConfig
@@ -71,8 +74,11 @@ class Plan:
     ignored: Mapping[str, str]
     assumed: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     reference_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     wording: Wording = Wording()
+    implied: Tensors = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +119,28 @@ class Family:
     config_section: Callable[[Mapping[str, Any]], str] | None = None
     placed: Callable[[Source, Path, Mapping[str, Any] | None], Source] = lambda source, weights, config: source
     hub_files: Callable[[str | None], Sequence[Sequence[str]]] | None = None
+
+
+_FIRST_STAGES = frozenset({"vae", "vqvae", "vqmodel", "autoencoder", "first_stage", "first_stage_model"})
+_CONDITIONERS = frozenset({"cond_stage_model", "conditioner", "text_encoder", "text_encoder_2", "text_model"})
+
+
+def check_companions(what: str, network: str, beside: Iterable[str]) -> None:
+    """Raises ConversionError if what lies beside a network says that it makes latents, or takes a text's encoding.
+
+    what: the file or folder, for the message. network: where in it. beside: the names of the other parts.
+    """
+    names = set(beside)
+    if stages := sorted(names & _FIRST_STAGES):
+        raise ConversionError(
+            f"{what} holds a network of latents ({network}) and the first stage that turns them into images "
+            f"({', '.join(stages)}), for which jddim has no decoder yet"
+        )
+    if conditioners := sorted(names & _CONDITIONERS):
+        raise ConversionError(
+            f"{what} holds a network ({network}) and what encodes its conditions ({', '.join(conditioners)}); "
+            "jddim's networks take class labels or nothing"
+        )
 
 
 C = TypeVar("C", bound=ModelConfig)

@@ -1,7 +1,8 @@
 """diffusers' UNet2DModel: pipeline folders, `unet/` and `unet_ema/` folders, bare weights beside a `config.json`.
 
-The network is told by `config.json` alone, the sampling by `scheduler_config.json` (`convert.families.diffusers_config`
-reads both); the tensors are checked against it. Older files name attention's tensors otherwise.
+The network is told by `config.json`, the sampling by `scheduler_config.json` (`convert.families.diffusers_config` reads
+both); the tensors are checked against it. Without `config.json` the tensors tell what they can. Older files name
+attention's tensors otherwise.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import Any
 
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import UNetConfig, did_you_mean
+from jddim.models.building import abstract_model, flat_params
 
 from ..engine import ConversionError, refuse, shortened
 from ..files.shards import INDEX
-from ..rules import Rules
+from ..rules import Fused, Rules, source_of, target_leaves, targets_of
 from ..writers import save_safetensors, torch_tensors
 from . import diffusers_config as configs
 from .base import Family, Plan, Source, of_wiring
-from .tensors import Tensors, check_tensors
+from .tensors import Tensors, check_tensors, common_size
 
 # -- the files --------------------------------------------------------------------------------------------------------
 
@@ -58,7 +60,7 @@ def locate(folder: Path, weights: str | None, variant: str | None) -> Path | Non
 
 def _newest_checkpoint(run: Path, weights: str | None, variant: str | None) -> Path | None:
     """The weights in the last `checkpoint-N` of a training run that has not finished, None if there is none."""
-    numbered = [path for path in run.iterdir() if re.fullmatch(r"checkpoint-\d{1,12}", path.name)]
+    numbered = [path for path in run.iterdir() if _CHECKPOINT.fullmatch(path.name)]
     for path in sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         if path.is_dir() and (file := locate(path, weights, variant)) is not None:
             return file
@@ -66,6 +68,7 @@ def _newest_checkpoint(run: Path, weights: str | None, variant: str | None) -> P
 
 
 _NETWORKS = ("unet_ema", "unet")
+_CHECKPOINT = re.compile(r"checkpoint-\d{1,12}")
 
 
 def _weights_in(folder: Path) -> dict[str | None, Path]:
@@ -82,12 +85,17 @@ def _weights_in(folder: Path) -> dict[str | None, Path]:
 
 
 def config_files(weights: Path) -> Iterator[Path]:
-    """Where the two configs of a weights file lie: beside it, and in the pipeline's scheduler folder."""
-    yield weights.parent / "config.json"
-    yield weights.parent / "scheduler_config.json"
-    if weights.parent.name in _NETWORKS:
-        yield weights.parent.parent / "scheduler" / "scheduler_config.json"
-        yield weights.parent.parent / "scheduler_config.json"
+    """Where the configs of a weights file lie: beside it, in its pipeline's folder, and in that of its run."""
+    folder = weights.absolute().parent
+    yield folder / "config.json"
+    places = [folder, *([folder.parent] if folder.name in _NETWORKS else [])]
+    if _CHECKPOINT.fullmatch(places[-1].name):
+        places.append(places[-1].parent)
+        yield places[-1] / "unet" / "config.json"
+    for place in places:
+        yield place / "scheduler_config.json"
+        yield place / "scheduler" / "scheduler_config.json"
+        yield place / "model_index.json"
 
 
 def hub_files(variant: str | None) -> Sequence[Sequence[str]]:
@@ -154,13 +162,99 @@ def placed(source: Source, file: Path, config: Mapping[str, Any] | None) -> Sour
     )
 
 
+def infer(tensors: Tensors) -> dict[str, Any]:
+    """What names and shapes tell of a network, under `config.json`'s keys.
+
+    Facts are taken from several tensors each where there are several, so that a missing or misshapen one is reported as
+    such and not as another network. Raises ConversionError where the blocks do not add up.
+    """
+    found: dict[str, dict[int, Counter[str]]] = {"down": {}, "up": {}}
+    modules = {name.rpartition(".")[0] for name in tensors}
+    for name in modules:
+        if at := re.fullmatch(
+            r"(down|up)_blocks\.(\d{1,4})\.(resnets|attentions|\w+samplers)\.\d{1,4}\.(\w+)(\.0)?", name
+        ):
+            way, block, part, leaf, _ = at.groups()
+            found[way].setdefault(int(block), Counter())[f"{part}.{leaf}"] += 1
+    down, up = ([blocks[i] for i in sorted(blocks)] for blocks in found.values())
+    layers = Counter(block["resnets.conv1"] for block in down).most_common(1)[0][0] if down else 0
+    if not layers or len(down) != len(up) or any(sorted(blocks) != list(range(len(down))) for blocks in found.values()):
+        raise ConversionError(
+            f"the blocks do not add up to a UNet2DModel: {len(down)} down_blocks and {len(up)} up_blocks; is the file "
+            "whole?"
+        )
+
+    def width(i: int) -> int | None:
+        places = rf"(down_blocks\.{i}|up_blocks\.{len(down) - 1 - i})"
+        return common_size(tensors, rf"{places}\.resnets\.\d+\.(conv1|conv2|norm2)\.bias", 0)
+
+    def kind(block: Counter[str], count: int, word: str) -> str:
+        if 2 * block["attentions.to_q"] >= count:
+            return f"Attn{word}Block2D"
+        return f"Resnet{word}sampleBlock2D" if block[f"{word.lower()}samplers.conv1"] else f"{word}Block2D"
+
+    ends = common_size(tensors, r"conv_in\.weight", 1), common_size(tensors, r"conv_out\.(weight|bias)", 0)
+    widths = tuple(map(width, range(len(down))))
+    time = common_size(tensors, r"time_embedding\.linear_[12]\.(weight|bias)", 0)
+    if not all((*ends, *widths, time)):
+        raise ConversionError("too few tensors of the UNet2DModel are there to tell its shape; is the file whole?")
+    ratios = Counter(
+        tensors[name].size // max(tensors[conv].size, 1)
+        for name in tensors
+        if name.endswith("time_emb_proj.bias") and (conv := name.replace("time_emb_proj", "conv1")) in tensors
+    )
+    shift = bool(ratios) and ratios.most_common(1)[0][0] == 2
+    resampled = {
+        way: any(block["attentions.to_q"] and block[f"{way}samplers.conv1"] for block in blocks)
+        for way, blocks in (("down", down), ("up", up))
+    }
+    proj, classes = tensors.get("time_proj.weight"), tensors.get("class_embedding.weight")
+    embedding = "positional" if proj is None else "learned" if proj.ndim == 2 else "fourier"
+    middle = any(name.startswith("mid_block.") for name in modules)
+    facts = {
+        "in_channels": ends[0],
+        "out_channels": ends[1],
+        "time_embedding_type": embedding,
+        "time_embedding_dim": None if time == 4 * (widths[0] or 0) else time,
+        "down_block_types": tuple(kind(block, layers, "Down") for block in down),
+        "mid_block_type": "UNetMidBlock2D" if middle else None,
+        "up_block_types": tuple(kind(block, layers + 1, "Up") for block in up),
+        "block_out_channels": widths,
+        "layers_per_block": layers,
+        "downsample_type": "resnet" if resampled["down"] else "conv",
+        "upsample_type": "resnet" if resampled["up"] else "conv",
+        "resnet_time_scale_shift": "scale_shift" if shift else "default",
+        "num_class_embeds": classes.shape[0] or None if classes is not None and classes.ndim == 2 else None,
+    }
+    if middle:
+        facts["add_attention"] = "mid_block.attentions.0.to_q" in modules
+    if shift and "mid_block.attentions.0.group_norm" not in modules:
+        facts["attn_norm_num_groups"] = None
+    if "class_embedding.linear_1" in modules:
+        facts["class_embed_type"] = "timestep"
+    if proj is not None and embedding == "learned":
+        facts["num_train_timesteps"] = proj.shape[0] or None
+    return facts
+
+
 def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:
-    """The model, schedule and sampler of the two config files with --set over them."""
-    told = configs.read_configs(config, given)
-    model = configs.unet_config(told.unet)
+    """The model, schedule and sampler of the config files, or of the tensors, with --set over them."""
+    told = configs.read_configs(config, given, None if (config or {}).get("unet") else infer(tensors))
+    model = configs.unet_config(told)
+    beside = (
+        f"{model.condition_channels} channels in are an image's that the network is given beside x_t, "
+        f"{'before' if model.condition_first else 'after'} x_t's, as --set condition_first says",
+    )
     schedule = configs.schedule_config(told.scheduler)
     sampler = configs.sampler_config(told, model, schedule)
-    return Plan(model, schedule, sampler, rules(model), {}, told.defaulted, wording=configs.wording(told))
+    return Plan(
+        *(model, schedule, sampler, rules(model), {}),
+        assumed=told.defaulted,
+        notes=told.notes + (beside if model.condition_channels else ()),
+        unchecked=tuple(key for key in given if key in configs.UNTOLD),
+        warnings=told.warnings,
+        wording=configs.wording(told),
+    )
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -210,6 +304,27 @@ def reference(config: UNetConfig) -> Any:
 
     skipped = ("_class_name", "sample_size", "dropout")
     return ReferenceUNet2D(**{key: value for key, value in configs.unet_json(config).items() if key not in skipped})
+
+
+def reference_by(config: UNetConfig, table: Rules) -> Any:
+    """The same, to be loaded under the names that another source of this wiring has, by that source's rename table."""
+    module = reference(config)
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    leaves = flat_params(abstract_model(config))
+
+    def renamed(module: Any, state: dict[str, Any], *of_torch: Any) -> None:
+        tensors = {}
+        for name in list(state):
+            value, (source, _, kind) = state.pop(name), name.rpartition(".")
+            for target in targets_of(source, table):
+                pieces = target.split(value) if isinstance(target, Fused) else [value]
+                for leaf, piece in zip(target_leaves(target, kind, leaves), pieces, strict=False):
+                    own = source_of(leaf, rules(config))
+                    tensors[own] = piece.reshape(shapes[own])
+        state.update(tensors)
+
+    module.register_load_state_dict_pre_hook(renamed)
+    return module
 
 
 # -- back -------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ an option. What neither holds is an argument of `DDIMPipeline`'s call; ours go i
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +17,9 @@ from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
 from jddim.schedule import make_schedule
 
-from ..engine import ConversionError, cannot_hold, refuse, refusing
-from .base import Wording, check_sampler, checked, scaled_t
+from ..engine import ConversionError, cannot_hold, refuse, refusing, shortened
+from ..files.pickles import printable
+from .base import Wording, check_companions, check_sampler, checked, scaled_t
 from .values import boolean, integer, is_integer, literal, number, one_of, parse, positive, sides, whole
 
 # -- values: JSON's, or --set's text, to ours; a ValueError says what was wanted ---------------------------------------
@@ -73,6 +76,12 @@ def _or_none(reader: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _activation(value: Any) -> str:
     name = str(value).lower()
     return one_of("silu", "mish", "gelu", "relu")("silu" if name == "swish" else name)
+
+
+def _variance(value: Any) -> str:
+    """Null is DPM-Solver's way to say that the network predicts none."""
+    allowed = one_of("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range")
+    return "fixed_small" if value is None else allowed(value)
 
 
 _REFUSED_BLOCKS = {
@@ -179,7 +188,7 @@ SCHEDULER: Mapping[str, Option] = {
     "set_alpha_to_one": Option(True, boolean, "false: the last step ends at alpha_bar_0 (DDIMScheduler)"),
     "variance_type": Option(
         "fixed_small",
-        one_of("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"),
+        _variance,
         "the ancestral sampler's variance (DDPMScheduler)",
     ),
 }
@@ -188,7 +197,16 @@ CALL: Mapping[str, Option] = {
     "num_inference_steps": Option(50, _count, "default number of steps"),
     "eta": Option(0.0, number, "default eta"),
     "use_clipped_model_output": Option(False, boolean, "default for re-deriving eps from the clipped x0"),
+    "condition_first": Option(False, boolean, "of a network given an image beside x_t: its channels come before x_t's"),
 }
+
+UNTOLD = (
+    *("sample_size", "center_input_sample", "freq_shift", "flip_sin_to_cos", "mid_block_scale_factor", "act_fn"),
+    *("downsample_padding", "attention_head_dim", "norm_num_groups", "attn_norm_num_groups", "norm_eps"),
+    *("class_embed_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("rescale_betas_zero_snr", "prediction_type", "condition_first"),
+)
+"""The facts of a network and its training that no tensor tells."""
 
 SETTINGS: Mapping[str, str] = {key: option.meaning for part in (UNET, CALL, SCHEDULER) for key, option in part.items()}
 
@@ -196,34 +214,79 @@ SETTINGS: Mapping[str, str] = {key: option.meaning for part in (UNET, CALL, SCHE
 _OF_EMA = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 _OBSOLETE = ("tensor_format", "timestep_values", "predict_epsilon")
 
+_OF_OTHERS = (
+    *("addition_embed_type", "addition_time_embed_dim", "attention_type", "class_embeddings_concat"),
+    *("cross_attention_dim", "cross_attention_norm", "dual_cross_attention", "encoder_hid_dim", "num_attention_heads"),
+    *(
+        "only_cross_attention",
+        "resnet_out_scale_factor",
+        "resnet_skip_time_act",
+        "reverse_transformer_layers_per_block",
+    ),
+    *("time_embedding_act_fn", "transformer_layers_per_block", "upcast_attention"),
+    *("interpolation_type", "predict_x0", "predictor_order", "timestep_scaling", "timestep_type"),
+)
+"""Keys of diffusers' other networks and schedulers that look like one of these misspelt."""
+
 SCHEDULERS = ("DDIMScheduler", "DDPMScheduler")
+_OF_BETAS = re.compile(
+    r"(DDIM(Inverse|Parallel)|DDPMParallel|DEISMultistep|DPMSolver(Multistep(Inverse)?|SDE|Singlestep)|"
+    r"(Euler|EulerAncestral|Heun|KDPM2|KDPM2Ancestral|LMS)Discrete|PNDM|RePaint|SASolver|UnCLIP|UniPCMultistep)Scheduler"
+)
+"""The other schedulers with DDIM's process, its noise told by betas."""
+
+_OTHER_PROCESSES = {
+    r"Flow|LTXEuler|Helios|Piflow|MiniMax": "flow matching",
+    r"EDM|KarrasVe|CosineDPM": "EDM's, whose t is a sigma",
+    r"ScoreSde": "score_sde's",
+    r"^(CM|LCM|TCD|SCM|Consistency)": "a consistency model's",
+    r"VQ|Amused|BlockRefinement|EntropyBound|DiscreteDDIM": "one of discrete tokens",
+    r"CogVideoX": "one of betas with a shifted signal-to-noise ratio",
+    r"IPNDM|Wuerstchen": "a cosine in continuous t, without betas",
+    r"Proteina": "one of proteins' coordinates",
+}
+"""A mark of a scheduler's name -> its process."""
 
 
 def section(contents: Mapping[str, Any]) -> str:
-    """Which of the two files this is: "scheduler" or "unet"."""
+    """Which of the files this is: "scheduler", "unet", or "pipeline", which is model_index.json."""
+    kind = str(contents.get("_class_name"))
+    if kind.endswith("Pipeline") or "unet" in contents:
+        return "pipeline"
     schedules = {"beta_schedule", "trained_betas", "beta_start"} & contents.keys()
-    return "scheduler" if schedules or "Scheduler" in str(contents.get("_class_name")) else "unet"
+    return "scheduler" if schedules or "Scheduler" in kind else "unet"
 
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """Both files and --set, read: every key with a value. defaulted: sentences on the keys that nothing named."""
+    """The files and --set, read: every key with a value.
+
+    defaulted: sentences on the keys that nothing named; where there is no scheduler's file, its are in warnings.
+    """
 
     unet: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     call: Mapping[str, Any]
     defaulted: tuple[str, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
-def read_configs(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Told:
-    """The two files' contents, by `section`, with --set over them. Raises ConversionError with all that is wrong."""
-    files: dict[str, dict[str, Any]] = {name: dict((config or {}).get(name) or {}) for name in ("unet", "scheduler")}
-    problems = _class_problems(files)
-    if not files["unet"]:
-        problems.append(
-            "the tensors do not tell norm_num_groups, attention_head_dim and more; give UNet2DModel's config.json by "
-            "--config (none lies beside the weights)"
-        )
+def read_configs(
+    config: Mapping[str, Any] | None, given: Mapping[str, str], found: Mapping[str, Any] | None = None
+) -> Told:
+    """The files' contents, by `section`, with --set over them.
+
+    found: in place of config.json's contents, where there are none, what the tensors tell. Raises ConversionError with
+    all that is wrong; UnsettledError if that is but what they do not tell, and no default is safe for.
+    """
+    files: dict[str, dict[str, Any]] = {
+        name: dict((config or {}).get(name) or {}) for name in ("unet", "scheduler", "pipeline")
+    }
+    parts_there = (name for name, value in files["pipeline"].items() if isinstance(value, list) and any(value))
+    check_companions("the pipeline of model_index.json", "unet", parts_there)
+    problems, notes = _class_problems(files)
+    refuse(problems)  # the keys are another class's
     problems += [f"unknown --set key {key!r}{did_you_mean(key, SETTINGS)}" for key in given if key not in SETTINGS]
     call = files["scheduler"].pop("_jddim", {})
     if not isinstance(call, Mapping):
@@ -241,28 +304,109 @@ def read_configs(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> 
         mine = {key for key in options if key in given and not (name == "unet" and key in SCHEDULER)}
         told = {key: value for key, value in contents.items() if not key.startswith("_") and key not in mine}
         odd = [key for key in told if key not in options]
-        problems += [f"{file}: unknown key {key!r} (diffusers ignores it; remove it to agree)" for key in odd]
+        misspelt = {
+            key: near[0]
+            for key in odd
+            if key not in _OF_OTHERS and (near := difflib.get_close_matches(key, options, n=1))
+        }
+        problems += [
+            f"{file}: unknown key {printable(key)!r}, which diffusers ignores (did you mean {near!r}?)"
+            for key, near in misspelt.items()
+        ]
+        if skipped := [printable(key) for key in odd if key not in misspelt]:
+            notes.append(f"{file}: not read, nor by diffusers: {shortened(skipped, 40)}")
         known = {key: value for key, value in told.items() if key in options}
         sources = {file: known, "--set": {key: literal(given[key]) for key in sorted(mine)}}
         parsed, refused = parse(sources, {key: option.parse for key, option in options.items()})
         problems += refused
-        parts[name] = {key: option.default for key, option in options.items()} | parsed
-    refuse(problems)
-    named = {"unet": {*unet, *given}, "scheduler": {*scheduler, *given}}
-    return Told(parts["unet"], parts["scheduler"], parts["call"], (*obsolete, *_defaulted(named)))
+        inferred = dict(found or {}) if name == "unet" else {}
+        problems += _contradictions(inferred, parsed)
+        parts[name] = {key: option.default for key, option in options.items()} | inferred | parsed
+    missing = {} if found is None else _missing(found, given)
+    asks = () if problems else missing
+    if missing:
+        problems.append(
+            f"without a config.json, the tensors do not tell {'; nor '.join(missing.values())}; --config config.json "
+            "says all of it"
+        )
+    refuse(problems, asks)
+    assumed, warnings = list(obsolete), []
+    if absent := _defaulted(UNET, {*unet, *given, *(found or {})}, _INERT):
+        why = "its config does not name them" if found is None else "the tensors do not tell them"
+        assumed.append(f"{absent} (UNet2DModel's defaults in diffusers: {why})")
+    trained = _TRAINED if not files["scheduler"] else ()
+    if absent := _defaulted(SCHEDULER, {*scheduler, *given}, ("variance_type", "set_alpha_to_one", *trained)):
+        assumed.append(f"{absent} (the scheduler's defaults in diffusers: its config does not name them)")
+    if absent := _defaulted({key: SCHEDULER[key] for key in trained}, set(given), ()):
+        warnings.append(
+            f"no scheduler_config.json was found, so the network is taken to be trained with {absent}; if it was not, "
+            "its samples are wrong: give that file by --config, or each by --set"
+        )
+    return Told(
+        *(parts["unet"], parts["scheduler"], parts["call"]),
+        defaulted=tuple(assumed),
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+    )
 
 
-def _class_problems(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    problems = []
+def _contradictions(found: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
+    """What is told otherwise than the tensors have it, with both values."""
+
+    def same(key: str, value: Any) -> Any:
+        if key in ("down_block_types", "up_block_types") and value:  # nothing is resampled after the last block
+            return (*value[:-1], re.sub("Resnet(Down|Up)sample", r"\1", value[-1]))
+        return value or 4 * found["block_out_channels"][0] if key == "time_embedding_dim" else value
+
+    return [
+        f"{key} is {_shown(value)} by --set, but {_shown(found[key])} by the tensors"
+        for key, value in told.items()
+        if key in found and same(key, value) != same(key, found[key])
+    ]
+
+
+def _missing(found: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    """What neither the tensors nor --set tell and no default is safe for: as --set takes it -> what it is."""
+    missing = {"sample_size=SIDE": "the size of the images: --set sample_size=32, or HEIGHTxWIDTH"}
+    middle = found.get("add_attention", False)
+    if middle or any("Attn" in name for name in found["down_block_types"] + found["up_block_types"]):
+        missing["attention_head_dim=N"] = (
+            "how attention is split into heads: --set attention_head_dim=8 (the default of UNet2DModel), or =None (one "
+            "head, as in Ho et al.'s)"
+        )
+    if any(width % UNET["norm_num_groups"].default for width in found["block_out_channels"]):
+        missing["norm_num_groups=N"] = "the groups of the norms: --set norm_num_groups=N, a divisor of each width"
+    if middle and found["resnet_time_scale_shift"] == "scale_shift" and "attn_norm_num_groups" not in found:
+        missing["attn_norm_num_groups=N"] = "the groups of the middle attention's norm: --set attn_norm_num_groups=N"
+    return {ask: what for ask, what in missing.items() if ask.partition("=")[0] not in given}
+
+
+def _class_problems(files: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """What is wrong with the classes that the files are of; and a note where a scheduler of another is taken."""
+    problems, notes = [], []
     network, scheduler = (files[name].get("_class_name") for name in ("unet", "scheduler"))
     if network not in (None, "UNet2DModel"):
         problems.append(f"config.json is a {network}'s; of diffusers' networks jddim reads UNet2DModel")
     if scheduler is not None and scheduler not in SCHEDULERS:
-        problems.append(
-            f"scheduler_config.json is a {scheduler}'s; jddim reads {' and '.join(SCHEDULERS)}: give another by "
-            "--config, such as DDIMScheduler.from_config(pipeline.scheduler.config) saves"
-        )
-    return problems
+        name, told = printable(str(scheduler)), files["scheduler"]
+        process = next((what for mark, what in _OTHER_PROCESSES.items() if re.search(mark, name)), None)
+        if told.get("use_flow_sigmas") is True:
+            process = "flow matching (use_flow_sigmas)"
+        elif told.get("timestep_type") == "continuous":
+            process = "EDM's, whose t is a sigma (timestep_type continuous)"
+        if process is not None:
+            problems.append(f"scheduler_config.json is a {name}'s: its process is {process}, not DDIM's")
+        elif _OF_BETAS.fullmatch(name):
+            notes.append(
+                f"scheduler_config.json is a {name}'s: DDIM takes its betas, prediction type and spacing, as by "
+                "DDIMScheduler.from_config"
+            )
+        else:
+            problems.append(
+                f"scheduler_config.json is a {name}'s, a class that jddim does not know: give one of DDIMScheduler by "
+                "--config, such as DDIMScheduler.from_config(pipeline.scheduler.config) saves"
+            )
+    return problems, notes
 
 
 def _without_obsolete(contents: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -274,19 +418,17 @@ def _without_obsolete(contents: Mapping[str, Any]) -> tuple[dict[str, Any], list
     return kept, []
 
 
-_INERT = ("dropout", "num_train_timesteps", "num_class_embeds", "class_embed_type", "time_embedding_dim")
+_INERT = ("sample_size", "dropout", "num_train_timesteps", "num_class_embeds", "class_embed_type", "time_embedding_dim")
 
 
-def _defaulted(named: Mapping[str, set[str]]) -> list[str]:
-    """A sentence for each file on the keys that diffusers would fill in, and what with."""
-    sentences = []
-    for name, owner, options in (("unet", "UNet2DModel", UNET), ("scheduler", "the scheduler", SCHEDULER)):
-        inert = _INERT if name == "unet" else ("variance_type", "set_alpha_to_one")
-        absent = [key for key in options if key not in named[name] and key not in inert and key != "sample_size"]
-        if absent:
-            values = ", ".join(f"{key} = {_shown(options[key].default)}" for key in absent)
-            sentences.append(f"{values} ({owner}'s defaults in diffusers: its config does not name them)")
-    return sentences
+_TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+"""The keys that a network is wrong without, where they are not the defaults."""
+
+
+def _defaulted(options: Mapping[str, Option], named: set[str], inert: Sequence[str]) -> str:
+    """The keys that diffusers would fill in, and what with; "" if there are none."""
+    absent = [key for key in options if key not in named and key not in inert]
+    return ", ".join(f"{key} = {_shown(options[key].default)}" for key in absent)
 
 
 def _shown(value: Any) -> str:
@@ -298,8 +440,14 @@ def _shown(value: Any) -> str:
 # -- the network ------------------------------------------------------------------------------------------------------
 
 
-def unet_config(c: Mapping[str, Any]) -> UNetConfig:
-    """The network that `config.json` describes. Raises ConversionError with every reason why jddim cannot hold it."""
+def unet_config(told: Told) -> UNetConfig:
+    """The network that `config.json` describes. Raises ConversionError with every reason why jddim cannot hold it.
+
+    Channels in beyond those that come out of x_t are an image's that it is given beside it.
+    """
+    c = told.unet
+    of_x_t, odd = divmod(c["out_channels"], 2 if told.scheduler["variance_type"] == "learned_range" else 1)
+    beside = 0 if odd else max(c["in_channels"] - of_x_t, 0)
     widths, down, up = c["block_out_channels"], c["down_block_types"], c["up_block_types"]
     problems = []
     if not len(widths) == len(down) == len(up):
@@ -322,8 +470,10 @@ def unet_config(c: Mapping[str, Any]) -> UNetConfig:
     attended_up = [i for i, name in enumerate(up) if name.startswith("Attn")]
     fields = {
         "image_size": c["sample_size"],
-        "in_channels": c["in_channels"],
+        "in_channels": c["in_channels"] - beside,
         "out_channels": c["out_channels"],
+        "condition_channels": beside,
+        "condition_first": told.call["condition_first"],
         "channels": widths[0],
         "channel_mults": tuple(whole(width / widths[0]) for width in widths),
         "num_res_blocks": c["layers_per_block"],
@@ -404,7 +554,7 @@ def unet_json(c: UNetConfig) -> dict[str, Any]:
     return {
         "_class_name": "UNet2DModel",
         "sample_size": height if height == width else [height, width],
-        "in_channels": c.in_channels,
+        "in_channels": c.input_channels,
         "out_channels": c.out_channels,
         "center_input_sample": c.center_input,
         "time_embedding_type": {"sinusoidal": "positional"}.get(c.time_embedding, c.time_embedding),
@@ -482,8 +632,7 @@ def sampler_config(told: Told, model: UNetConfig, schedule: ScheduleConfig) -> S
     if model.out_channels != outputs * model.in_channels:
         raise ConversionError(
             f"in_channels is {model.in_channels} and out_channels {model.out_channels}: DDIM needs both equal, or "
-            "twice as many out with variance_type learned_range (a network that takes a condition beside x_t, such as "
-            "an upscaler, is not one that jddim samples)"
+            "twice as many out with variance_type learned_range, or more in, an image's beside x_t"
         )
     T = schedule.num_train_timesteps
     sampler = SamplerConfig(
@@ -555,7 +704,9 @@ def scheduler_json(metadata: Metadata) -> dict[str, Any]:
         (config.beta_start, config.beta_end), ends, strict=True
     ))  # fmt: skip
     threshold = {} if s.threshold_ratio is None else {"dynamic_thresholding_ratio": s.threshold_ratio}
-    call = {"num_inference_steps": s.num_steps, "eta": s.eta, "use_clipped_model_output": s.rederive_eps}
+    call: dict[str, Any] = {"num_inference_steps": s.num_steps, "eta": s.eta}
+    call |= {"use_clipped_model_output": s.rederive_eps}
+    call |= {"condition_first": True} if metadata.model.condition_first else {}
     return {
         "_class_name": "DDPMScheduler" if ancestral else "DDIMScheduler",
         "num_train_timesteps": config.num_train_timesteps,

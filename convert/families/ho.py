@@ -27,7 +27,7 @@ from ..rules import Rules, from_layout, source_of
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, check_sampler, checked, of_wiring, scaled_t
 from .tensors import Tensors, check_tensors, common_size
-from .values import boolean, integer, is_integer, literal, not_read, number, parse, positive, sections, settling, sides
+from .values import boolean, integer, integers, literal, not_read, number, parse, positive, sections, settling, sides
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -158,13 +158,11 @@ SETTINGS = {
 }
 
 
-def _integers(value: Any) -> tuple[int, ...]:
-    if isinstance(value, str):  # --set ch_mult=1,2,2
-        value = [literal(part) for part in value.split(",")]
-    items = value if isinstance(value, list) else [value]
-    if not all(map(is_integer, items)):
-        raise ValueError("integers (KEY=1,2,2)")
-    return tuple(items)
+_UNTOLD = (
+    *("image_size", "norm_groups", "norm_eps", "beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps"),
+    "rescaled",
+)
+"""The facts of the network and its training that no tensor tells."""
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
@@ -174,7 +172,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("beta_start", "beta_end", "eta"), number),
     "norm_eps": positive,
     **dict.fromkeys(("resamp_with_conv", "rescaled", "clip"), boolean),
-    **dict.fromkeys(("attn_resolutions", "ch_mult"), _integers),
+    **dict.fromkeys(("attn_resolutions", "ch_mult"), integers),
     **dict.fromkeys(("beta_schedule", "var_type", "spacing"), str),
 }
 
@@ -296,6 +294,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         {k: v for k, v in ignored.items() if k in tensors},
         tuple(assumed),
         tuple(not_read(sections(config, SETTINGS)[1])),
+        unchecked=tuple(key for key in given if key in _UNTOLD),
         wording=_wording({**betas, "num_diffusion_timesteps": T}, sampler, var_type),
     )
 

@@ -70,8 +70,8 @@ def _not_ours(state: Mapping[Any, Any]) -> str | None:
             "is a Unet of classifier_free_guidance.py, guided_diffusion.py or a version before 2.0 (its attention is "
             "under `.2.fn.`, or it has classes_emb); only denoising_diffusion_pytorch.py of 2.x is supported"
         )
-    if any(name.endswith(".block1.norm.weight") for name in names):
-        return "is of denoising-diffusion-pytorch 1.x, whose blocks have group norms; only 2.x is supported"
+    if any(re.search(r"\.block1\.(norm\.weight$|block\.\d)", name) for name in names):
+        return "is of denoising-diffusion-pytorch 0.x or 1.x, whose blocks have group norms; only 2.x is supported"
     if any(name.endswith("init_conv.weight") and np.ndim(value) == 3 for name, value in state.items()):
         return "is a Unet1D, a network of sequences and not of images; not supported"
     if any(name.startswith("model.") for name in names) and not any(
@@ -348,7 +348,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         schedule = _source_schedule(name, max(T, 1))
         if T < 1 or _built(schedule) is None:
             problems.append(f"timesteps={T} makes no {name} schedule")
-    objective = _settle_objective(_objective(tensors), found, told, assumed, problems)
+    read = _objective(tensors)
+    objective = _settle_objective(read, found, told, assumed, problems)
     settle("auto_normalize", True, "GaussianDiffusion's default")
     theta = 10000.0
     if found["learned_sinusoidal_dim"] is None:
@@ -391,7 +392,11 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         },
     )
     notes = (*_notes(found, steps, T), *not_read(sections(config, SETTINGS)[1]))
-    return Plan(model, schedule, sampler, rules(model), ignored, tuple(assumed), notes, wording=wording)
+    untold = ["image_size", "auto_normalize", "sinusoidal_pos_emb_theta"]
+    untold += [] if "betas" in tensors and "alphas_cumprod" in tensors else ["timesteps", "beta_schedule"]
+    untold += ["objective"] if read is None else []
+    unchecked = tuple(key for key in given if key in untold)
+    return Plan(*(model, schedule, sampler, rules(model), ignored, tuple(assumed), notes, unchecked), wording=wording)
 
 
 def _notes(found: Mapping[str, Any], steps: int, T: int) -> tuple[str, ...]:

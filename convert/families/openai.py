@@ -7,6 +7,7 @@ options added, under the same names.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections import Counter
@@ -18,15 +19,16 @@ import numpy as np
 
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
-from jddim.schedule import make_schedule
+from jddim.schedule import make_schedule, schedule_config_from_betas
 from jddim.timesteps import make_timesteps
 
 from ..engine import ConversionError, cannot_hold, refuse, refusing
+from ..files.pickles import printable
 from ..rules import Fused, Rules, Target
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, checked, of_wiring
 from .tensors import Tensors, check_tensors, common_size
-from .values import not_read, number, parse, sections, settling, whole
+from .values import is_integer, not_read, number, parse, sections, settling, whole
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -86,6 +88,13 @@ def _refusal(tensors: Tensors) -> str | None:
     if not any(name.startswith("output_blocks.") for name in tensors):
         return (
             "is a classifier (half a UNet, no output_blocks) for guidance; it predicts no noise, so cannot be sampled"
+        )
+    projections = [value.ndim for name, value in tensors.items() if name.endswith(".qkv.weight")]
+    if projections and set(projections) == {4}:
+        return (
+            "has attention by 2-D convolutions, as openai/consistency_models has (edm_, cd_ and ct_ files): its "
+            "networks are given 250 ln(sigma) in place of t, and sampled by EDM's or a consistency model's steps, "
+            "which jddim does not have; as networks that predict noise at t they would give wrong images"
         )
     return None
 
@@ -196,6 +205,20 @@ SETTINGS = {
     "rescale_learned_sigmas": "of training; no effect on sampling",
     "norm_groups": "groups of every group norm; 32 in both sources, for forks",
 }
+_UNTOLD = (
+    *(
+        "image_size",
+        "large_size",
+        "small_size",
+        "num_heads",
+        "num_head_channels",
+        "num_heads_upsample",
+        "use_new_attention_order",
+        "norm_groups",
+    ),
+    *("diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart"),
+    *("large_size", "small_size"),
+)
 TRAINING_ONLY = ("dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas")
 
 # The multipliers that the sources' create_model takes for each image size, where channel_mult is not given.
@@ -267,11 +290,43 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
 
     Raises ConversionError for unknown or bad ones, all in one message.
     """
-    found, _, problems = sections(config, SETTINGS)
+    found, _, problems = sections(_of_compvis(config), SETTINGS)
     filed = {key: _spelled(value).strip() for key, value in found.items()}
     told, refused = parse({"config": filed, "--set": {k: v.strip() for k, v in given.items()}}, _PARSERS)
     refuse(problems + refused)
     return told
+
+
+def _of_compvis(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A latent-diffusion config as flags: other names, and attention by factors of downsampling. Any other as it is.
+
+    Raises ConversionError if it names a first stage: its network is one of latents.
+    """
+
+    def at(*keys: str) -> Mapping[str, Any]:
+        found: Any = config
+        for key in keys:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
+
+    network, outer = at("model", "params", "unet_config", "params"), at("model", "params")
+    if not network:
+        return config
+    stage = str(at("model", "params", "first_stage_config").get("target", "IdentityFirstStage"))
+    if not stage.endswith("IdentityFirstStage"):
+        raise ConversionError(
+            f"the config names a first stage ({printable(stage, 60)}), so this is a network of latents, for which "
+            "jddim has no decoder yet"
+        )
+    if (predicted := outer.get("parameterization", "eps")) not in ("eps", "x0"):
+        raise ConversionError(f"the config's parameterization must be eps or x0, got {printable(str(predicted), 60)}")
+    flags = {key: value for key, value in network.items() if key in SETTINGS and key != "attention_resolutions"}
+    side, factors = network.get("image_size"), network.get("attention_resolutions")
+    if is_integer(side) and isinstance(factors, list) and all(is_integer(factor) and factor > 0 for factor in factors):
+        flags["attention_resolutions"] = [side // factor for factor in factors]
+    told = {"num_channels": network.get("model_channels"), "diffusion_steps": outer.get("timesteps")}
+    flags |= {key: value for key, value in told.items() if value is not None}
+    return flags | {"predict_xstart": predicted == "x0", "rescale_timesteps": False}
 
 
 def _spelled(value: Any) -> str:
@@ -290,7 +345,12 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     problems = _contradictions(told, found)
 
     both = "the default of both sources"
-    T = settle("diffusion_steps", 1000, both)
+    betas = tensors.get("betas")
+    schedule = None if betas is None else _schedule_of(betas)
+    T = settle("diffusion_steps", 1000, both) if schedule is None else schedule.num_train_timesteps
+    problems += _schedule_problems(told, schedule)
+    if schedule is None and _of_compvis(config) is not config:
+        problems.append("latent-diffusion's schedule is read from the betas beside the weights; there are none")
     rescale = told.get("rescale_timesteps", False)
     missing = {}
     if "image_size" not in told:
@@ -324,8 +384,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     new_order = told.get("use_new_attention_order", False)
     if not one_head:  # with one, the orders are the same
         settle("use_new_attention_order", False, "the default of guided-diffusion, and improved-diffusion's only one")
-    noise_schedule = settle("noise_schedule", "linear", both)
-    schedule = _schedule(noise_schedule, T)
+    noise_schedule = schedule.name if schedule is not None else settle("noise_schedule", "linear", both)
+    schedule = schedule or _schedule(noise_schedule, T)
     predict_xstart = settle("predict_xstart", False, both)
     learned = found["out_channels"] == 2 * found["in_channels"]
     small = not learned and settle("sigma_small", False, f"{both}; DDIM does not use it")
@@ -346,11 +406,12 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         schedule,
         sampler,
         rules(model, use_new_attention_order=new_order),
-        {},
+        {} if betas is None else {"betas": "the noise schedule, which is read"},
         tuple(assumed),
-        (*_notes(told), *not_read(sections(config, SETTINGS)[1])),
-        {"use_new_attention_order": new_order},
-        Wording(
+        (*_notes(told), *not_read(sections(_of_compvis(config), SETTINGS)[1])),
+        unchecked=_unchecked(told, given, betas is not None),
+        reference_options={"use_new_attention_order": new_order},
+        wording=Wording(
             {"noise_schedule": noise_schedule, "diffusion_steps": str(T)},
             {
                 "timestep_respacing": told.get("timestep_respacing", "") or '""',
@@ -362,6 +423,15 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             },
         ),
     )
+
+
+def _unchecked(told: Mapping[str, Any], given: Mapping[str, str], betas: bool) -> tuple[str, ...]:
+    """Flags among `given` that are facts of the network or its training and that no tensor tells. betas: these do."""
+    idle = [key for key in ("num_head_channels", "num_heads_upsample") if told.get(key) is None]
+    if "num_head_channels" in told and "num_head_channels" not in idle:
+        idle += ["num_heads", "num_heads_upsample"]
+    idle += ["diffusion_steps", "noise_schedule"] if betas else []
+    return tuple(key for key in given if key in _UNTOLD and key not in idle)
 
 
 def _with_condition(found: dict[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
@@ -471,13 +541,39 @@ def _schedule(name: str, T: int) -> ScheduleConfig:
     return checked(config)
 
 
+def _schedule_of(betas: np.ndarray) -> ScheduleConfig:
+    """The schedule of betas that lie beside the weights, float32: one with a name if it has these, else themselves."""
+    if betas.ndim != 1 or not betas.size or betas.dtype.kind != "f":
+        raise ConversionError(f"the betas beside the weights are no list of T numbers, but {betas.dtype} {betas.shape}")
+    T, start, end = len(betas), float(f"{betas[0]:.6g}"), float(f"{betas[-1]:.6g}")
+    linear, scaled = (ScheduleConfig(name, T, start, end) for name in ("linear", "scaled_linear"))
+    for config in (ScheduleConfig("cosine", T), linear, scaled):
+        with contextlib.suppress(ValueError):  # ends that are none of this schedule's
+            if np.allclose(make_schedule(config).betas, betas, rtol=1e-5, atol=0):
+                return config
+    return checked(schedule_config_from_betas(betas.tolist()))
+
+
+def _schedule_problems(told: Mapping[str, Any], schedule: ScheduleConfig | None) -> list[str]:
+    """Flags that say otherwise than the betas beside the weights."""
+    if schedule is None:
+        return []
+    T = schedule.num_train_timesteps
+    name = told.get("noise_schedule")
+    if told.get("diffusion_steps", T) != T:
+        return [f"diffusion_steps is {told['diffusion_steps']} by the flags, but {T} by the betas in the file"]
+    if name and not np.allclose(make_schedule(_schedule(name, T)).betas, make_schedule(schedule).betas):
+        return [f"noise_schedule is {name} by the flags, but the betas in the file are others"]
+    return []
+
+
 def _spacing(respacing: str, T: int) -> tuple[str, int]:
-    """Our spacing and S for the source's timestep_respacing; where it is empty, the number of steps is ours."""
+    """Our spacing and S for the source's timestep_respacing; where it is empty, DDIM's, and the number is ours."""
     if respacing.startswith("ddim"):
         return respacing, int(respacing.removeprefix("ddim"))
     if "," in respacing:
         return respacing, sum(map(int, respacing.split(",")))
-    return "openai", int(respacing) if respacing else min(50, T)
+    return ("openai", int(respacing)) if respacing else ("openai_ddim", min(50, T))
 
 
 def _notes(told: Mapping[str, Any]) -> tuple[str, ...]:
@@ -720,6 +816,7 @@ FAMILY = Family(
     reference=reference,
     settings=SETTINGS,
     pointwise={"qkv": 1, "proj_out": 1},
+    buffers=frozenset({"betas"}),
     presets=PRESETS,
     formats={"openai": write_openai},
     locate=locate,

@@ -108,6 +108,16 @@ def integer(value: Any) -> int:
     return value
 
 
+def integers(value: Any) -> tuple[int, ...]:
+    """Whole numbers: one, a list of them, or text of them with commas between."""
+    if isinstance(value, str):  # --set ch_mult=1,2,2
+        value = [literal(part) for part in value.split(",")]
+    items = value if isinstance(value, list) else [value]
+    if not all(map(is_integer, items)):
+        raise ValueError("integers (KEY=1,2,2)")
+    return tuple(items)
+
+
 def whole(value: float) -> float:
     """A number as one writes it: 2 for 2.0, and 1.5."""
     return int(value) if value == int(value) else value

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jddim.checkpoint.metadata import Metadata
 
 NAME = "README.md"
+ALL_ZERO = "its output is all zero: untrained?"
 
 
 def card(metadata: Metadata, parameters: int) -> str:
@@ -40,6 +41,7 @@ def card(metadata: Metadata, parameters: int) -> str:
         f"- network: {metadata.model.summary}; {parameters:,} parameters",
         *_conventions(metadata),
         *_list("assumed", facts.get("assumed") or ()),
+        *_list("WARNING", facts.get("warnings") or ()),
         f"- written by: {_pairs(facts.get('versions') or {})}",
         f"- SHA-256 of this checkpoint, as `jddim info` prints it: {_code(metadata.sha256)}",
     ]
@@ -61,8 +63,11 @@ def lines(metadata: Metadata, parameters: int) -> list[str]:
         match name, value:
             case "ignored" | "reference_options", _:  # for machines
                 continue
-            case "verification", {"output_error": float(error), "torch": str(torch)}:
-                value = f"{error:.1e} of the output's scale, against PyTorch {torch}"
+            case "unchecked", [*names]:
+                value = [f"{_text(each)}: told, not checked by the file" for each in names]
+            case "verification", {"output_error": float(error), "torch": str(torch), **rest}:
+                zero = f"; {ALL_ZERO}" if rest.get("all_zero") else ""
+                value = f"{error:.1e} of the output's scale, against PyTorch {torch}{zero}"
             case "verification", {"skipped": True, **rest}:
                 value = f"skipped ({rest.get('reason', '--no-verify')}); jddim verify CKPT SRC does it"
         items = value if isinstance(value, list) else [value]
@@ -140,7 +145,14 @@ def _converted(facts: Mapping[str, Any]) -> list[str]:
         f"- weights: {_code(facts.get('weights', 'unstated'))}" + (f", step {step:,}" if step is not None else "")
     ]
     lines += [f"- told: {_pairs(told)}"] if told else []
+    lines += [f"- told, not checked by the file: {_pairs(unchecked(facts))}"] if unchecked(facts) else []
     return [*lines, f"- verification: {_verified(facts.get('verification') or {})}"]
+
+
+def unchecked(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What was told of a converted network that its file would not contradict if it were wrong."""
+    told = provenance.get("set") or {}
+    return {name: told[name] for name in provenance.get("unchecked") or () if name in told}
 
 
 def _verified(figure: Mapping[str, Any]) -> str:
@@ -148,6 +160,7 @@ def _verified(figure: Mapping[str, Any]) -> str:
         return (
             f"equal to PyTorch {_code(figure['torch'])}, block by block; largest error of the output "
             f"{figure['output_error']:.1e} of its scale (allowed: {figure['tolerance']:g})"
+            + (f"; {ALL_ZERO}" if figure.get("all_zero") else "")
         )
     why = f" ({figure['reason']})" if figure.get("reason") else ""
     return f"not verified when it was written{why}; `jddim verify CKPT SRC` does it, and leaves verify.json here"

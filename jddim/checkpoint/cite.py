@@ -80,6 +80,26 @@ _LUCIDRAINS = Entry(
         "url": "https://github.com/lucidrains/denoising-diffusion-pytorch",
     },
 )
+_PYTORCH_DDPM = Entry(
+    "misc",
+    "pytorch-ddpm",
+    {
+        "author": "w86763777",
+        "title": "pytorch-ddpm",
+        "url": "https://github.com/w86763777/pytorch-ddpm",
+    },
+)
+_MONAI = Entry(
+    "misc",
+    "pinaya2023monai",
+    {
+        "author": "Walter H. L. Pinaya and Mark S. Graham and Eric Kerfoot and others",
+        "title": "Generative {AI} for Medical Imaging: extending the {MONAI} Framework",
+        "year": "2023",
+        "eprint": "2307.15208",
+        "archivePrefix": "arXiv",
+    },
+)
 _JAX = Entry(
     "misc",
     "jax2018github",
@@ -138,7 +158,10 @@ def _origin(family: str | None, provenance: Mapping[str, Any]) -> tuple[list[Ent
         return [_DDPM, _IMPROVED, _GUIDED], [
             "OpenAI's two repositories write the same files, and without a preset nothing says which: both are here"
         ]
-    known = {"ho": [], "diffusers": [_DIFFUSERS], "lucidrains": [_LUCIDRAINS]}
+    known = {
+        **{"ho": [], "pytorch_ddpm": [_PYTORCH_DDPM], "monai": [_MONAI]},
+        **{"diffusers": [_DIFFUSERS], "lucidrains": [_LUCIDRAINS]},
+    }
     if family not in known:
         return [_DDPM], [f"nothing is known to cite for the checkpoint family {re.sub(r'[^a-zA-Z0-9_-]', '?', family)}"]
     return [_DDPM, *known[family]], []

@@ -104,6 +104,8 @@ def _export_torch(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from jddim.checkpoint.card import unchecked
+    from jddim.checkpoint.folder import load_metadata
     from jddim.files import atomic
 
     result = converting.verify(args.ckpt, args.src, config=args.config)
@@ -120,9 +122,11 @@ def _verify(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    if not args.json:
-        kept = f"kept in {args.ckpt}/verify.json"
-        print(f"equal: largest error of the output {result.output_error:.1e} of its scale; {kept}")
+    if args.json:
+        return 0
+    print(f"equal: largest error of the output {result.output_error:.1e} of its scale; kept in {args.ckpt}/verify.json")
+    if told := unchecked(load_metadata(args.ckpt).provenance):
+        say(f"told, not checked by the file: {', '.join(f'{name} = {value}' for name, value in told.items())}")
     return 0
 
 

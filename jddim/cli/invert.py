@@ -93,7 +93,7 @@ def _invert(args: argparse.Namespace) -> int:
     steps = up.table.num_steps
     found: dict[str, Any] = {"x_T": str(args.out), "images": len(images), "steps": steps, "seconds": seconds}
     if not args.json:
-        how = f"{request.spacing or ddim.sampler.spacing}, {request.convention}, refine {request.refine}"
+        how = f"{up.sampler.spacing}, {request.convention}, refine {request.refine}"
         done = f"{counted(len(images), 'image')} in {counted(steps, 'step')}"
         print(f"{done} ({how}) -> {args.out}  [{seconds:.1f} s with compiling]")
     if again is not None:

@@ -153,10 +153,13 @@ def _sample(args: argparse.Namespace) -> int:
     steps = planned.table.num_steps
     if request.steps is not None and steps != request.steps:
         print(f"note: {used.spacing} spacing makes {steps} steps of {request.steps}, as its source does")
+    spacing = used.spacing
+    if spacing.isdigit() and "openai_ddim" in (request.spacing, ddim.sampler.spacing):
+        spacing = f"{spacing} sectioned, as no stride makes ddim{spacing}"
     how = "" if settings["eta"] is None else f", eta {settings['eta']}"
     print(
         f"{counted(num, 'image')} in {counted(table.num_steps, f'{request.method} step')} "
-        f"({request.spacing or used.spacing}{how}) -> {args.out}  "
+        f"({spacing}{how}) -> {args.out}  "
         f"[{seconds:.1f} s with compiling, {num / seconds:.1f} images/s]"
     )
     return 0

@@ -48,6 +48,7 @@ from jddim.run.request import CFG_PLUS_PLUS, CLASSIFIER_FREE, Problems, Request,
 from jddim.sampling import State, init_state, is_zero
 from jddim.schedule import NoiseSchedule
 from jddim.solvers import cast
+from jddim.timesteps import openai_respacing
 
 Images = Array | np.ndarray
 
@@ -257,7 +258,10 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         sampler = request.sampler(ddim.sampler)
     except RequestError as error:
         sampler, problems = ddim.sampler, problems + error.problems
-    table = sampler_table(ddim.schedule, sampler, request.steps, np.float64, _spacing(request))
+    spacing = spacing_of(request, sampler, ddim.schedule.num_train_timesteps)
+    table = sampler_table(ddim.schedule, sampler, request.steps, np.float64, spacing)
+    if isinstance(spacing, str):
+        sampler = dataclasses.replace(sampler, spacing=spacing)
     if request.strength is not None:
         table = tail(table, request.strength)
     resampled = inputs.mask is not None and request.resample > 1
@@ -426,8 +430,15 @@ def _method(request: Request, inputs: Inputs) -> Method:
     return Inversion(request.convention if known else CONVENTIONS[0], request.refine)
 
 
-def _spacing(request: Request) -> str | np.ndarray | None:
-    return np.asarray(request.spacing) if isinstance(request.spacing, tuple) else request.spacing
+def spacing_of(request: Request, sampler: SamplerConfig, T: int) -> str | np.ndarray:
+    """The spacing in effect, a name or timesteps. OpenAI's DDIM takes other ones than its other samplers."""
+    if isinstance(request.spacing, tuple):
+        return np.asarray(request.spacing)
+    spacing = request.spacing or sampler.spacing
+    steps = request.steps if request.steps is not None else sampler.num_steps
+    if spacing != "openai_ddim" or not 1 <= steps <= T:
+        return spacing
+    return openai_respacing(T, steps) if methods.find(request.method).takes_eta else "openai"
 
 
 def _numbers(start: int, num: int) -> np.ndarray:

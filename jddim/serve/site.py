@@ -38,7 +38,7 @@ from jddim.files import parse_json
 from jddim.images import encode_gif, encode_png, grid, to_uint8
 from jddim.inversion import reconstruction_error
 from jddim.pipeline import DDIM
-from jddim.run.plan import classes_in_turn
+from jddim.run.plan import classes_in_turn, spacing_of
 from jddim.run.request import Request as SamplingRequest
 from jddim.scale.stepping import Inverted, Run
 from jddim.serve import snippets
@@ -219,7 +219,9 @@ class Site:
 
     def _table(self, request: Asked) -> dict[str, Any]:
         ddim, asked = self.served[request.checkpoint], request.request
-        table = sampler_table(ddim.schedule, asked.sampler(ddim.sampler), asked.steps, np.float64, asked.spacing)
+        sampler = asked.sampler(ddim.sampler)
+        spacing = spacing_of(asked, sampler, ddim.schedule.num_train_timesteps)
+        table = sampler_table(ddim.schedule, sampler, asked.steps, np.float64, spacing)
         alpha_bar = np.asarray(ddim.schedule.alphas_cumprod)
         with np.errstate(divide="ignore"):
             log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)

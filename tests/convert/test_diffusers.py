@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -19,9 +20,10 @@ torch = pytest.importorskip("torch", reason="the reference and the writers need 
 
 from safetensors.numpy import save_file  # noqa: E402
 
+import jddim  # noqa: E402
 from convert import hub  # noqa: E402
 from convert.conversion import convert, describe, verify  # noqa: E402
-from convert.engine import ConversionError  # noqa: E402
+from convert.engine import ConversionError, UnsettledError  # noqa: E402
 from convert.export import export  # noqa: E402
 from convert.families import diffusers as family  # noqa: E402
 from convert.families import diffusers_config as configs  # noqa: E402
@@ -47,7 +49,7 @@ SCHEDULER = {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "varianc
 
 def tensors(seed: int = 0, **changes: Any) -> dict[str, np.ndarray]:
     """Random weights of NETWORK with `changes`, under diffusers' names."""
-    config = configs.unet_config(configs.read_configs({"unet": NETWORK | changes}, {}).unet)
+    config = configs.unet_config(configs.read_configs({"unet": NETWORK | changes}, {}))
     rng = np.random.default_rng(seed)
     shapes = state_shapes(lambda: family.reference(config))
     return {name: 0.3 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
@@ -120,13 +122,20 @@ def test_the_command_line_takes_two_configs_and_info_a_folder(
 
 
 def test_the_emas_weights_come_first_and_its_step_is_known(tmp_path: Path) -> None:
-    run = tmp_path / "checkpoint-500"  # as train_unconditional.py leaves it: no scheduler
+    run = tmp_path / "run" / "checkpoint-500"  # as train_unconditional.py leaves it: no scheduler
     write(run / "unet")
     ema = tensors(seed=1)
     write(run / "unet_ema", ema, decay=0.9999, optimization_step=500, power=0.75, update_after_step=0)
     metadata = convert(run, tmp_path / "a", verify=False)
     assert (metadata.provenance["weights"], metadata.provenance["step"]) == ("ema", 500)
-    assert any(line.startswith("num_train_timesteps = 1000, beta_start") for line in metadata.provenance["assumed"])
+    assert not any("beta_start" in line for line in metadata.provenance["assumed"])
+    assert any(line.startswith("trained_betas = null, ") for line in metadata.provenance["assumed"])
+    (warning,) = metadata.provenance["warnings"]
+    assert "no scheduler_config.json was found" in warning
+    assert "trained with num_train_timesteps = 1000, beta_start = 0.0001, " in warning
+    assert f"- WARNING: `{warning}`" in (tmp_path / "a" / "README.md").read_text()
+    (line,) = (line for line in describe(run) if "WARNING" in line)
+    assert warning in line
     assert find(run, "raw").file.parent.name == "unet"
     for src, weights, message in (
         (run / "unet_ema", "raw", "the ema ones, so no --weights raw"),
@@ -134,6 +143,48 @@ def test_the_emas_weights_come_first_and_its_step_is_known(tmp_path: Path) -> No
     ):
         with pytest.raises(ConversionError, match=message):
             convert(src, tmp_path / "c", weights=weights, verify=False)
+
+
+def test_a_checkpoint_of_a_run_takes_the_runs_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    write(run / "checkpoint-500" / "unet")
+    write(run / "checkpoint-500" / "unet_ema", optimization_step=500)
+    write_scheduler(run / "scheduler", prediction_type="v_prediction", beta_schedule="squaredcos_cap_v2")
+    monkeypatch.chdir(run / "checkpoint-500")
+    for src in (run, run / "checkpoint-500", run / "checkpoint-500" / "unet", Path("."), Path("unet_ema")):
+        lines: list[str] = []
+        metadata = convert(src, tmp_path / "out", verify=False, overwrite=True, say=lines.append)
+        assert (metadata.schedule.name, metadata.sampler.prediction_type) == ("cosine", "v_prediction")
+        assert f"  config: {run / 'scheduler' / 'scheduler_config.json'} (found)" in lines
+        assert "warnings" not in metadata.provenance
+    # accelerate's file has no config.json beside it; the run's network does
+    shutil.copy(run / "checkpoint-500" / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "w")
+    write(run / "unet")
+    shutil.rmtree(run / "checkpoint-500")
+    (run / "checkpoint-1").mkdir()
+    shutil.copy(tmp_path / "w", run / "checkpoint-1" / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert sum(line.startswith("  config ") for line in describe(run / "checkpoint-1")) == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("vqvae", r"holds a network of latents \(unet\) and the first stage .* \(vqvae\), .* no decoder yet"),
+        ("text_encoder", r"what encodes its conditions \(text_encoder\)"),
+    ],
+)
+def test_a_pipelines_other_parts_are_heard(tmp_path: Path, pipeline: Path, part: str, message: str) -> None:
+    index = {"_class_name": "APipeline", "unet": ["diffusers", "UNet2DModel"], part: ["diffusers", "AModel"]}
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    for src in (pipeline, pipeline / "unet"):
+        with pytest.raises(ConversionError, match=message):
+            convert(src, tmp_path / "out", verify=False)
+        (refused,) = (line for line in describe(src) if "refused" in line)
+        assert "convert it" not in describe(src)[-1]
+        assert part in refused
+    (pipeline / "model_index.json").write_text(json.dumps(index | {part: [None, None]}))
+    assert describe(pipeline)[-1].startswith("convert it: ")
 
 
 def test_variants_are_taken_when_asked_for_or_alone(tmp_path: Path) -> None:
@@ -364,7 +415,42 @@ def test_a_config_becomes_the_models_and_back() -> None:
         frequency_shift=0.0,
         divide_last=True,
     )
-    assert configs.unet_config(configs.read_configs({"unet": configs.unet_json(model)}, {}).unet) == model
+    assert configs.unet_config(configs.read_configs({"unet": configs.unet_json(model)}, {})) == model
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_channels_beyond_x_ts_are_an_image_beside_it(tmp_path: Path, first: bool) -> None:
+    """5 in and 2 out: converted, verified, and sampled as diffusers' users do, who concatenate at each step."""
+    state = tensors(seed=3, in_channels=5, out_channels=2)
+    write(tmp_path / "net", state, in_channels=5, out_channels=2)
+    write_scheduler(tmp_path / "net", clip_sample=False)
+    settings = {"condition_first": "true"} if first else {}
+    metadata = convert(tmp_path / "net", tmp_path / "ckpt", settings=settings)
+    config = metadata.model
+    assert isinstance(config, UNetConfig)
+    assert (config.in_channels, config.condition_channels, config.out_channels) == (2, 3, 2)
+    assert config.condition_first is first
+    (note,) = (note for note in metadata.provenance["notes"] if "beside x_t" in note)
+    assert (
+        f"3 channels in are an image's that the network is given beside x_t, {'before' if first else 'after'}" in note
+    )
+
+    ddim = jddim.load(tmp_path / "ckpt")
+    rng = np.random.default_rng(5)
+    x_T, beside = (rng.standard_normal((3, 6, 6, c), np.float32) for c in (2, 3))
+    made = ddim.sample(x_T=x_T, steps=3, eta=0.0, condition=beside)
+    network = family.reference(config)
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in state.items()})
+    x, table = torch.from_numpy(x_T).permute(0, 3, 1, 2), ddim.table(3)
+    condition = torch.from_numpy(beside).permute(0, 3, 1, 2)
+    for t, alpha, sigma, alpha_prev, sigma_prev in zip(table.t, *table[3:7], strict=True):
+        with torch.no_grad():
+            eps = network(torch.cat([condition, x] if first else [x, condition], dim=1), torch.full((3,), int(t)), None)
+        x = alpha_prev * (x - sigma * eps) / alpha + sigma_prev * eps
+    expected = x.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(made, expected, atol=1e-4 * np.abs(expected).max())
+    with pytest.raises(ConversionError, match="in_channels is 3 and out_channels 3: DDIM needs both equal"):
+        plan({"in_channels": 3, "out_channels": 3}, {"variance_type": "learned_range"})
 
 
 def test_the_scheduler_becomes_schedule_and_sampler() -> None:
@@ -443,10 +529,14 @@ def test_what_no_file_names_is_listed_as_assumed() -> None:
         ({"out_channels": 2}, {}, "in_channels is 1 and out_channels 2: DDIM needs both equal, or twice as many"),
         ({}, {"variance_type": "learned_range"}, "in_channels is 1 and out_channels 1"),
         ({}, {"variance_type": "learned"}, "variance_type must be one of"),
-        ({"magic": 1}, {}, r"config\.json: unknown key 'magic'"),
-        ({}, {"magic": 1}, r"scheduler_config\.json: unknown key 'magic'"),
+        ({"norm_groups": 1}, {}, r"config\.json: unknown key 'norm_groups'.*did you mean 'norm_num_groups'"),
+        ({}, {"beta_starts": 1}, r"scheduler_config\.json: unknown key 'beta_starts'.*did you mean 'beta_start'"),
+        ({}, {"_jddim": {"num_steps": 1}}, r"_jddim: unknown key 'num_steps'.*did you mean 'num_inference_steps'"),
         ({"_class_name": "UNet2DConditionModel"}, {}, "is a UNet2DConditionModel's"),
-        ({}, {"_class_name": "PNDMScheduler"}, "is a PNDMScheduler's; jddim reads DDIMScheduler and DDPMScheduler"),
+        ({}, {"_class_name": "OwnScheduler"}, "is a OwnScheduler's, a class that jddim does not know"),
+        ({}, {"_class_name": "EDMEulerScheduler"}, "its process is EDM's, whose t is a sigma, not DDIM's$"),
+        ({}, {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "its process is flow matching"),
+        ({}, {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type continuous"),
         ({}, {"beta_schedule": "laplace"}, "must be one of linear, scaled_linear"),
         ({}, {"trained_betas": [0.1]}, "num_train_timesteps is 1000, but trained_betas holds 1"),
         ({}, {"beta_end": 1.5}, "the noise schedule cannot be built"),
@@ -456,13 +546,24 @@ def test_what_no_file_names_is_listed_as_assumed() -> None:
         (
             {},
             {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
-            "the sampler's defaults do not work: .*alpha_bar",
+            "the sampler's defaults do not work: .*zero terminal SNR",
         ),
     ],
 )
 def test_refusals_say_why(network: dict[str, Any], scheduler: dict[str, Any], message: str) -> None:
     with pytest.raises(ConversionError, match=message):
         plan(network, scheduler)
+
+
+def test_keys_that_diffusers_ignores_are_listed() -> None:
+    found = plan(
+        {"cross_attention_dim": None, "magic": 1, "reverse_transformer_layers_per_block": None},
+        {"_class_name": "DDIMScheduler", "skip_prk_steps": True, "interpolation_type": "linear"},
+    )
+    assert found.notes == (
+        "config.json: not read, nor by diffusers: cross_attention_dim; magic; reverse_transformer_layers_per_block",
+        "scheduler_config.json: not read, nor by diffusers: skip_prk_steps; interpolation_type",
+    )
 
 
 def test_all_that_is_wrong_comes_in_one_message() -> None:
@@ -472,14 +573,140 @@ def test_all_that_is_wrong_comes_in_one_message() -> None:
         assert part in str(caught.value)
 
 
-def test_bare_weights_need_their_config_and_must_fit_it(tmp_path: Path) -> None:
-    path = write(tmp_path / "unet")
-    (tmp_path / "unet" / "config.json").rename(tmp_path / "config.json")
-    with pytest.raises(ConversionError, match=r"give UNet2DModel's config\.json by --config"):
-        convert(path, tmp_path / "out")
+# -- without config.json ----------------------------------------------------------------------------------------------
+
+# As their config.json on the hub, in diffusers' training script and in its course say: name -> what no tensor tells
+# (as --set takes it), and what they do.
+ATTENTION_AT_16 = {
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
+SIX_LEVELS = {
+    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+}
+OF_HO = {"attention_head_dim": "None", "norm_eps": "1e-6", "flip_sin_to_cos": "false", "freq_shift": "1"}
+OF_HO |= {"downsample_padding": "0"}
+PUBLISHED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "ddpm-cifar10-32": (
+        {"sample_size": "32", **OF_HO},
+        {"block_out_channels": [128, 256, 256, 256], **ATTENTION_AT_16},
+    ),
+    "ddpm-cat-256": ({"sample_size": "256", **OF_HO}, SIX_LEVELS),
+    "the training script": ({"sample_size": "64", "attention_head_dim": "8"}, SIX_LEVELS),
+    "the course's butterflies": (
+        {"sample_size": "32", "attention_head_dim": "8"},
+        {
+            "block_out_channels": [64, 128, 128, 256],
+            "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+        },
+    ),
+    "the course's MNIST with classes": (
+        {"sample_size": "28", "attention_head_dim": "8"},
+        {
+            **{"in_channels": 1, "out_channels": 1, "block_out_channels": [32, 64, 64], "num_class_embeds": 10},
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        },
+    ),
+    "spectrograms": (
+        {"sample_size": "64x256", "attention_head_dim": "8"},
+        {**SIX_LEVELS, "in_channels": 1, "out_channels": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_tensors_of_a_published_network_tell_its_config(name: str) -> None:
+    told, rest = PUBLISHED[name]
+    config = {key: configs.literal(value) for key, value in told.items()} | rest
+    config["sample_size"] = [64, 256] if told["sample_size"] == "64x256" else config["sample_size"]
+    expected = configs.unet_config(configs.read_configs({"unet": config}, {}))
+    shapes = state_shapes(lambda: family.reference(expected))
+    state = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+    assert family.plan(state, {}, told).model == expected
+    with pytest.raises(UnsettledError) as caught:
+        family.plan(state, {}, {})
+    assert caught.value.asks == ("sample_size=SIDE", "attention_head_dim=N")
+
+
+def test_a_bare_state_dict_converts_with_what_info_asks_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "pipeline" / "unet")
+    write_scheduler(tmp_path / "pipeline" / "scheduler")
+    bare = Path(shutil.copy(path, tmp_path / "model.safetensors"))
+    lines = describe(bare)
+    asked = "--set sample_size=SIDE --set attention_head_dim=N --set norm_num_groups=N"
+    assert lines[-1] == f"convert it:   jddim convert {bare} DST {asked}"
+    wrapped = tmp_path / "last.ckpt"
+    state = {f"model.unet.{key}": torch.from_numpy(value) for key, value in tensors().items()}
+    torch.save({"state_dict": state, "epoch": 3}, wrapped)
+    expected = convert(tmp_path / "pipeline", tmp_path / "expected", verify=False)
+    settings = {"sample_size": "6", "attention_head_dim": "4", "norm_num_groups": "2", "variance_type": "fixed_large"}
+    for src in (bare, wrapped):
+        found = convert(src, tmp_path / src.stem, settings=settings)
+        assert (found.model, found.params_sha256) == (expected.model, expected.params_sha256)
+        assert found.provenance["verification"]["output_error"] <= 2e-5
+        assert any("norm_eps = 1e-05" in line for line in found.provenance["assumed"])
+        assert not any("block_out_channels" in line for line in found.provenance["assumed"])
+        assert len(found.provenance["warnings"]) == 1
+        assert found.provenance["unchecked"] == ["sample_size", "attention_head_dim", "norm_num_groups"]
+        assert verify(tmp_path / src.stem, src).first_bad is None
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"block_out_channels": "4,4"}, r"block_out_channels is \(4, 4\) by --set, but \(4, 8\) by the tensors"),
+        ({"layers_per_block": "2"}, "layers_per_block is 2 by --set, but 1 by the tensors"),
+        ({"num_class_embeds": "10"}, "num_class_embeds is 10 by --set, but null by the tensors"),
+        ({"attention_head_dim": "3"}, "cannot be split into heads of head_channels=3"),
+        ({"norm_num_groups": "3"}, "multiple of norm_groups=3"),
+        ({"time_embedding_dim": "17"}, "time_embedding_dim is 17 by --set, but null by the tensors"),
+        (
+            {"down_block_types": "DownBlock2D,DownBlock2D"},
+            "down_block_types is .* by --set, but .*Attn.* by the tensors",
+        ),
+        ({"attn_norm_num_groups": "5"}, "width 8 must be a multiple of mid_norm_groups=5"),
+    ],
+)
+def test_what_a_bare_state_dict_contradicts_is_refused(told: dict[str, str], message: str) -> None:
+    settings = {"sample_size": "6", "attention_head_dim": "4", "norm_num_groups": "2"}
+    with pytest.raises(ConversionError, match=message) as caught:
+        family.plan(tensors(), {}, settings | told)
+    assert not isinstance(caught.value, UnsettledError)
+
+
+def test_what_says_the_same_in_other_words_is_no_contradiction() -> None:
+    settings = {"sample_size": "6", "attention_head_dim": "4", "norm_num_groups": "2"}
+    expected = family.plan(tensors(), {}, settings).model
+    same = {"time_embedding_dim": "16", "down_block_types": "DownBlock2D,AttnDownBlock2D", "layers_per_block": "1"}
+    found = family.plan(
+        tensors(), {}, settings | same | {"up_block_types": "AttnUpBlock2D,ResnetUpsampleBlock2D"}
+    ).model
+    assert found == dataclasses.replace(expected, time_channels=16)
+
+
+def test_a_bare_state_dict_that_is_not_whole_is_said(tmp_path: Path) -> None:
+    state = tensors()
+    settings = {"sample_size": "6", "attention_head_dim": "4", "norm_num_groups": "2"}
+    for lost, message in (
+        ("up_blocks", "the blocks do not add up to a UNet2DModel: 2 down_blocks and 0 up_blocks"),
+        ("conv_in", "too few tensors of the UNet2DModel"),
+        ("down_blocks.0.resnets.0.conv1.weight", "missing down_blocks.0.resnets.0.conv1.weight"),
+    ):
+        path = tmp_path / "w.safetensors"
+        save_file({key: value for key, value in state.items() if not key.startswith(lost)}, path)
+        with pytest.raises(ConversionError, match=message):
+            convert(path, tmp_path / "out", settings=settings)
+
+
+def test_weights_must_fit_their_config(tmp_path: Path) -> None:
+    path = write(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(NETWORK | {"layers_per_block": 2}))
     with pytest.raises(ConversionError, match=r"tensors do not fit the model: missing down_blocks\.0\.resnets\.1"):
-        convert(path, tmp_path / "out", config=tmp_path / "config.json")
+        convert(path, tmp_path / "out")
 
 
 def test_diffusers_other_networks_are_named(tmp_path: Path) -> None:
@@ -492,6 +719,17 @@ def test_diffusers_other_networks_are_named(tmp_path: Path) -> None:
         save_file(stem | {name: np.zeros(2, np.float32)}, tmp_path / "w.safetensors")
         with pytest.raises(ConversionError, match=message):
             convert(tmp_path / "w.safetensors", tmp_path / "out")
+
+
+def test_an_output_of_zeros_is_said(tmp_path: Path) -> None:
+    state = tensors()
+    write(tmp_path / "unet", {key: value * (not key.startswith("conv_out.")) for key, value in state.items()})
+    lines: list[str] = []
+    metadata = convert(tmp_path, tmp_path / "out", say=lines.append)
+    assert "  WARNING: its output is all zero: untrained?" in lines
+    assert metadata.provenance["verification"]["all_zero"] is True
+    assert "its scale (allowed: 0.0001); its output is all zero: untrained?" in (tmp_path / "out/README.md").read_text()
+    assert str(verify(tmp_path / "out", tmp_path)).endswith("\nits output is all zero: untrained?")
 
 
 @pytest.mark.parametrize("kind", ["fourier", "learned"])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tiny import small_config
+from tiny import SETTINGS, arrays, small_config
 
 pytest.importorskip("torch", reason="the network is PyTorch's: pip install 'jddim[convert]'")
 
-from convert.families.ho import reference, source_shapes
+from convert.families.ho import plan, reference, source_shapes
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,14 @@ def test_shapes_are_the_references(changes: dict[str, object]) -> None:
     config = small_config(**changes)
     expected = {name: tuple(value.shape) for name, value in reference(config).state_dict().items()}
     assert source_shapes(config) == expected
+
+
+def test_what_is_told_and_no_tensor_checks() -> None:
+    given = {
+        **SETTINGS,
+        "ch": str(small_config().channels),
+        "norm_eps": "1e-6",
+        "eta": "0.5",
+        "beta_schedule": "linear",
+    }
+    assert plan(arrays(), None, given).unchecked == ("norm_groups", "image_size", "norm_eps", "beta_schedule")

@@ -94,7 +94,8 @@ def renamed(old: str, new: str) -> dict[str, np.ndarray]:
     [
         (renamed("downs.0.2.", "downs.0.2.fn."), r"before 2\.0"),
         ({**draw(CONFIG, 1), "classes_emb.weight": np.zeros((3, 4), np.float32)}, "classifier_free_guidance.py"),
-        (renamed("block1.norm.g", "block1.norm.weight"), r"1\.x, whose blocks have group norms"),
+        (renamed("block1.norm.g", "block1.norm.weight"), r"0\.x or 1\.x, whose blocks have group norms"),
+        (renamed("block1.proj", "block1.block.0"), r"0\.x or 1\.x, whose blocks have group norms"),
         ({f"net.{name}": value for name, value in draw(LEARNED, 1).items()}, "ElucidatedDiffusion"),
         ({f"model.{name}": value for name, value in draw(LEARNED, 1).items()}, "no betas"),
         ({**draw(CONFIG, 1), "init_conv.weight": np.zeros((4, 1, 7), np.float32)}, "Unet1D"),
@@ -212,6 +213,15 @@ def test_a_bare_unet_has_the_sources_defaults_or_what_is_told() -> None:
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_no_tensor_checks_depends_on_the_buffers() -> None:
+    told = {"timesteps": "100", "beta_schedule": "cosine", "objective": "pred_x0", "dim_mults": "(1, 2)"}
+    told |= {"image_size": "(6, 10)", "sinusoidal_pos_emb_theta": "10000", "ddim_sampling_eta": "0"}
+    bare = plan(draw(CONFIG, 1), None, told)
+    assert bare.unchecked == ("timesteps", "beta_schedule", "objective", "image_size", "sinusoidal_pos_emb_theta")
+    whole = plan(open_source(diffusion(draw(CONFIG, 1), COSINE, "pred_x0"), "file").tensors, None, told)
+    assert whole.unchecked == ("image_size", "sinusoidal_pos_emb_theta")
 
 
 def test_every_contradiction_is_in_one_message() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from tiny import small_config
 
 torch = pytest.importorskip("torch", reason="the OpenAI networks are built in torch: pip install 'jddim[convert]'")
@@ -254,7 +255,7 @@ def test_defaults_of_the_sources_are_listed_as_assumed() -> None:
         "predict_xstart = False",
         "sigma_small = False",
     ]
-    assert (made.sampler.spacing, made.sampler.rederive_eps, made.sampler.clip) == ("openai", True, True)
+    assert (made.sampler.spacing, made.sampler.rederive_eps, made.sampler.clip) == ("openai_ddim", True, True)
     one_head = plan(small_shapes(heads=(1, 1), heads_up=(1, 1)), None, FLAGS | {"num_heads": "1"})
     assert not any("attention_order" in fact for fact in one_head.assumed)  # it makes no difference
 
@@ -296,7 +297,7 @@ def test_flags_without_effect_on_sampling_are_taken_and_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("respacing", "expected"), [("", ("openai", 50)), ("250", ("openai", 250)), ("ddim25", ("ddim25", 25))]
+    ("respacing", "expected"), [("", ("openai_ddim", 50)), ("250", ("openai", 250)), ("ddim25", ("ddim25", 25))]
 )
 def test_respacing_becomes_the_default_timetable(respacing: str, expected: tuple[str, int]) -> None:
     sampler = plan(small_shapes(), None, FLAGS | {"timestep_respacing": respacing}).sampler
@@ -399,6 +400,28 @@ def test_convert_verify_and_info(tmp_path: Path) -> None:
     assert verify(tmp_path / "out", file).output_error < 2e-5  # of q, k and v mixed up: 1e-1
 
 
+def test_what_is_told_and_the_file_cannot_check_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.pt"
+    torch.save(state_dict(**ONE_LEVEL), file)
+    flags = {"num_res_blocks": "1", **FLAGS, "dropout": "0.1", "timestep_respacing": "7"}
+    said = "not checked by the file: image_size = 6x10, num_heads = 2"
+    assert f"  told        {said}" in describe(file, None, flags)
+    options = [part for key, value in flags.items() for part in ("--set", f"{key}={value}")]
+    assert main(["convert", str(file), str(tmp_path / "out"), *options]) == 0
+    assert f"\n  told, {said}\n" in capsys.readouterr().out
+    assert load_metadata(tmp_path / "out").provenance["unchecked"] == ["image_size", "num_heads"]
+    assert "- told, not checked by the file: `image_size=6x10, num_heads=2`" in (tmp_path / "out/README.md").read_text()
+    assert main(["verify", str(tmp_path / "out"), str(file)]) == 0
+    assert capsys.readouterr().out.endswith(f"\ntold, {said}\n")
+
+
+def test_a_flag_that_another_overrides_is_not_among_them() -> None:
+    flags = {"image_size": "6x10", "num_heads": "3", "num_head_channels": "16", "num_heads_upsample": "-1"}
+    assert plan(small_shapes(), None, flags).unchecked == ("image_size", "num_head_channels")
+    flags |= {"num_heads": "2", "num_head_channels": "-1"}
+    assert plan(small_shapes(), None, flags).unchecked == ("image_size", "num_heads")
+
+
 def test_the_wrong_attention_order_does_not_verify_as_another_networks(tmp_path: Path) -> None:
     # Both sides follow the flag, so only the flag can tell: it must reach the reference as well as the rules.
     tensors = {name: value.numpy() for name, value in state_dict(new_order=True).items()}
@@ -488,3 +511,77 @@ def test_presets_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main(["convert", str(tmp_path / "small.pt"), str(tmp_path / "out"), "--preset", preset]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# -- latent-diffusion's layout, in pixel space ------------------------------------------------------------------------
+
+COMPVIS: dict[str, Any] = {
+    "unet_config": {
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": {"image_size": 8, "model_channels": 32, "attention_resolutions": [2], "num_heads": 2},
+    },
+    "timesteps": 30,
+    "parameterization": "x0",
+    "first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"},
+}
+
+
+PLAIN = {"rescale_timesteps": "False"}
+
+
+def test_a_run_of_latent_diffusions_is_converted_and_verified(tmp_path: Path) -> None:
+    """In pixel space: the EMA without dots in its names, and the schedule from the betas beside it."""
+    raw, ema = state_dict(1), state_dict(2)
+    betas = torch.linspace(0.001**0.5, 0.2**0.5, 30, dtype=torch.float64).square().float()
+    contents = {f"model.diffusion_model.{name}": value for name, value in raw.items()} | {"betas": betas}
+    contents |= {f"model_ema.diffusion_model{name.replace('.', '')}": value for name, value in ema.items()}
+    torch.save({"state_dict": contents, "global_step": 3}, tmp_path / "last.ckpt")
+    (tmp_path / "project.yaml").write_text(yaml.safe_dump({"model": {"params": COMPVIS}}))
+    metadata = convert(tmp_path / "last.ckpt", tmp_path / "out", config=tmp_path / "project.yaml")
+    assert metadata.schedule == ScheduleConfig("scaled_linear", 30, 0.001, 0.2)
+    assert metadata.sampler.prediction_type == "sample"
+    assert (metadata.provenance["weights"], metadata.provenance["step"]) == ("ema", 3)
+    assert metadata.provenance["ignored"] == {"betas": "the noise schedule, which is read"}
+    assert metadata.model.image_size == (8, 8)
+    assert not any("diffusion_steps" in fact or "noise_schedule" in fact for fact in metadata.provenance["assumed"])
+    assert verify(tmp_path / "out", tmp_path / "last.ckpt", tmp_path / "project.yaml").first_bad is None
+
+
+def test_betas_beside_the_weights_are_the_schedule() -> None:
+    tensors = small_shapes()
+    for config in (ScheduleConfig("linear", 50, 1e-3, 0.2), ScheduleConfig("cosine", 50)):
+        betas = make_schedule(config).betas.astype(np.float32)
+        for told in ({}, {"diffusion_steps": "50"}):
+            assert plan({**tensors, "betas": betas}, None, FLAGS | PLAIN | told).schedule == config
+    odd = np.array([0.1, 0.3, 0.2], np.float32)
+    schedule = plan({**tensors, "betas": odd}, None, FLAGS | PLAIN).schedule
+    assert (schedule.name, schedule.betas) == ("betas", tuple(odd.tolist()))
+    for flag, why in (
+        ({"diffusion_steps": "1000"}, "diffusion_steps is 1000 by the flags, but 50 by the betas in the file"),
+        ({"noise_schedule": "linear"}, "noise_schedule is linear by the flags, but the betas in the file are others"),
+    ):
+        with pytest.raises(ConversionError, match=why):
+            plan({**tensors, "betas": betas}, None, FLAGS | flag)
+    for wrong in (np.ones((2, 2), np.float32), np.array(0.1, np.float32), np.arange(3)):
+        with pytest.raises(ConversionError, match="the betas beside the weights are no list of T numbers"):
+            plan({**tensors, "betas": wrong}, None, FLAGS)
+    with pytest.raises(ConversionError, match="the noise schedule cannot be built"):
+        plan({**tensors, "betas": np.array([0.1, 2, 0.3], np.float32)}, None, FLAGS | PLAIN)
+
+
+def test_latent_diffusions_configs_have_other_names_for_flags() -> None:
+    told = read_settings({"model": {"params": COMPVIS}}, {})
+    assert told == {
+        **{"image_size": (8, 8), "num_channels": 32, "num_heads": 2, "attention_resolutions": (4,)},
+        **{"diffusion_steps": 30, "predict_xstart": True, "rescale_timesteps": False},
+    }
+    latent = COMPVIS | {"first_stage_config": {"target": "ldm.models.autoencoder.VQModelInterface"}}
+    with pytest.raises(
+        ConversionError, match=r"first stage \(ldm.*VQModelInterface\), so this is a network of latents"
+    ):
+        plan(small_shapes(), {"model": {"params": latent}}, FLAGS)
+    with pytest.raises(ConversionError, match="read from the betas beside the weights; there are none"):
+        plan(small_shapes(), {"model": {"params": COMPVIS}}, {})
+    with pytest.raises(ConversionError, match="the config's parameterization must be eps or x0, got v"):
+        read_settings({"model": {"params": COMPVIS | {"parameterization": "v"}}}, {})
+    assert read_settings({"model": {"params": 3}}, {}) == {}

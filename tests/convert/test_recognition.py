@@ -14,10 +14,11 @@ import tiny
 pytest.importorskip("torch", reason="the families' names and shapes are PyTorch's: pip install 'jddim[convert]'")
 
 import lucidrains_files
+import named
 from lucidrains_files import COSINE, diffusion, draw
 
 from convert.engine import ConversionError, fill
-from convert.families import FAMILIES, Source, diffusers, openai
+from convert.families import FAMILIES, Source, diffusers, monai, openai, pytorch_ddpm
 from convert.families import diffusers_config as configs
 from convert.recognition import as_asked, recognise
 from convert.writers import state_shapes
@@ -39,6 +40,15 @@ OPENAI = UNetConfig(
 LUCIDRAINS = lucidrains_files.small_config(
     channel_mults=(2,), full_attention=(True,), num_heads=(2,), head_channels=(3,)
 )
+PYTORCH_DDPM = UNetConfig(
+    **{"image_size": (6, 10), "channels": 6, "channel_mults": (1,), "num_res_blocks": 1, "attention_levels": (0,)},
+    **{"norm_groups": 2, "time_embedding": "learned", "num_timesteps": 11},
+)
+MONAI = UNetConfig(
+    **{"image_size": (6, 10), "in_channels": 1, "out_channels": 1, "channels": 6, "channel_mults": (1,)},
+    **{"num_res_blocks": 1, "attention_levels": (0,), "norm_groups": 2},
+)
+MONAIS = {"image_size": "6x10", "num_head_channels": "3", "norm_num_groups": "2"}
 FLAGS = {"image_size": "6x10", "num_heads": "2", "norm_groups": "2"}
 
 
@@ -49,7 +59,7 @@ def drawn(module: ModuleType, config: Any, seed: int, **options: Any) -> State:
 
 
 def diffusers_state(seed: int) -> State:
-    return drawn(diffusers, configs.unet_config(configs.read_configs({"unet": DIFFUSERS}, {}).unet), seed)
+    return drawn(diffusers, configs.unet_config(configs.read_configs({"unet": DIFFUSERS}, {})), seed)
 
 
 # name of a case -> the family, a state dict by seed, the config and settings that its plan needs
@@ -57,6 +67,24 @@ CASES: dict[str, tuple[str, Callable[[int], State], Any, dict[str, str]]] = {
     "ho": ("ho", lambda seed: tiny.arrays(seed=seed), None, tiny.SETTINGS),
     "diffusers": ("diffusers", diffusers_state, {"unet": DIFFUSERS}, {}),
     "openai": ("openai", lambda seed: drawn(openai, OPENAI, seed, use_new_attention_order=False), None, FLAGS),
+    "pytorch_ddpm": (
+        "pytorch_ddpm",
+        lambda seed: named.state_dict(pytorch_ddpm, PYTORCH_DDPM, seed),
+        None,
+        {"img_size": "6x10", "norm_groups": "2"},
+    ),
+    "MONAI core": (
+        "monai",
+        lambda seed: named.state_dict(monai, MONAI, seed, core=True, combined=True),
+        None,
+        MONAIS,
+    ),
+    "MONAI Generative": (
+        "monai",
+        lambda seed: named.state_dict(monai, MONAI, seed, core=False, combined=False),
+        None,
+        MONAIS,
+    ),
     "lucidrains": ("lucidrains", lambda seed: draw(LUCIDRAINS, seed), None, lucidrains_files.SETTINGS),
     "lucidrains' diffusion": (
         "lucidrains",
@@ -78,7 +106,7 @@ def converted(source: Source, case: str) -> tuple[State, Any, Any]:
     plan = FAMILIES[family].plan(source.tensors, config, settings)
     expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(plan.model)).items()}
     return (
-        fill(source.tensors, expected, plan.rules, plan.ignored, FAMILIES[family].pointwise),
+        fill({**source.tensors, **plan.implied}, expected, plan.rules, plan.ignored, FAMILIES[family].pointwise),
         plan.schedule,
         plan.sampler,
     )
@@ -207,7 +235,7 @@ def test_a_partial_average_is_not_taken_and_that_is_said(case: str) -> None:
     rest = {
         name: value
         for name, value in ema.items()
-        if any(part in name for part in ("conv_in", "init_conv", "input_blocks.0"))
+        if any(part in name for part in ("conv_in", "init_conv", "input_blocks.0", "head"))
     }
     source = recognise({"model": state(case), "ema": rest}, "file")[1]
     assert (source.taken, source.note) == ("model", "ema has the names of no family's network")
@@ -290,9 +318,39 @@ def test_a_network_of_latents_or_with_a_conditioner_is_refused_for_what_it_is() 
 
 
 def test_a_schedule_that_is_not_read_is_said() -> None:
-    contents = under("denoise_fn.", state("openai")) | {"betas": np.ones(5, np.float32)}
-    assert "betas lie beside them, which this family does not read" in recognise(contents, "file")[1].note
+    for contents in (
+        under("denoise_fn.", state("ho")) | {"betas": np.ones(5, np.float32)},
+        {"model": state("openai"), "betas": [0.1, 0.2]},  # no tensor
+    ):
+        assert "betas lie beside them, which this family does not read" in recognise(contents, "file")[1].note
     assert recognise(state("lucidrains' diffusion"), "file")[1].note == ""
+
+
+def test_betas_that_a_family_reads_go_with_raw_and_averaged_weights() -> None:
+    """CompVis' layout: buffers of the diffusion beside its network, and an EMA under names without dots."""
+    raw, ema = state("openai"), state("openai", 2)
+    dotless = {f"model_ema.diffusion_model{name.replace('.', '')}": value for name, value in ema.items()}
+    rest = {
+        "betas": np.linspace(0.01, 0.2, 7).astype(np.float32),
+        "model_ema.decay": LIST,
+        "model_ema.num_updates": LIST,
+    }
+    contents = {"state_dict": under("model.diffusion_model.", raw) | dotless | rest, "global_step": 5}
+    for asked, taken, expected in (
+        (None, "state_dict.model_ema", ema),
+        ("state_dict.model_ema", "state_dict.model_ema", ema),
+        ("raw", "state_dict.model.diffusion_model", raw),
+    ):
+        source = recognise(contents, "file", asked)[1]
+        assert (source.taken, source.note) == (taken, "")
+        assert (source.weights, source.step) == ("raw" if asked == "raw" else "ema", 5)
+        assert source.tensors.keys() == {*raw, "betas"}
+        assert all(np.array_equal(source.tensors[name], value) for name, value in expected.items())
+    for part in (None, 0.5):
+        contents["state_dict"]["model_ema.diffusion_modelout2bias"] = part
+        source = recognise(contents, "file")[1]
+        assert source.taken == "state_dict.model.diffusion_model"
+        assert source.note == "model_ema has the names of no family's network"
 
 
 def test_what_lies_beside_is_said() -> None:
@@ -319,10 +377,10 @@ FOREIGN = {
     "denoise_fn.noise_level_mlp.1.weight denoise_fn.downs.0.weight": "is an SR3 network",
     "x_embedder.proj.weight blocks.0.adaLN_modulation.1.weight": "is a diffusion transformer",
     "pos_embed.proj.weight transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight": "is a diffusion transf",
-    "conv_in.conv.weight time_embed.0.weight down_blocks.0.resnets.0.conv1.conv.weight": "is a network of MONAI's",
+    "conv_in.conv.weight time_embed.0.weight down_blocks.0.resnets.0.conv1.conv.weight": "is a network of MONAI's, but",
     "model.map_layer0.weight model.enc.32x32_conv.weight": "is an EDM network",
     "module.all_modules.0.W": "is a score_sde model",
-    "time_embedding.timembedding.0.weight downblocks.0.weight": "is a model of w86763777/pytorch-ddpm's",
+    "time_embedding.timembedding.0.weight downblocks.0.weight": "has a timembedding as w86763777/pytorch-ddpm's",
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": "cross-attention to text",
     "first_stage_model.x": "is a latent-diffusion autoencoder",
     "a.b c": r"is no checkpoint that jddim knows: it holds a\.b, c",
@@ -337,10 +395,3 @@ def test_foreign_files_are_named_for_what_they_are(names: str, wrap: Callable[[A
     with pytest.raises(ConversionError, match=f"^file {message}" if message.startswith("is ") else message):
         recognise(contents, "file")
     assert "lucidrains Trainer" not in message
-
-
-def test_whole_monai_networks_are_not_diffusers() -> None:
-    names = [f"down_blocks.0.resnets.0.{x}.weight" for x in ("norm1", "norm2", "time_emb_proj", "conv1.conv")]
-    contents = dict.fromkeys([*names, "conv_in.conv.weight", "time_embed.0.weight"], np.zeros(2, np.float32))
-    with pytest.raises(ConversionError, match="is a network of MONAI's"):
-        recognise(contents, "file")

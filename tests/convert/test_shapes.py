@@ -5,11 +5,12 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import named
 import numpy as np
 import pytest
 
 from convert.engine import ConversionError, fill
-from convert.families import diffusers, ho, lucidrains, openai
+from convert.families import diffusers, ho, lucidrains, monai, openai, pytorch_ddpm
 from convert.writers import state_shapes
 from jddim.config import LucidrainsConfig, ModelConfig, UNetConfig
 from jddim.models.building import abstract_model, flat_params
@@ -26,6 +27,8 @@ CASES: dict[str, tuple[ModuleType, ModelConfig, dict[str, bool]]] = {
     "ho, 3x3 shortcuts": (ho, UNetConfig(**UNET, conv_shortcut=True), {}),
     "diffusers": (diffusers, UNetConfig(**UNET), {}),
     "openai": (openai, UNetConfig(**UNET, **openai._FIXED, num_heads=2), {"use_new_attention_order": False}),
+    "pytorch_ddpm": (pytorch_ddpm, UNetConfig(**UNET, time_embedding="learned", num_timesteps=3), {}),
+    "monai": (monai, UNetConfig(**UNET), {"core": True, "combined": True}),
     "lucidrains": (lucidrains, LucidrainsConfig(**LUCIDRAINS, stem_channels=6), {}),
 }
 
@@ -35,7 +38,11 @@ def test_ones_too_many_or_too_few_are_refused(name: str) -> None:
     family, config, options = CASES[name]
     rules = family.rules(config, **options)
     expected = {leaf: value.shape for leaf, value in flat_params(abstract_model(config)).items()}
-    right = {name: np.zeros(shape) for name, shape in state_shapes(lambda: family.reference(config, **options)).items()}
+    if family in (pytorch_ddpm, monai):  # their reference has diffusers' names; golden files have their own code's
+        right = named.state_dict(family, config, 1, **options)
+    else:
+        shapes = state_shapes(lambda: family.reference(config, **options))
+        right = {name: np.zeros(shape) for name, shape in shapes.items()}
     pointwise = family.FAMILY.pointwise
     assert fill(right, expected, rules, {}, pointwise).keys() == expected.keys()
     wrong = {name: [value[..., None], value[None]] for name, value in right.items()}
@@ -49,17 +56,24 @@ def test_ones_too_many_or_too_few_are_refused(name: str) -> None:
             assert str(caught.value).endswith(f"has shape {value.shape}, expected {right[name].shape}")
 
 
-def test_attention_by_2d_convolutions_is_no_file_of_openais(tmp_path: Any) -> None:
-    """As consistency models have it, with q, k and v in another order."""
+def test_attention_by_2d_convolutions_is_no_file_of_openais_diffusion(tmp_path: Any) -> None:
+    """As consistency models have it, with q, k and v in another order; in one attention alone it is damage."""
     import torch
 
-    from convert.conversion import convert
+    from convert.conversion import convert, describe
 
     _, config, options = CASES["openai"]
     shapes = state_shapes(lambda: openai.reference(config, **options))
-    tensors = {name: torch.ones(*shape, *([1] if "qkv.weight" in name else [])) for name, shape in shapes.items()}
-    torch.save(tensors, tmp_path / "model000001.pt")
     settings = {"image_size": "8", "num_heads": "2", "norm_groups": "2"}
-    for verify in (True, False):
-        with pytest.raises(ConversionError, match=r"qkv\.weight has shape \(24, 8, 1, 1\), expected \(24, 8, 1\)"):
-            convert(tmp_path / "model000001.pt", tmp_path / "out", settings=settings, verify=verify)
+    file = tmp_path / "edm_bedroom256_ema.pt"
+    for where, why in (
+        ("qkv.weight", r"attention by 2-D convolutions, as openai/consistency_models has .* given 250 ln\(sigma\)"),
+        ("middle_block.1.qkv.weight", r"qkv\.weight has shape \(24, 8, 1, 1\), expected \(24, 8, 1\)"),
+    ):
+        torch.save({n: torch.ones(*shape, *([1] if where in n else [])) for n, shape in shapes.items()}, file)
+        for verify in (True, False):
+            with pytest.raises(ConversionError, match=why):
+                convert(file, tmp_path / "out", settings=settings, verify=verify)
+        if where == "qkv.weight":
+            with pytest.raises(ConversionError, match=why):
+                describe(file)

@@ -68,6 +68,46 @@ def test_a_converted_pipeline_samples_as_diffusers_does(tmp_path: Path, name: st
     assert_same_runs(ddim, pipe, 11, (2, *ddim.model.config.image_size, 3))  # 11 does not divide 300: t - T // S
 
 
+RUNS = {
+    "DDPMScheduler": {"prediction_type": "sample", "variance_type": "fixed_large"},
+    "PNDMScheduler": {"beta_schedule": "scaled_linear", "skip_prk_steps": True},
+    "DPMSolverMultistepScheduler": {"timestep_spacing": "linspace", "use_karras_sigmas": True},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_of_a_run_samples_by_the_runs_scheduler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    model = cases.network("one head, as in Ho et al.")
+    diffusers.utils.logging.set_verbosity_error()
+    model.to(torch.float32)
+    model.save_pretrained(tmp_path / "run" / "checkpoint-7" / "unet")
+    kind = getattr(diffusers, name)
+    kind(num_train_timesteps=300, **RUNS[name]).save_pretrained(tmp_path / "run" / "scheduler")
+    scheduler = kind.from_pretrained(tmp_path / "run" / "scheduler")  # DDIM takes what the file says, defaults too
+    convert(tmp_path / "run" / "checkpoint-7", tmp_path / "ckpt", verify=False)
+    ddim = jddim.load(tmp_path / "ckpt")
+    shape = (2, *ddim.model.config.image_size, 3)
+    pipe = diffusers.DDIMPipeline(unet=model, scheduler=scheduler)
+    assert_same_runs(ddim, pipe, 7, shape)
+    if name != "DDPMScheduler":
+        return
+    x_T, noises = noise(7, shape)
+    left = iter(noises)  # DDPMScheduler takes no noise; it draws, but in its last step
+    monkeypatch.setattr(
+        diffusers.schedulers.scheduling_ddpm, "randn_tensor", lambda *args, **kwargs: channels_first(next(left))
+    )
+    scheduler.set_timesteps(7)
+    x = channels_first(x_T)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t).sample, t, x).prev_sample
+    theirs = np.moveaxis(x.numpy(), 1, -1)
+    ours = np.asarray(ddim.sample(x_T=x_T, noise=noises, method="ddpm", steps=7))
+    assert np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
+
+
 def test_an_exported_mnist_runs_in_the_pipeline_with_the_same_digits(tmp_path: Path, mnist_checkpoint: Path) -> None:
     export(mnist_checkpoint, tmp_path / "pipeline", "diffusers")
     pipe = diffusers.DDIMPipeline.from_pretrained(tmp_path / "pipeline")

@@ -59,6 +59,26 @@ def test_editing_by_strength_is_the_loop_on_the_tables_end(ddim: DDIM, given: bo
     close(ddim.edit(IMAGES, KEY, strength=0.7, eta=0.6, noise=noise, batch_size=2), expected)
 
 
+@pytest.mark.parametrize(
+    ("asked", "spacing", "last"),
+    [
+        ({}, "ddim5", 80),
+        ({"steps": 18}, "18", 99),  # no stride makes 18 timesteps of 100
+        ({"method": "ddpm"}, "openai", 99),
+        ({"method": "dpm++2m", "spacing": "openai_ddim"}, "openai", 99),
+        ({"spacing": "openai"}, "openai", 99),
+        ({"spacing": "leading"}, "leading", 80),
+    ],
+)
+def test_openais_ddim_has_a_spacing_that_its_other_samplers_have_not(
+    ddim: DDIM, asked: dict[str, Any], spacing: str, last: int
+) -> None:
+    made = dataclasses.replace(ddim, sampler=dataclasses.replace(ddim.sampler, spacing="openai_ddim"))
+    planned = plan(made, Request(**asked), Inputs(KEY), 1).check("sample")
+    assert (planned.sampler.spacing, int(planned.table.t[0])) == (spacing, last)
+    assert planned.table.num_steps == asked.get("steps", 5)
+
+
 def test_who_watches_an_edit_sees_its_steps(ddim: DDIM) -> None:
     planned = plan(ddim, Request(strength=0.7, eta=0.0), Inputs(KEY, images=IMAGES)).check("edit")
     seen: list[tuple[int, int]] = []

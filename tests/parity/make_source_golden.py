@@ -1,0 +1,106 @@
+"""Writes golden/SOURCE.npz from a source's own code: `source_cases` says what is in it.
+
+    python tests/parity/make_source_golden.py pytorch_ddpm CHECKOUT    # w86763777/pytorch-ddpm at f804ccb
+    python tests/parity/make_source_golden.py monai CHECKOUT CHECKOUT  # MONAI at d388d1c, GenerativeModels at 7428fce
+    python tests/parity/make_source_golden.py openai CHECKOUT             # CompVis/latent-diffusion at a506df5
+
+CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from source_cases import ETA, GOLDEN, SOURCES, STEPS, SourceCase, drawn, images
+
+NOT_OF_THE_SCHEDULER = ("image_size", "num_head_channels", "norm_num_groups")
+
+
+def nchw(x: np.ndarray) -> torch.Tensor:
+    return torch.tensor(np.ascontiguousarray(np.moveaxis(x, -1, -3)))
+
+
+def nhwc(x: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(x.numpy(), -3, -1))
+
+
+def redrawn(network: torch.nn.Module) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The network with every tensor drawn, and its tensors' shapes."""
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    network.load_state_dict({name: torch.tensor(drawn(name, shape)) for name, shape in shapes.items()})
+    return network.eval().requires_grad_(False), shapes
+
+
+def pytorch_ddpm(name: str, case: SourceCase) -> dict[str, Any]:
+    from diffusion import GaussianDiffusionSampler
+    from model import UNet
+
+    network, shapes = redrawn(UNet(**case.network))
+    found = {"shapes": shapes, "eps": network(nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t))}
+    if name == "one block":
+        T = case.network["T"]
+        betas = float(case.settings["beta_1"]), float(case.settings["beta_T"])
+        for var_type in ("fixedlarge", "fixedsmall"):
+            sampler = GaussianDiffusionSampler(network, *betas, T, mean_type="epsilon", var_type=var_type)
+            noise = iter(nchw(images(case, T, 2, seed=3)))
+            torch.randn_like = lambda x, noise=noise: next(noise)
+            torch.clip = lambda x, *limits: x  # of the result alone: an untrained network's is far outside
+            found[var_type] = sampler(nchw(images(case, 2, seed=2)))
+    return found
+
+
+def monai(name: str, case: SourceCase) -> dict[str, Any]:
+    if name == "Generative":
+        from generative.networks.nets import DiffusionModelUNet
+        from generative.networks.schedulers import DDIMScheduler
+    else:
+        from monai.networks.nets import DiffusionModelUNet
+        from monai.networks.schedulers import DDIMScheduler
+
+    network, shapes = redrawn(DiffusionModelUNet(**case.network))
+    labels = None if case.labels is None else torch.tensor(case.labels)
+    x_t = nchw(images(case, len(case.t), seed=1))
+    found = {"shapes": shapes, "eps": network(x_t, torch.tensor(case.t), class_labels=labels)}
+    if labels is not None:
+        told = {key: yaml.safe_load(value) for key, value in case.settings.items() if key not in NOT_OF_THE_SCHEDULER}
+        scheduler = DDIMScheduler(**told)
+        scheduler.set_timesteps(STEPS)
+        noise = iter(nchw(images(case, STEPS, len(labels), seed=3)))
+        torch.randn = lambda *shape, noise=noise, **options: next(noise)
+        x = nchw(images(case, len(labels), seed=2))
+        for t in scheduler.timesteps:
+            output = network(x, t.expand(len(labels)), class_labels=labels)
+            x, _ = scheduler.step(output, int(t), x, eta=ETA)
+        found["DDIM"] = x
+    return found
+
+
+def latent_diffusion(name: str, case: SourceCase) -> dict[str, Any]:
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    network, shapes = redrawn(UNetModel(**case.network))
+    return {"shapes": shapes, "eps": network(nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t))}
+
+
+MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
+    "pytorch_ddpm": pytorch_ddpm,
+    "openai": latent_diffusion,
+    "monai": monai,
+}
+
+if __name__ == "__main__":
+    source, *checkouts = sys.argv[1:]
+    sys.path[:0] = checkouts
+    kept: dict[str, Any] = {}
+    for name, case in SOURCES[source].items():
+        for part, value in MAKERS[source](name, case).items():
+            kept[f"{name}/{part}"] = nhwc(value) if isinstance(value, torch.Tensor) else json.dumps(value)
+    path = GOLDEN / f"{source}.npz"
+    np.savez_compressed(path, **kept)
+    print(f"wrote {path.name}, {path.stat().st_size} bytes")

@@ -1,0 +1,128 @@
+"""Networks of sources whose own code cannot be installed here, and what golden/NAME.npz keeps of each.
+
+A file holds, for each case, the names and shapes of the source's state dict (`CASE/shapes`, JSON) and the output of
+the source's own network (`CASE/eps`); runs of its own sampler (`CASE/RUN`). Weights and inputs are drawn here, by name,
+and are not in the file. `make_source_golden.py` writes it, `test_source_golden.py` holds jddim to it.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from convert.engine import fill
+from convert.families import FAMILIES, Plan
+from jddim.models.building import abstract_model, flat_params
+
+STEPS, ETA = 7, 0.6  # of the runs by DDIM
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class SourceCase(NamedTuple):
+    network: dict[str, Any]  # of the source's class
+    settings: dict[str, str]  # what its tensors do not tell
+    size: tuple[int, int]
+    channels: int
+    t: tuple[int, ...]
+    labels: tuple[int, ...] | None = None
+
+
+SMALL: dict[str, Any] = {
+    **{"spatial_dims": 2, "in_channels": 1, "out_channels": 1, "num_res_blocks": 1, "norm_num_groups": 4},
+    "num_class_embeds": 3,
+}
+SOURCES: dict[str, dict[str, SourceCase]] = {
+    "pytorch_ddpm": {
+        "one block": SourceCase(
+            {"T": 20, "ch": 32, "ch_mult": [1, 2], "attn": [1], "num_res_blocks": 1, "dropout": 0.1},
+            {"img_size": "6x10", "beta_1": "0.001", "beta_T": "0.3"},
+            (6, 10),
+            3,
+            (0, 7, 19),
+        ),
+        "three levels": SourceCase(
+            {"T": 1000, "ch": 32, "ch_mult": [2, 1, 2], "attn": [0, 2], "num_res_blocks": 2, "dropout": 0.0},
+            {"img_size": "8x12"},
+            (8, 12),
+            3,
+            (999, 500),
+        ),
+    },
+    "openai": {
+        "latent-diffusion": SourceCase(
+            {"image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "channel_mult": (1, 2)}
+            | {"num_res_blocks": 1, "attention_resolutions": [2], "num_head_channels": 32},
+            {"image_size": "6x10", "num_head_channels": "32"},
+            (6, 10),
+            3,
+            (0, 7, 999),
+        ),
+    },
+    "monai": {
+        "core": SourceCase(
+            SMALL | {"channels": (8, 16), "attention_levels": (False, True), "num_head_channels": (0, 4)},
+            {"image_size": "6x10", "num_head_channels": "8,4", "norm_num_groups": "4"}
+            | {"num_train_timesteps": "50", "schedule": "scaled_linear_beta", "beta_end": "0.2"}
+            | {"prediction_type": "v_prediction", "clip_sample_min": "0"},
+            (6, 10),
+            1,
+            (0, 7, 999),
+            (2, 0, 1),
+        ),
+        "core, combined, without projections, resampling blocks": SourceCase(
+            {**SMALL, "num_res_blocks": 2, "num_class_embeds": None, "channels": (4, 4, 8)}
+            | {"attention_levels": (True, False, False), "num_head_channels": (4, 0, 8)}
+            | {"resblock_updown": True, "include_fc": False, "use_combined_linear": True},
+            {"image_size": "8x12", "num_head_channels": "4,1,8", "norm_num_groups": "4"},
+            (8, 12),
+            1,
+            (999, 500),
+        ),
+        "Generative": SourceCase(
+            SMALL | {"num_channels": (8, 16), "attention_levels": (False, True), "num_head_channels": 4},
+            {"image_size": "6x10", "num_head_channels": "4", "norm_num_groups": "4"}
+            | {"num_train_timesteps": "200", "beta_end": "0.1", "set_alpha_to_one": "false", "steps_offset": "1"},
+            (6, 10),
+            1,
+            (0, 7, 999),
+            (2, 0, 1),
+        ),
+    },
+}
+
+
+def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor's random numbers: norms' scales about 1, biases about 0, all others as large as keeps their input so."""
+    draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    if len(shape) == 1:
+        return (name.endswith("weight") + 0.2 * draw).astype(np.float32)
+    return (draw * np.prod(shape[1:]) ** -0.5).astype(np.float32)
+
+
+def images(case: SourceCase, *leading: int, seed: int) -> np.ndarray:
+    """Standard normal numbers `(*leading, h, w, c)`."""
+    return np.random.default_rng(seed).standard_normal((*leading, *case.size, case.channels), np.float32)
+
+
+def golden(source: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{source}.npz") as file:
+        return dict(file)
+
+
+def source_tensors(source: str, name: str) -> dict[str, np.ndarray]:
+    """A case's state dict."""
+    shapes = json.loads(str(golden(source)[f"{name}/shapes"]))
+    return {tensor: drawn(tensor, tuple(shape)) for tensor, shape in shapes.items()}
+
+
+def converted(source: str, name: str) -> tuple[Plan, dict[str, np.ndarray]]:
+    """What jddim makes of it: the plan and the parameters."""
+    family = FAMILIES[source]
+    tensors = family.open_source(source_tensors(source, name), "file").tensors
+    plan = family.plan(tensors, None, SOURCES[source][name].settings)
+    expected = {leaf: value.shape for leaf, value in flat_params(abstract_model(plan.model)).items()}
+    return plan, fill({**tensors, **plan.implied}, expected, plan.rules, plan.ignored, family.pointwise)

@@ -1,0 +1,78 @@
+"""jddim against numbers that sources' own code left in files: the networks, from their tensors, and their samplers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from source_cases import ETA, SOURCES, STEPS, converted, golden, images
+
+from jddim.ddim import sampler_table, step_table
+from jddim.models.building import build_model
+from jddim.sampling import ancestral_loop, sample_loop
+from jddim.schedule import make_schedule
+from jddim.timesteps import make_timesteps
+
+pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
+
+
+def error(actual: jax.Array, expected: np.ndarray) -> float:
+    assert actual.shape == expected.shape
+    return float(np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("source", "name"), [(source, name) for source, cases in SOURCES.items() for name in cases])
+def test_output_equals_the_sources(source: str, name: str) -> None:
+    case = SOURCES[source][name]
+    plan, params = converted(source, name)
+    labels = None if case.labels is None else jnp.array(case.labels)
+    run = jax.jit(lambda model, *inputs: model(*inputs))
+    eps = run(build_model(plan.model, params), images(case, len(case.t), seed=1), jnp.array(case.t), labels)
+    # float32 rounding through up to 30 convolutions; measured 1e-6
+    assert error(eps, golden(source)[f"{name}/eps"]) <= 2e-5
+
+
+@pytest.mark.parametrize("var_type", ["fixedlarge", "fixedsmall"])
+def test_pytorch_ddpms_sampler(var_type: str) -> None:
+    case = SOURCES["pytorch_ddpm"]["one block"]
+    plan, params = converted("pytorch_ddpm", "one block")
+    sampler, T = plan.sampler, case.network["T"]
+    table = step_table(make_schedule(plan.schedule), make_timesteps(sampler.spacing, T, T))
+    run = jax.jit(
+        lambda model, x_T, noise: ancestral_loop(
+            model,
+            x_T,
+            table,
+            noise=noise,
+            variance={"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}[var_type],
+            clip_range=sampler.clip_range if sampler.clip else None,
+        )
+    )
+    x_0 = run(build_model(plan.model, params), images(case, 2, seed=2), images(case, T, 2, seed=3))
+    assert error(x_0, golden("pytorch_ddpm")[f"one block/{var_type}"]) <= 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name, case in SOURCES["monai"].items() if case.labels is not None])
+def test_monais_ddim(name: str) -> None:
+    case = SOURCES["monai"][name]
+    plan, params = converted("monai", name)
+    sampler = dataclasses.replace(plan.sampler, num_steps=STEPS)
+    table = sampler_table(make_schedule(plan.schedule), sampler)
+    labels = jnp.array(case.labels)
+    run = jax.jit(
+        lambda model, x_T, noise: sample_loop(
+            lambda x_t, t: model(x_t, t, labels),
+            x_T,
+            table,
+            eta=ETA,
+            noise=noise,
+            prediction_type=sampler.prediction_type,
+            clip_range=sampler.clip_range,
+        )
+    )
+    num = len(labels)
+    x_0 = run(build_model(plan.model, params), images(case, num, seed=2), images(case, STEPS, num, seed=3))
+    assert error(x_0, golden("monai")[f"{name}/DDIM"]) <= 1e-4
