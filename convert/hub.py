@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from jddim.installing import install_line
+
 from .engine import ConversionError
 
 
@@ -30,7 +32,7 @@ def snapshot(
     except ImportError as error:
         raise ConversionError(
             f"no such file or folder: {src}; if it is a hub id, fetching it needs huggingface_hub: "
-            "pip install 'jddim[hub]'"
+            + install_line("hub")
         ) from error
     folder = None
     for wanted in patterns:

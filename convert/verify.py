@@ -12,6 +12,7 @@ import numpy as np
 
 from jddim.config import ModelConfig, UNetConfig
 from jddim.converting import Verification
+from jddim.installing import install_line
 from jddim.models import Network
 
 from .engine import ConversionError
@@ -52,7 +53,7 @@ def verify(
     TF32 by default). Raises ConversionError where PyTorch is not installed.
     """
     if not can_verify():
-        raise ConversionError("comparing with PyTorch needs PyTorch: pip install 'jddim[convert]'")
+        raise ConversionError(f"comparing with PyTorch needs PyTorch: {install_line('convert')}")
     import torch
 
     rng = np.random.default_rng(seed)

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jddim.installing import install_line
+
 from .engine import ConversionError, source_tensors
 from .rules import Rules
 
@@ -53,5 +55,5 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ConversionError("writing PyTorch checkpoints needs PyTorch: pip install 'jddim[convert]'") from error
+        raise ConversionError(f"writing PyTorch checkpoints needs PyTorch: {install_line('convert')}") from error
     return torch

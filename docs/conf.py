@@ -101,16 +101,20 @@ class Commands(Directive):
 
     def run(self) -> list[nodes.Node]:
         os.environ["COLUMNS"] = "100"
-        from jddim.cli.main import _parser
+        from jddim.cli.main import GROUPS, _parser
 
         parser = _parser()
         (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         found: list[nodes.Node] = [nodes.literal_block("", parser.format_help(), language="text")]
-        for name, command in sorted(commands.choices.items()):
-            section = nodes.section(ids=[f"jddim-{name}"], names=[f"jddim {name}"])
-            section += nodes.title("", f"jddim {name}")
-            section += nodes.literal_block("", command.format_help(), language="text")
-            found.append(section)
+        for group, names in GROUPS.items():
+            outer = nodes.section(ids=[f"group-{group.lower()}"], names=[group])
+            outer += nodes.title("", group)
+            for name in names:
+                section = nodes.section(ids=[f"jddim-{name}"], names=[f"jddim {name}"])
+                section += nodes.title("", f"jddim {name}")
+                section += nodes.literal_block("", commands.choices[name].format_help(), language="text")
+                outer += section
+            found.append(outer)
         return found
 
 

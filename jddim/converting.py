@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jddim.checkpoint.card import ALL_ZERO
+from jddim.installing import install_line
 
 if TYPE_CHECKING:  # it imports jax, which the command line must not wait for
     from jddim.checkpoint.metadata import Metadata
@@ -160,8 +161,8 @@ def info(
 ) -> list[str]:
     """What a checkpoint is, in the lines that `jddim info` prints. Nothing in a file is run.
 
-    path: a jddim folder, of which all that is recorded is listed; or a PyTorch source as `convert` takes it, of which
-    the lines are its family, weights and parameters, what its conversion would assume or still need, and the command
+    path: a jddim folder, of which the lines are a card of what is known; or a PyTorch source as `convert` takes it, of
+    which they are its family, weights and parameters, what its conversion would assume or still need, and the command
     for it. weights: of a PyTorch source, as `convert` takes them; config, settings, preset, variant, revision: so, too.
     The lines are for people, and may change; what they quote of a file is as it stands there, control characters
     included.
@@ -169,14 +170,10 @@ def info(
     Raises ConversionError if no family knows the source, CheckpointError if a jddim folder is damaged; of a PyTorch
     source, ModuleNotFoundError where what `jddim[convert-core]` installs is missing.
     """
-    if (Path(path) / "metadata").is_dir():
+    if (found := _folder(path)) is not None:
         from jddim.checkpoint.card import lines
-        from jddim.checkpoint.folder import load_metadata
-        from jddim.models.building import abstract_model, flat_params
 
-        metadata = load_metadata(path)
-        count = sum(leaf.size for leaf in flat_params(abstract_model(metadata.model)).values())
-        return [f"{'checkpoint':<15} {path}", *lines(metadata, count)]
+        return [f"{'checkpoint':<15} {path}", *lines(*found)]
     described: list[str] = _part("conversion").describe(
         path,
         config=config,
@@ -187,6 +184,28 @@ def info(
         revision=revision,
     )
     return described
+
+
+def recorded(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """All that a jddim folder's metadata holds, and how many parameters there are; None for what is no such folder.
+
+    Raises CheckpointError if it is damaged.
+    """
+    if (found := _folder(path)) is None:
+        return None
+    metadata, parameters = found
+    return {"checkpoint": str(path), "parameters": parameters, **metadata.written()}
+
+
+def _folder(path: str | os.PathLike[str]) -> tuple[Metadata, int] | None:
+    """A jddim folder's metadata and its number of parameters; None for what is no such folder."""
+    if not (Path(path) / "metadata").is_dir():
+        return None
+    from jddim.checkpoint.folder import load_metadata
+    from jddim.models.building import abstract_model, flat_params
+
+    metadata = load_metadata(path)
+    return metadata, sum(leaf.size for leaf in flat_params(abstract_model(metadata.model)).values())
 
 
 def export_torch(
@@ -220,8 +239,8 @@ def _part(name: str) -> Any:
         if error.name is None:
             raise
         raise ModuleNotFoundError(
-            f"reading PyTorch checkpoints needs {error.name}: pip install 'jddim[convert]', or "
-            "'jddim[convert-core]' to go without PyTorch and its verification",
+            f"reading PyTorch checkpoints needs {error.name}: {install_line('convert')} "
+            "(or [convert-core], to go without PyTorch and its verification)",
             name=error.name,
         ) from error
 

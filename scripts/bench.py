@@ -56,6 +56,7 @@ if str(ROOT) not in sys.path:  # so that it also runs where jddim is not install
 import jddim  # noqa: E402
 from jddim.cli.options import OneLineParser  # noqa: E402
 from jddim.config import to_json  # noqa: E402
+from jddim.installing import install_line  # noqa: E402
 from scripts.contestants import (  # noqa: E402
     CONTESTANTS,
     PRECISIONS,
@@ -529,7 +530,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise BenchError("the comparison needs torch: pip install 'jddim[convert]'") from error
+        raise BenchError(f"the comparison needs torch: {install_line('convert')}") from error
     use_threads(None, threads)
     device, note = choose_device()
     sizes = args.sizes or (("mnist",) if args.quick else tuple(SIZES))

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # The virtual environment that the scripts here work in. To be sourced, with bash 3.2 or later, on Linux or macOS.
 #
-#   jddim_environment EXTRA     makes, repairs or updates .venv: the project with EXTRA in it; sets JDDIM_PYTHON
+#   jddim_environment EXTRA,... makes, repairs or updates .venv: the project with these extras in it; sets JDDIM_PYTHON
 #   jddim_find_python           sets JDDIM_BASE, the Python for new environments: JDDIM_PYTHON_BASE, PYTHON, or one on PATH
 #   jddim_venv DIR ARGUMENTS    runs `pip install ARGUMENTS` in DIR, an absolute path, which is made first if need be
 #
@@ -70,7 +70,7 @@ jddim_venv() {
 
 # Whether .venv is as it should be. Else sets _jddim_broken, if it has to be made anew, to why.
 _jddim_ready() {
-  local venv=$JDDIM_ROOT/.venv version key='' asked=''
+  local venv=$JDDIM_ROOT/.venv version key='' asked='' extra
   _jddim_broken='' _jddim_held=''
   [ -z "${JDDIM_PYTHON_BASE:-${PYTHON:-}}" ] || { jddim_find_python && asked=$(jddim_version "$JDDIM_BASE"); } || exit
   [ -e "$venv" ] || [ -L "$venv" ] || return
@@ -82,7 +82,8 @@ _jddim_ready() {
     { read -r _jddim_held && read -r key; } <"$venv/jddim-state" || true
     [ "$_jddim_held" != unfinished ] || _jddim_broken='its set-up did not finish'
   fi
-  [ -z "$_jddim_broken" ] && [ "$key" = "$(_jddim_key)" ] && [[ " $_jddim_held " == *" $1 "* ]]
+  [ -z "$_jddim_broken" ] && [ "$key" = "$(_jddim_key)" ] || return
+  for extra in ${1//,/ }; do [[ " $_jddim_held " == *" $extra "* ]] || return; done
 }
 
 # An editable install remembers where the checkout is.
@@ -107,7 +108,7 @@ extras, held = tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-depend
 for extra in held:
     inner = re.findall(r"jddim\[(.*?)\]", " ".join(extras.get(extra, [])))
     held += [name for name in re.findall(r"[\w-]+", " ".join(inner)) if name not in held]
-print(*[extra for extra in held if extra in extras])' "$JDDIM_ROOT/pyproject.toml" "$1" $_jddim_held >"$state" &&
+print(*[extra for extra in held if extra in extras])' "$JDDIM_ROOT/pyproject.toml" ${1//,/ } $_jddim_held >"$state" &&
       _jddim_key >>"$state"
   elif [ "$rc" -eq 1 ] && [ -n "$before" ] && ! grep -q 'No space left' "$venv/install.log"; then
     printf '%s\n' "$before" >"$state" # pip has changed nothing

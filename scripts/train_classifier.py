@@ -2,7 +2,7 @@
 
 Stopped early on purpose: the judge is to be as sure of real digits as the one that the reference figures come from
 (98.7% right on the test set, confidence >= 0.9 on 96.5% of it), since more epochs make any classifier surer of
-malformed digits too. Needs optax (`pip install 'jddim[dev]'`); about two minutes on two cores.
+malformed digits too. Needs optax (the extra `train`); about two minutes on two cores.
 
 Example:
   .venv/bin/python scripts/train_classifier.py DATA

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from tiny import SETTINGS, arrays, small_config, tree, write_checkpoint
 
 from jddim.checkpoint import folder as checkpoint
-from jddim.checkpoint.card import NAME, card
+from jddim.checkpoint.card import ALL_ZERO, NAME, card, lines
 from jddim.checkpoint.folder import load_metadata, load_params, save_checkpoint
 from jddim.checkpoint.metadata import Metadata
+from jddim.cli.main import main
 from jddim.config import SamplerConfig, ScheduleConfig
 
 pytestmark = pytest.mark.quick
@@ -64,6 +66,65 @@ def test_everything_recorded_is_said() -> None:
     ):
         assert fact in text, fact
     assert "not verified" not in text
+
+
+def infos(provenance: dict, sampler: SamplerConfig, schedule: ScheduleConfig, **network: object) -> list[str]:
+    return lines(Metadata(small_config(**network), schedule, sampler, provenance, "a" * 64), 44_969)
+
+
+def test_info_is_a_card() -> None:
+    sampler = SamplerConfig(
+        "quad", 20, 0.5, prediction_type="v_prediction", clip_range=(-2.0, 2.0), self_condition=True
+    )
+    schedule = ScheduleConfig("linear", 500, 0.0001, 0.03, zero_terminal_snr=True)
+    assert infos(PROVENANCE, sampler, schedule) == [
+        f"network         {CONFIG.summary}",
+        "parameters      44,969",
+        "classes         none",
+        "schedule        linear, T = 500, beta_start 0.0001, beta_end 0.03, zero terminal SNR",
+        "  in diffusers  beta_schedule=sigmoid",
+        "sampler         quad, 20 steps, eta 0.5, predicts v_prediction, x_0 clipped to -2..2, self_condition=true",
+        "  in diffusers  timestep_spacing=trailing",
+        "family          diffusers",
+        f"source          file=model.safetensors, sha256={'5' * 64}, hub_id=some/one, commit={'c' * 40}",
+        f"config          file=config.json, sha256={'7' * 64}",
+        "set             eta=0.3",
+        "weights         raw",
+        "step            12345",
+        "assumed         steps_offset = 0 (the class's default)",
+        "verification    3.2e-07 of the output's scale, against PyTorch 2.6",
+        "versions        jddim=0.1.0",
+        "license         CC0-1.0",
+        f"sha256          {Metadata(CONFIG, schedule, sampler, PROVENANCE, 'a' * 64).sha256}",
+    ]
+
+
+def test_infos_other_facts() -> None:
+    provenance = {"training": {"null_label": 6, "lr": 0.1}, "verification": {"skipped": True, "reason": "no torch"}}
+    provenance["unchecked"] = ["num_heads"]
+    classes = {"class_embedding": "learned", "num_classes": 7}
+    betas = ScheduleConfig("betas", 3, betas=(0.1, 0.2, 0.3))
+    text = infos(provenance, SamplerConfig(clip=False), betas, **classes)
+    assert "classes         7, labels 0 to 6; 6 is the null label" in text
+    assert "schedule        betas listed one by one, T = 3" in text
+    assert "sampler         linspace, 50 steps, eta 0, predicts epsilon, x_0 not clipped" in text
+    assert "training        null_label=6, lr=0.1" in text
+    assert "verification    skipped (no torch); jddim verify CKPT SRC does it" in text
+    assert "license         not stated" in text
+    assert "unchecked       num_heads: told, not checked by the file" in text
+    zero = infos({"verification": {**PROVENANCE["verification"], "all_zero": True}}, SamplerConfig(), betas)
+    assert "verification    3.2e-07 of the output's scale, against PyTorch 2.6; " + ALL_ZERO in zero
+
+
+def test_info_for_programs_has_all_that_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_checkpoint(tmp_path / "ckpt")
+    assert main(["info", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"checkpoint": str(path), "parameters": 8_273, **load_metadata(path).written()}
+    assert main(["info", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "parameters      8,273" in printed
+    assert "{" not in printed
 
 
 def test_what_is_not_known_is_said_to_be_unknown() -> None:

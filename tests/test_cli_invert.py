@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def test_the_way_back_is_samples_and_its_errors_are_printed(
     printed = [float(number) for number in re.findall(r"^ +(?:\d+|mean)  (\S+)", said, re.M)]
     np.testing.assert_allclose(printed, [*errors, errors.mean()], rtol=1e-3)  # four digits are printed
     assert errors.max() > 1e-6
+    capsys.readouterr()
+    assert main([*words, "--reconstruct", str(tmp_path / "again.npy"), "--batch-size", "auto", "--json"]) == 0
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert "batch size" in told.err  # progress, which is no part of the document
+    np.testing.assert_allclose(found["errors"], errors, rtol=1e-5)
+    assert (found["x_T"], found["images"]) == (str(tmp_path / "x_T.npy"), 3)
 
 
 def test_pictures_are_read_and_the_reconstruction_says_how_it_was_made(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ for package in ("starlette", "uvicorn"):
 
 from web_server import events, made, post, send  # noqa: E402
 
+from jddim.installing import install_line  # noqa: E402
+
 
 def test_it_serves_until_ctrl_c(tmp_path: Path) -> None:
     small = {"channel_mults": (1,), "attention_levels": (), "middle": False}
@@ -81,4 +83,4 @@ def test_more_mistakes(tmp_path: Path, fails: Callable[..., str], monkeypatch: p
             "serve", checkpoint, "--port", port
         )
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert "pip install 'jddim[web]'" in fails("serve", checkpoint)
+    assert install_line("web") in fails("serve", checkpoint)

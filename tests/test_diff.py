@@ -125,5 +125,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     told = capsys.readouterr().out
     assert "0 of 2 equal" in told
     assert told.endswith("1 differ\n")
+    assert main(["diff", *paths, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"a": paths[0], "b": paths[1], "differences": [row._asdict() for row in diff(*paths)]}
+    assert main(["diff", paths[0], paths[0], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["differences"] == []
     assert main(["diff", paths[0], str(tmp_path / "c.npy")]) == 1
     assert "no such file" in capsys.readouterr().err

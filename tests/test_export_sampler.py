@@ -22,6 +22,7 @@ import jddim
 from jddim.cli.main import main
 from jddim.config import SamplerConfig
 from jddim.ddim import StepTable
+from jddim.installing import install_line
 from jddim.pipeline import DDIM
 from jddim.run.request import Request
 from jddim.scale.export import Exported, export_sampler, export_step
@@ -125,7 +126,7 @@ def test_without_flatbuffers_it_says_what_to_install(
     ckpt = write_checkpoint(tmp_path / "ckpt", **NARROW)
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     for options in ([], ["--step"]):
-        assert "pip install 'jddim[export]'" in fails("export", ckpt, tmp_path / "a.jddim", *options)
+        assert install_line("export") in fails("export", ckpt, tmp_path / "a.jddim", *options)
 
 
 def test_equal_exports_are_equal_files(tmp_path: Path) -> None:

@@ -143,6 +143,8 @@ def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert f"FD (mnist-cnn-v1)         {figures['frechet_distance']:.3f}" in printed
     assert "compare it at equal numbers only" in printed
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == figures
     assert main(["evaluate", str(tmp_path / "a.npz"), "--reference", str(tmp_path / "a.npz")]) == 0
     assert "FD (mnist-cnn-v1)         0.000" in capsys.readouterr().out.replace("-0.000", "0.000")
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jddim.cli import schedule as schedule_command
 from jddim.cli.main import main
-from jddim.ddim import step_table
+from jddim.config import SamplerConfig
+from jddim.ddim import ddim_sigma, sampler_table, step_table
+from jddim.installing import install_line
 from jddim.schedule import NoiseSchedule, cosine_schedule, linear_schedule, zero_terminal_snr
 from jddim.timesteps import linspace_timesteps, make_timesteps, previous_timesteps, quad_timesteps
 from jddim.timetables import elbo_costs, karras_timesteps, search_timesteps, traps
@@ -119,3 +124,30 @@ def test_the_command_compares_and_warns(capsys: pytest.CaptureFixture[str]) -> N
     assert "\nnote: " not in printed
     rows = [line.split() for line in printed.splitlines() if line.endswith("differs")]
     assert [(row[1], row[3]) for row in rows] == [("999", "750"), ("749", "500"), ("499", "250"), ("249", "0")]
+
+
+def test_the_command_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["schedule", "--spacing", "leading", "--compare", "linspace", "--steps", "7", "--eta", "0.5", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [table["spacing"] for table in found["tables"]] == ["leading", "linspace"]
+    (leading, other), schedule = found["tables"], linear_schedule(1000)
+    table = sampler_table(schedule, SamplerConfig("leading"), 7, np.float64)
+    assert [row["t"] for row in leading["steps"]] == table.t.tolist()
+    assert [row["alpha_bar_prev"] for row in leading["steps"]] == table.alpha_bar_prev.tolist()
+    sigma = ddim_sigma(sigma_prev=table.sigma_prev, fresh=table.fresh, eta=0.5)
+    np.testing.assert_allclose([row["sigma"] for row in leading["steps"]], sigma, rtol=1e-6)
+    assert leading["notes"] == traps(table, schedule)
+    assert other["notes"] == []
+    words = ["schedule", "--spacing", "linspace", "--compare", "leading", "--eta", "1.1", "--json"]
+    assert main(words) == 0
+    _, other = json.loads(capsys.readouterr().out)["tables"]
+    assert other["largest_eta"] < 1.1
+    assert {row["sigma"] for row in other["steps"]} == {None}
+    assert main(["schedule", "--steps", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tables"][0]["largest_eta"] is None  # infinity, which JSON has not
+
+
+def test_the_plot_needs_matplotlib(tmp_path: Path, fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule_command, "find_spec", lambda name: None)
+    assert install_line("plot") in fails("schedule", "--plot", tmp_path / "a.png")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from jddim.config import to_json
+from jddim.config import SamplerConfig, ScheduleConfig, to_json
 
 if TYPE_CHECKING:
     from jddim.checkpoint.metadata import Metadata
@@ -32,7 +32,7 @@ def card(metadata: Metadata, parameters: int) -> str:
         "",
         "```",
         f"jddim sample CKPT samples.png{_labels(metadata)}       # CKPT: this folder",
-        "jddim info CKPT                     # all that is recorded of it",
+        "jddim info CKPT                     # what is known of it; --json: all that is recorded",
         "jddim cite CKPT                     # what to cite",
         "```",
         "",
@@ -49,21 +49,65 @@ def card(metadata: Metadata, parameters: int) -> str:
 
 
 def lines(metadata: Metadata, parameters: int) -> list[str]:
-    """All that is recorded, a fact a line. parameters: how many numbers the network has."""
-    data = metadata.to_json()
-    provenance = data.pop("provenance")
+    """What the checkpoint is, a fact a line. parameters: how many numbers the network has.
+
+    What else is recorded is in `Metadata.to_json`. Provenance may hold whatever an edited file holds, of any type.
+    """
+    provenance = dict(metadata.provenance)
     wording = provenance.pop("wording", {})
-    facts = {"sha256": metadata.sha256, "parameters": f"{parameters:,}", **data, **provenance}
-    found = []
-    for name, value in facts.items():
+    told, source = wording.get("told", {}), f"  in {provenance.get('family', '?')}"
+    facts = [("network", metadata.model.summary), ("parameters", f"{parameters:,}"), ("classes", _classes(metadata))]
+    for name, summary in (("schedule", _schedule(metadata.schedule)), ("sampler", _sampler(metadata.sampler))):
+        facts += [(name, summary), *([(source, _worded(wording[name], told))] if wording.get(name) else [])]
+    for name, value in {**provenance, "license": provenance.get("license") or "not stated"}.items():
         match name, value:
-            case "verification", {"output_error": float(error), "torch": str(torch)}:
-                value = f"{error:.1e} of the output's scale, against PyTorch {torch}"
-        found.append(f"{name:<15} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
-        if name in ("schedule", "sampler") and wording.get(name):
-            source = f"  in {provenance.get('family', '?')}"
-            found.append(f"{source:<15} {_worded(wording[name], wording.get('told', {}))}")
-    return found
+            case "ignored" | "reference_options", _:  # for machines
+                continue
+            case "unchecked", [*names]:
+                value = [f"{_text(each)}: told, not checked by the file" for each in names]
+            case "verification", {"output_error": float(error), "torch": str(torch), **rest}:
+                zero = f"; {ALL_ZERO}" if rest.get("all_zero") else ""
+                value = f"{error:.1e} of the output's scale, against PyTorch {torch}{zero}"
+            case "verification", {"skipped": True, **rest}:
+                value = f"skipped ({rest.get('reason', '--no-verify')}); jddim verify CKPT SRC does it"
+        items = value if isinstance(value, list) else [value]
+        facts += [(name, _text(item)) for item in items if item not in (None, {})]
+    return [f"{name:<15} {text}" for name, text in [*facts, ("sha256", metadata.sha256)]]
+
+
+def _text(value: Any) -> str:
+    """A value of JSON in one line: an object's entries as name=value."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={_text(item)}" for name, item in value.items() if item is not None)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _classes(metadata: Metadata) -> str:
+    model, null_label = metadata.model, metadata.null_label
+    if model.num_classes is None:
+        return "none" if model.class_embedding is None else f"labels are no numbers ({model.class_embedding} embedding)"
+    null = "" if null_label is None else f"; {null_label} is the null label"
+    return f"{model.num_classes}, labels 0 to {model.num_classes - 1}{null}"
+
+
+def _schedule(config: ScheduleConfig) -> str:
+    ends = [f"{name} {value:g}" for name in ("beta_start", "beta_end") if (value := getattr(config, name)) is not None]
+    zero = ["zero terminal SNR"] if config.zero_terminal_snr else []
+    name = config.name if config.betas is None else "betas listed one by one"
+    return ", ".join([name, f"T = {config.num_train_timesteps}", *ends, *zero])
+
+
+def _sampler(config: SamplerConfig) -> str:
+    """The conventions that every source has, then those that are not the default."""
+    low, high = config.clip_range
+    x_0 = f"clipped to {low:g}..{high:g}" if config.clip else "not clipped"
+    said = (
+        f"{config.spacing}, {config.num_steps} steps, eta {config.eta:g}, predicts {config.prediction_type}, x_0 {x_0}"
+    )
+    named = ("spacing", "num_steps", "eta", "prediction_type", "clip", "clip_range")
+    default, own = SamplerConfig(), to_json(config)
+    rest = {name: value for name, value in own.items() if name not in named and value != getattr(default, name)}
+    return f"{said}, {_text(rest)}" if rest else said
 
 
 def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:

@@ -26,7 +26,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "bulk",
         _bulk,
-        "many images into a folder of checked shards; the same command again goes on where it was stopped",
+        "sample many images into a folder of checked shards\nThe same command again goes on where it was stopped.",
         "mnist fifty --num 50000 --steps 50\nclasses.ckpt set --num 50000 --labels balanced --format tar\n"
         "mnist fifty --num 50000 --shard 0/4    # one of four that may run at once",
     )
@@ -67,7 +67,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "collect",
         _collect,
-        "the shards of jddim bulk as one .npz for FID evaluators, checked for gaps and doubles",
+        "join the shards of jddim bulk into one .npz for FID evaluators\nThey are checked for gaps and doubles.",
         "fifty samples.npz\nworker-a worker-b samples.npz",
     )
     sub.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="the set's folder, or its workers' folders")
@@ -76,7 +76,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "check",
         _check,
-        "every checksum of a set of shards, and a random few of its images made again; exit status 0 if all agree",
+        "compare a set's checksums, and a few images made again\nExit status 0 if all agree.",
         "fifty\nfifty --resample 0",
     )
     sub.add_argument("out", type=Path, help="a folder that jddim bulk wrote")
@@ -87,7 +87,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "reproduce",
         _reproduce,
-        "make one image of a set again, and say whether it is identical; exit status 0 if it is",
+        "make one image of a set again, and compare it\nExit status 0 if it is identical.",
         "fifty --index 48213\nset/shard-00047/00048213.png\nalone.png --ckpt mnist",
     )
     sub.add_argument("source", type=Path, metavar="OUT|FILE.png", help="a folder of jddim bulk, or one of its PNGs")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jddim import converting
-from jddim.cli.options import say
+from jddim.cli.options import add_json, print_json, say
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -17,7 +17,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "convert",
         _convert,
-        "convert a PyTorch checkpoint into a jddim checkpoint folder, verified",
+        "convert a PyTorch checkpoint into a jddim folder, and verify it",
         "ckpt.pth mnist\nckpt.pth mnist-raw --weights raw\nema_diffusion.ckpt cifar10 --set image_size=32\n"
         "google/ddpm-cifar10-32 cifar10\nunet/model.safetensors x --config config.json --config scheduler_config.json",
     )
@@ -36,7 +36,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "export-torch",
         _export_torch,
-        "write a checkpoint in the format of a PyTorch source, for that source's own loader",
+        "write a checkpoint in the format of a PyTorch source\nThe source's own loader reads the result.",
         "mnist ckpt-folder\nmnist pipeline --format diffusers",
     )
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
@@ -48,6 +48,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("ckpt", type=Path)
     sub.add_argument("src", help="the file, folder or hub id that it was converted from")
     sub.add_argument("--config", type=Path, action="append", metavar="FILE", help="as given to convert")
+    add_json(sub)
 
 
 def source_options(sub: argparse.ArgumentParser) -> None:
@@ -108,7 +109,10 @@ def _verify(args: argparse.Namespace) -> int:
     from jddim.files import atomic
 
     result = converting.verify(args.ckpt, args.src, config=args.config)
-    print(result)
+    if args.json:
+        print_json(result.to_json())
+    else:
+        print(result)
     with atomic(Path(args.ckpt) / "verify.json") as staging:
         staging.write_text(json.dumps(result.to_json(), indent=2) + "\n")
     if result.first_bad is not None:
@@ -118,6 +122,8 @@ def _verify(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    if args.json:
+        return 0
     print(f"equal: largest error of the output {result.output_error:.1e} of its scale; kept in {args.ckpt}/verify.json")
     if told := unchecked(load_metadata(args.ckpt).provenance):
         say(f"told, not checked by the file: {', '.join(f'{name} = {value}' for name, value in told.items())}")

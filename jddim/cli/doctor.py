@@ -11,41 +11,56 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jddim.cli.options import add_json, print_json
+
 PACKAGES = ("jddim", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "torch", "diffusers")
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the command. command: `(name, run, text, examples)` -> its parser."""
-    command("doctor", _doctor, "versions, devices, and whether the cache of compiled programs works", "")
+    sub = command("doctor", _doctor, "show versions and devices, and try the cache of programs", "--json")
+    add_json(sub)
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    found: dict[str, Any] = {"packages": {}, "devices": [], "programs": None, "cache": None}
+
+    def show(name: str, text: str) -> None:  # at once: what comes next may fail
+        if not args.json:
+            print(f"{name:<17} {text}")
+
     for name in PACKAGES:
         try:
-            version = metadata.version(name)
+            found["packages"][name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            version = "not installed"
-        print(f"{name:<17} {version}")
-    print(f"{'python':<17} {platform.python_version()}, {platform.platform()}")
+            found["packages"][name] = None
+        show(name, found["packages"][name] or "not installed")
+    found |= {"python": platform.python_version(), "platform": platform.platform()}
+    show("python", f"{found['python']}, {found['platform']}")
     import jax
 
     for device in jax.devices():
         memory = (device.memory_stats() or {}).get("bytes_limit")
+        kind = {"platform": device.platform, "id": device.id, "kind": device.device_kind, "memory": memory}
+        found["devices"].append(kind)
         shown = "" if memory is None else f", {memory / 2**30:.0f} GiB"
-        print(f"{'device':<17} {device.platform} {device.id}: {device.device_kind}{shown}")
-    place = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if not place:
+        show("device", f"{device.platform} {device.id}: {device.device_kind}{shown}")
+    if place := jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        files = [file for file in Path(place).glob("*-cache") if file.is_file()]
+        size = sum(file.stat().st_size for file in files)
+        found["programs"] = {"folder": place, "number": len(files), "bytes": size}
+        show("compiled programs", f"{len(files)}, {size / 1e6:.1f} MB in {place}")
+        first, second = _trial(), _trial()
+        works, (compiled, read) = bool(second["hits"] and second["requests"]), (first["seconds"], second["seconds"])
+        found["cache"] = {"works": works, "compile_seconds": compiled, "read_seconds": read}
+        broken = "DOES NOT WORK: what was just compiled was compiled again"
+        show("cache", f"works: compiled in {compiled:.2f} s, read in {read:.2f} s" if works else broken)
+    else:
         why = "JDDIM_CACHE or JAX_COMPILATION_CACHE_DIR is empty, or the folder cannot be written"
-        print(f"{'compiled programs':<17} not kept ({why})")
-        return 1
-    files = [file for file in Path(place).glob("*-cache") if file.is_file()]
-    print(f"{'compiled programs':<17} {len(files)}, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB in {place}")
-    first, second = _trial(), _trial()
-    if second["hits"] and second["requests"]:
-        print(f"{'cache':<17} works: compiled in {first['seconds']:.2f} s, read in {second['seconds']:.2f} s")
-        return 0
-    print(f"{'cache':<17} DOES NOT WORK: what was just compiled was compiled again")
-    return 1
+        show("compiled programs", f"not kept ({why})")
+    if args.json:
+        print_json(found)
+    return 0 if found["cache"] and found["cache"]["works"] else 1
 
 
 def _trial() -> dict[str, Any]:

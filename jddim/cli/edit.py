@@ -15,7 +15,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "edit",
         _edit,
-        "images made anew from given ones: all over (--strength), or where a mask is white (--mask)",
+        "change given images, all over or where a mask is white\nGive either --strength or --mask.",
         "mnist digits.png again.png --strength 0.5\n"
         "mnist digits.png filled.png --mask white-is-new.png --steps 100 --resample 5 --jump-length 10 --eta 1",
     )

@@ -9,10 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jddim.cli.options import print_json
+
 if TYPE_CHECKING:
     import numpy as np
 
     from jddim.evaluate.metrics import Moments
+
+STDOUT = Path("-")
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -20,7 +24,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "evaluate",
         _evaluate,
-        "how far images are from a reference: FD, KD, precision and recall; of digits by the features mnist-cnn-v1",
+        "measure how far images are from a reference\nFD, KD, precision, recall; of digits by features of ours.",
         "samples.npz --reference ../shared/data/mnist\nmine.npz --reference theirs.npz --json figures.json\n"
         "pool3-of-mine.npy --reference fid_stats_cifar10.npz --features inception-pool3",
     )
@@ -38,7 +42,14 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         help="take both for features made elsewhere, .npy (n, d), or for the reference their mu and sigma, .npz; NAME "
         "is what the figures are called by. Inception's pool3 features by the FID's own weights make FD the FID",
     )
-    sub.add_argument("--json", type=Path, metavar="FILE", help="the figures, to many digits")
+    sub.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="write the figures there, to many digits; without FILE: print them as one JSON document instead",
+    )
 
 
 def digit_features(path: Path) -> np.ndarray:
@@ -79,7 +90,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from jddim import images
     from jddim.evaluate import metrics, mnist_cnn
 
-    if args.json is not None:
+    if args.json not in (None, STDOUT):
         if args.json.suffix.lower() != ".json":
             raise ValueError(f"--json {args.json}: end it in .json")
         images.check_output(args.json, 1, formats=(".json",))
@@ -110,6 +121,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     lines.append("FD falls with the number of images: compare it at equal numbers only")
     if few < 1000:
         lines.append(f"note: {few} images are few: below 1,000 or so these figures say little")
+    if args.json == STDOUT:
+        print_json(figures)
+        return 0
     if args.json is not None:
         with images.atomic(args.json) as staging:
             staging.write_text(json.dumps(figures, indent=2) + "\n")

@@ -16,7 +16,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "export",
         _export,
-        "the sampler, or one step of it, as StableHLO that runs with jax alone (docs/scale.md says how)",
+        "write the sampler, or a step, as StableHLO for jax alone\ndocs/scale.md says how it is run.",
         "mnist mnist.jddim --steps 30\nmnist step.jddim --step\n"
         "mnist exact.jddim --platforms cpu --batch-size 16 --weights beside",
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jddim import converting
 from jddim.cli.convert import settings, source_options
-from jddim.cli.options import printable
+from jddim.cli.options import add_json, print_json, printable
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -16,16 +16,17 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "diff",
         _diff,
-        "what differs between two checkpoints, sets of samples or settings; exit status 0 if nothing, as diff's",
+        "compare two checkpoints, sets of samples, or settings\nExit status 0 if nothing differs, 1 if something does.",
         "mnist mnist-raw\nmine.npy theirs.npy\na.png b.png",
     )
     sub.add_argument("a", type=Path, help="a checkpoint folder, .npy or .npz samples, .json or .png settings")
     sub.add_argument("b", type=Path, help="another of the same kind")
+    add_json(sub)
 
     sub = command(
         "cite",
         _cite,
-        "BibTeX of the method, the software and, of a checkpoint, where it comes from",
+        "print BibTeX of the method, the software and a checkpoint",
         "> jddim.bib\nmnist > mnist.bib",
     )
     sub.add_argument("ckpt", type=Path, nargs="?", help="a checkpoint folder; without one: the method and the software")
@@ -33,14 +34,18 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "info",
         _info,
-        "what a checkpoint is: a jddim folder, or a PyTorch file (nothing in it is run)",
-        "mnist\nckpt.pth",
+        "say what a checkpoint is, and how to convert it\nA jddim folder, or a PyTorch file; nothing in it is run.",
+        "mnist\nmnist --json\nckpt.pth",
     )
     sub.add_argument("path")
+    add_json(sub)
     source_options(sub)
 
 
 def _info(args: argparse.Namespace) -> int:
+    if args.json and (found := converting.recorded(args.path)) is not None:
+        print_json(found)
+        return 0
     lines = converting.info(
         args.path,
         config=args.config,
@@ -50,7 +55,10 @@ def _info(args: argparse.Namespace) -> int:
         variant=args.variant,
         revision=args.revision,
     )
-    print("\n".join(map(printable, lines)))
+    if args.json:
+        print_json({"source": args.path, "lines": lines})
+    else:
+        print("\n".join(map(printable, lines)))
     return 0
 
 
@@ -58,6 +66,9 @@ def _diff(args: argparse.Namespace) -> int:
     from jddim.checkpoint.diff import diff, table
 
     rows = diff(args.a, args.b)
+    if args.json:
+        print_json({"a": str(args.a), "b": str(args.b), "differences": [row._asdict() for row in rows]})
+        return int(bool(rows))
     print("\n".join(map(printable, [*table(rows).split("\n"), f"{len(rows)} differ"])) if rows else "equal")
     return int(bool(rows))
 

@@ -24,7 +24,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "interpolate",
         _interpolate,
-        "images between those of two noises, or of four, by slerp of x_T",
+        "sample between two noises, or four, by slerp of x_T",
         "mnist line.png --images 3,7 --num 11\nmnist plane.png --images 3,7,12,20 --num 7\n"
         "mnist line.gif --images 3,7 --num 60",
     )

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from jddim import __version__
-from jddim.cli.options import add_request, condition_of, fastest_batch_size, given_file, read_batch_size, request_of
+from jddim.cli.options import (
+    add_json,
+    add_request,
+    condition_of,
+    fastest_batch_size,
+    given_file,
+    print_json,
+    read_batch_size,
+    request_of,
+)
 from jddim.config import counted
 
 
@@ -18,7 +30,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "invert",
         _invert,
-        "the x_T that the deterministic sampler leads from to given images (DDIM inversion)",
+        "find the x_T from which DDIM samples given images",
         "mnist digits.npy x_T.npy\nmnist grid.png x_T.npy --steps 100 --reconstruct again.png\n"
         "mnist folder x_T.npy --refine 5 --steps 20",
     )
@@ -34,6 +46,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--batch-size", type=read_batch_size, default=64, metavar="B", help="images at a time (default 64), or auto"
     )
+    add_json(sub)
     add_request(sub, "invert")
 
 
@@ -63,7 +76,8 @@ def _invert(args: argparse.Namespace) -> int:
     request = request_of(args, "invert")
     ddim = jddim.load(args.ckpt, dtype=request.dtype)
     if args.batch_size == "auto":
-        args.batch_size = fastest_batch_size(request, ddim, len(images))
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            args.batch_size = fastest_batch_size(request, ddim, len(images))
     condition = condition_of(args, metadata.model, len(images))
     up = plan(ddim, request, Inputs(images=images, condition=condition), batch_size=args.batch_size).check("invert")
     started = time.perf_counter()
@@ -77,11 +91,11 @@ def _invert(args: argparse.Namespace) -> int:
 
     save_images(args.out, np.asarray(x_T), {})
     steps = up.table.num_steps
-    print(
-        f"{counted(len(images), 'image')} in {counted(steps, 'step')} "
-        f"({up.sampler.spacing}, {request.convention}, refine {request.refine}) -> {args.out}  "
-        f"[{seconds:.1f} s with compiling]"
-    )
+    found: dict[str, Any] = {"x_T": str(args.out), "images": len(images), "steps": steps, "seconds": seconds}
+    if not args.json:
+        how = f"{up.sampler.spacing}, {request.convention}, refine {request.refine}"
+        done = f"{counted(len(images), 'image')} in {counted(steps, 'step')}"
+        print(f"{done} ({how}) -> {args.out}  [{seconds:.1f} s with compiling]")
     if again is not None:
         settings = {
             "checkpoint_sha256": metadata.sha256,
@@ -93,8 +107,12 @@ def _invert(args: argparse.Namespace) -> int:
         }
         save_images(args.reconstruct, again, settings)
         errors = np.asarray(reconstruction_error(images, again))
-        print("image  mean squared error, of pixels in [0, 1]")
-        for i, error in enumerate(errors):
-            print(f"{i:>5}  {error:.3e}")
-        print(f" mean  {errors.mean():.3e} -> {args.reconstruct}")
+        found |= {"reconstructed": str(args.reconstruct), "errors": errors.tolist(), "mean_error": float(errors.mean())}
+        if not args.json:
+            print("image  mean squared error, of pixels in [0, 1]")
+            for i, error in enumerate(errors):
+                print(f"{i:>5}  {error:.3e}")
+            print(f" mean  {errors.mean():.3e} -> {args.reconstruct}")
+    if args.json:
+        print_json(found)
     return 0

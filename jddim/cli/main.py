@@ -11,6 +11,7 @@ from typing import Any
 from jddim import __version__, interrupt
 from jddim.cli import (
     bulk,
+    completion,
     convert,
     doctor,
     edit,
@@ -26,19 +27,25 @@ from jddim.cli import (
     train,
     warmup,
 )
-from jddim.cli.options import OneLineParser, one_line
+from jddim.cli.options import OneLineParser, one_line, summary
+from jddim.installing import install_line
+
+GROUPS = {
+    "Start": ("info", "convert", "sample", "serve", "doctor"),
+    "Sample": ("edit", "interpolate", "invert", "warmup"),
+    "Research": ("schedule", "sweep", "evaluate", "train"),
+    "Scale": ("bulk", "collect", "check", "reproduce", "export"),
+    "Files": ("verify", "diff", "cite", "export-torch", "completion"),
+}
+"""The commands as `jddim --help` shows them, and the site."""
 
 EXAMPLES = """\
 examples:
-  jddim convert ckpt.pth mnist                      ermongroup's ckpt.pth; config.yml is found beside it
-  jddim convert model-790000.ckpt cifar10 --set image_size=32
-  jddim sample mnist digits.png                     64 images in a grid
-  jddim sample mnist digits.npz --num 50000 --batch-size 256 --steps 50 --seed 1
-  jddim bulk mnist fifty --num 50000                in shards, and goes on where it was stopped
-  jddim sample mnist path.gif --num 16 --eta 0.5    the way from noise to image
-  jddim invert mnist digits.png x_T.npy             images to the noise that they are sampled from
-  jddim schedule --spacing quad --steps 20          the table of steps, for any spacing
-  jddim info ckpt.pth                               what a file is, and how to convert it
+  jddim info ckpt.pth              what the file is, and how to convert it
+  jddim convert ckpt.pth mnist     a folder with the weights and their settings
+  jddim sample mnist digits.png    64 images in a grid
+
+`jddim COMMAND --help` has a command's options and examples.
 """
 
 
@@ -73,24 +80,30 @@ def _no_device() -> str | None:
     try:
         jax.devices()
     except Exception:  # a RuntimeError, an AssertionError without a word
-        return f"jax has no device for JAX_PLATFORMS={asked} here: unset it, or pip install 'jddim[cuda12]' or [tpu]"
+        ways = f"{install_line('cuda12')} (on a TPU: [tpu])"
+        return f"jax has no device for JAX_PLATFORMS={asked} here: unset it, or {ways}"
     return None
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="jddim",
-        description="DDIM sampling in JAX for diffusion models trained in PyTorch.",
+        usage="jddim COMMAND ...",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"jddim {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def entrance(args: argparse.Namespace) -> int:
+        parser.print_help()
+        return 0
+
+    parser.set_defaults(run=entrance)  # of a bare `jddim`
+    commands = parser.add_subparsers(prog="jddim", metavar="COMMAND", help=argparse.SUPPRESS)
 
     def command(name: str, run: Any, text: str, examples: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
-            help=text,
             description=text,
             epilog="examples:\n" + "".join(f"  jddim {name} {line}\n" for line in examples.split("\n")),
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -116,6 +129,11 @@ def _parser() -> argparse.ArgumentParser:
         info,
     ):
         module.add(command)
+    completion.add(command, commands.choices)
+    lines = ["DDIM sampling in JAX for diffusion models trained in PyTorch."]
+    for group, names in GROUPS.items():
+        lines += ["", f"{group}:", *(f"  {name:<12}  {summary(commands.choices[name])}" for name in names)]
+    parser.description = "\n".join(lines)
     return parser
 
 

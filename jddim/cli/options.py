@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -197,6 +198,22 @@ def say(line: str) -> None:
 def printable(line: str) -> str:
     """A line that quotes a file, without the control characters that would steer a terminal."""
     return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def add_json(sub: argparse.ArgumentParser) -> None:
+    """Give a command --json, with which `print_json` is all that it prints on stdout."""
+    sub.add_argument("--json", action="store_true", help="print one JSON document instead, for programs")
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON document. What JSON has no number for, NaN and infinity, is null."""
+    plain = json.loads(json.dumps(data), parse_constant=lambda name: None)
+    print(json.dumps(plain, indent=2))
+
+
+def summary(command: argparse.ArgumentParser) -> str:
+    """The first line of a command's description: what `jddim --help` says of it."""
+    return (command.description or "").partition("\n")[0]
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jddim.cli.options import add_json, print_json
+from jddim.installing import install_line
 from jddim.run.request import SPACING_NAMES
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from jddim.ddim import StepTable
 
 PLOTS = (".png", ".svg", ".pdf")
 
@@ -21,7 +27,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "schedule",
         _schedule,
-        "print (and plot) the table of steps of any spacing",
+        "print and plot the table of steps of any spacing",
         "--spacing quad --steps 20\nmnist --steps 10 --eta 1\n--spacing linspace --compare leading --steps 10\n"
         "--schedule cosine --steps 50 --plot cosine.png",
     )
@@ -31,12 +37,13 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--train-timesteps", type=int, default=1000, metavar="T", help="without a checkpoint (default 1000)"
     )
     sub.add_argument("--spacing", metavar="NAME", help=SPACING_NAMES)
-    sub.add_argument("--steps", type=int, metavar="S")
+    sub.add_argument("--steps", type=int, metavar="S", help="default: the checkpoint's, or 50")
     sub.add_argument("--eta", type=float, default=1.0, metavar="E", help="for sigma (default 1)")
     sub.add_argument(
         "--compare", metavar="NAME", help="another spacing's table beside it: what the paper does, what diffusers does"
     )
     sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs jddim[plot])")
+    add_json(sub)
 
 
 def _schedule(args: argparse.Namespace) -> int:
@@ -44,7 +51,7 @@ def _schedule(args: argparse.Namespace) -> int:
 
     from jddim.checkpoint.folder import load_metadata
     from jddim.config import SamplerConfig, ScheduleConfig
-    from jddim.ddim import ddim_sigma, largest_eta, sampler_table
+    from jddim.ddim import largest_eta, sampler_table
     from jddim.schedule import make_schedule
     from jddim.timetables import traps
 
@@ -69,31 +76,67 @@ def _schedule(args: argparse.Namespace) -> int:
         raise ValueError(f"--eta {args.eta:g} is too large for this table: at most {limit:.4g}")
     if args.plot is not None and args.plot.suffix.lower() not in PLOTS:
         raise ValueError(f"--plot {args.plot}: end it in {', '.join(PLOTS)}")
-    sigma = np.asarray(ddim_sigma(sigma_prev=table.sigma_prev, fresh=table.fresh, eta=args.eta))
-    print(
-        f"{config.name}, T = {schedule.num_train_timesteps}; {sampler.spacing}, {table.num_steps} steps; "
-        f"eta {args.eta:g} (at most {largest_eta(table):.4g})"
-    )
-    print(f"{'step':>5} {'t':>5} {'t_prev':>6} {'alpha_bar_t':>12} {'alpha_bar_prev':>14} {'sigma':>10}")
-    columns = zip(table.t, table.t_prev, table.alpha_bar_t, table.alpha_bar_prev, sigma, strict=True)
-    for i, (t, t_prev, a_t, a_prev, s) in enumerate(columns, 1):
-        print(f"{i:>5} {t:>5} {t_prev:>6} {a_t:>12.6g} {a_prev:>14.6g} {s:>10.5f}")
-    for note in traps(table, schedule, sampler.prediction_type):
-        print(f"note: {note}")
-    if other is not None:
-        print(f"\n{sampler.spacing} beside {args.compare}: where they are in each step, t (alpha_bar_t)")
-        for i in range(max(table.num_steps, other.num_steps)):
-            cells = [f"{c.t[i]:>5} ({c.alpha_bar_t[i]:.4g})" if i < c.num_steps else "-" for c in (table, other)]
-            print(f"{i + 1:>5} {cells[0]:<22} {cells[1]:<22}{'' if cells[0] == cells[1] else '  differs'}".rstrip())
-        for note in traps(other, schedule, sampler.prediction_type):
-            print(f"note ({args.compare}): {note}")
+    if args.plot is not None and find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(f"--plot needs matplotlib: {install_line('plot')}")
+    tables = [(sampler.spacing, table), *([] if other is None else [(args.compare, other)])]
+    found: dict[str, Any] = {
+        "schedule": config.name,
+        "train_timesteps": schedule.num_train_timesteps,
+        "eta": args.eta,
+        "tables": [
+            {"spacing": name, **_table(each, args.eta), "notes": traps(each, schedule, sampler.prediction_type)}
+            for name, each in tables
+        ],
+        "plot": None if args.plot is None else str(args.plot),
+    }
     if args.plot is not None:
+        sigma = [row["sigma"] for row in found["tables"][0]["steps"]]
         _plot(args.plot, schedule.alphas_cumprod, table, sigma, f"{config.name}, {sampler.spacing}, eta {args.eta:g}")
-        print(f"plot: {args.plot}")
+    if args.json:
+        print_json(found)
+    else:
+        print("\n".join(_lines(found)))
     return 0
 
 
-def _plot(path: Path, alphas_cumprod: np.ndarray, table: Any, sigma: np.ndarray, title: str) -> None:
+def _table(table: StepTable, eta: float) -> dict[str, Any]:
+    """A table's rows, in the order in which they are taken. sigma is None where eta is too large for the table."""
+    from jddim.ddim import ddim_sigma, largest_eta
+
+    limit = largest_eta(table)
+    columns = {name: getattr(table, name).tolist() for name in ("t", "t_prev", "alpha_bar_t", "alpha_bar_prev")}
+    columns["sigma"] = [None] * table.num_steps
+    if eta <= limit:
+        columns["sigma"] = ddim_sigma(sigma_prev=table.sigma_prev, fresh=table.fresh, eta=eta).tolist()
+    return {
+        "largest_eta": limit,
+        "steps": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+    }
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    """What `--json` prints, for people."""
+    first, *others = found["tables"]
+    rows = first["steps"]
+    lines = [
+        f"{found['schedule']}, T = {found['train_timesteps']}; {first['spacing']}, {len(rows)} steps; "
+        f"eta {found['eta']:g} (at most {first['largest_eta']:.4g})",
+        f"{'step':>5} {'t':>5} {'t_prev':>6} {'alpha_bar_t':>12} {'alpha_bar_prev':>14} {'sigma':>10}",
+    ]
+    for i, row in enumerate(rows, 1):
+        ends = f"{row['alpha_bar_t']:>12.6g} {row['alpha_bar_prev']:>14.6g}"
+        lines.append(f"{i:>5} {row['t']:>5} {row['t_prev']:>6} {ends} {row['sigma']:>10.5f}")
+    lines += [f"note: {note}" for note in first["notes"]]
+    for other in others:
+        lines += ["", f"{first['spacing']} beside {other['spacing']}: where they are in each step, t (alpha_bar_t)"]
+        for i, pair in enumerate(itertools.zip_longest(rows, other["steps"]), 1):
+            a, b = (f"{row['t']:>5} ({row['alpha_bar_t']:.4g})" if row else "-" for row in pair)
+            lines.append(f"{i:>5} {a:<22} {b:<22}{'' if a == b else '  differs'}".rstrip())
+        lines += [f"note ({other['spacing']}): {note}" for note in other["notes"]]
+    return [*lines, f"plot: {found['plot']}"] if found["plot"] else lines
+
+
+def _plot(path: Path, alphas_cumprod: np.ndarray, table: StepTable, sigma: Sequence[float], title: str) -> None:
     """alpha_bar and log SNR over t with the visited timesteps marked, and sigma of each step."""
     import matplotlib
     import numpy as np

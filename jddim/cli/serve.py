@@ -13,6 +13,7 @@ from typing import Any
 
 from jddim.cli.options import add_request, request_of, say
 from jddim.config import METHODS
+from jddim.installing import install_line
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -20,8 +21,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "serve",
         _serve,
-        "a page in the browser: sliders, previews while it runs, eta strips, drawn digits (docs/serve.md; needs "
-        "jddim[web])",
+        "serve a page for the browser that samples while one looks\n"
+        "Sliders, previews, eta strips, drawn digits (docs/serve.md). Needs jddim[web].",
         "mnist\nmnist cifar10 --port 8123 --methods ddim,dpm++2m\nmnist --host 0.0.0.0",
     )
     sub.add_argument("ckpt", type=Path, nargs="+", help="folders written by jddim convert; each its name on the page")
@@ -67,7 +68,7 @@ def _serve(args: argparse.Namespace) -> int:
         from jddim.serve.connections import Timed
         from jddim.serve.site import Site, is_address, loopback
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"jddim serve needs {error.name}: pip install 'jddim[web]'") from error
+        raise ModuleNotFoundError(f"jddim serve needs {error.name}: {install_line('web')}") from error
     from jddim.checkpoint.folder import load_metadata
     from jddim.serve.request import Bounds
 

@@ -20,7 +20,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "sweep",
         _sweep,
-        "one x_T under many etas (and numbers of steps): a labelled grid, an atlas with costs, or the arrays",
+        "sample one x_T under many etas and numbers of steps\nOUT is a grid, an atlas with costs, or the arrays.",
         "mnist etas.png\nmnist atlas.html --eta 0,0.2,0.5,1 --steps 10,20,50,100 --num 12\n"
         "mnist atlas.png --steps 10,50 --eta 0,1 --num 1000 --rows-at-once 1 --reference ../shared/data/mnist\n"
         "mnist etas.npz --num 64 --rows-at-once 4",

@@ -23,8 +23,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "train",
         _train,
-        "train a network from scratch, or a checkpoint further (jddim[train]); the same command again goes on where "
-        "it was stopped",
+        "train a network from scratch, or a checkpoint further\n"
+        "Needs jddim[train]. The same command again goes on where it was stopped.",
         "mnist.json DATA mnist --sample-every 1000\nmnist faces tuned --set steps=5000 --set lr=2e-5 "
         "--set warmup_steps=100\nmnist DATA guided --classes 11 --set label_dropout=0.1 --set null_label=10 "
         "--set steps=5000 --set warmup_steps=100",

@@ -17,7 +17,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "warmup",
         _warmup,
-        "sample once for nothing, so that the next `jddim sample` with these options finds its programs compiled",
+        "compile what `jddim sample` with the same options will run",
         "mnist\nmnist --num 256 --steps 50 --eta 0.5",
     )
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")

@@ -23,6 +23,7 @@ from jddim import __version__
 from jddim.config import SamplerConfig, to_json
 from jddim.ddim import StepTable
 from jddim.images import atomic
+from jddim.installing import install_line
 from jddim.models.building import build_model, flat_params
 from jddim.models.layers import at_least_float32, cast_kernels
 from jddim.pipeline import DDIM
@@ -228,4 +229,4 @@ def _need_flatbuffers() -> None:
     try:
         import flatbuffers  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("export writes by flatbuffers: pip install 'jddim[export]'") from error
+        raise ModuleNotFoundError(f"export writes by flatbuffers: {install_line('export')}") from error

@@ -22,6 +22,7 @@ from jddim.config import ModelConfig
 from jddim.evaluate.mnist_cnn import read_mnist
 from jddim.files import read_arrays
 from jddim.images import from_uint8, open_picture
+from jddim.installing import install_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 MNIST = "train-images-idx3-ubyte"
@@ -180,7 +181,7 @@ def _hub_dataset(wanted: str, config: ModelConfig) -> Data:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{HUB}{wanted} needs datasets: pip install 'jddim[datasets]'") from error
+        raise ModuleNotFoundError(f"{HUB}{wanted} needs datasets: {install_line('datasets')}") from error
     name, _, split = wanted.partition("@")
     name, _, subset = name.partition("#")
     if not name:

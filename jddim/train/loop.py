@@ -35,6 +35,7 @@ from jddim.checkpoint.metadata import Metadata
 from jddim.checkpoint.orbax import is_full_disk, orbax, quiet_orbax
 from jddim.config import first_few
 from jddim.files import lock, open_lock, read_json
+from jddim.installing import install_line
 from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.pipeline import DDIM
 from jddim.schedule import make_schedule
@@ -83,7 +84,7 @@ class LoopConfig:
         if problems:
             raise ValueError("; ".join(problems))
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ModuleNotFoundError("--tensorboard needs tensorboard: pip install 'jddim[tensorboard]'")
+            raise ModuleNotFoundError(f"--tensorboard needs tensorboard: {install_line('tensorboard')}")
 
 
 def run_folder(out: Path) -> Path:

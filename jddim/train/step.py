@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from jddim.config import ModelConfig, UNetConfig
+from jddim.installing import install_line
 from jddim.models import build
 from jddim.models.building import flat_params
 from jddim.models.layers import at_least_float32
@@ -202,5 +203,5 @@ def _optax() -> Any:
     try:
         import optax
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("training needs optax: pip install 'jddim[train]'") from error
+        raise ModuleNotFoundError(f"training needs optax: {install_line('train')}") from error
     return optax

@@ -11,6 +11,7 @@ import tiny
 from conftest import MNIST_SOURCE, ROOT
 
 from jddim.checkpoint.folder import load_metadata
+from jddim.installing import install_line
 
 pytestmark = pytest.mark.quick
 
@@ -43,7 +44,7 @@ def test_conversion_says_and_records_that_it_was_not_verified(converted: tuple[P
 def test_verifying_needs_torch_and_says_so(converted: tuple[Path, str]) -> None:
     run = without_torch("verify", converted[0], MNIST_SOURCE / "ckpt.pth")
     assert run.returncode == 1
-    assert run.stderr == "jddim: error: comparing with PyTorch needs PyTorch: pip install 'jddim[convert]'\n"
+    assert run.stderr == f"jddim: error: comparing with PyTorch needs PyTorch: {install_line('convert')}\n"
 
 
 def test_the_old_format_is_read_too(tmp_path: Path) -> None:
