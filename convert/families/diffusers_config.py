@@ -673,9 +673,10 @@ def wording(told: Told) -> Wording:
         *("timestep_spacing", *(["steps_offset"] if c["timestep_spacing"] == "leading" else []), "set_alpha_to_one"),
         *("prediction_type", "clip_sample", "thresholding", *clipping, "variance_type"),
     )
+    call = {key: value for key, value in told.call.items() if key != "condition_first"}  # the network's
     return Wording(
         {key: _shown(c[key]) for key in ("num_train_timesteps", *betas, "rescale_betas_zero_snr")},
-        {key: _shown(value) for key, value in {**{key: c[key] for key in sampler}, **told.call}.items()},
+        {key: _shown(value) for key, value in {**{key: c[key] for key in sampler}, **call}.items()},
     )
 
 
