@@ -308,6 +308,8 @@ class UNetConfig:
             problems.append("mid_scale must not be 0")
         if self.condition_channels < 0:
             problems.append(f"condition_channels={self.condition_channels} must not be negative")
+        if self.condition_first and not self.condition_channels:
+            problems.append("condition_first is of a network with condition_channels, of which this has none")
         return problems
 
     def _width_problems(self) -> list[str]:

@@ -8,8 +8,8 @@ Coefficients (`Coefficients`, `eta`) are scalars or one value per sample, `(b,)`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, TypedDict, TypeVar, Unpack
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypedDict, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +47,7 @@ class StepTable(NamedTuple):
 
     def __repr__(self) -> str:
         """One line of a table on the host; the columns of a row, or of a table that is elsewhere or traced."""
-        if np.ndim(self.t) != 1 or not isinstance(self.t, np.ndarray):
+        if not all(isinstance(column, np.ndarray) and column.ndim == 1 and column.size for column in self):
             return f"StepTable{tuple(self)!r}"
         t = ", ".join(map(str, self.t if self.num_steps <= 8 else (*self.t[:4], "...", *self.t[-3:])))
         return (
@@ -108,9 +108,10 @@ def step_table(
     if t_prev.shape != t.shape or (t_prev > t).any() or (t_prev < -1).any():
         raise ValueError(f"timesteps_prev must hold one entry in -1..t for each t of {t}, got {t_prev}")
     a_t, a_prev = schedule.alpha_bar(t), schedule.alpha_bar(t_prev if set_alpha_to_one else np.maximum(t_prev, 0))
-    columns = (np.sqrt(a_t), np.sqrt(1 - a_t), np.sqrt(a_prev), np.sqrt(1 - a_prev), np.sqrt(_forgotten(a_t, a_prev)))
+    rows = vp_rows(a_t, a_prev)
+    rows["fresh"] = np.where(t == t_prev, 0.0, rows["fresh"])  # also where it is 0 / 0, at alpha_bar 0
     integers = (column.astype(np.int32) for column in (np.arange(len(t)), t, t_prev))
-    return StepTable(*integers, *(column.astype(dtype) for column in columns))
+    return StepTable(*integers, **{name: np.asarray(column).astype(dtype) for name, column in rows.items()})
 
 
 def sampler_table(
@@ -120,7 +121,7 @@ def sampler_table(
     dtype: npt.DTypeLike = np.float32,
     spacing: str | Sequence[int] | np.ndarray | None = None,
 ) -> StepTable:
-    """The step table of a source's conventions: its spacing, its rule for where a step ends, its last alpha_bar.
+    """The step table of a source's conventions: its spacing, its rule for where a step ends, and the last one's end.
 
     num_steps, spacing: in place of the conventions' own; spacing may be an explicit list, which takes no num_steps.
     """
@@ -141,13 +142,14 @@ def sampler_table(
 def vp_rows(alpha_bar_t: ArrayLike, alpha_bar_prev: ArrayLike) -> Coefficients:
     """The coefficients of steps between these alpha_bar, in [0, 1), and in [alpha_bar_t, 1]. Traceable.
 
-    For schedules that are learned, `table._replace(**vp_rows(...))`, and for steps by hand. `step_table` has the same
-    of a `NoiseSchedule`, in float64. At alpha_bar 0 and 1 the square roots' derivatives are 0, not infinite.
+    For schedules that are learned, `table._replace(**vp_rows(...))`, and for steps by hand. Of numbers on the host they
+    are NumPy's, float64; of jax arrays they have their dtype, in which short steps lose digits of `fresh` (with 1000
+    float32 ones, 1e-4 of it). At alpha_bar 0 and 1 the square roots' derivatives are 0, not infinite.
     """
-    a_t, a_prev = jnp.asarray(alpha_bar_t), jnp.asarray(alpha_bar_prev)
-    roots = (root(u) for u in (a_t, 1 - a_t, a_prev, 1 - a_prev, _forgotten(a_t, a_prev)))
-    alpha_t, sigma_t, alpha_prev, sigma_prev, fresh = roots
-    return Coefficients(alpha_t=alpha_t, sigma_t=sigma_t, alpha_prev=alpha_prev, sigma_prev=sigma_prev, fresh=fresh)
+    if isinstance(alpha_bar_t, Array) or isinstance(alpha_bar_prev, Array):
+        return _rows(jnp.asarray(alpha_bar_t), jnp.asarray(alpha_bar_prev), root)
+    with np.errstate(invalid="ignore"):  # 0 / 0, from alpha_bar 0 to itself
+        return _rows(np.asarray(alpha_bar_t, np.float64), np.asarray(alpha_bar_prev, np.float64), np.sqrt)
 
 
 def coefficients(row: StepTable) -> Coefficients:
@@ -181,8 +183,9 @@ def predict_both(
 ) -> tuple[Array, Array]:
     """(x0, eps) from a network's output, `(b, ...)` like x_t.
 
-    prediction_type: "epsilon"; "sample", x0; or "v_prediction", v = alpha_t eps - sigma_t x0 (Salimans and Ho,
-    arXiv:2202.00512, appendix D), the one of the three that also serves at alpha_t = 0 and at sigma_t = 0.
+    prediction_type: "epsilon"; "sample", x0; or "v_prediction", v = alpha_t eps - sigma_t x0 where alpha_t^2 +
+    sigma_t^2 = 1 (Salimans and Ho, arXiv:2202.00512, appendix D), the one of the three that also serves at alpha_t = 0
+    and at sigma_t = 0.
     """
     match prediction_type:
         case "epsilon":
@@ -212,37 +215,62 @@ def ddim_sigma(*, sigma_prev: ArrayLike, fresh: ArrayLike, eta: ArrayLike) -> Ar
     return jnp.asarray(eta) * sigma_prev * fresh
 
 
-def ddim_step(x0: Array, eps: Array, noise: ArrayLike, *, eta: ArrayLike, **row: Unpack[Coefficients]) -> Array:
+def ddim_step(
+    x0: Array,
+    eps: Array,
+    noise: ArrayLike,
+    *,
+    alpha_t: ArrayLike,
+    sigma_t: ArrayLike,
+    alpha_prev: ArrayLike,
+    sigma_prev: ArrayLike,
+    fresh: ArrayLike,
+    eta: ArrayLike,
+) -> Array:
     """One DDIM update, Eq. 12 of arXiv:2010.02502, with sigma from Eq. 16.
 
     x0, eps, noise: `(b, ...)`, x0 and eps those of x_t; noise ~ N(0, I), unused where eta = 0 or sigma_prev = 0.
-    row: `Coefficients`, such as `coefficients` of a table's row; sigma_t > 0. eta >= 0.
+    alpha_t ... fresh: `Coefficients`, such as `coefficients` of a table's row; sigma_t > 0. eta >= 0.
     Returns x_prev, `(b, ...)`; NaN where eta is so large that more noise would be added than x_prev has (never for
     eta <= 1).
 
     >>> float(ddim_step(jnp.zeros(1), jnp.ones(1), 0.0, **vp_rows(0.5, 0.75), eta=0.0)[0])
     0.5
     """
-    alpha_t, sigma_t, alpha_prev, sigma_prev, fresh = _per_sample(row, x0)
-    eta = per_sample(eta, x0)
+    alpha_t, sigma_t, alpha_prev, sigma_prev, fresh, eta = (
+        per_sample(value, x0) for value in (alpha_t, sigma_t, alpha_prev, sigma_prev, fresh, eta)
+    )
     kept = _kept(alpha_t, sigma_t, alpha_prev, sigma_prev)
     # sqrt(sigma_prev^2 - sigma^2), without a difference of squares, which float32 may round below 0
-    direction = sigma_prev * root((1 - eta) * (1 + eta) + eta**2 * kept**2)
+    share = jnp.where(sigma_prev > 0, (1 - eta) * (1 + eta) + eta**2 * kept**2, 0)
+    direction = sigma_prev * root(share)
     return alpha_prev * x0 + direction * eps + ddim_sigma(sigma_prev=sigma_prev, fresh=fresh, eta=eta) * noise
 
 
 def ddpm_step(
-    x_t: Array, x0: Array, noise: ArrayLike, *, variance: str | Array = "fixed_small", **row: Unpack[Coefficients]
+    x_t: Array,
+    x0: Array,
+    noise: ArrayLike,
+    *,
+    alpha_t: ArrayLike,
+    sigma_t: ArrayLike,
+    alpha_prev: ArrayLike,
+    sigma_prev: ArrayLike,
+    fresh: ArrayLike,
+    variance: str | Array = "fixed_small",
 ) -> Array:
     """One DDPM ancestral update: the posterior mean, Eq. 7 of arXiv:2006.11239, plus noise.
 
-    row: as in `ddim_step`. On a shortened table beta is 1 - (alpha_t / alpha_prev)^2 = sigma_t^2 fresh^2.
+    alpha_t ... fresh: as in `ddim_step`. beta = sigma_t^2 fresh^2; with alpha^2 + sigma^2 = 1, 1 - (alpha_t /
+    alpha_prev)^2.
     variance: "fixed_small", the posterior's, which is `ddim_step` at eta = 1; "fixed_large", beta (the DDIM paper's
     sigma-hat); or the network's v `(b, ...)`, about [-1, 1], which interpolates between the two in the logarithm (-1:
     small, 1: large; Eq. 15 of arXiv:2102.09672, OpenAI's LEARNED_RANGE). No noise is added on the step to the clean
     image (sigma_prev = 0).
     """
-    alpha_t, sigma_t, alpha_prev, sigma_prev, fresh = _per_sample(row, x_t)
+    alpha_t, sigma_t, alpha_prev, sigma_prev, fresh = (
+        per_sample(value, x_t) for value in (alpha_t, sigma_t, alpha_prev, sigma_prev, fresh)
+    )
     kept = _kept(alpha_t, sigma_t, alpha_prev, sigma_prev)
     mean = alpha_prev * fresh**2 * x0 + kept * (sigma_prev / sigma_t) * x_t
     small, large = sigma_prev * fresh, sigma_t * fresh
@@ -261,13 +289,13 @@ def ddpm_step(
 
 
 def largest_eta(table: StepTable) -> float:
-    """The largest eta for which Eq. 12's direction is real at every step: the least 1 / fresh.
+    """The largest eta for which Eq. 12's direction is real at every step: the least 1 / fresh, less float32's rounding.
 
     At least 1, since eta = 1 is the DDPM posterior; infinite for a single step. Host only.
     """
     sigma_prev, fresh = (np.asarray(column, np.float64) for column in (table.sigma_prev, table.fresh))
     adds = (sigma_prev > 0) & (fresh > 0)  # the last step, and one from a t to itself, add no noise whatever eta
-    return float(np.min(1 / fresh[adds], initial=np.inf))
+    return max(1.0, float(np.min((1 - 1e-6) / fresh[adds], initial=np.inf)))
 
 
 def per_sample(value: ArrayLike, x: Array) -> Array:
@@ -283,19 +311,20 @@ def root(u: ArrayLike) -> Array:
     return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, u)))
 
 
-def _per_sample(row: Coefficients, x: Array) -> tuple[Array, ...]:
-    values = (row["alpha_t"], row["sigma_t"], row["alpha_prev"], row["sigma_prev"], row["fresh"])
-    return tuple(per_sample(value, x) for value in values)
-
-
 def _kept(alpha_t: Array, sigma_t: Array, alpha_prev: Array, sigma_prev: Array) -> Array:
     """The q of `Coefficients`: what a step at eta = 1 keeps of the noise."""
     return (alpha_t / alpha_prev) * (sigma_prev / sigma_t)
 
 
-def _forgotten(a_t: Floats, a_prev: Floats) -> Floats:
-    """fresh^2 = 1 - q^2 between two alpha_bar.
+def _rows(a_t: Floats, a_prev: Floats, sqrt: Callable[[Floats], Floats]) -> Coefficients:
+    """fresh^2 = 1 - q^2 is (1 - alpha_bar_t / alpha_bar_prev) / (1 - alpha_bar_t).
 
     In [0, 1], in floating point too: alpha_bar_t / alpha_bar_prev never rounds below alpha_bar_t.
     """
-    return (1 - a_t / a_prev) / (1 - a_t)
+    return Coefficients(
+        alpha_t=sqrt(a_t),
+        sigma_t=sqrt(1 - a_t),
+        alpha_prev=sqrt(a_prev),
+        sigma_prev=sqrt(1 - a_prev),
+        fresh=sqrt((1 - a_t / a_prev) / (1 - a_t)),
+    )

@@ -32,13 +32,19 @@ def with_condition(denoise: Denoiser, condition: Array, *, first: bool = False) 
     """A denoiser of a network that is given an image beside each x_t: condition `(b, h, w, channels)`, as in training.
 
     Its channels come after x_t's, or first. A smaller one is enlarged bilinearly (guided-diffusion's SuperResModel).
-    What else the network takes is passed on.
+    What else the network takes is passed on. Raises ValueError for one that is not smaller by whole factors.
     """
+    b, *side, channels = condition.shape
 
     def conditioned(x_t: Array, t: Array, *rest: Array) -> Array:
         beside = condition.astype(x_t.dtype)
-        if beside.shape[1:3] != x_t.shape[1:3]:
-            beside = jax.image.resize(beside, (*x_t.shape[:3], beside.shape[3]), "linear", antialias=False)
+        height, width = x_t.shape[1:3]
+        if height % side[0] or width % side[1]:
+            raise ValueError(
+                f"a condition for images of {height}x{width} is as large, or smaller by whole factors: {side}"
+            )
+        if (height, width) != tuple(side):
+            beside = jax.image.resize(beside, (b, height, width, channels), "linear", antialias=False)
         return denoise(jnp.concatenate([beside, x_t] if first else [x_t, beside], axis=-1), t, *rest)
 
     return conditioned

@@ -313,7 +313,7 @@ class DDIM:
         also be a function of t (`jddim.guidance`). A learned variance is left out. Closes over the weights: under
         `jit`, pass the model to the jitted function and call this on `dataclasses.replace(ddim, model=model)`, or every
         weight becomes a constant of the program.
-        Raises ValueError if labels or guidance are not this network's.
+        Raises ValueError if labels, condition or guidance are not this network's.
         """
         labels = None if labels is None else jnp.asarray(labels)
         num = 1 if labels is None or labels.ndim == 0 else labels.shape[0]
@@ -323,7 +323,10 @@ class DDIM:
             null_label = self.null_label
         problems = label_problems(config, labels, num) + guidance_problems(config, scale, null_label, num)
         beside = None if condition is None else jnp.asarray(condition)
-        lead = (1, *config.image_size) if beside is None else beside.shape[:3]
+        lead = (num, *config.image_size)
+        if beside is not None and beside.ndim == 4:
+            many = num if labels is not None and labels.ndim else beside.shape[0]
+            lead = (many, beside.shape[1], beside.shape[2])
         problems += condition_problems(config, beside, lead, at_least_float32(self.model.dtype))  # type: ignore[arg-type]
         if problems:
             raise RequestError(problems, "denoiser")

@@ -406,6 +406,7 @@ def _eps_plan(table: StepTable, rows: NDArray[np.int64], weights: list[list[floa
         t=np.where(again, np.maximum(asked.t_prev, 0), asked.t).astype(np.int32),
         alpha_t=np.where(again, asked.alpha_prev, asked.alpha_t),
         sigma_t=np.where(again, asked.sigma_prev, asked.sigma_t),
+        fresh=np.where(again, 0.0, asked.fresh),
     )
     plan = _plan(asked, step_x=ratio, step_history=(sigma_prev - ratio * sigma)[:, None] * by_age)
     return plan._replace(base_x=np.where(again, 0.0, 1.0), base_last=np.where(again, 1.0, 0.0))

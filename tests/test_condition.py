@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import random_model, small_config, write_checkpoint
 
 import jddim
@@ -22,7 +24,9 @@ from jddim.denoisers import with_condition
 from jddim.images import read_metadata
 from jddim.pipeline import DDIM
 from jddim.run.request import Request
+from jddim.scale.sharding import Sharded, make_mesh
 from jddim.schedule import linear_schedule
+from jddim.train.task import Task
 
 NUM, SIZE = 3, (6, 10)
 BESIDE = jax.random.uniform(jax.random.key(1), (NUM, *SIZE, 2), minval=-1)
@@ -134,6 +138,15 @@ def test_what_is_missing_or_too_much_is_said() -> None:
         ddim.sample(0, NUM, condition=BESIDE.transpose(0, 3, 1, 2))
     with pytest.raises(ValueError, match="condition is needed"):
         ddim.denoiser()
+    with pytest.raises(ValueError, match=r"condition must have shape \(1, 6, 10, 2\), got \(6, 10, 2\)"):
+        ddim.denoiser(condition=BESIDE[0])
+    for shape in ((NUM, 4, 10, 2), (NUM, 12, 20, 2)):
+        with pytest.raises(ValueError, match="a condition for images of 6x10 is as large, or smaller by whole factors"):
+            ddim.denoiser(condition=jnp.ones(shape))(X_T, jnp.zeros(NUM))
+    with pytest.raises(TypeError):  # one image each, not blended over the batch
+        ddim.denoiser(condition=jnp.ones((2, 3, 5, 2)))(X_T, jnp.zeros(NUM))
+    with pytest.raises(ValueError, match="Sharded samples from noise alone"):
+        Sharded(ddim, make_mesh())
     plain = ddim_of(config(condition_channels=0))
     with pytest.raises(ValueError, match="is given no image beside x_t: leave condition out"):
         plain.sample(0, NUM, condition=BESIDE)
@@ -148,12 +161,15 @@ def test_the_config() -> None:
     assert from_json(UNetConfig, to_json(made)) == made
     plain = config(condition_channels=0)
     assert not [name for name in to_json(plain) if name.startswith("condition")]  # files without them keep their digest
+    with pytest.raises(ValueError, match="condition_first is of a network with condition_channels"):
+        dataclasses.replace(made, condition_channels=0)
     with pytest.raises(ValueError, match="condition_channels=-1 must not be negative"):
         dataclasses.replace(made, condition_channels=-1)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ckpt = write_checkpoint(tmp_path / "ckpt", **FIELDS)
+    one_ckpt = write_checkpoint(tmp_path / "one", **{**FIELDS, "condition_channels": 1})
     ddim = jddim.load(ckpt)
     for name, images in (("beside.npy", BESIDE), ("x_T.npy", X_T)):
         np.save(tmp_path / name, images)
@@ -185,6 +201,15 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     again = ddim.edit(made.clip(-1, 1), 0, strength=0.7, steps=3, eta=0.0, condition=BESIDE)
     np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), again)
     capsys.readouterr()
+    for i in range(2):  # small pictures, in a folder with more in it
+        (tmp_path / "folder" / "more").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((3, 5), 100 * i, np.uint8)).save(tmp_path / "folder" / f"{i}.png")
+    grey = ["--condition", str(tmp_path / "folder")]
+    assert main(["sample", str(one_ckpt), str(tmp_path / "small.png"), "--num", "2", "--steps", "2", *grey]) == 0
+    pictures = [(tmp_path / "folder" / f"{i}.png").read_bytes() for i in range(2)]
+    recorded = {"file": "folder", "sha256": hashlib.sha256(b"".join(pictures)).hexdigest()}
+    assert read_metadata(tmp_path / "small.png")["condition"] == recorded
+    capsys.readouterr()
     assert main(["sample", str(ckpt), str(tmp_path / "c.png"), "--num", "2"]) == 1
     assert "--condition is needed, an image of 2 channels for each: (2, 6, 10, 2)" in capsys.readouterr().err
     assert main(["serve", str(ckpt)]) == 1
@@ -194,6 +219,14 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             main([command, str(ckpt), *([] if command == "warmup" else [str(tmp_path / "d.png")]), *options[4:]])
         assert caught.value.code == 2
         assert f"--condition is not for jddim {command}" in capsys.readouterr().err
+
+
+def test_warming_up_and_training(tmp_path: Path, fails: Callable[..., str]) -> None:
+    ckpt = write_checkpoint(tmp_path / "ckpt", **FIELDS)
+    assert "num must be at least 1" in fails("warmup", ckpt, "--num", "-1")
+    assert "num must be at least 1" in fails("warmup", write_checkpoint(tmp_path / "plain"), "--num", "-1")
+    with pytest.raises(ValueError, match="a network that is given an image beside x_t is not trained here"):
+        Task(config())
 
 
 def test_an_exported_program_takes_one() -> None:

@@ -136,14 +136,14 @@ def test_the_command_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [row["t"] for row in leading["steps"]] == table.t.tolist()
     assert [row["alpha_bar_prev"] for row in leading["steps"]] == table.alpha_bar_prev.tolist()
     sigma = ddim_sigma(sigma_prev=table.sigma_prev, fresh=table.fresh, eta=0.5)
-    np.testing.assert_allclose([row["sigma"] for row in leading["steps"]], sigma, rtol=1e-6)
+    np.testing.assert_allclose([row["added"] for row in leading["steps"]], sigma, rtol=1e-6)
     assert leading["notes"] == traps(table, schedule)
     assert other["notes"] == []
     words = ["schedule", "--spacing", "linspace", "--compare", "leading", "--eta", "1.1", "--json"]
     assert main(words) == 0
     _, other = json.loads(capsys.readouterr().out)["tables"]
     assert other["largest_eta"] < 1.1
-    assert {row["sigma"] for row in other["steps"]} == {None}
+    assert {row["added"] for row in other["steps"]} == {None}
     assert main(["schedule", "--steps", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tables"][0]["largest_eta"] is None  # infinity, which JSON has not
 

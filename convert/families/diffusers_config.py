@@ -447,7 +447,7 @@ def unet_config(told: Told) -> UNetConfig:
     """
     c = told.unet
     of_x_t, odd = divmod(c["out_channels"], 2 if told.scheduler["variance_type"] == "learned_range" else 1)
-    beside = 0 if odd else max(c["in_channels"] - of_x_t, 0)
+    beside = 0 if odd or c["in_channels"] == c["out_channels"] else max(c["in_channels"] - of_x_t, 0)
     widths, down, up = c["block_out_channels"], c["down_block_types"], c["up_block_types"]
     problems = []
     if not len(widths) == len(down) == len(up):
@@ -632,7 +632,7 @@ def sampler_config(told: Told, model: UNetConfig, schedule: ScheduleConfig) -> S
     if model.out_channels != outputs * model.in_channels:
         raise ConversionError(
             f"in_channels is {model.in_channels} and out_channels {model.out_channels}: DDIM needs both equal, or "
-            "twice as many out with variance_type learned_range, or more in, an image's beside x_t"
+            "twice as many out with variance_type learned_range, or more in than come out of x_t: an image's beside it"
         )
     T = schedule.num_train_timesteps
     sampler = SamplerConfig(

@@ -18,7 +18,6 @@ from jddim.run.request import OWN, Request, RequestError, options, taken_by
 if TYPE_CHECKING:
     import numpy as np
 
-    from jddim.config import ModelConfig
     from jddim.pipeline import DDIM
     from jddim.run.plan import Plan
 
@@ -56,32 +55,45 @@ WITH_CONDITION = ("sample", "edit", "invert", "interpolate")
 WITHOUT_CONDITION = {
     "bulk": "a set is made from a seed alone; give it to jddim sample",
     "sweep": "it compares one seed's images; give it to jddim sample, an eta a time",
-    "warmup": "warming up needs no images: zeros stand for them",
+    "warmup": "zeros stand for it, as large as the images: a smaller one is another program",
     "export": "the exported program takes it as an argument",
     "serve": "the page makes images from noise alone; give it to jddim sample",
 }
 """Command -> why it has no --condition."""
 
 
-def condition_of(args: argparse.Namespace, model: ModelConfig, num: int) -> np.ndarray | None:
-    """The images of --condition, `(num, h, w, c)` float32; one picture stands for all."""
+def condition_of(args: argparse.Namespace, size: tuple[int, int], num: int) -> np.ndarray | None:
+    """The images of --condition, `(num, h, w, c)` float32; one picture stands for all.
+
+    size: of the images made; pictures may be smaller by whole factors.
+    """
     if args.condition is None:
         return None
     import numpy as np
 
     from jddim.images import load_images
 
-    images = load_images(args.condition, model.image_size)
-    return np.repeat(images, num, axis=0) if len(images) == 1 else images
+    refusals = []
+    for factor in range(1, min(size) + 1):
+        if size[0] % factor == size[1] % factor == 0:
+            try:
+                images = load_images(args.condition, (size[0] // factor, size[1] // factor))
+                return np.repeat(images, num, axis=0) if len(images) == 1 else images
+            except ValueError as error:
+                refusals.append(error)
+    raise refusals[0]
 
 
 def given_file(path: Path | None) -> dict[str, str] | None:
     """A file or folder of arrays, as the settings record it: its name and the digest of its bytes."""
     if path is None:
         return None
+    from jddim.files import read_regular
+
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        digest.update(file.read_bytes())
+    pictures = sorted(file for file in path.iterdir() if file.suffix.lower() == ".png") if path.is_dir() else [path]
+    for file in pictures:
+        digest.update(read_regular(file))
     return {"file": path.name, "sha256": digest.hexdigest()}
 
 
@@ -130,7 +142,8 @@ def settings_of(args: argparse.Namespace, request: Request, ddim: DDIM, planned:
     assert ddim.metadata is not None
     names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out"}
     own = {n: v.name if isinstance(v, Path) else v for n, v in vars(args).items() if n not in names}
-    own |= {"condition": given_file(args.condition)} if getattr(args, "condition", None) else {}
+    if own.pop("condition", None) is not None:
+        own["condition"] = given_file(args.condition)
     described = request.described(planned.sampler, planned.table.num_steps, command)
     return {"checkpoint_sha256": ddim.metadata.sha256, "jddim": __version__, **described, **own}
 

@@ -102,7 +102,11 @@ def _sample(args: argparse.Namespace) -> int:
     if args.batch_size == "auto":
         args.batch_size = fastest_batch_size(request, ddim, num)
     key = jax.random.key(request.seed)
-    inputs = Inputs(key, x_T=x_T, noise=noise, condition=condition_of(args, ddim.model.config, num))
+    size = ddim.model.config.image_size if request.image_size is None else request.image_size
+    condition = condition_of(args, size if x_T is None else x_T.shape[1:3], num)
+    files = {"x_T": given_file(args.x_T), "noise": given_file(args.noise)}
+    files |= {} if condition is None else {"condition": given_file(args.condition)}
+    inputs = Inputs(key, x_T=x_T, noise=noise, condition=condition)
     planned = plan(ddim, request, inputs, num, args.batch_size).check("sample")
     table, used = planned.rows, planned.sampler
     keep = suffix == ".gif" or args.trajectory
@@ -127,9 +131,7 @@ def _sample(args: argparse.Namespace) -> int:
         "jddim": __version__,
         "num": num,
         **request.described(used, table.num_steps, "sample"),
-        "x_T": given_file(args.x_T),
-        "noise": given_file(args.noise),
-        **({"condition": given_file(args.condition)} if args.condition else {}),
+        **files,
         "trajectory": args.trajectory,
     }
     if not planned.program.method.takes_eta:

@@ -90,7 +90,7 @@ def _schedule(args: argparse.Namespace) -> int:
         "plot": None if args.plot is None else str(args.plot),
     }
     if args.plot is not None:
-        sigma = [row["sigma"] for row in found["tables"][0]["steps"]]
+        sigma = [row["added"] for row in found["tables"][0]["steps"]]
         _plot(args.plot, schedule.alphas_cumprod, table, sigma, f"{config.name}, {sampler.spacing}, eta {args.eta:g}")
     if args.json:
         print_json(found)
@@ -105,9 +105,9 @@ def _table(table: StepTable, eta: float) -> dict[str, Any]:
 
     limit = largest_eta(table)
     columns = {name: getattr(table, name).tolist() for name in ("t", "t_prev", "alpha_bar_t", "alpha_bar_prev")}
-    columns["sigma"] = [None] * table.num_steps
+    columns["added"] = [None] * table.num_steps
     if eta <= limit:
-        columns["sigma"] = ddim_sigma(sigma_prev=table.sigma_prev, fresh=table.fresh, eta=eta).tolist()
+        columns["added"] = ddim_sigma(sigma_prev=table.sigma_prev, fresh=table.fresh, eta=eta).tolist()
     return {
         "largest_eta": limit,
         "steps": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
@@ -121,11 +121,11 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['schedule']}, T = {found['train_timesteps']}; {first['spacing']}, {len(rows)} steps; "
         f"eta {found['eta']:g} (at most {first['largest_eta']:.4g})",
-        f"{'step':>5} {'t':>5} {'t_prev':>6} {'alpha_bar_t':>12} {'alpha_bar_prev':>14} {'sigma':>10}",
+        f"{'step':>5} {'t':>5} {'t_prev':>6} {'alpha_bar_t':>12} {'alpha_bar_prev':>14} {'added':>10}",
     ]
     for i, row in enumerate(rows, 1):
         ends = f"{row['alpha_bar_t']:>12.6g} {row['alpha_bar_prev']:>14.6g}"
-        lines.append(f"{i:>5} {row['t']:>5} {row['t_prev']:>6} {ends} {row['sigma']:>10.5f}")
+        lines.append(f"{i:>5} {row['t']:>5} {row['t_prev']:>6} {ends} {row['added']:>10.5f}")
     lines += [f"note: {note}" for note in first["notes"]]
     for other in others:
         lines += ["", f"{first['spacing']} beside {other['spacing']}: where they are in each step, t (alpha_bar_t)"]

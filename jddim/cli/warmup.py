@@ -40,14 +40,16 @@ def _warmup(args: argparse.Namespace) -> int:
     request = request_of(args, "warmup")
     ddim = jddim.load(args.ckpt, dtype=request.dtype)
     config = ddim.model.config
-    beside = np.zeros((args.num, *(request.image_size or config.image_size), config.condition_channels), np.float32)
-    inputs = Inputs(jax.random.key(0), condition=beside if config.condition_channels else None)
+    inputs = Inputs(jax.random.key(0))
+    if config.condition_channels:
+        beside = (max(args.num, 0), *(request.image_size or config.image_size), config.condition_channels)
+        inputs = inputs._replace(condition=np.zeros(beside, np.float32))
     plan(ddim, request, inputs, args.num, args.batch_size).check("sample")
     num = min(args.num, args.batch_size)  # all batches of a run have one program, the last included
     if "," in (request.labels or ""):
         request = dataclasses.replace(request, labels=",".join((request.labels or "").split(",")[:num]))
     if inputs.condition is not None:
-        inputs = inputs._replace(condition=beside[:num])
+        inputs = inputs._replace(condition=inputs.condition[:num])
     jax.block_until_ready(run(plan(ddim, request, inputs, num).check("sample"))[0])
     print(f"ready for {counted(num, 'image')} a call [{time.perf_counter() - started:.1f} s]")
     return 0

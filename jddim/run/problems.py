@@ -123,8 +123,7 @@ def condition_problems(
     channels = config.condition_channels
     if condition is None and channels:
         told = f"condition is needed, an image of {channels} channels for each: {(*shape, channels)}"
-        doors = "(in Python, and by sample, edit, invert and interpolate)"
-        return [("condition", f"{told}; this network is given one beside x_t {doors}")]
+        return [("condition", f"{told}; this network is given one beside x_t")]
     if condition is not None and not channels:
         return [("condition", "this network is given no image beside x_t: leave condition out")]
     given = np.shape(condition) if condition is not None else ()

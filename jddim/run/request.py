@@ -165,7 +165,7 @@ class Request:
     set_alpha_to_one: bool | None = _option(
         None,
         "--set-alpha-to-one",
-        "of diffusers' spacings: whether the last step ends at alpha_bar 1, or at that of t = 0",
+        "of diffusers' spacings: whether the last step ends at the clean image, or at t = 0",
         convention=True,
         action=_SWITCH,
     )

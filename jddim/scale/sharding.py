@@ -93,10 +93,13 @@ def param_shardings(model: Network, mesh: Mesh, rules: Rules = REPLICATED) -> Ne
 class Sharded:
     """A `DDIM` on a mesh: `Sharded(ddim, make_mesh()).sample(jax.random.key(0), 512, steps=50)`.
 
-    rules: where parameters lie. They are put there once; `ddim` stays as it was.
+    rules: where parameters lie. They are put there once; `ddim` stays as it was. Raises ValueError for a network that
+    is given an image beside x_t.
     """
 
     def __init__(self, ddim: DDIM, mesh: Mesh, rules: Rules = REPLICATED):
+        if ddim.model.config.condition_channels:
+            raise ValueError("Sharded samples from noise alone, and this network is given an image beside x_t")
         self.mesh = mesh
         self.ddim = dataclasses.replace(
             ddim, model=jax.device_put(ddim.model, param_shardings(ddim.model, mesh, rules))

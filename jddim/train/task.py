@@ -159,6 +159,10 @@ class Task:
             problems.append(f"sampler: {error}")
         if self.learns_variance and schedule.num_train_timesteps < 2:
             problems.append("a learned variance needs at least two timesteps")
+        if model.condition_channels:
+            problems.append(
+                "a network that is given an image beside x_t is not trained here: condition_channels must be 0"
+            )
         if self.sampler.self_condition:
             problems.append("self-conditioned networks are sampled, but not trained here")
         if model.class_embedding not in (None, "learned"):

@@ -451,6 +451,8 @@ def test_channels_beyond_x_ts_are_an_image_beside_it(tmp_path: Path, first: bool
     np.testing.assert_allclose(made, expected, atol=1e-4 * np.abs(expected).max())
     with pytest.raises(ConversionError, match="in_channels is 3 and out_channels 3: DDIM needs both equal"):
         plan({"in_channels": 3, "out_channels": 3}, {"variance_type": "learned_range"})
+    with pytest.raises(ConversionError, match="in_channels is 4 and out_channels 4: DDIM needs both equal"):
+        plan({"in_channels": 4, "out_channels": 4}, {"variance_type": "learned_range"})
 
 
 def test_the_scheduler_becomes_schedule_and_sampler() -> None:
