@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +220,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert f"--condition is not for jddim {command}" in capsys.readouterr().err
 
 
-def test_warming_up_and_training(tmp_path: Path, fails: Callable[..., str]) -> None:
-    ckpt = write_checkpoint(tmp_path / "ckpt", **FIELDS)
-    assert "num must be at least 1" in fails("warmup", ckpt, "--num", "-1")
-    assert "num must be at least 1" in fails("warmup", write_checkpoint(tmp_path / "plain"), "--num", "-1")
+def test_such_a_network_is_not_trained() -> None:
     with pytest.raises(ValueError, match="a network that is given an image beside x_t is not trained here"):
         Task(config())
 
