@@ -30,8 +30,16 @@ def to_uint8(images: ArrayLike) -> NDArray[np.uint8]:
     return levels.astype(np.uint8)
 
 
-def grid(images: ArrayLike, columns: int | None = None, border: int = 2) -> NDArray[np.uint8]:
-    """`(n, h, w, c)` in [-1, 1], or uint8, c 1 or 3 -> one uint8 picture `(H, W, c)`, by row, as square as n allows."""
+SEEN = 128
+"""About how many pixels a picture gives to an image that has fewer."""
+
+
+def grid(images: ArrayLike, columns: int | None = None, border: int = 2, side: int = SEEN) -> NDArray[np.uint8]:
+    """`(n, h, w, c)` in [-1, 1], or uint8, c 1 or 3 -> one uint8 picture `(H, W, c)`, by row, as square as n allows.
+
+    side: each pixel, the border's too, becomes a square of the whole number of pixels that brings an image's longer
+    side nearest to `side`, of fewer where the picture would pass 8 million pixels or 16,383 a side. 1: it stays one.
+    """
     pixels = np.asarray(images)
     pixels = pixels if pixels.dtype == np.uint8 else to_uint8(pixels)
     n, h, w, c = pixels.shape
@@ -41,7 +49,12 @@ def grid(images: ArrayLike, columns: int | None = None, border: int = 2) -> NDAr
     for i, image in enumerate(pixels):
         top, left = (border + (i // columns) * (h + border), border + (i % columns) * (w + border))
         sheet[top : top + h, left : left + w] = image
-    return sheet
+    H, W = sheet.shape[:2]
+    return _enlarged(sheet, max(1, min(round(side / max(h, w)), math.isqrt(2**23 // (H * W)), 16383 // max(H, W))))
+
+
+def _enlarged(picture: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def labelled(picture: NDArray[np.uint8], labels: Sequence[str]) -> NDArray[np.uint8]:
@@ -77,8 +90,21 @@ def from_uint8(pixels: ArrayLike) -> NDArray[np.float32]:
 def cut_grid(picture: NDArray[np.uint8], size: tuple[int, int], border: int = 2) -> NDArray[np.uint8] | None:
     """The images `(n, h, w, c)` of a picture `(H, W, c)` that `grid` drew of images of `size`; None if it is none.
 
+    One image of that size is its own grid. The least enlargement that fits is undone. For images of more than 20 pixels
+    a side no other than that of `grid` fits; for smaller ones it may, if they are white wherever its borders would be.
     Cells at the end that are white all over are taken for the empty ones of the last row.
     """
+    for factor in range(1, max(1, min(picture.shape[:2]) // min(size)) + 1):
+        if picture.shape[0] % factor or picture.shape[1] % factor:
+            continue
+        least = picture[::factor, ::factor]
+        images = least[None] if least.shape[:2] == size else _cut(least, size, border)
+        if images is not None and np.array_equal(_enlarged(least, factor), picture):
+            return images
+    return None
+
+
+def _cut(picture: NDArray[np.uint8], size: tuple[int, int], border: int) -> NDArray[np.uint8] | None:
     (h, w), (H, W) = size, picture.shape[:2]
     rows, columns = (H - border) // (h + border), (W - border) // (w + border)
     if rows < 1 or columns < 1 or (rows * (h + border) + border, columns * (w + border) + border) != (H, W):
@@ -95,8 +121,9 @@ def cut_grid(picture: NDArray[np.uint8], size: tuple[int, int], border: int = 2)
 def load_images(path: str | os.PathLike[str], size: tuple[int, int]) -> NDArray[np.float32]:
     """Images `(n, h, w, c)` float32 in [-1, 1] from what `save_images` writes, or other pictures of `size` (h, w).
 
-    .npy: as they are. .npz: `arr_0`, uint8. .png: one picture of that size, or a grid of such. A folder: every .png in
-    it, by name. Raises ValueError, or OSError, for anything else, naming the file; channels are not looked at.
+    .npy: as they are. .npz: `arr_0`, uint8. .png: one picture of that size, or a grid of such, their pixels possibly
+    enlarged as `grid` enlarges them. A folder: every .png in it, by name. Raises ValueError, or OSError, for anything
+    else, naming the file; channels are not looked at.
     """
     target = Path(path)
     if target.is_dir():
@@ -117,11 +144,12 @@ def load_images(path: str | os.PathLike[str], size: tuple[int, int]) -> NDArray[
     match target.suffix.lower():
         case ".png":
             picture = _read_png(target)
-            images = picture[None] if picture.shape[:2] == size else cut_grid(picture, size)
+            images = cut_grid(picture, size)
             if images is None:
                 raise ValueError(
                     f"{path}: {picture.shape[0]}x{picture.shape[1]} is neither {size[0]}x{size[1]}, as this checkpoint "
-                    "makes, nor a grid of such with borders of 2; other sizes can be given as .npy"
+                    "makes, nor a grid of such with borders of 2, nor either of them enlarged by a whole factor; other "
+                    "sizes can be given as .npy"
                 )
             return from_uint8(images)
         case ".npy" | ".npz":
@@ -247,7 +275,7 @@ def save_images(
 ) -> None:
     """Write samples `(n, h, w, c)` float32 in the format that the suffix of `path` names, whole or not at all.
 
-    .png: one grid. .gif: `frames`, each `(n, h, w, c)`, as an animated grid. .npz: `arr_0`, uint8 NHWC, as FID
+    .png: one `grid`. .gif: `frames`, each `(n, h, w, c)`, as an animated one. .npz: `arr_0`, uint8 NHWC, as FID
     evaluators read it. .npy: the float32 samples themselves. No suffix: a folder of PNGs numbered from `start`.
     metadata: JSON, kept in every PNG's text chunk "jddim" (a folder's add their `index`) and the GIF's comment.
     """

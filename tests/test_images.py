@@ -37,12 +37,38 @@ def test_uint8_is_openais_truncation() -> None:
 
 @pytest.mark.parametrize("c", [1, 3])
 def test_a_grid_holds_every_image_in_reading_order(c: int) -> None:
-    sheet = grid(images(5, c), columns=2, border=1)
+    sheet = grid(images(5, c), columns=2, border=1, side=1)
     assert sheet.shape == (3 * 8 + 1, 2 * 12 + 1, c)
     for i, image in enumerate(to_uint8(images(5, c))):
         top, left = 1 + i // 2 * 8, 1 + i % 2 * 12
         np.testing.assert_array_equal(sheet[top : top + 7, left : left + 11], image)
-    assert grid(images(9)).shape[:2] == (3 * 9 + 2, 3 * 13 + 2)  # nine: three by three
+    assert grid(images(9), side=1).shape[:2] == (3 * 9 + 2, 3 * 13 + 2)  # nine: three by three
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "factor"),
+    [
+        (1, 7, 18),
+        (2, 28, 5),
+        (3, 32, 4),
+        (1, 64, 2),
+        (1, 85, 2),
+        (1, 86, 1),
+        (1, 256, 1),
+        (961, 28, 4),
+        (9999, 11, 2),
+        (90000, 11, 1),
+    ],
+)
+def test_small_images_are_drawn_at_a_size_one_can_see(n: int, size: int, factor: int) -> None:
+    x = np.broadcast_to(
+        np.random.default_rng(0).integers(0, 255, (1, size, size // 2 + 1, 3), np.uint8), (n, size, size // 2 + 1, 3)
+    )
+    plain = grid(x, side=1)
+    np.testing.assert_array_equal(grid(x), plain.repeat(factor, 0).repeat(factor, 1))
+    assert n < 900 or grid(x, columns=n).shape[1] == grid(x, columns=n, side=1).shape[1]  # long enough as it is
+    if n == 1:
+        np.testing.assert_array_equal(grid(x, border=0), x[0].repeat(factor, 0).repeat(factor, 1))
 
 
 def test_every_format_holds_what_it_says(tmp_path: Path) -> None:
@@ -93,16 +119,33 @@ def test_outputs_that_cannot_be_written_are_refused_before_sampling(
         check_output(tmp_path / name, channels)
 
 
+@pytest.mark.parametrize("side", [1, 40, 128])
 @pytest.mark.parametrize("c", [1, 3])
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
-def test_a_grid_is_cut_into_the_images_it_was_drawn_of(n: int, c: int) -> None:
-    cut = cut_grid(grid(images(n, c)), (7, 11))
+def test_a_grid_is_cut_into_the_images_it_was_drawn_of(n: int, c: int, side: int) -> None:
+    cut = cut_grid(grid(images(n, c), side=side), (7, 11))
     assert cut is not None
     np.testing.assert_array_equal(cut, to_uint8(images(n, c)))
+    alone = cut_grid(grid(images(1, c), border=0, side=side), (7, 11))
+    np.testing.assert_array_equal(alone, to_uint8(images(1, c)))
+
+
+@pytest.mark.parametrize("size", [22, 23, 28, 32, 37, 61])
+def test_white_images_are_cut_as_they_were_drawn(size: int) -> None:
+    """Where a smaller enlargement could fit, if its shape did."""
+    x = np.full((7, size, size, 1), 255, np.uint8)
+    x[:, size // 2, size // 3] = 0
+    np.testing.assert_array_equal(cut_grid(grid(x), (size, size)), x)
+    np.testing.assert_array_equal(cut_grid(grid(x[:1], border=0), (size, size)), x[:1])
 
 
 def test_what_is_no_grid_is_not_cut() -> None:
-    sheet = grid(images(5))
+    large = grid(images(5))
+    assert cut_grid(large, (11, 7)) is None
+    assert cut_grid(large[1:], (7, 11)) is None
+    large[0, 0] = 254  # a pixel of a square
+    assert cut_grid(large, (7, 11)) is None
+    sheet = grid(images(5), side=1)
     assert cut_grid(sheet, (11, 7)) is None
     assert cut_grid(sheet[1:], (7, 11)) is None
     assert cut_grid(np.full((0, 0, 3), 255, np.uint8), (7, 11)) is None

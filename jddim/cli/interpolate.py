@@ -84,7 +84,7 @@ def _interpolate(args: argparse.Namespace) -> int:
         case ".png":
             images.save_png(args.out, images.grid(x_0, columns=args.num), settings)
         case ".gif":
-            pictures = [images.to_uint8(image) for image in x_0]
+            pictures = [images.grid(image[None], border=0) for image in x_0]
             images.save_gif(args.out, pictures, settings)
         case _:
             with images.atomic(args.out) as staging:
