@@ -7,6 +7,7 @@ import json
 import math
 import os
 import struct
+import sys
 import threading
 import warnings
 import zlib
@@ -55,6 +56,59 @@ def grid(images: ArrayLike, columns: int | None = None, border: int = 2, side: i
 
 def _enlarged(picture: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def to_pil(images: ArrayLike, columns: int | None = None, *, side: int = SEEN) -> Image.Image:
+    """One picture of jax or NumPy images `(n, h, w, c)`, by row, or of one image `(h, w, c)`; c 1 or 3.
+
+    images: floats in [-1, 1], clamped to that, or uint8 in 0..255. columns: as square as n allows by default.
+    side: small images are enlarged by the whole factor that brings their longer side nearest to it, so that each pixel
+    becomes a square (of less where the picture would pass 8 million pixels); 1: they are not. None is shrunk.
+    Raises ValueError, with everything wrong in one message, for other shapes and dtypes, floats in 0..255, NaN or
+    infinity, and for torch tensors.
+    """
+    if type(images).__module__.partition(".")[0] == "torch":
+        way = "x.detach().cpu().float().movedim(-3, -1).numpy()"
+        raise ValueError(f"images are jax or NumPy arrays; of a torch tensor x, (n, c, h, w), {way} makes one")
+    try:
+        pixels = np.asarray(images)
+    except ValueError as error:
+        raise ValueError(
+            f"images are one array (n, h, w, c); what the {type(images).__name__} given holds has several shapes"
+        ) from error
+    problems, many = [], pixels if pixels.ndim == 4 else pixels[None]
+    if many.ndim != 4 or many.size == 0 or many.shape[3] not in (1, 3):
+        problems.append(
+            f"images are (n, h, w, c), or one (h, w, c), of 1 or 3 channels, got shape {pixels.shape}: x[..., None] "
+            "adds a last axis of one channel, np.moveaxis(x, -3, -1) moves the channels there"
+        )
+    if pixels.dtype != np.uint8 and pixels.dtype.kind != "f" and pixels.dtype.name != "bfloat16":
+        problems.append(f"images are floats in [-1, 1], or uint8 in 0..255, got {pixels.dtype}")
+    elif not (finite := np.isfinite(many)).all():
+        bad = int((~finite).reshape(len(many), -1).any(axis=1).sum())
+        problems.append(f"{bad} of {len(many)} images hold a NaN or infinity")
+    elif pixels.dtype != np.uint8 and pixels.size and pixels.min() >= 0 and pixels.max() > 2:
+        problems.append(f"images are floats in [-1, 1], got up to {pixels.max():g}: x / 127.5 - 1 makes them of 0..255")
+    for name, number in (("columns", columns), ("side", side)):
+        if number is not None and (not isinstance(number, int | np.integer) or number < 1):
+            problems.append(f"{name} must be a whole number of at least 1, got {number!r}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return _to_pillow(grid(many, columns, border=2 if pixels.ndim == 4 else 0, side=side))
+
+
+def show(images: ArrayLike, columns: int | None = None, *, side: int = SEEN) -> Image.Image | None:
+    """Display `to_pil(images, columns, side=side)` if this is a notebook, and return None; elsewhere return it.
+
+    In a notebook the picture stands under the cell wherever the call stands in it, and once; `to_pil` displays nothing.
+    Elsewhere no window opens: the picture's own `.show()` and `.save(...)` are for that.
+    """
+    picture = to_pil(images, columns, side=side)
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if not hasattr(shell, "kernel"):  # IPython in a terminal has none
+        return picture
+    sys.modules["IPython.display"].display(picture)
+    return None
 
 
 def labelled(picture: NDArray[np.uint8], labels: Sequence[str]) -> NDArray[np.uint8]:

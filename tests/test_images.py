@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import types
 import zlib
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+import jddim
 from jddim.images import (
     atomic,
     check_output,
@@ -69,6 +74,65 @@ def test_small_images_are_drawn_at_a_size_one_can_see(n: int, size: int, factor:
     assert n < 900 or grid(x, columns=n).shape[1] == grid(x, columns=n, side=1).shape[1]  # long enough as it is
     if n == 1:
         np.testing.assert_array_equal(grid(x, border=0), x[0].repeat(factor, 0).repeat(factor, 1))
+
+
+def test_to_pil_draws_a_grid_or_one_image() -> None:
+    x = images(5)
+    np.testing.assert_array_equal(np.asarray(jddim.to_pil(jnp.asarray(x), 5)), grid(x, 5))
+    np.testing.assert_array_equal(np.asarray(jddim.to_pil(to_uint8(x))), grid(x))
+    np.testing.assert_array_equal(np.asarray(jddim.to_pil(x[3], side=1)), to_uint8(x[3]))  # no border
+    grey = jddim.to_pil(jnp.asarray(images(2, 1), jnp.bfloat16), side=22)
+    assert (grey.mode, grey.size) == ("L", (2 * (2 * 13 + 2), 2 * (9 + 2)))
+    noise = np.random.default_rng(0).normal(0, 3, (2, 7, 11, 1))
+    np.testing.assert_array_equal(np.asarray(jddim.to_pil(noise)), grid(noise)[..., 0])  # clamped, float64
+
+
+class Tensor:
+    """As torch's, which this part of the suite runs without."""
+
+    __module__ = "torch"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Tensor(), r"of a torch tensor x, \(n, c, h, w\), x\.detach\(\)"),
+        (images()[..., :2], r"of 1 or 3 channels, got shape \(5, 7, 11, 2\): x\[\.\.\., None\] adds"),
+        (images()[..., 0], r"got shape \(5, 7, 11\)"),
+        (images()[0, ..., 0], r"got shape \(7, 11\)"),
+        (images()[None], r"got shape \(1, 5, 7, 11, 3\)"),
+        (images()[:0], r"got shape \(0, 7, 11, 3\)"),
+        (images().transpose(0, 3, 1, 2).astype(int), r"shape \(5, 3, 7, 11\).*; images are floats .*, got int64"),
+        (images() > 0, "or uint8 in 0..255, got bool"),
+        ([images()[0], images()[1, 1:]], "what the list given holds has several shapes"),
+        (None, "got object"),
+        (np.where(np.arange(5)[:, None, None, None] < 2, np.nan, images()), "2 of 5 images hold a NaN or infinity"),
+        (to_uint8(images()).astype(np.float32), r"got up to 255: x / 127\.5 - 1 makes them"),
+    ],
+)
+def test_what_to_pil_does_not_draw(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        jddim.to_pil(given)
+    with pytest.raises(ValueError, match=message):
+        jddim.show(given)
+
+
+def test_to_pil_says_all_that_is_wrong() -> None:
+    with pytest.raises(ValueError, match=r"NaN.*; columns must .* got 0; side must be a whole number .* got 1\.5"):
+        jddim.to_pil(images() * np.nan, 0, side=1.5)
+
+
+def test_show_displays_in_a_notebook_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell, displayed = types.SimpleNamespace(), []
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=displayed.append))
+    picture = jddim.show(images(), columns=5, side=1)  # IPython in a terminal
+    np.testing.assert_array_equal(np.asarray(picture), grid(images(), 5, side=1))
+    shell.kernel = "a notebook's"
+    assert jddim.show(images(), columns=5, side=1) is None
+    assert displayed == [picture]
+    monkeypatch.delitem(sys.modules, "IPython")
+    assert jddim.show(images(), columns=5, side=1) == picture
 
 
 def test_every_format_holds_what_it_says(tmp_path: Path) -> None:
