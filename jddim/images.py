@@ -18,11 +18,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from jddim.files import atomic, beside, open_regular, parse_json, read_arrays, write_array
 
-FORMATS = (".png", ".gif", ".npz", ".npy")
+SHEETS = {".png": "exact", ".jpg": "quality 95", ".jpeg": "quality 95", ".webp": "lossless"}
+"""Suffixes of a picture, such as a grid, and how its pixels are kept."""
+
+STILLS = {**SHEETS, ".npz": "uint8", ".npy": "float32", "": "a folder of PNGs"}
+
+FORMATS = {**STILLS, ".gif": "trajectory"}
+"""What `save_images` writes."""
+
+_LONGEST = {".gif": 65535, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}  # pixels a side
 
 
 def to_uint8(images: ArrayLike) -> NDArray[np.uint8]:
@@ -39,19 +47,22 @@ def grid(images: ArrayLike, columns: int | None = None, border: int = 2, side: i
     """`(n, h, w, c)` in [-1, 1], or uint8, c 1 or 3 -> one uint8 picture `(H, W, c)`, by row, as square as n allows.
 
     side: each pixel, the border's too, becomes a square of the whole number of pixels that brings an image's longer
-    side nearest to `side`, of fewer where the picture would pass 8 million pixels or 16,383 a side. 1: it stays one.
+    side nearest to `side`, of fewer where the picture would pass 8 million pixels or 16,000 a side. 1: it stays one.
     """
     pixels = np.asarray(images)
     pixels = pixels if pixels.dtype == np.uint8 else to_uint8(pixels)
     n, h, w, c = pixels.shape
     columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    sheet = np.full((rows * (h + border) + border, columns * (w + border) + border, c), 255, np.uint8)
+    H, W = _extent(n, (h, w), columns, border)
+    sheet = np.full((H, W, c), 255, np.uint8)
     for i, image in enumerate(pixels):
         top, left = (border + (i // columns) * (h + border), border + (i % columns) * (w + border))
         sheet[top : top + h, left : left + w] = image
-    H, W = sheet.shape[:2]
-    return _enlarged(sheet, max(1, min(round(side / max(h, w)), math.isqrt(2**23 // (H * W)), 16383 // max(H, W))))
+    return _enlarged(sheet, max(1, min(round(side / max(h, w)), math.isqrt(2**23 // (H * W)), 16000 // max(H, W))))
+
+
+def _extent(n: int, size: tuple[int, int], columns: int, border: int) -> tuple[int, int]:
+    return math.ceil(n / columns) * (size[0] + border) + border, columns * (size[1] + border) + border
 
 
 def _enlarged(picture: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
@@ -272,9 +283,9 @@ _BROKEN = (  # what Pillow raises for damaged files
 
 
 def settings_of(image: Image.Image) -> dict[str, Any]:
-    """What a PNG of ours says of how it was made. Raises ValueError if it does not."""
-    said = getattr(image, "text", {}).get("jddim")
-    if said is None:
+    """What a picture of ours says of how it was made. Raises ValueError if it does not."""
+    said = getattr(image, "text", {}).get("jddim") or image.getexif().get(ExifTags.Base.ImageDescription)
+    if not isinstance(said, str):
         raise ValueError("it does not say how it was made")
     settings = parse_json(said)
     if not isinstance(settings, dict):
@@ -282,20 +293,14 @@ def settings_of(image: Image.Image) -> dict[str, Any]:
     return settings
 
 
-def check_output(path: str | os.PathLike[str], channels: int, *, formats: Sequence[str] = FORMATS) -> None:
+def check_output(path: str | os.PathLike[str], channels: int, *, formats: Mapping[str, str] = FORMATS) -> None:
     """Raise ValueError or OSError if samples of `channels` channels cannot be written to `path`.
 
-    formats: the suffixes allowed, beside none, where they are not those of `save_images`. To be called before sampling.
+    formats: the suffixes allowed, and what each stands for. To be called before sampling.
     Numbered PNGs are only written into a folder that is new or empty.
     """
-    target = Path(path)
-    suffix = target.suffix.lower()
-    if suffix and suffix not in formats:
-        raise ValueError(
-            f"{path}: unknown format {suffix!r}; end OUT in .png (grid), .gif (trajectory), .npz (uint8), .npy "
-            "(float32), or no suffix (a folder of PNGs)"
-        )
-    if suffix in ("", ".png", ".gif", ".html") and channels not in (1, 3):
+    target, suffix = Path(path), _suffix(path, formats)
+    if suffix in (*SHEETS, "", ".gif", ".html") and channels not in (1, 3):
         raise ValueError(f"{path}: pictures need 1 or 3 channels, the samples have {channels}; write .npz or .npy")
     if suffix and target.is_dir():
         raise IsADirectoryError(f"{path} is a folder")
@@ -320,6 +325,27 @@ def check_output(path: str | os.PathLike[str], channels: int, *, formats: Sequen
             probe.unlink()
 
 
+def _suffix(path: str | os.PathLike[str], formats: Mapping[str, str]) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in formats:
+        allowed = [f"{name or 'no suffix'} ({what})" for name, what in formats.items()]
+        raise ValueError(f"{path}: end it in {' or '.join(filter(None, [', '.join(allowed[:-1]), allowed[-1]]))}")
+    return suffix
+
+
+def check_sheet(path: str | os.PathLike[str], num: int, size: tuple[int, int], columns: int | None = None) -> None:
+    """Raise ValueError if what `path` names holds no grid of `num` images of `size`, before they are sampled."""
+    _check_extent(path, *_extent(num, size, columns or math.ceil(math.sqrt(num)), 2))
+
+
+def _check_extent(path: str | os.PathLike[str], H: int, W: int) -> None:
+    suffix = Path(path).suffix.lower()
+    if max(H, W) > (most := _LONGEST.get(suffix, math.inf)):
+        raise ValueError(
+            f"{path}: a picture of {H}x{W} pixels, where {suffix} holds {most} a side; take .png, or fewer images"
+        )
+
+
 def save_images(
     path: str | os.PathLike[str],
     images: ArrayLike,
@@ -329,21 +355,20 @@ def save_images(
 ) -> None:
     """Write samples `(n, h, w, c)` float32 in the format that the suffix of `path` names, whole or not at all.
 
-    .png: one `grid`. .gif: `frames`, each `(n, h, w, c)`, as an animated one. .npz: `arr_0`, uint8 NHWC, as FID
-    evaluators read it. .npy: the float32 samples themselves. No suffix: a folder of PNGs numbered from `start`.
-    metadata: JSON, kept in every PNG's text chunk "jddim" (a folder's add their `index`) and the GIF's comment.
+    A suffix of `SHEETS`: one `grid`. .gif: `frames`, each `(n, h, w, c)`, as an animated one. .npz: `arr_0`, uint8
+    NHWC, as FID evaluators read it. .npy: the float32 samples themselves. No suffix: a folder of PNGs numbered from
+    `start`.
+    metadata: JSON, kept as `save_picture` keeps it (a folder's PNGs add their `index`), and in the GIF's comment.
     """
     target = Path(path)
     images = np.asarray(images, np.float32)
-    match target.suffix.lower():
+    match _suffix(path, FORMATS):
         case "":
             with atomic(target) as staging:
                 staging.mkdir()
                 for i, image in enumerate(to_uint8(images)):
-                    _save_png(staging / f"{start + i:06d}.png", image, {**metadata, "index": start + i})
-        case ".png":
-            with atomic(target) as staging:
-                _save_png(staging, grid(images), metadata)
+                    encoded = encode_png(image, {**metadata, "index": start + i})
+                    (staging / f"{start + i:06d}.png").write_bytes(encoded)
         case ".gif":
             save_gif(target, [grid(frame) for frame in frames], metadata)
         case ".npz":
@@ -352,14 +377,27 @@ def save_images(
         case ".npy":
             with atomic(target) as staging:
                 write_array(staging, images)
-        case suffix:
-            raise ValueError(f"{path}: unknown format {suffix!r}; allowed: {', '.join(FORMATS)} or a folder")
+        case _:
+            save_picture(target, grid(images), metadata)
 
 
-def save_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:
-    """Write one uint8 picture `(h, w, 1 or 3)` as PNG, whole or not at all, `metadata` as JSON in its text."""
+def save_picture(path: str | os.PathLike[str], picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:
+    """Write one uint8 picture `(h, w, 1 or 3)` in the format of `SHEETS` that `path` names, whole or not at all.
+
+    metadata: JSON, in a PNG's text "jddim", in the others' EXIF as the image's description.
+    Raises ValueError for another format, and for more pixels a side, or a longer description, than it holds.
+    """
+    suffix, encoded = _suffix(path, SHEETS), io.BytesIO()
+    _check_extent(path, *picture.shape[:2])
+    if suffix == ".png":
+        encoded.write(encode_png(picture, metadata))
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = json.dumps(metadata)
+        how = {"lossless": True} if suffix == ".webp" else {"quality": 95, "subsampling": 0}
+        _to_pillow(picture).save(encoded, "WEBP" if suffix == ".webp" else "JPEG", exif=exif, **how)
     with atomic(Path(path)) as staging:
-        _save_png(staging, picture, metadata)
+        staging.write_bytes(encoded.getvalue())
 
 
 def save_gif(
@@ -376,7 +414,7 @@ def save_gif(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings that a PNG of ours was made with. Raises ValueError for what is none; OSError as `open_picture`."""
+    """The settings of a picture of ours. Raises ValueError for what is none; OSError as `open_picture`."""
     with open_picture(Path(path)) as image:
         return settings_of(image)
 
@@ -405,10 +443,6 @@ def encode_gif(
         comment=json.dumps(metadata).encode(),
     )
     return encoded.getvalue()
-
-
-def _save_png(path: Path, picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:
-    path.write_bytes(encode_png(picture, metadata))
 
 
 def _to_pillow(picture: NDArray[np.uint8]) -> Image.Image:

@@ -18,7 +18,7 @@ from jax import Array
 
 import jddim
 from jddim import sampling
-from jddim.images import grid, labelled, save_png
+from jddim.images import grid, labelled, save_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM, STEPS = 6, 20
@@ -77,7 +77,7 @@ def main(ckpt: str, out: str = str(ROOT / "docs" / "conventions.png")) -> None:
             right = drawn[label]
         print(f"{label:<24} {np.sqrt(np.mean((drawn[label] - right) ** 2)):.3f}")
     picture = grid(np.concatenate(list(drawn.values())), columns=NUM, side=2 * 28)
-    save_png(Path(out), labelled(picture, list(drawn)), {"num_steps": STEPS})
+    save_picture(Path(out), labelled(picture, list(drawn)), {"num_steps": STEPS})
     print(f"{out}: {Path(out).stat().st_size / 1000:.1f} kB")
 
 

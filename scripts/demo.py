@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 import jddim
 from jddim.checkpoint.folder import CheckpointError
 from jddim.cli.options import OneLineParser
-from jddim.images import grid, save_gif, save_png
+from jddim.images import grid, save_gif, save_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm"
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     T = ddim.schedule.num_train_timesteps
     with timed(f"2. Sampling 64 digits in {STEPS} steps of the {T} it was trained with, eta 0"):
         x_0, trajectory = ddim.sample(key, num=64, eta=0.0, trajectory_every=1, progress=True, **WALK_THROUGH)
-        save_png(OUT / "digits.png", grid(x_0, columns=8, side=SIDE), {**settings, "eta": 0.0})
+        save_picture(OUT / "digits.png", grid(x_0, columns=8, side=SIDE), {**settings, "eta": 0.0})
 
     with timed("3. Drawing the way from noise to the first 16 of them"):
         x_T = jddim.initial_noise(jddim.sample_keys(key, 16), x_0.shape[1:])
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         # The key fixes x_T and the noise of every step, so eta alone differs between the rows.
         rows = [np.asarray(ddim.sample(key, num=8, eta=eta, progress=True, **WALK_THROUGH)) for eta in ETAS]
         strip = grid(np.concatenate(rows), columns=8, side=SIDE)
-        save_png(OUT / "eta-strip.png", labelled(strip, [f"eta {eta:g}" for eta in ETAS]), settings)
+        save_picture(OUT / "eta-strip.png", labelled(strip, [f"eta {eta:g}" for eta in ETAS]), settings)
 
     command = [shown(Path(sys.executable).parent / "jddim"), "sample", shown(OUT / "mnist"), "more.png"]
     print(f"""

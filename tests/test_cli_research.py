@@ -212,20 +212,20 @@ def test_edits_mistakes(
     assert said in fails("edit", ckpt, tmp_path / "given.npy", tmp_path / "out.png", *options)
 
 
-@pytest.mark.parametrize("suffix", ["png", "gif"])
+@pytest.mark.parametrize("suffix", ["png", "webp", "gif"])
 def test_interpolate_draws(ckpt: Path, tmp_path: Path, suffix: str) -> None:
     run("interpolate", ckpt, tmp_path / f"a.{suffix}", "--num", "4", "--steps", "2")
     with Image.open(tmp_path / f"a.{suffix}") as picture:
-        assert picture.size == ((13 * 50, 13 * 10) if suffix == "png" else (13 * 10, 13 * 6))
-        assert getattr(picture, "n_frames", 1) == (1 if suffix == "png" else 4)
-        said = json.loads(picture.text["jddim"] if suffix == "png" else picture.info["comment"])
+        assert picture.size == ((13 * 10, 13 * 6) if suffix == "gif" else (13 * 50, 13 * 10))
+        assert getattr(picture, "n_frames", 1) == (4 if suffix == "gif" else 1)
+        said = json.loads(picture.info["comment"]) if suffix == "gif" else images.settings_of(picture)
     assert [said[name] for name in ("images", "num_steps", "spacing", "clip")] == [[0, 1], 2, "uniform", False]
 
 
 @pytest.mark.parametrize(
     ("words", "said", "status"),
     [
-        (["sweep", "CKPT", "OUT.gif"], "end OUT in .png or .npz or .html", 1),
+        (["sweep", "CKPT", "OUT.gif"], "OUT.gif: end it in .png (exact), ", 1),
         (["sweep", "CKPT", "OUT.png", "--reference", "x.npy"], "--reference is for an atlas: OUT.html, or", 1),
         (["sweep", "CKPT", "OUT.html", "--reference", "x.npy"], "28x28x1, this checkpoint makes 6x10x1", 1),
         (["sweep", "CKPT", "OUT.html", "--show", "0"], "--show must be at least 1, got 0", 1),
@@ -245,7 +245,7 @@ def test_interpolate_draws(ckpt: Path, tmp_path: Path, suffix: str) -> None:
         (["interpolate", "CKPT", "OUT.png", "--seeds", "3,-4"], "-4 is not in 0..4294967295", 2),
         (["interpolate", "CKPT", "OUT.png", "--images", "3,-1"], "numbered from 0, got -1", 1),
         (["interpolate", "CKPT", "OUT.png", "--num", "1"], "--num must be at least 2, both ends, got 1", 1),
-        (["interpolate", "CKPT", "OUT.npy"], "end OUT in .png or .npz or .gif", 1),
+        (["interpolate", "CKPT", "OUT.npy"], "OUT.npy: end it in .png (exact), ", 1),
     ],
 )
 def test_mistakes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import types
@@ -13,18 +14,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 import jddim
 from jddim.images import (
+    SHEETS,
     atomic,
     check_output,
+    check_sheet,
     cut_grid,
     from_uint8,
     grid,
     load_images,
     read_metadata,
     save_images,
+    save_picture,
     to_uint8,
 )
 
@@ -154,8 +158,37 @@ def test_every_format_holds_what_it_says(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 5
 
 
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize("suffix", SHEETS)
+def test_each_picture_is_kept_as_is_said_of_its_format(tmp_path: Path, suffix: str, c: int) -> None:
+    x, settings = images(5, c), {"seed": 3, "file": "Å.png"}
+    path = tmp_path / f"a{suffix.upper()}"
+    save_images(path, x, settings)
+    assert read_metadata(path) == settings
+    with Image.open(path) as picture:
+        assert picture.format == {".png": "PNG", ".webp": "WEBP"}.get(suffix, "JPEG")
+        off = np.abs(np.asarray(picture.convert("RGB")).astype(int) - grid(x))
+    assert off.max() == 0 if suffix in (".png", ".webp") else 0 < off.mean() < 3  # JPEG's squares ring at their edges
+
+
+def test_a_picture_that_its_format_cannot_hold(tmp_path: Path) -> None:
+    for suffix, most in ((".webp", 16383), (".jpg", 65500), (".jpeg", 65500), (".gif", 65535)):
+        check_sheet(tmp_path / f"a{suffix}", 1, (most - 4, 3))
+        with pytest.raises(ValueError, match=f"of {most + 1}x7 pixels, where {suffix} holds {most} a side; take .png"):
+            check_sheet(tmp_path / f"a{suffix}", 1, (most - 3, 3))
+    check_sheet(tmp_path / "a.png", 99999, (28, 28), 1)
+    check_sheet(tmp_path / "folder", 99999, (28, 28), 1)
+    with pytest.raises(ValueError, match="16384x1 pixels"):
+        save_picture(tmp_path / "a.webp", np.zeros((16384, 1, 1), np.uint8), {})
+    with pytest.raises(ValueError, match=r"end it in \.png \(exact\), .* or \.webp \(lossless\)"):
+        save_picture(tmp_path / "a.npz", np.zeros((2, 1, 1), np.uint8), {})
+    with pytest.raises(ValueError, match="too long"):
+        save_picture(tmp_path / "a.jpg", np.zeros((2, 1, 1), np.uint8), {"labels": "1," * 40000})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    for name in ("a.png", "folder"):
+    for name in ("a.png", "a.webp", "folder"):
         with pytest.raises(TypeError, match="not JSON serializable"):
             save_images(tmp_path / name, images(), {"seed": object()})
     assert list(tmp_path.iterdir()) == []
@@ -164,7 +197,8 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "channels", "message"),
     [
-        ("a.jpg", 3, "unknown format '.jpg'"),
+        ("a.bmp", 3, r"a\.bmp: end it in \.png \(exact\), .*, no suffix \(a folder of PNGs\) or \.gif \(trajectory\)"),
+        ("a.jpg", 4, "1 or 3 channels"),
         ("a.png", 2, "1 or 3 channels"),
         ("full", 3, "not empty"),
         ("file", 3, "is a file"),
@@ -303,6 +337,14 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+def described(text: str) -> bytes:
+    """A JPEG of another's, with this description."""
+    exif, encoded = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.ImageDescription] = text
+    Image.new("L", (7, 11)).save(encoded, "JPEG", exif=exif)
+    return encoded.getvalue()
+
+
 def told(text: bytes) -> tuple[bytes, bytes]:
     return b"tEXt", b"jddim\0" + text
 
@@ -324,6 +366,9 @@ def told(text: bytes) -> tuple[bytes, bytes]:
         (png(7, 11, told(b"{")), "Expecting"),
         (png(7, 11, told(b'{"seed": 1, "seed": 2}')), "occurs twice"),
         (png(7, 11), "does not say how it was made"),
+        (described("OLYMPUS"), "Expecting value"),
+        (described("[1]"), "no JSON object"),
+        (described('{"seed": 1}')[:90], r"."),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not a picture"),
         (b"P5 9 9 255 ", "is not a picture"),
         (b"", "is not a picture"),
