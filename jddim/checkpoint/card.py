@@ -54,14 +54,36 @@ def lines(metadata: Metadata, parameters: int) -> list[str]:
     facts = {"sha256": metadata.sha256, "parameters": f"{parameters:,}", **data, **provenance}
     found = []
     for name, value in facts.items():
-        match name, value:
-            case "verification", {"output_error": float(error), "torch": str(torch)}:
-                value = f"{error:.1e} of the output's scale, against PyTorch {torch}"
+        if name == "verification" and isinstance(value, dict) and "output_error" in value:
+            value = _compared(value)
         found.append(f"{name:<15} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
         if name in ("schedule", "sampler") and wording.get(name):
             source = f"  in {provenance.get('family', '?')}"
             found.append(f"{source:<15} {_worded(wording[name], wording.get('told', {}))}")
     return found
+
+
+def facts(metadata: Metadata) -> dict[str, str]:
+    """Where the checkpoint comes from and how it was compared, in short: a name and plain text each."""
+    said = metadata.provenance
+    source, step = said.get("source") or {}, said.get("step")
+    found = {
+        "family": said.get("family", "jddim"),
+        "source": source.get("hub_id") or source.get("file"),
+        "SHA-256 of it": source.get("sha256"),
+        "weights": said.get("weights"),
+        "step": None if step is None else f"{step:,}",
+        "verification": "trained by jddim" if "training" in said else _compared(said.get("verification")),
+        "SHA-256": metadata.sha256,
+    }
+    return {name: _cut(str(fact)) for name, fact in found.items() if fact is not None}
+
+
+def _compared(figure: Any) -> str:
+    match figure:
+        case {"output_error": float(error), "torch": str(torch)}:
+            return f"{error:.1e} of the output's scale, against PyTorch {torch}"
+    return "not verified when it was written"
 
 
 def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:
@@ -147,4 +169,8 @@ def _list(name: str, items: Iterable[Any]) -> list[str]:
 def _code(text: Any) -> str:
     """A code span of one line, cut where it is absurdly long (betas by the thousand)."""
     shown = "".join(c if c.isprintable() else "?" for c in str(text)).replace("`", "'").strip() or "?"
-    return f"`{shown if len(shown) <= 500 else shown[:480] + ' ... (cut)'}`"
+    return f"`{_cut(shown)}`"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 500 else text[:480] + " ... (cut)"
