@@ -328,14 +328,14 @@ def check_output(path: str | os.PathLike[str], channels: int, *, formats: Mappin
 def _suffix(path: str | os.PathLike[str], formats: Mapping[str, str]) -> str:
     suffix = Path(path).suffix.lower()
     if suffix not in formats:
-        allowed = [f"{name or 'no suffix'} ({what})" for name, what in formats.items()]
-        raise ValueError(f"{path}: end it in {' or '.join(filter(None, [', '.join(allowed[:-1]), allowed[-1]]))}")
+        allowed = ", ".join(f"{name or 'no suffix'} ({what})" for name, what in formats.items())
+        raise ValueError(f"{path}: end it in {allowed}")
     return suffix
 
 
 def check_sheet(path: str | os.PathLike[str], num: int, size: tuple[int, int], columns: int | None = None) -> None:
     """Raise ValueError if what `path` names holds no grid of `num` images of `size`, before they are sampled."""
-    _check_extent(path, *_extent(num, size, columns or math.ceil(math.sqrt(num)), 2))
+    _check_extent(path, *_extent(num, size, columns or math.ceil(math.sqrt(num)) or 1, 2))
 
 
 def _check_extent(path: str | os.PathLike[str], H: int, W: int) -> None:

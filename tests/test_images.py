@@ -178,9 +178,10 @@ def test_a_picture_that_its_format_cannot_hold(tmp_path: Path) -> None:
             check_sheet(tmp_path / f"a{suffix}", 1, (most - 3, 3))
     check_sheet(tmp_path / "a.png", 99999, (28, 28), 1)
     check_sheet(tmp_path / "folder", 99999, (28, 28), 1)
+    check_sheet(tmp_path / "a.webp", 0, (28, 28))  # refused as no images, elsewhere
     with pytest.raises(ValueError, match="16384x1 pixels"):
         save_picture(tmp_path / "a.webp", np.zeros((16384, 1, 1), np.uint8), {})
-    with pytest.raises(ValueError, match=r"end it in \.png \(exact\), .* or \.webp \(lossless\)"):
+    with pytest.raises(ValueError, match=r"end it in \.png \(exact\), .*, \.webp \(lossless\)"):
         save_picture(tmp_path / "a.npz", np.zeros((2, 1, 1), np.uint8), {})
     with pytest.raises(ValueError, match="too long"):
         save_picture(tmp_path / "a.jpg", np.zeros((2, 1, 1), np.uint8), {"labels": "1," * 40000})
@@ -197,7 +198,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "channels", "message"),
     [
-        ("a.bmp", 3, r"a\.bmp: end it in \.png \(exact\), .*, no suffix \(a folder of PNGs\) or \.gif \(trajectory\)"),
+        ("a.bmp", 3, r"a\.bmp: end it in \.png \(exact\), .*, no suffix \(a folder of PNGs\), \.gif \(trajectory\)"),
         ("a.jpg", 4, "1 or 3 channels"),
         ("a.png", 2, "1 or 3 channels"),
         ("full", 3, "not empty"),
