@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # what type checkers and editors read; the tables below say t
     from jddim.ddim import predict_eps as predict_eps
     from jddim.ddim import predict_x0 as predict_x0
     from jddim.ddim import step_table as step_table
+    from jddim.images import show as show
+    from jddim.images import to_pil as to_pil
     from jddim.inversion import invert_loop as invert_loop
     from jddim.models.unet import UNet as UNet
     from jddim.pipeline import DDIM as DDIM
@@ -64,6 +66,7 @@ _HOME = {
         "checkpoint.folder": "CheckpointError",
         "converting": "ConversionError Verification convert export_torch info verify",
         "ddim": "StepTable ddim_sigma ddim_step ddpm_step predict_eps predict_x0 step_table",
+        "images": "show to_pil",
         "inversion": "invert_loop",
         "models.unet": "UNet",
         "pipeline": "DDIM Preview load",

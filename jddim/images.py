@@ -7,6 +7,7 @@ import json
 import math
 import os
 import struct
+import sys
 import threading
 import warnings
 import zlib
@@ -17,11 +18,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from jddim.files import atomic, beside, open_regular, parse_json, read_arrays, write_array
 
-FORMATS = (".png", ".gif", ".npz", ".npy")
+SHEETS = {".png": "exact", ".jpg": "quality 95", ".jpeg": "quality 95", ".webp": "lossless"}
+"""Suffixes of a picture, such as a grid, and how its pixels are kept."""
+
+STILLS = {**SHEETS, ".npz": "uint8", ".npy": "float32", "": "a folder of PNGs"}
+
+FORMATS = {**STILLS, ".gif": "trajectory"}
+"""What `save_images` writes."""
+
+_LONGEST = {".gif": 65535, ".jpg": 65500, ".jpeg": 65500, ".webp": 16383}  # pixels a side
 
 
 def to_uint8(images: ArrayLike) -> NDArray[np.uint8]:
@@ -30,18 +39,87 @@ def to_uint8(images: ArrayLike) -> NDArray[np.uint8]:
     return levels.astype(np.uint8)
 
 
-def grid(images: ArrayLike, columns: int | None = None, border: int = 2) -> NDArray[np.uint8]:
-    """`(n, h, w, c)` in [-1, 1], or uint8, c 1 or 3 -> one uint8 picture `(H, W, c)`, by row, as square as n allows."""
+SEEN = 128
+"""About how many pixels a picture gives to an image that has fewer."""
+
+
+def grid(images: ArrayLike, columns: int | None = None, border: int = 2, side: int = SEEN) -> NDArray[np.uint8]:
+    """`(n, h, w, c)` in [-1, 1], or uint8, c 1 or 3 -> one uint8 picture `(H, W, c)`, by row, as square as n allows.
+
+    side: each pixel, the border's too, becomes a square of the whole number of pixels that brings an image's longer
+    side nearest to `side`, of fewer where the picture would pass 8 million pixels or 16,000 a side. 1: it stays one.
+    """
     pixels = np.asarray(images)
     pixels = pixels if pixels.dtype == np.uint8 else to_uint8(pixels)
     n, h, w, c = pixels.shape
     columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    sheet = np.full((rows * (h + border) + border, columns * (w + border) + border, c), 255, np.uint8)
+    H, W = _extent(n, (h, w), columns, border)
+    sheet = np.full((H, W, c), 255, np.uint8)
     for i, image in enumerate(pixels):
         top, left = (border + (i // columns) * (h + border), border + (i % columns) * (w + border))
         sheet[top : top + h, left : left + w] = image
-    return sheet
+    return _enlarged(sheet, max(1, min(round(side / max(h, w)), math.isqrt(2**23 // (H * W)), 16000 // max(H, W))))
+
+
+def _extent(n: int, size: tuple[int, int], columns: int, border: int) -> tuple[int, int]:
+    return math.ceil(n / columns) * (size[0] + border) + border, columns * (size[1] + border) + border
+
+
+def _enlarged(picture: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def to_pil(images: ArrayLike, columns: int | None = None, *, side: int = SEEN) -> Image.Image:
+    """One picture of jax or NumPy images `(n, h, w, c)`, by row, or of one image `(h, w, c)`; c 1 or 3.
+
+    images: floats in [-1, 1], clamped to that, or uint8 in 0..255. columns: as square as n allows by default.
+    side: small images are enlarged by the whole factor that brings their longer side nearest to it, so that each pixel
+    becomes a square (of less where the picture would pass 8 million pixels); 1: they are not. None is shrunk.
+    Raises ValueError, with everything wrong in one message, for other shapes and dtypes, floats in 0..255, NaN or
+    infinity, and for torch tensors.
+    """
+    if type(images).__module__.partition(".")[0] == "torch":
+        way = "x.detach().cpu().float().movedim(-3, -1).numpy()"
+        raise ValueError(f"images are jax or NumPy arrays; of a torch tensor x, (n, c, h, w), {way} makes one")
+    try:
+        pixels = np.asarray(images)
+    except ValueError as error:
+        raise ValueError(
+            f"images are one array (n, h, w, c); what the {type(images).__name__} given holds has several shapes"
+        ) from error
+    problems, many = [], pixels if pixels.ndim == 4 else pixels[None]
+    if many.ndim != 4 or many.size == 0 or many.shape[3] not in (1, 3):
+        problems.append(
+            f"images are (n, h, w, c), or one (h, w, c), of 1 or 3 channels, got shape {pixels.shape}: x[..., None] "
+            "adds a last axis of one channel, np.moveaxis(x, -3, -1) moves the channels there"
+        )
+    if pixels.dtype != np.uint8 and pixels.dtype.kind != "f" and pixels.dtype.name != "bfloat16":
+        problems.append(f"images are floats in [-1, 1], or uint8 in 0..255, got {pixels.dtype}")
+    elif not (finite := np.isfinite(many)).all():
+        bad = int((~finite).reshape(len(many), -1).any(axis=1).sum())
+        problems.append(f"{bad} of {len(many)} images hold a NaN or infinity")
+    elif pixels.dtype != np.uint8 and pixels.size and pixels.min() >= 0 and pixels.max() > 2:
+        problems.append(f"images are floats in [-1, 1], got up to {pixels.max():g}: x / 127.5 - 1 makes them of 0..255")
+    for name, number in (("columns", columns), ("side", side)):
+        if number is not None and (not isinstance(number, int | np.integer) or number < 1):
+            problems.append(f"{name} must be a whole number of at least 1, got {number!r}")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return _to_pillow(grid(many, columns, border=2 if pixels.ndim == 4 else 0, side=side))
+
+
+def show(images: ArrayLike, columns: int | None = None, *, side: int = SEEN) -> Image.Image | None:
+    """Display `to_pil(images, columns, side=side)` if this is a notebook, and return None; elsewhere return it.
+
+    In a notebook the picture stands under the cell wherever the call stands in it, and once; `to_pil` displays nothing.
+    Elsewhere no window opens: the picture's own `.show()` and `.save(...)` are for that.
+    """
+    picture = to_pil(images, columns, side=side)
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if not hasattr(shell, "kernel"):  # IPython in a terminal has none
+        return picture
+    sys.modules["IPython.display"].display(picture)
+    return None
 
 
 def labelled(picture: NDArray[np.uint8], labels: Sequence[str]) -> NDArray[np.uint8]:
@@ -77,8 +155,21 @@ def from_uint8(pixels: ArrayLike) -> NDArray[np.float32]:
 def cut_grid(picture: NDArray[np.uint8], size: tuple[int, int], border: int = 2) -> NDArray[np.uint8] | None:
     """The images `(n, h, w, c)` of a picture `(H, W, c)` that `grid` drew of images of `size`; None if it is none.
 
+    One image of that size is its own grid. The least enlargement that fits is undone. For images of more than 20 pixels
+    a side no other than that of `grid` fits; for smaller ones it may, if they are white wherever its borders would be.
     Cells at the end that are white all over are taken for the empty ones of the last row.
     """
+    for factor in range(1, max(1, min(picture.shape[:2]) // min(size)) + 1):
+        if picture.shape[0] % factor or picture.shape[1] % factor:
+            continue
+        least = picture[::factor, ::factor]
+        images = least[None] if least.shape[:2] == size else _cut(least, size, border)
+        if images is not None and np.array_equal(_enlarged(least, factor), picture):
+            return images
+    return None
+
+
+def _cut(picture: NDArray[np.uint8], size: tuple[int, int], border: int) -> NDArray[np.uint8] | None:
     (h, w), (H, W) = size, picture.shape[:2]
     rows, columns = (H - border) // (h + border), (W - border) // (w + border)
     if rows < 1 or columns < 1 or (rows * (h + border) + border, columns * (w + border) + border) != (H, W):
@@ -95,8 +186,9 @@ def cut_grid(picture: NDArray[np.uint8], size: tuple[int, int], border: int = 2)
 def load_images(path: str | os.PathLike[str], size: tuple[int, int]) -> NDArray[np.float32]:
     """Images `(n, h, w, c)` float32 in [-1, 1] from what `save_images` writes, or other pictures of `size` (h, w).
 
-    .npy: as they are. .npz: `arr_0`, uint8. .png: one picture of that size, or a grid of such. A folder: every .png in
-    it, by name. Raises ValueError, or OSError, for anything else, naming the file; channels are not looked at.
+    .npy: as they are. .npz: `arr_0`, uint8. .png: one picture of that size, or a grid of such, their pixels possibly
+    enlarged as `grid` enlarges them. A folder: every .png in it, by name. Raises ValueError, or OSError, for anything
+    else, naming the file; channels are not looked at.
     """
     target = Path(path)
     if target.is_dir():
@@ -117,11 +209,12 @@ def load_images(path: str | os.PathLike[str], size: tuple[int, int]) -> NDArray[
     match target.suffix.lower():
         case ".png":
             picture = _read_png(target)
-            images = picture[None] if picture.shape[:2] == size else cut_grid(picture, size)
+            images = cut_grid(picture, size)
             if images is None:
                 raise ValueError(
                     f"{path}: {picture.shape[0]}x{picture.shape[1]} is neither {size[0]}x{size[1]}, as this checkpoint "
-                    "makes, nor a grid of such with borders of 2; other sizes can be given as .npy"
+                    "makes, nor a grid of such with borders of 2, nor either of them enlarged by a whole factor; other "
+                    "sizes can be given as .npy"
                 )
             return from_uint8(images)
         case ".npy" | ".npz":
@@ -190,9 +283,9 @@ _BROKEN = (  # what Pillow raises for damaged files
 
 
 def settings_of(image: Image.Image) -> dict[str, Any]:
-    """What a PNG of ours says of how it was made. Raises ValueError if it does not."""
-    said = getattr(image, "text", {}).get("jddim")
-    if said is None:
+    """What a picture of ours says of how it was made. Raises ValueError if it does not."""
+    said = getattr(image, "text", {}).get("jddim") or image.getexif().get(ExifTags.Base.ImageDescription)
+    if not isinstance(said, str):
         raise ValueError("it does not say how it was made")
     settings = parse_json(said)
     if not isinstance(settings, dict):
@@ -200,20 +293,14 @@ def settings_of(image: Image.Image) -> dict[str, Any]:
     return settings
 
 
-def check_output(path: str | os.PathLike[str], channels: int, *, formats: Sequence[str] = FORMATS) -> None:
+def check_output(path: str | os.PathLike[str], channels: int, *, formats: Mapping[str, str] = FORMATS) -> None:
     """Raise ValueError or OSError if samples of `channels` channels cannot be written to `path`.
 
-    formats: the suffixes allowed, beside none, where they are not those of `save_images`. To be called before sampling.
+    formats: the suffixes allowed, and what each stands for. To be called before sampling.
     Numbered PNGs are only written into a folder that is new or empty.
     """
-    target = Path(path)
-    suffix = target.suffix.lower()
-    if suffix and suffix not in formats:
-        raise ValueError(
-            f"{path}: unknown format {suffix!r}; end OUT in .png (grid), .gif (trajectory), .npz (uint8), .npy "
-            "(float32), or no suffix (a folder of PNGs)"
-        )
-    if suffix in ("", ".png", ".gif", ".html") and channels not in (1, 3):
+    target, suffix = Path(path), _suffix(path, formats)
+    if suffix in (*SHEETS, "", ".gif", ".html") and channels not in (1, 3):
         raise ValueError(f"{path}: pictures need 1 or 3 channels, the samples have {channels}; write .npz or .npy")
     if suffix and target.is_dir():
         raise IsADirectoryError(f"{path} is a folder")
@@ -238,6 +325,27 @@ def check_output(path: str | os.PathLike[str], channels: int, *, formats: Sequen
             probe.unlink()
 
 
+def _suffix(path: str | os.PathLike[str], formats: Mapping[str, str]) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in formats:
+        allowed = ", ".join(f"{name or 'no suffix'} ({what})" for name, what in formats.items())
+        raise ValueError(f"{path}: end it in {allowed}")
+    return suffix
+
+
+def check_sheet(path: str | os.PathLike[str], num: int, size: tuple[int, int], columns: int | None = None) -> None:
+    """Raise ValueError if what `path` names holds no grid of `num` images of `size`, before they are sampled."""
+    _check_extent(path, *_extent(num, size, columns or math.ceil(math.sqrt(num)) or 1, 2))
+
+
+def _check_extent(path: str | os.PathLike[str], H: int, W: int) -> None:
+    suffix = Path(path).suffix.lower()
+    if max(H, W) > (most := _LONGEST.get(suffix, math.inf)):
+        raise ValueError(
+            f"{path}: a picture of {H}x{W} pixels, where {suffix} holds {most} a side; take .png, or fewer images"
+        )
+
+
 def save_images(
     path: str | os.PathLike[str],
     images: ArrayLike,
@@ -247,21 +355,20 @@ def save_images(
 ) -> None:
     """Write samples `(n, h, w, c)` float32 in the format that the suffix of `path` names, whole or not at all.
 
-    .png: one grid. .gif: `frames`, each `(n, h, w, c)`, as an animated grid. .npz: `arr_0`, uint8 NHWC, as FID
-    evaluators read it. .npy: the float32 samples themselves. No suffix: a folder of PNGs numbered from `start`.
-    metadata: JSON, kept in every PNG's text chunk "jddim" (a folder's add their `index`) and the GIF's comment.
+    A suffix of `SHEETS`: one `grid`. .gif: `frames`, each `(n, h, w, c)`, as an animated one. .npz: `arr_0`, uint8
+    NHWC, as FID evaluators read it. .npy: the float32 samples themselves. No suffix: a folder of PNGs numbered from
+    `start`.
+    metadata: JSON, kept as `save_picture` keeps it (a folder's PNGs add their `index`), and in the GIF's comment.
     """
     target = Path(path)
     images = np.asarray(images, np.float32)
-    match target.suffix.lower():
+    match _suffix(path, FORMATS):
         case "":
             with atomic(target) as staging:
                 staging.mkdir()
                 for i, image in enumerate(to_uint8(images)):
-                    _save_png(staging / f"{start + i:06d}.png", image, {**metadata, "index": start + i})
-        case ".png":
-            with atomic(target) as staging:
-                _save_png(staging, grid(images), metadata)
+                    encoded = encode_png(image, {**metadata, "index": start + i})
+                    (staging / f"{start + i:06d}.png").write_bytes(encoded)
         case ".gif":
             save_gif(target, [grid(frame) for frame in frames], metadata)
         case ".npz":
@@ -270,14 +377,27 @@ def save_images(
         case ".npy":
             with atomic(target) as staging:
                 write_array(staging, images)
-        case suffix:
-            raise ValueError(f"{path}: unknown format {suffix!r}; allowed: {', '.join(FORMATS)} or a folder")
+        case _:
+            save_picture(target, grid(images), metadata)
 
 
-def save_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:
-    """Write one uint8 picture `(h, w, 1 or 3)` as PNG, whole or not at all, `metadata` as JSON in its text."""
+def save_picture(path: str | os.PathLike[str], picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:
+    """Write one uint8 picture `(h, w, 1 or 3)` in the format of `SHEETS` that `path` names, whole or not at all.
+
+    metadata: JSON, in a PNG's text "jddim", in the others' EXIF as the image's description.
+    Raises ValueError for another format, and for more pixels a side, or a longer description, than it holds.
+    """
+    suffix, encoded = _suffix(path, SHEETS), io.BytesIO()
+    _check_extent(path, *picture.shape[:2])
+    if suffix == ".png":
+        encoded.write(encode_png(picture, metadata))
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = json.dumps(metadata)
+        how = {"lossless": True} if suffix == ".webp" else {"quality": 95, "subsampling": 0}
+        _to_pillow(picture).save(encoded, "WEBP" if suffix == ".webp" else "JPEG", exif=exif, **how)
     with atomic(Path(path)) as staging:
-        _save_png(staging, picture, metadata)
+        staging.write_bytes(encoded.getvalue())
 
 
 def save_gif(
@@ -294,7 +414,7 @@ def save_gif(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings that a PNG of ours was made with. Raises ValueError for what is none; OSError as `open_picture`."""
+    """The settings of a picture of ours. Raises ValueError for what is none; OSError as `open_picture`."""
     with open_picture(Path(path)) as image:
         return settings_of(image)
 
@@ -323,10 +443,6 @@ def encode_gif(
         comment=json.dumps(metadata).encode(),
     )
     return encoded.getvalue()
-
-
-def _save_png(path: Path, picture: NDArray[np.uint8], metadata: Mapping[str, Any]) -> None:
-    path.write_bytes(encode_png(picture, metadata))
 
 
 def _to_pillow(picture: NDArray[np.uint8]) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack, overload
@@ -13,6 +14,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from jddim.checkpoint import card
 from jddim.checkpoint.folder import load_metadata, load_params
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, type_problems
@@ -134,6 +136,19 @@ class DDIM:
             f"DDIM({self.model.config.summary}; {count:,} parameters; T = {self.schedule.num_train_timesteps}; "
             f"{used.spacing}, {used.num_steps} steps, predicts {used.prediction_type}{source})"
         )
+
+    def _repr_html_(self) -> str:
+        """For a notebook: the line, the schedule with the default timetable's t, and where the checkpoint is from."""
+        try:
+            table = self.table()
+            visited, told = table.t, repr(table)
+        except ValueError as error:  # of conventions that make no table; what is only looked at does not raise
+            visited, told = np.array([]), str(error)
+        facts = {"default timetable": told} | ({} if self.metadata is None else card.facts(self.metadata))
+        pairs = [(html.escape(name), html.escape(fact)) for name, fact in facts.items()]
+        rows = (f'<tr><th align="left">{name}</th><td align="left">{fact}</td></tr>' for name, fact in pairs)
+        line, curve = html.escape(repr(self)), self.schedule._svg(visited)
+        return f"<div><code>{line}</code><br/>{curve}<table>{''.join(rows)}</table></div>"
 
     def with_sampler(self, **conventions: Unpack[Conventions]) -> DDIM:
         """The same model with other conventions: fields of `SamplerConfig`, e.g. `steps_offset=1`.

@@ -18,7 +18,7 @@ from jax import Array
 
 import jddim
 from jddim import sampling
-from jddim.images import grid, labelled, save_png
+from jddim.images import grid, labelled, save_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM, STEPS = 6, 20
@@ -76,8 +76,8 @@ def main(ckpt: str, out: str = str(ROOT / "docs" / "conventions.png")) -> None:
         if label.startswith("right"):
             right = drawn[label]
         print(f"{label:<24} {np.sqrt(np.mean((drawn[label] - right) ** 2)):.3f}")
-    picture = grid(np.concatenate(list(drawn.values())), columns=NUM)
-    save_png(Path(out), labelled(picture.repeat(2, axis=0).repeat(2, axis=1), list(drawn)), {"num_steps": STEPS})
+    picture = grid(np.concatenate(list(drawn.values())), columns=NUM, side=2 * 28)
+    save_picture(Path(out), labelled(picture, list(drawn)), {"num_steps": STEPS})
     print(f"{out}: {Path(out).stat().st_size / 1000:.1f} kB")
 
 

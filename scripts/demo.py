@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 import jddim
 from jddim.checkpoint.folder import CheckpointError
 from jddim.cli.options import OneLineParser
-from jddim.images import grid, save_gif, save_png
+from jddim.images import grid, save_gif, save_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm"
@@ -37,7 +37,7 @@ ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STEPS = 30
 # The walk-through's conventions; the checkpoint's own defaults are those of the code that trained it.
 WALK_THROUGH: dict[str, Any] = {"steps": STEPS, "spacing": "linspace", "clip": True}
-SCALE = 3  # a 28-pixel digit is small on a screen
+SIDE = 3 * 28  # a 28-pixel digit is small on a screen
 
 
 def shown(path: Path) -> str:
@@ -78,10 +78,6 @@ def load_or_convert() -> jddim.DDIM:
     return jddim.load(checkpoint)
 
 
-def enlarge(picture: NDArray[np.uint8], factor: int = SCALE) -> NDArray[np.uint8]:
-    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
-
-
 def labelled(rows: NDArray[np.uint8], labels: list[str], width: int = 110) -> NDArray[np.uint8]:
     """A one-channel picture of equally high rows with a label on the left of each."""
     height = rows.shape[0] // len(labels)
@@ -109,21 +105,22 @@ def main(argv: list[str] | None = None) -> int:
     T = ddim.schedule.num_train_timesteps
     with timed(f"2. Sampling 64 digits in {STEPS} steps of the {T} it was trained with, eta 0"):
         x_0, trajectory = ddim.sample(key, num=64, eta=0.0, trajectory_every=1, progress=True, **WALK_THROUGH)
-        save_png(OUT / "digits.png", enlarge(grid(x_0, columns=8)), {**settings, "eta": 0.0})
+        save_picture(OUT / "digits.png", grid(x_0, columns=8, side=SIDE), {**settings, "eta": 0.0})
 
     with timed("3. Drawing the way from noise to the first 16 of them"):
         x_T = jddim.initial_noise(jddim.sample_keys(key, 16), x_0.shape[1:])
         x_t, x0_hat = np.asarray(trajectory.x_t)[:, :16], np.asarray(trajectory.x0_hat)[:, :16]
         # Each frame: x_t, and beside it the image that the network predicts from it; last, the result and itself.
         left, right = [np.asarray(x_T), *x_t], [*x0_hat, x_t[-1]]
-        frames = [enlarge(np.concatenate([grid(a), grid(b)], axis=1)) for a, b in zip(left, right, strict=True)]
+        pairs = zip(left, right, strict=True)
+        frames = [np.concatenate([grid(a, side=SIDE), grid(b, side=SIDE)], axis=1) for a, b in pairs]
         save_gif(OUT / "trajectory.gif", frames, {**settings, "eta": 0.0})
 
     with timed(f"4. Sampling the first 8 again with the same noise and eta {', '.join(f'{eta:g}' for eta in ETAS)}"):
         # The key fixes x_T and the noise of every step, so eta alone differs between the rows.
         rows = [np.asarray(ddim.sample(key, num=8, eta=eta, progress=True, **WALK_THROUGH)) for eta in ETAS]
-        strip = enlarge(grid(np.concatenate(rows), columns=8))
-        save_png(OUT / "eta-strip.png", labelled(strip, [f"eta {eta:g}" for eta in ETAS]), settings)
+        strip = grid(np.concatenate(rows), columns=8, side=SIDE)
+        save_picture(OUT / "eta-strip.png", labelled(strip, [f"eta {eta:g}" for eta in ETAS]), settings)
 
     command = [shown(Path(sys.executable).parent / "jddim"), "sample", shown(OUT / "mnist"), "more.png"]
     print(f"""

@@ -38,6 +38,7 @@ SPACINGS = ("uniform", "quad")
 LONG = 1000  # S from which --num-long counts
 KEPT = 12  # images a row of the pictures
 BETWEEN = 11  # images a row of the interpolation
+SIDE = 2 * 28  # pixels that a digit has in them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,13 +242,12 @@ def floor(data: Path, cells: list[Cell], real: NDArray[Any]) -> str:
 
 def draw(out: Path, cells: list[Cell], images: dict[Cell, NDArray[np.uint8]], between: NDArray[np.float32]) -> None:
     """samples.png, consistency.png, interpolation.png."""
-    from jddim.images import from_uint8, grid, labelled, save_png
+    from jddim.images import from_uint8, grid, labelled, save_picture
 
     def sheet(name: str, rows: list[tuple[str, NDArray[np.float32]]]) -> None:
         columns = min(len(row) for _, row in rows)
-        picture = grid(np.concatenate([row[:columns] for _, row in rows]), columns=columns)
-        picture = picture.repeat(2, axis=0).repeat(2, axis=1)
-        save_png(out / name, labelled(picture, [label for label, _ in rows]), {})
+        picture = grid(np.concatenate([row[:columns] for _, row in rows]), columns=columns, side=SIDE)
+        save_picture(out / name, labelled(picture, [label for label, _ in rows]), {})
 
     uniform = [cell for cell in cells if cell.spacing == "uniform"]
     row = lambda cell: from_uint8(images[cell][:KEPT])  # noqa: E731
@@ -255,7 +255,7 @@ def draw(out: Path, cells: list[Cell], images: dict[Cell, NDArray[np.uint8]], be
     if same := [cell for cell in uniform if cell.eta == "0"]:
         sheet("consistency.png", [(f"S {cell.steps}", row(cell)) for cell in same])
     lines = np.split(between, len(between) // BETWEEN)
-    save_png(out / "interpolation.png", grid(np.concatenate(lines), columns=BETWEEN).repeat(2, 0).repeat(2, 1), {})
+    save_picture(out / "interpolation.png", grid(np.concatenate(lines), columns=BETWEEN, side=SIDE), {})
 
 
 def named(eta: str) -> str:

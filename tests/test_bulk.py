@@ -27,7 +27,7 @@ from jddim.bulk import run as bulk
 from jddim.bulk.lock import locked
 from jddim.bulk.manifest import BulkConfig, BulkError, Manifest, manifest_path, read_manifest
 from jddim.bulk.shards import FORMATS, Layout
-from jddim.images import save_png
+from jddim.images import save_picture
 
 pytestmark = pytest.mark.unoptimised
 
@@ -423,7 +423,7 @@ def test_tars_of_other_members(undisturbed: dict[str, Path], tmp_path: Path) -> 
 @pytest.mark.parametrize("index", [True, None, "1", -1, NUM, 10**15, [1]])
 def test_a_picture_that_is_no_image_of_its_set(tmp_path: Path, fails: Callable[..., str], index: Any) -> None:
     path = tmp_path / "a.png"
-    save_png(path, make(0)[0], {**manifest("png").settings, "index": index})
+    save_picture(path, make(0)[0], {**manifest("png").settings, "index": index})
     assert "is no picture that jddim bulk wrote: index must be one of its set's 43" in fails("reproduce", path)
 
 
@@ -434,5 +434,5 @@ def test_a_picture_that_is_no_image_of_its_set(tmp_path: Path, fails: Callable[.
 def test_a_picture_that_says_nothing_of_a_set(
     tmp_path: Path, fails: Callable[..., str], change: dict[str, Any]
 ) -> None:
-    save_png(tmp_path / "a.png", make(0)[0], {**manifest("png").settings, "index": 1, **change})
+    save_picture(tmp_path / "a.png", make(0)[0], {**manifest("png").settings, "index": 1, **change})
     assert "is no picture that jddim bulk wrote: " in fails("reproduce", tmp_path / "a.png")

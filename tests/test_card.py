@@ -14,7 +14,7 @@ import pytest
 from tiny import SETTINGS, arrays, small_config, tree, write_checkpoint
 
 from jddim.checkpoint import folder as checkpoint
-from jddim.checkpoint.card import ALL_ZERO, NAME, card, lines
+from jddim.checkpoint.card import ALL_ZERO, NAME, card, facts, lines
 from jddim.checkpoint.folder import load_metadata, load_params, save_checkpoint
 from jddim.checkpoint.metadata import Metadata
 from jddim.cli.main import main
@@ -211,3 +211,18 @@ def test_convert_records_the_licence(tmp_path: Path, fails: Callable[..., str]) 
     options = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
     for bad in ("", " ", "MIT\nGPL", "x" * 201):
         assert "a licence is a line" in fails("convert", source, tmp_path / "told", *options, "--license", bad)
+
+
+def test_the_facts_in_short() -> None:
+    provenance = {"family": "ho", "source": {"file": "a.pth", "sha256": "ab"}, "weights": "ema", "step": 21634}
+    about = Metadata(small_config(), ScheduleConfig(), SamplerConfig(), provenance)
+    first = {"family": "ho", "source": "a.pth", "SHA-256 of it": "ab", "weights": "ema", "step": "21,634"}
+    said = first | {"verification": "not verified when it was written", "SHA-256": about.sha256}
+    assert facts(about) == said
+    compared = {"verification": {"output_error": 7.55e-7, "torch": "2.6"}}
+    about = dataclasses.replace(about, provenance=provenance | compared)
+    assert facts(about)["verification"] == "7.5e-07 of the output's scale, against PyTorch 2.6"
+    provenance["source"]["hub_id"] = "o" * 600
+    assert facts(about)["source"] == "o" * 480 + " ... (cut)"
+    about = dataclasses.replace(about, provenance={"training": {}})
+    assert facts(about) == {"family": "jddim", "verification": "trained by jddim", "SHA-256": about.sha256}

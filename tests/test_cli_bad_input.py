@@ -142,7 +142,7 @@ def test_destinations(tmp_path: Path, fails: Callable[..., str], mnist_checkpoin
     assert "not a jddim checkpoint" in fails("convert", CKPT, tmp_path / "thesis", "--overwrite")
     assert "not a writable folder" in fails("convert", CKPT, tmp_path / "file" / "dst")
     assert "not a writable folder" in fails("sample", mnist_checkpoint, tmp_path / "file" / "a.png")
-    assert "unknown format '.jpg'" in fails("sample", mnist_checkpoint, tmp_path / "a.jpg")
+    assert "a.bmp: end it in .png (exact), .jpg (quality 95)" in fails("sample", mnist_checkpoint, tmp_path / "a.bmp")
     assert "not empty" in fails("sample", mnist_checkpoint, tmp_path / "thesis")
 
 

@@ -21,7 +21,7 @@ from jddim.bulk import run as bulk
 from jddim.bulk.manifest import read_manifest
 from jddim.bulk.shards import decode
 from jddim.cli.main import main
-from jddim.images import read_metadata, save_png, to_uint8
+from jddim.images import read_metadata, save_picture, to_uint8
 
 pytestmark = pytest.mark.unoptimised
 
@@ -114,14 +114,14 @@ def test_reproduce_says_how_far_a_picture_is_off(
     source = folder / "png" / "shard-00000" / "00000002.png"
     picture = decode(source.read_bytes())[0].copy()
     picture[1, 2] ^= 4
-    save_png(tmp_path / "mine.png", picture, read_metadata(source))
+    save_picture(tmp_path / "mine.png", picture, read_metadata(source))
     assert "name the checkpoint by --ckpt" in fails("reproduce", tmp_path / "mine.png")
     command("reproduce", tmp_path / "mine.png", "--ckpt", folder / "ckpt", status=1)
     assert capsys.readouterr().out == "image 2: 1 of 60 values differ, by at most 4 of 255\n"
     assert "is image 2, not 3" in fails("reproduce", tmp_path / "mine.png", "--index", 3)
     other = write_checkpoint(tmp_path / "other", seed=1, **SMALL)
     assert "is another checkpoint" in fails("reproduce", tmp_path / "mine.png", "--ckpt", other)
-    save_png(tmp_path / "plain.png", picture, {})
+    save_picture(tmp_path / "plain.png", picture, {})
     assert "is no picture that jddim bulk wrote" in fails("reproduce", tmp_path / "plain.png")
 
 

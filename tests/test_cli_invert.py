@@ -100,10 +100,10 @@ def test_pictures_are_read_and_the_reconstruction_says_how_it_was_made(tmp_path:
         ("x_T.npy --labels 1,2", "--labels names 2 labels for 3 images"),
         ("x_T.npy --labels 1 --convention ddim", "unknown convention 'ddim'"),
         ("x_T.npy --labels 1 --refine -1", "refine must be at least 0"),
-        ("x_T.png --labels 1", "end OUT in .npy"),
-        ("x_T.npy --labels 1 --reconstruct a.gif", "end it in .png, .npz, .npy"),
+        ("x_T.png --labels 1", "end it in .npy (x_T, exactly)"),
+        ("x_T.npy --labels 1 --reconstruct a.gif", "a.gif: end it in .png (exact), "),
         ("x_T.npy --labels 1 --reconstruct x_T.npy", "is OUT as well"),
-        ("x_T.npy --labels 1 --reconstruct a.jpg", "unknown format '.jpg'"),
+        ("x_T.npy --labels 1 --reconstruct a.bmp", "a.bmp: end it in .png (exact), "),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(

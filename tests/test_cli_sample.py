@@ -139,13 +139,20 @@ def test_openais_spacing_is_said(
     assert said in capsys.readouterr().out
 
 
+def test_help_names_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    said = capsys.readouterr().out
+    assert [suffix for suffix in images.FORMATS if suffix not in said] == [".jpeg"]  # .jpg by its other name
+
+
 def test_help_names_every_spacing() -> None:
     assert set(SPACINGS) <= set(SPACING_NAMES.replace(" or ", ", ").split(", "))
 
 
 def test_a_preview_is_drawn(conditional: Path, tmp_path: Path) -> None:
-    given = sampled(conditional, tmp_path, "--labels", "1", "--steps", "8", "--preview", str(tmp_path / "now.png"))
-    with Image.open(tmp_path / "now.png") as picture:
+    given = sampled(conditional, tmp_path, "--labels", "1", "--steps", "8", "--preview", str(tmp_path / "now.webp"))
+    with Image.open(tmp_path / "now.webp") as picture:
         drawn = np.asarray(picture)
     # the last step ends at the x0 that it predicts
-    np.testing.assert_array_equal(drawn, images.grid(given)[..., 0])
+    np.testing.assert_array_equal(drawn, images.grid(given).repeat(3, axis=-1))

@@ -69,9 +69,11 @@ def test_entries_that_are_no_arrays_of_numbers(tmp_path: Path) -> None:
 
 def test_settings_in_pictures_and_json(tmp_path: Path) -> None:
     for name, eta in (("a", 0.0), ("b", 0.25)):
-        save_images(tmp_path / f"{name}.png", np.zeros((2, 3, 5, 1)), {"eta": eta, "seed": 7})
+        for suffix in ("png", "jpg", "webp"):
+            save_images(tmp_path / f"{name}.{suffix}", np.zeros((2, 3, 5, 1)), {"eta": eta, "seed": 7})
         (tmp_path / f"{name}.json").write_text(json.dumps({"sampler": {"eta": eta, "clip": True}, "only": name}))
-    assert diff(tmp_path / "a.png", tmp_path / "b.png") == [("eta", "0.0", "0.25")]
+    for suffix in ("png", "jpg", "webp"):
+        assert diff(tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}") == [("eta", "0.0", "0.25")]
     assert diff(tmp_path / "a.json", tmp_path / "b.json") == [("sampler.eta", "0.0", "0.25"), ("only", "a", "b")]
 
 
@@ -80,6 +82,8 @@ def test_pictures_by_their_pixels(tmp_path: Path) -> None:
     for name, images in (("a", x), ("b", x), ("c", -x), ("d", x[:1])):
         save_images(tmp_path / f"{name}.png", images, {"seed": 3})
     assert diff(tmp_path / "a.png", tmp_path / "b.png") == []
+    save_images(tmp_path / "a.webp", x, {"seed": 3})
+    assert diff(tmp_path / "a.png", tmp_path / "a.webp") == []
     (row,) = diff(tmp_path / "a.png", tmp_path / "c.png")
     assert (row.name, row.a) == ("pixels", "0 of 1 equal")
     (row,) = diff(tmp_path / "a.png", tmp_path / "d.png")

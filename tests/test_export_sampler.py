@@ -110,7 +110,7 @@ def test_one_step_after_the_other_is_the_sampler(tmp_path: Path) -> None:
 
 def test_mistakes_are_one_line_and_write_nothing(tmp_path: Path, fails: Callable[..., str]) -> None:
     ckpt = write_checkpoint(tmp_path / "ckpt", **NARROW)
-    assert "end OUT in .jddim" in fails("export", ckpt, tmp_path / "a.zip")
+    assert "end it in .jddim (a sampler)" in fails("export", ckpt, tmp_path / "a.zip")
     (tmp_path / "folder.jddim").mkdir()
     assert "folder.jddim" in fails("export", ckpt, tmp_path / "folder.jddim")
     out = tmp_path / "a.jddim"

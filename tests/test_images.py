@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import sys
+import types
 import zlib
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
+import jddim
 from jddim.images import (
+    SHEETS,
     atomic,
     check_output,
+    check_sheet,
     cut_grid,
     from_uint8,
     grid,
     load_images,
     read_metadata,
     save_images,
+    save_picture,
     to_uint8,
 )
 
@@ -37,12 +46,97 @@ def test_uint8_is_openais_truncation() -> None:
 
 @pytest.mark.parametrize("c", [1, 3])
 def test_a_grid_holds_every_image_in_reading_order(c: int) -> None:
-    sheet = grid(images(5, c), columns=2, border=1)
+    sheet = grid(images(5, c), columns=2, border=1, side=1)
     assert sheet.shape == (3 * 8 + 1, 2 * 12 + 1, c)
     for i, image in enumerate(to_uint8(images(5, c))):
         top, left = 1 + i // 2 * 8, 1 + i % 2 * 12
         np.testing.assert_array_equal(sheet[top : top + 7, left : left + 11], image)
-    assert grid(images(9)).shape[:2] == (3 * 9 + 2, 3 * 13 + 2)  # nine: three by three
+    assert grid(images(9), side=1).shape[:2] == (3 * 9 + 2, 3 * 13 + 2)  # nine: three by three
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "factor"),
+    [
+        (1, 7, 18),
+        (2, 28, 5),
+        (3, 32, 4),
+        (1, 64, 2),
+        (1, 85, 2),
+        (1, 86, 1),
+        (1, 256, 1),
+        (961, 28, 4),
+        (9999, 11, 2),
+        (90000, 11, 1),
+    ],
+)
+def test_small_images_are_drawn_at_a_size_one_can_see(n: int, size: int, factor: int) -> None:
+    x = np.broadcast_to(
+        np.random.default_rng(0).integers(0, 255, (1, size, size // 2 + 1, 3), np.uint8), (n, size, size // 2 + 1, 3)
+    )
+    plain = grid(x, side=1)
+    np.testing.assert_array_equal(grid(x), plain.repeat(factor, 0).repeat(factor, 1))
+    assert n < 900 or grid(x, columns=n).shape[1] == grid(x, columns=n, side=1).shape[1]  # long enough as it is
+    if n == 1:
+        np.testing.assert_array_equal(grid(x, border=0), x[0].repeat(factor, 0).repeat(factor, 1))
+
+
+def test_to_pil_draws_a_grid_or_one_image() -> None:
+    x = images(5)
+    np.testing.assert_array_equal(np.asarray(jddim.to_pil(jnp.asarray(x), 5)), grid(x, 5))
+    np.testing.assert_array_equal(np.asarray(jddim.to_pil(to_uint8(x))), grid(x))
+    np.testing.assert_array_equal(np.asarray(jddim.to_pil(x[3], side=1)), to_uint8(x[3]))  # no border
+    grey = jddim.to_pil(jnp.asarray(images(2, 1), jnp.bfloat16), side=22)
+    assert (grey.mode, grey.size) == ("L", (2 * (2 * 13 + 2), 2 * (9 + 2)))
+    noise = np.random.default_rng(0).normal(0, 3, (2, 7, 11, 1))
+    np.testing.assert_array_equal(np.asarray(jddim.to_pil(noise)), grid(noise)[..., 0])  # clamped, float64
+
+
+class Tensor:
+    """As torch's, which this part of the suite runs without."""
+
+    __module__ = "torch"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Tensor(), r"of a torch tensor x, \(n, c, h, w\), x\.detach\(\)"),
+        (images()[..., :2], r"of 1 or 3 channels, got shape \(5, 7, 11, 2\): x\[\.\.\., None\] adds"),
+        (images()[..., 0], r"got shape \(5, 7, 11\)"),
+        (images()[0, ..., 0], r"got shape \(7, 11\)"),
+        (images()[None], r"got shape \(1, 5, 7, 11, 3\)"),
+        (images()[:0], r"got shape \(0, 7, 11, 3\)"),
+        (images().transpose(0, 3, 1, 2).astype(int), r"shape \(5, 3, 7, 11\).*; images are floats .*, got int64"),
+        (images() > 0, "or uint8 in 0..255, got bool"),
+        ([images()[0], images()[1, 1:]], "what the list given holds has several shapes"),
+        (None, "got object"),
+        (np.where(np.arange(5)[:, None, None, None] < 2, np.nan, images()), "2 of 5 images hold a NaN or infinity"),
+        (to_uint8(images()).astype(np.float32), r"got up to 255: x / 127\.5 - 1 makes them"),
+    ],
+)
+def test_what_to_pil_does_not_draw(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        jddim.to_pil(given)
+    with pytest.raises(ValueError, match=message):
+        jddim.show(given)
+
+
+def test_to_pil_says_all_that_is_wrong() -> None:
+    with pytest.raises(ValueError, match=r"NaN.*; columns must .* got 0; side must be a whole number .* got 1\.5"):
+        jddim.to_pil(images() * np.nan, 0, side=1.5)
+
+
+def test_show_displays_in_a_notebook_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell, displayed = types.SimpleNamespace(), []
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=displayed.append))
+    picture = jddim.show(images(), columns=5, side=1)  # IPython in a terminal
+    np.testing.assert_array_equal(np.asarray(picture), grid(images(), 5, side=1))
+    shell.kernel = "a notebook's"
+    assert jddim.show(images(), columns=5, side=1) is None
+    assert displayed == [picture]
+    monkeypatch.delitem(sys.modules, "IPython")
+    assert jddim.show(images(), columns=5, side=1) == picture
 
 
 def test_every_format_holds_what_it_says(tmp_path: Path) -> None:
@@ -64,8 +158,38 @@ def test_every_format_holds_what_it_says(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 5
 
 
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize("suffix", SHEETS)
+def test_each_picture_is_kept_as_is_said_of_its_format(tmp_path: Path, suffix: str, c: int) -> None:
+    x, settings = images(5, c), {"seed": 3, "file": "Å.png"}
+    path = tmp_path / f"a{suffix.upper()}"
+    save_images(path, x, settings)
+    assert read_metadata(path) == settings
+    with Image.open(path) as picture:
+        assert picture.format == {".png": "PNG", ".webp": "WEBP"}.get(suffix, "JPEG")
+        off = np.abs(np.asarray(picture.convert("RGB")).astype(int) - grid(x))
+    assert off.max() == 0 if suffix in (".png", ".webp") else 0 < off.mean() < 3  # JPEG's squares ring at their edges
+
+
+def test_a_picture_that_its_format_cannot_hold(tmp_path: Path) -> None:
+    for suffix, most in ((".webp", 16383), (".jpg", 65500), (".jpeg", 65500), (".gif", 65535)):
+        check_sheet(tmp_path / f"a{suffix}", 1, (most - 4, 3))
+        with pytest.raises(ValueError, match=f"of {most + 1}x7 pixels, where {suffix} holds {most} a side; take .png"):
+            check_sheet(tmp_path / f"a{suffix}", 1, (most - 3, 3))
+    check_sheet(tmp_path / "a.png", 99999, (28, 28), 1)
+    check_sheet(tmp_path / "folder", 99999, (28, 28), 1)
+    check_sheet(tmp_path / "a.webp", 0, (28, 28))  # refused as no images, elsewhere
+    with pytest.raises(ValueError, match="16384x1 pixels"):
+        save_picture(tmp_path / "a.webp", np.zeros((16384, 1, 1), np.uint8), {})
+    with pytest.raises(ValueError, match=r"end it in \.png \(exact\), .*, \.webp \(lossless\)"):
+        save_picture(tmp_path / "a.npz", np.zeros((2, 1, 1), np.uint8), {})
+    with pytest.raises(ValueError, match="too long"):
+        save_picture(tmp_path / "a.jpg", np.zeros((2, 1, 1), np.uint8), {"labels": "1," * 40000})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    for name in ("a.png", "folder"):
+    for name in ("a.png", "a.webp", "folder"):
         with pytest.raises(TypeError, match="not JSON serializable"):
             save_images(tmp_path / name, images(), {"seed": object()})
     assert list(tmp_path.iterdir()) == []
@@ -74,7 +198,8 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "channels", "message"),
     [
-        ("a.jpg", 3, "unknown format '.jpg'"),
+        ("a.bmp", 3, r"a\.bmp: end it in \.png \(exact\), .*, no suffix \(a folder of PNGs\), \.gif \(trajectory\)"),
+        ("a.jpg", 4, "1 or 3 channels"),
         ("a.png", 2, "1 or 3 channels"),
         ("full", 3, "not empty"),
         ("file", 3, "is a file"),
@@ -93,16 +218,33 @@ def test_outputs_that_cannot_be_written_are_refused_before_sampling(
         check_output(tmp_path / name, channels)
 
 
+@pytest.mark.parametrize("side", [1, 40, 128])
 @pytest.mark.parametrize("c", [1, 3])
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
-def test_a_grid_is_cut_into_the_images_it_was_drawn_of(n: int, c: int) -> None:
-    cut = cut_grid(grid(images(n, c)), (7, 11))
+def test_a_grid_is_cut_into_the_images_it_was_drawn_of(n: int, c: int, side: int) -> None:
+    cut = cut_grid(grid(images(n, c), side=side), (7, 11))
     assert cut is not None
     np.testing.assert_array_equal(cut, to_uint8(images(n, c)))
+    alone = cut_grid(grid(images(1, c), border=0, side=side), (7, 11))
+    np.testing.assert_array_equal(alone, to_uint8(images(1, c)))
+
+
+@pytest.mark.parametrize("size", [22, 23, 28, 32, 37, 61])
+def test_white_images_are_cut_as_they_were_drawn(size: int) -> None:
+    """Where a smaller enlargement could fit, if its shape did."""
+    x = np.full((7, size, size, 1), 255, np.uint8)
+    x[:, size // 2, size // 3] = 0
+    np.testing.assert_array_equal(cut_grid(grid(x), (size, size)), x)
+    np.testing.assert_array_equal(cut_grid(grid(x[:1], border=0), (size, size)), x[:1])
 
 
 def test_what_is_no_grid_is_not_cut() -> None:
-    sheet = grid(images(5))
+    large = grid(images(5))
+    assert cut_grid(large, (11, 7)) is None
+    assert cut_grid(large[1:], (7, 11)) is None
+    large[0, 0] = 254  # a pixel of a square
+    assert cut_grid(large, (7, 11)) is None
+    sheet = grid(images(5), side=1)
     assert cut_grid(sheet, (11, 7)) is None
     assert cut_grid(sheet[1:], (7, 11)) is None
     assert cut_grid(np.full((0, 0, 3), 255, np.uint8), (7, 11)) is None
@@ -196,6 +338,14 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+def described(text: str) -> bytes:
+    """A JPEG of another's, with this description."""
+    exif, encoded = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.ImageDescription] = text
+    Image.new("L", (7, 11)).save(encoded, "JPEG", exif=exif)
+    return encoded.getvalue()
+
+
 def told(text: bytes) -> tuple[bytes, bytes]:
     return b"tEXt", b"jddim\0" + text
 
@@ -217,6 +367,9 @@ def told(text: bytes) -> tuple[bytes, bytes]:
         (png(7, 11, told(b"{")), "Expecting"),
         (png(7, 11, told(b'{"seed": 1, "seed": 2}')), "occurs twice"),
         (png(7, 11), "does not say how it was made"),
+        (described("OLYMPUS"), "Expecting value"),
+        (described("[1]"), "no JSON object"),
+        (described('{"seed": 1}')[:90], r"."),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not a picture"),
         (b"P5 9 9 255 ", "is not a picture"),
         (b"", "is not a picture"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from xml.etree import ElementTree
 
 import chex
 import jax
@@ -13,7 +14,8 @@ import pytest
 from tiny import random_model
 
 import jddim
-from jddim.config import SamplerConfig, UNetConfig
+from jddim.checkpoint.metadata import Metadata
+from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
 from jddim.run import programs
 from jddim.run.compiling import kind_of
 from jddim.sampling import ancestral_loop, sample_loop
@@ -342,3 +344,22 @@ def test_the_denoiser_and_its_conventions_are_what_sample_runs(ddim: jddim.DDIM)
 def test_an_x_T_of_pytorchs_layout_is_told(ddim: jddim.DDIM) -> None:
     with pytest.raises(ValueError, match=r"x_T looks like \(N, C, H, W\), got \(3, 2, 6, 10\): transpose it"):
         ddim.sample(x_T=np.zeros((3, 2, *SIZE), np.float32))
+
+
+def test_a_notebook_shows_the_timetable_and_the_checkpoint() -> None:
+    ddim = small_ddim()
+    shown = ElementTree.fromstring(ddim._repr_html_())
+    assert shown.findtext("code") == repr(ddim)
+    assert {row.findtext("th"): row.findtext("td") for row in shown.iter("tr")} == {
+        "default timetable": repr(ddim.table())
+    }
+    assert ddim.schedule._svg(ddim.table().t) in ddim._repr_html_()
+    about = Metadata(ddim.model.config, ScheduleConfig(), ddim.sampler, {"family": "<b>&amp;", "weights": "\"'"})
+    shown = ElementTree.fromstring(dataclasses.replace(ddim, metadata=about)._repr_html_())
+    rows = {row.findtext("th"): row.findtext("td") for row in shown.iter("tr")}
+    assert (rows["family"], rows["weights"], rows["SHA-256"]) == ("<b>&amp;", "\"'", about.sha256)
+    astray = ddim.with_sampler(spacing="ddim299")  # of 300
+    with pytest.raises(ValueError, match="no integer stride") as caught:
+        astray.table()
+    shown = ElementTree.fromstring(astray._repr_html_())
+    assert shown.findtext(".//td") == str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -70,6 +71,26 @@ def test_the_ends_of_the_published_linear_schedule() -> None:
     assert schedule.alphas_cumprod[-1] == pytest.approx(
         4.0358e-5, rel=1e-4
     )  # the T = 1000 figure that the field quotes
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 1000, 4001])
+def test_a_notebook_draws_alpha_bar_with_the_visited_t(T: int) -> None:
+    schedule = linear_schedule(T, beta_end=0.3 if T < 9 else 0.02)
+    drawn = ElementTree.fromstring(schedule._repr_html_())
+    assert drawn.findtext("code") == repr(schedule)
+    _, curve, dots = (path.get("d") for path in drawn.iter("path"))
+    assert dots == ""
+    x, y = np.array([point.split() for point in curve[1:].split("L")], float).T
+    np.testing.assert_allclose(
+        np.interp(x, x, y), 110 - 100 * schedule.alphas_cumprod[((x - 40) / 320 * (T - 1)).round().astype(int)], atol=1
+    )
+    visited = np.arange(T - 1, -1, -max(T // 5, 1))
+    svg = schedule._svg(np.append(visited, visited[-1]))  # a t may repeat
+    *_, dots = (path.get("d") for path in ElementTree.fromstring(svg).iter("path"))
+    points = [f"M{40 + 320 * t / max(T - 1, 1):.1f} {110 - 100 * schedule.alphas_cumprod[t]:.1f}h0" for t in visited]
+    assert dots == "".join(points)
+    assert f"dots: {len(visited)} t of the timetable" in svg
+    assert len(schedule._svg(np.arange(T))) < 50_000
 
 
 def test_openai_rescales_the_linear_ends_by_1000_over_T() -> None:

@@ -146,7 +146,10 @@ def test_going_on_is_as_if_nothing_had_stopped_it(tmp_path: Path, run: Callable[
     pictures = sorted((train_loop.run_folder(tmp_path / "b") / "samples").iterdir())
     assert [path.name for path in pictures] == [f"step-{step:08d}.png" for step in (6, 12)]
     with Image.open(pictures[0]) as picture:
-        assert picture.size == (3 * 12 + 2, 2 * 8 + 2)  # 5 of 10 x 6, in 3 columns
+        assert picture.size == (
+            13 * (3 * 12 + 2),
+            13 * (2 * 8 + 2),
+        )  # 5 of 10 x 6, in 3 columns, as large as can be seen
 
 
 def test_a_damaged_log_is_said(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tiny import SIZE, write_checkpoint
 import jddim
 from jddim.cli import main as cli
 from jddim.config import ScheduleConfig
-from jddim.images import load_images, read_metadata, to_uint8
+from jddim.images import cut_grid, load_images, read_metadata, to_uint8
 from jddim.schedule import make_schedule
 from jddim.serve.jobs import FRAMES
 from jddim.serve.request import Refused, parse
@@ -145,8 +145,9 @@ def test_what_is_copied_makes_the_images_again(
     out = {"sample": "images.png", "strip": "strip.png", "slerp": "line.png", "inpaint": "filled.png"}
     if run["mode"] == "strip":  # with the etas written beside
         with Image.open(out["strip"]) as picture:
-            drawn = np.asarray(picture)[:, -SIZE[1] - 2 : -2]
-            again = np.stack([drawn[2 + i * (SIZE[0] + 2) :][: SIZE[0]] for i in range(3)])[..., None]
+            factor = round(128 / max(SIZE))
+            strip = np.asarray(picture)[..., None][:, -factor * (SIZE[1] + 4) :]
+            again = cut_grid(strip, SIZE)
     else:
         again = to_uint8(load_images(out[run["mode"]], SIZE))
     np.testing.assert_allclose(again.astype(int), images.astype(int), **close)

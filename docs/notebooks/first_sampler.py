@@ -10,11 +10,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from PIL import Image
 
 import jddim
 from jddim import sampling
-from jddim.images import grid  # internal
 
 ROOT = next(path for path in [Path.cwd(), *Path.cwd().parents] if (path / "scripts" / "assets").is_dir())
 
@@ -36,16 +34,10 @@ print(ddim.table(steps=10, spacing="linspace").t)  # which of the 1000 timesteps
 # %% [markdown]
 # ## Ten steps in place of a thousand
 
-
 # %%
-def show(images, columns=8):
-    picture = Image.fromarray(grid(images, columns=columns)[..., 0])
-    return picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
-
-
 key = jax.random.key(0)
 digits = ddim.sample(key, 8, steps=10, spacing="linspace", eta=0.0)
-show(digits)
+jddim.show(digits, columns=8)
 
 # %% [markdown]
 # ## The same step, by hand
@@ -96,7 +88,7 @@ def mine(model, x_T):
 
 
 x_0 = mine(ddim.model, x_T)
-show(x_0)
+jddim.show(x_0, columns=8)
 
 # %% [markdown]
 # It has a name: DPM-Solver++(2M), which jddim has as a table of coefficients.
@@ -114,7 +106,7 @@ print("largest difference from dpm++2m:", float(jnp.abs(x_0 - named).max()))
 many = ddim.sample(x_T=x_T, steps=50, spacing="linspace", eta=0.0)
 for name, made in (("DDIM", digits), ("extrapolated", x_0)):
     print(f"{name}, 10 steps: root mean square {float(jnp.sqrt(jnp.mean((made - many) ** 2))):.3f} from 50 steps")
-show(jnp.concatenate([digits, x_0, many]))
+jddim.show(jnp.concatenate([digits, x_0, many]), columns=8)
 
 # %% [markdown]
 # On from here: [research.md](../research.md) has sweeps, guidance, editing, gradients and likelihoods on the same two

@@ -110,6 +110,29 @@ def _sampler(config: SamplerConfig) -> str:
     return f"{said}, {_text(rest)}" if rest else said
 
 
+def facts(metadata: Metadata) -> dict[str, str]:
+    """Where the checkpoint comes from and how it was compared, in short: a name and plain text each."""
+    said = metadata.provenance
+    source, step = said.get("source") or {}, said.get("step")
+    found = {
+        "family": said.get("family", "jddim"),
+        "source": source.get("hub_id") or source.get("file"),
+        "SHA-256 of it": source.get("sha256"),
+        "weights": said.get("weights"),
+        "step": None if step is None else f"{step:,}",
+        "verification": "trained by jddim" if "training" in said else _compared(said.get("verification")),
+        "SHA-256": metadata.sha256,
+    }
+    return {name: _cut(str(fact)) for name, fact in found.items() if fact is not None}
+
+
+def _compared(figure: Any) -> str:
+    match figure:
+        case {"output_error": float(error), "torch": str(torch)}:
+            return f"{error:.1e} of the output's scale, against PyTorch {torch}"
+    return "not verified when it was written"
+
+
 def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:
     """Facts as their source spells them; those that --set or --preset told are marked so."""
     return ", ".join(f"{name}={value}" + (f" ({told[name]})" if name in told else "") for name, value in facts.items())
@@ -201,4 +224,8 @@ def _list(name: str, items: Iterable[Any]) -> list[str]:
 def _code(text: Any) -> str:
     """A code span of one line, cut where it is absurdly long (betas by the thousand)."""
     shown = "".join(c if c.isprintable() else "?" for c in str(text)).replace("`", "'").strip() or "?"
-    return f"`{shown if len(shown) <= 500 else shown[:480] + ' ... (cut)'}`"
+    return f"`{_cut(shown)}`"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 500 else text[:480] + " ... (cut)"

@@ -1,6 +1,6 @@
 """What differs between two checkpoints, settings or sets of samples: one table, so that "mine differs" is a paste.
 
-Nothing is sampled. Files: a checkpoint folder, a `.json` of settings, `.npy` or `.npz` samples, a PNG of ours.
+Nothing is sampled. Files: a checkpoint folder, a `.json` of settings, `.npy` or `.npz` samples, a picture of ours.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from jddim.checkpoint.folder import load_metadata, load_params
 from jddim.files import read_arrays, read_json
-from jddim.images import open_picture, read_metadata
+from jddim.images import SHEETS, open_picture, read_metadata
 
 
 class Difference(NamedTuple):
@@ -34,7 +34,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Differenc
 
     Checkpoints: metadata entry by entry, then the largest difference of each block's parameters over the largest
     magnitude in A. Samples: shape and dtype, how many are equal, the largest and mean difference. Settings: entries;
-    of two PNGs, the pixels as well.
+    of two pictures, the pixels as well.
     Raises ValueError if the kinds differ or a file is of none; `CheckpointError` for a damaged checkpoint.
     """
     paths = Path(a), Path(b)
@@ -46,7 +46,7 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> list[Differenc
     if kinds[0] == SAMPLES:
         return _diff_samples(*(_arrays(path) for path in paths))
     rows = diff_mappings(*(_settings(path) for path in paths))
-    if all(path.suffix.lower() == ".png" for path in paths):
+    if all(path.suffix.lower() in SHEETS for path in paths):
         rows += _diff_samples(*({"pixels": _pixels(path)} for path in paths))
     return rows
 
@@ -62,9 +62,10 @@ def _kind(path: Path) -> str:
     match path.suffix.lower():
         case ".npy" | ".npz":
             return SAMPLES
-        case ".json" | ".png":
+        case suffix if suffix in (".json", *SHEETS):
             return SETTINGS
-    raise ValueError(f"{path}: compare checkpoint folders, .npy or .npz samples, or .json or .png settings")
+    settings = ", ".join(SHEETS)
+    raise ValueError(f"{path}: compare checkpoint folders, .npy or .npz samples, or settings in .json, {settings}")
 
 
 def diff_mappings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference]:
@@ -131,12 +132,12 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _pixels(path: Path) -> np.ndarray:
     with open_picture(path) as image:
-        return np.asarray(image)[None]
+        return np.asarray(image.convert("RGB"))[None]  # WebP has no grey
 
 
 def _settings(path: Path) -> dict[str, Any]:
     try:
-        settings = read_metadata(path) if path.suffix.lower() == ".png" else read_json(path)
+        settings = read_json(path) if path.suffix.lower() == ".json" else read_metadata(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} holds no settings ({error})") from error
     if not isinstance(settings, dict):

@@ -245,10 +245,8 @@ def _reproduce(args: argparse.Namespace) -> int:
     from jddim.bulk.manifest import Manifest, manifest_path, read_manifest
     from jddim.bulk.shards import decode
     from jddim.files import read_regular
-    from jddim.images import check_output, read_metadata, save_png
+    from jddim.images import check_output, read_metadata, save_picture
 
-    if args.out is not None and args.out.suffix.lower() != ".png":
-        raise ValueError(f"--out {args.out}: end it in .png")
     folder: Path | None = args.source
     if args.source.is_dir():
         if args.index is None:
@@ -272,11 +270,11 @@ def _reproduce(args: argparse.Namespace) -> int:
         else:
             folder = None
     if args.out is not None:
-        check_output(args.out, pixels.shape[-1])
+        check_output(args.out, pixels.shape[-1], formats={".png": "exact"})
     make, elsewhere = _maker(manifest, folder, args.ckpt)
     keep = None
     if args.out is not None:
-        keep = lambda image: save_png(args.out, image, {**manifest.settings, "index": index})  # noqa: E731
+        keep = lambda image: save_picture(args.out, image, {**manifest.settings, "index": index})  # noqa: E731
     return _compare(make, manifest, elsewhere, {index: pixels}, keep)
 
 

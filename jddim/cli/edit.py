@@ -21,7 +21,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
     sub.add_argument("images", type=Path, help="as for jddim invert: .npy, .npz, .png, or a folder of PNGs")
-    sub.add_argument("out", type=Path, help="as for jddim sample: .png, .npz, .npy, or a folder")
+    sub.add_argument("out", type=Path, help="as for jddim sample: .png, .jpg, .webp, .npz, .npy, or a folder")
     sub.add_argument(
         "--mask",
         type=Path,
@@ -37,12 +37,14 @@ def _edit(args: argparse.Namespace) -> int:
         raise ValueError("give either --strength, to change images all over, or --mask, to fill them in")
     if args.mask is None and (request.resample, request.jump_length) != (1, 1):
         raise ValueError("--resample and --jump-length are RePaint's: they go with --mask, not with --strength")
-    ddim = load_for(args, request, ("", ".png", ".npz", ".npy"))
+
+    from jddim.images import STILLS, check_sheet, load_images, save_images
+
+    ddim = load_for(args, request, STILLS)
 
     import jax
     import numpy as np
 
-    from jddim.images import load_images, save_images
     from jddim.run.batches import run
     from jddim.run.plan import Inputs, plan
 
@@ -55,6 +57,7 @@ def _edit(args: argparse.Namespace) -> int:
         )
     if not np.isfinite(known).all():
         raise ValueError(f"{args.images} holds a NaN or infinity")
+    check_sheet(args.out, len(known), config.image_size)
     mask = None
     if args.mask is not None:
         masks = load_images(args.mask, config.image_size)

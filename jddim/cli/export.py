@@ -44,8 +44,6 @@ def _export(args: argparse.Namespace) -> int:
     from jddim.checkpoint.folder import load_metadata
     from jddim.images import check_output
 
-    if args.out.suffix != ".jddim":
-        raise ValueError(f"{args.out}: end OUT in .jddim")
     request = request_of(args, "export")
     taken = {"steps", "spacing", "dtype", *(o.name for o in taken_by("export") if o.convention)} - {"variance"}
     if args.step and (left := sorted(request.asked().keys() - taken)):
@@ -54,7 +52,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     metadata = load_metadata(args.ckpt)
-    check_output(args.out, metadata.model.in_channels, formats=(".jddim",))
+    check_output(args.out, metadata.model.in_channels, formats={".jddim": "a sampler"})
 
     import jddim
     from jddim.scale import export

@@ -19,7 +19,9 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "compare two checkpoints, sets of samples, or settings\nExit status 0 if nothing differs, 1 if something does.",
         "mnist mnist-raw\nmine.npy theirs.npy\na.png b.png",
     )
-    sub.add_argument("a", type=Path, help="a checkpoint folder, .npy or .npz samples, .json or .png settings")
+    sub.add_argument(
+        "a", type=Path, help="a checkpoint folder, .npy or .npz samples, settings in .json or in a picture"
+    )
     sub.add_argument("b", type=Path, help="another of the same kind")
     add_json(sub)
 

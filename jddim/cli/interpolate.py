@@ -29,7 +29,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "mnist line.gif --images 3,7 --num 60",
     )
     sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
-    sub.add_argument("out", type=Path, help=".png a picture; .npz the arrays; .gif an animation")
+    sub.add_argument("out", type=Path, help=".png, .jpg or .webp a picture; .npz the arrays; .gif an animation")
     sub.add_argument("--num", type=int, default=8, metavar="N", help="images on a side, ends included (default 8)")
     sub.add_argument(
         "--images",
@@ -55,12 +55,14 @@ def _interpolate(args: argparse.Namespace) -> int:
     if args.images is not None and min(args.images) < 0:
         raise ValueError(f"--images are numbered from 0, got {min(args.images)}")
     request = request_of(args, "interpolate")
-    ddim = load_for(args, request, (".png", ".npz", ".gif"))
+
+    from jddim import images
+
+    ddim = load_for(args, request, {**images.SHEETS, ".npz": "the arrays", ".gif": "an animation"})
 
     import jax
     import numpy as np
 
-    from jddim import images
     from jddim.editing import slerp_grid, slerp_line
     from jddim.run.batches import run
     from jddim.run.plan import Inputs, plan
@@ -71,6 +73,8 @@ def _interpolate(args: argparse.Namespace) -> int:
     named = [(seed, i) for i in args.images] if args.seeds is None else [(other, 0) for other in args.seeds]
     keys = jax.numpy.stack([sample_keys(jax.random.key(one), 1, i)[0] for one, i in named])
     ends = initial_noise(keys, (*size, ddim.model.config.in_channels))
+    if args.out.suffix.lower() != ".gif":
+        images.check_sheet(args.out, args.num ** (len(named) // 2), size, args.num)
     if len(named) == 2:
         x_T = slerp_line(ends[0], ends[1], args.num)
     else:
@@ -81,14 +85,14 @@ def _interpolate(args: argparse.Namespace) -> int:
     x_0 = np.asarray(run(planned, batch_size=64, progress=True)[0])
     settings = settings_of(args, request, ddim, planned, "interpolate")
     match args.out.suffix.lower():
-        case ".png":
-            images.save_png(args.out, images.grid(x_0, columns=args.num), settings)
         case ".gif":
-            pictures = [images.to_uint8(image) for image in x_0]
+            pictures = [images.grid(image[None], border=0) for image in x_0]
             images.save_gif(args.out, pictures, settings)
-        case _:
+        case ".npz":
             with images.atomic(args.out) as staging:
                 np.savez(staging, x_0=x_0, x_T=np.asarray(x_T))
+        case _:
+            images.save_picture(args.out, images.grid(x_0, columns=args.num), settings)
     if args.seeds is None:
         which = f"{', '.join(map(str, args.images))} of seed {seed}"
     else:

@@ -52,19 +52,17 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _invert(args: argparse.Namespace) -> int:
     from jddim.checkpoint.folder import load_metadata
-    from jddim.images import check_output, load_images, save_images
+    from jddim.images import STILLS, check_output, check_sheet, load_images, save_images
 
     metadata = load_metadata(args.ckpt)
-    if args.out.suffix.lower() != ".npy":
-        raise ValueError(f"{args.out}: x_T is written as .npy, exactly; end OUT in .npy")
-    check_output(args.out, metadata.model.in_channels)
+    check_output(args.out, metadata.model.in_channels, formats={".npy": "x_T, exactly"})
     if args.reconstruct is not None:
-        if args.reconstruct.suffix.lower() == ".gif":
-            raise ValueError(f"--reconstruct {args.reconstruct}: end it in .png, .npz, .npy, or name a folder")
         if args.reconstruct.absolute() == args.out.absolute():
             raise ValueError(f"--reconstruct {args.reconstruct} is OUT as well: name two files")
-        check_output(args.reconstruct, metadata.model.in_channels)
+        check_output(args.reconstruct, metadata.model.in_channels, formats=STILLS)
     images = load_images(args.images, metadata.model.image_size)
+    if args.reconstruct is not None:
+        check_sheet(args.reconstruct, len(images), images.shape[1:3])
 
     import numpy as np
 

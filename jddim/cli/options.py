@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -123,14 +123,12 @@ class _Refused(argparse.Action):
         parser.error(f"{self.option_strings[0]} is not for {parser.prog}: {self.why}")
 
 
-def load_for(args: argparse.Namespace, request: Request, formats: Sequence[str]) -> DDIM:
+def load_for(args: argparse.Namespace, request: Request, formats: Mapping[str, str]) -> DDIM:
     """The checkpoint, once it is known that OUT can be written."""
     import jddim
     from jddim.checkpoint.folder import load_metadata
     from jddim.images import check_output
 
-    if args.out.suffix.lower() not in formats:
-        raise ValueError(f"{args.out}: end OUT in {' or '.join(filter(None, formats))}")
     check_output(args.out, load_metadata(args.ckpt).model.in_channels, formats=formats)
     return jddim.load(args.ckpt, dtype=request.dtype)
 

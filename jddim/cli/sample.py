@@ -35,8 +35,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "out",
         type=Path,
-        help=".png grid; .gif trajectory; .npz arr_0 uint8 NHWC, for FID evaluators; .npy float32 NHWC in [-1, 1], "
-        "exactly the sampler's result; no suffix: a folder of numbered PNGs",
+        help=".png, .jpg or .webp a grid; .gif trajectory; .npz arr_0 uint8 NHWC, for FID evaluators; .npy float32 "
+        "NHWC in [-1, 1], exactly the sampler's result; no suffix: a folder of numbered PNGs",
     )
     sub.add_argument("--num", type=int, metavar="N", help="images (default 64, or as many as --x-T holds)")
     sub.add_argument(
@@ -61,7 +61,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--trajectory",
         action="store_true",
-        help="every step too: .png a row of x0_hat an image; .npz also t, x_t, x0_hat; .npy x_t, (S, N, H, W, C)",
+        help="every step too: a picture of a row of x0_hat an image; .npz t, x_t, x0_hat; .npy x_t, (S, N, H, W, C)",
     )
     add_request(sub, "sample")
 
@@ -71,12 +71,12 @@ def _sample(args: argparse.Namespace) -> int:
     noise = _load_array(args.noise, "--noise")
     num = args.num if args.num is not None else 64 if x_T is None else len(x_T)
     suffix = args.out.suffix.lower()
-    if args.trajectory and suffix not in (".png", ".gif", ".npz", ".npy"):
-        raise ValueError("--trajectory goes with OUT ending in .png, .gif, .npz or .npy")
+    if args.trajectory and not suffix:
+        raise ValueError("--trajectory goes with one file, not with a folder of PNGs: give OUT a suffix")
 
     from jddim.checkpoint.folder import load_metadata
     from jddim.files import atomic, write_array
-    from jddim.images import check_output, save_images, save_png
+    from jddim.images import SHEETS, check_output, check_sheet, save_images, save_picture
 
     metadata = load_metadata(args.ckpt)
     check_output(args.out, metadata.model.in_channels)
@@ -85,9 +85,7 @@ def _sample(args: argparse.Namespace) -> int:
         why = "stderr is no terminal" if not sys.stderr.isatty() else "pictures have 1 or 3 channels"
         raise ValueError(f"--preview - draws in the terminal, but {why}; name a FILE.png, or leave it out")
     if args.preview is not None and not in_terminal:
-        if args.preview.suffix.lower() != ".png":
-            raise ValueError(f"--preview {args.preview}: end it in .png, or give - for the terminal")
-        check_output(args.preview, metadata.model.in_channels)
+        check_output(args.preview, metadata.model.in_channels, formats=SHEETS)
 
     import jax
     import numpy as np
@@ -109,11 +107,13 @@ def _sample(args: argparse.Namespace) -> int:
     inputs = Inputs(key, x_T=x_T, noise=noise, condition=condition)
     planned = plan(ddim, request, inputs, num, args.batch_size).check("sample")
     table, used = planned.rows, planned.sampler
+    across = 12 if args.trajectory and suffix in SHEETS else None
+    check_sheet(args.out, num * (across or 1), request.image_size or metadata.model.image_size, across)
     keep = suffix == ".gif" or args.trajectory
     every = max(1, table.num_steps // 40) if suffix == ".gif" else 1
 
     def to_file(now: Preview) -> None:
-        save_png(args.preview, images.grid(now.x0_hat), {})
+        save_picture(args.preview, images.grid(now.x0_hat), {})
 
     started = time.perf_counter()
     made, trajectory = run(
@@ -141,10 +141,10 @@ def _sample(args: argparse.Namespace) -> int:
     elif suffix == ".gif":
         first = np.asarray(planned.part(Batch(0, num, num)).x_T)
         save_images(args.out, x_0, settings, frames=[first, *np.asarray(trajectory.x_t)])
-    elif suffix == ".png":  # one row an image, the predicted x_0 from left to right, at most 12 columns
+    elif suffix in SHEETS:  # one row an image, the predicted x_0 from left to right, at most 12 columns
         columns = np.unique(np.linspace(0, len(trajectory.t) - 1, 12).round().astype(int))
         x0_hat = np.asarray(trajectory.x0_hat)[columns].swapaxes(0, 1)
-        save_png(args.out, images.grid(x0_hat.reshape(-1, *x_0.shape[1:]), columns=len(columns)), settings)
+        save_picture(args.out, images.grid(x0_hat.reshape(-1, *x_0.shape[1:]), columns=len(columns)), settings)
     else:
         arrays = {name: np.asarray(value) for name, value in trajectory._asdict().items()}
         with atomic(args.out) as staging:

@@ -29,8 +29,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "out",
         type=Path,
-        help=".png a grid, of several --steps an atlas: columns S, rows eta, and what they cost; .html an atlas; .npz "
-        "the arrays",
+        help=".png, .jpg or .webp a grid, of several --steps an atlas: columns S, rows eta, and what they cost; .html "
+        "an atlas; .npz the arrays",
     )
     sub.add_argument("--num", type=int, default=8, metavar="N", help="images a cell (default 8)")
     sub.add_argument(
@@ -58,19 +58,21 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _sweep(args: argparse.Namespace) -> int:
     suffix = args.out.suffix.lower()
-    as_atlas = suffix == ".html" or (suffix == ".png" and args.steps is not None and len(args.steps) > 1)
+    as_atlas = suffix == ".html" or (suffix != ".npz" and args.steps is not None and len(args.steps) > 1)
     if args.reference is not None and not as_atlas:
-        raise ValueError("--reference is for an atlas: OUT.html, or OUT.png of several --steps")
+        raise ValueError("--reference is for an atlas: OUT.html, or a picture of several --steps")
     check_num(args.num, 1)
     if args.show < 1:
         raise ValueError(f"--show must be at least 1, got {args.show}")
     request = request_of(args, "sweep")
-    ddim = load_for(args, request, (".png", ".npz", ".html"))
+
+    from jddim import images
+
+    ddim = load_for(args, request, {**images.SHEETS, ".npz": "the arrays", ".html": "an atlas"})
 
     import jax
     import numpy as np
 
-    from jddim import images
     from jddim.pipeline import SampleOptions
     from jddim.run.plan import Inputs, plan
     from jddim.scale import atlas
@@ -82,6 +84,8 @@ def _sweep(args: argparse.Namespace) -> int:
     planned = [  # all, before the first is run
         plan(ddim, dataclasses.replace(request, steps=S), widest, args.num).check("sweep") for S in steps
     ]
+    if not as_atlas:
+        images.check_sheet(args.out, len(args.eta) * args.num, ddim.model.config.image_size, args.num)
     rest, used = request.settled(ddim.sampler)
     ddim = dataclasses.replace(ddim, sampler=used)
     options: dict[str, Any] = {n: v for n, v in rest.asked().items() if n in SampleOptions.__annotations__}
@@ -110,11 +114,11 @@ def _sweep(args: argparse.Namespace) -> int:
             with images.atomic(args.out) as staging:
                 staging.write_text(atlas.page(made, settings=settings, **drawn))
         case _ if as_atlas:
-            images.save_png(args.out, atlas.picture(made, **drawn), settings)
+            images.save_picture(args.out, atlas.picture(made, **drawn), settings)
         case _:
             picture = images.grid(made[0].reshape(-1, *made[0].shape[2:]), columns=args.num)
             labels = [f"eta {eta:g}" for eta in args.eta]
-            images.save_png(args.out, images.labelled(picture, labels), settings)
+            images.save_picture(args.out, images.labelled(picture, labels), settings)
     print(f"{counted(len(steps) * len(args.eta) * args.num, 'image')} -> {args.out}")
     if name is not None and args.num < 1000:
         print(f"note: {args.num} images are few: below 1,000 or so {name} says little, and it falls with their number")

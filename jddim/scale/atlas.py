@@ -75,7 +75,7 @@ def heading(column: Column) -> str:
 
 def picture(columns: Sequence[Column], etas: Sequence[float], name: str | None, show: int = 8) -> NDArray[np.uint8]:
     """The atlas `(H, W, c)`, uint8, with `show` images a cell."""
-    size = 14
+    size = 20
     font = ImageFont.load_default(size)
     parts = []
     for column in columns:
@@ -114,9 +114,9 @@ def page(
         cells = []
         for column, text in zip(columns, texts, strict=True):
             shown = column.images[i][:show]
-            sheet = grid(shown, columns=_across(shown))
+            sheet = grid(shown, columns=_across(shown), side=64)  # several cells side by side fit a screen
             cells.append(
-                f'<td><img src="{_data_uri(sheet)}" width="{2 * sheet.shape[1]}" height="{2 * sheet.shape[0]}" '
+                f'<td><img src="{_data_uri(sheet)}" width="{sheet.shape[1]}" height="{sheet.shape[0]}" '
                 f'alt="S {column.steps}, eta {eta:g}"><br>{html.escape(text[i])}</td>'
             )
         rows.append(f"<tr><th>eta {eta:g}</th>{''.join(cells)}</tr>")

@@ -262,7 +262,7 @@ class _Run:
             path = self.folder / "samples" / f"step-{self.step:08d}.png"
             try:
                 drawn_images = ddim.sample(jax.random.key(self.task.train.seed), self.loop.sample_num, labels=labels)
-                images.save_png(path, images.grid(drawn_images), {"step": self.step})
+                images.save_picture(path, images.grid(drawn_images), {"step": self.step})
                 for log in self.logs:
                     log.picture(self.step, path)
             except FloatingPointError as error:
