@@ -244,7 +244,9 @@ def ddim_step(
     # sqrt(sigma_prev^2 - sigma^2), without a difference of squares, which float32 may round below 0
     share = jnp.where(sigma_prev > 0, (1 - eta) * (1 + eta) + eta**2 * kept**2, 0)
     direction = sigma_prev * root(share)
-    return alpha_prev * x0 + direction * eps + ddim_sigma(sigma_prev=sigma_prev, fresh=fresh, eta=eta) * noise
+    sigma = ddim_sigma(sigma_prev=sigma_prev, fresh=fresh, eta=eta)
+    # In this order XLA fuses the sum alike for one device and for many: a test compares their bits.
+    return direction * eps + alpha_prev * x0 + sigma * noise
 
 
 def ddpm_step(

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax import lax
 from jax.typing import ArrayLike
 
 from jddim.config import PREDICTION_TYPES, VARIANCES, did_you_mean
@@ -67,6 +68,8 @@ def segment(
 
     trajectory_every: inside a transformation of the caller's, where the state holds the trajectory's buffers.
     """
+    # What is constant (in a caller's jit, on a mesh, in an export) would be folded, and round otherwise.
+    state, rows, given = lax.optimization_barrier((state, rows, given))
     denoise = network_denoiser(cast_kernels(model), program, given.labels, given.guidance, given.condition)
     update = program.method.update(denoise, given, program)
     if given.kept is not None:

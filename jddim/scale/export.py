@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, export, lax
+from jax import Array, export
 
 from jddim import __version__
 from jddim.config import SamplerConfig, to_json
@@ -84,21 +84,15 @@ def export_sampler(
         state = init_state(x_T := draw_noise(keys, planned.shape, dtype), planned.rows)
         state = state._replace(memory=method.memory(planned.rows, x_T))
         each = lambda value: jnp.broadcast_to(jnp.asarray(value, dtype), numbers.shape)  # noqa: E731
-        # What the live program is given is not folded into this one either: it would round otherwise.
-        state, rows, values = lax.optimization_barrier(
-            (
-                state,
-                jax.tree.map(jnp.asarray, planned.rows),
-                Given(
-                    each(given.get("eta", 0.0)),
-                    keys if method.takes_eta or method.stochastic else None,
-                    None,
-                    planned.limits,
-                    given.get("labels"),
-                    None if scale is None else planned.guidance(each(scale[0])),
-                    condition=given.get("condition"),
-                ),
-            )
+        rows = jax.tree.map(jnp.asarray, planned.rows)
+        values = Given(
+            each(given.get("eta", 0.0)),
+            keys if method.takes_eta or method.stochastic else None,
+            None,
+            planned.limits,
+            given.get("labels"),
+            None if scale is None else planned.guidance(each(scale[0])),
+            condition=given.get("condition"),
         )
         model = build_model(config, weights, ddim.model.dtype)
         if platforms == ("cpu",):  # as `sample` has it there

@@ -23,7 +23,7 @@ def test_the_draw_has_every_option() -> None:
 @pytest.mark.parametrize("name", DRAWN)
 def test_diffusers_inverse_scheduler(name: str) -> None:
     pytest.importorskip("diffusers", reason="parity is with diffusers: pip install diffusers")
-    # jddim in float32, and diffusers multiplies up its alphas_cumprod in float32, jddim in float64
+    # jddim in float32
     assert cases.diffusers_error(cases.DIFFUSERS_CASES[name], np.float32) <= 1e-4
 
 
