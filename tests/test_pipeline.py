@@ -141,25 +141,6 @@ def test_one_program_for_every_eta_seed_and_weights(ddim: jddim.DDIM) -> None:
     assert programs.segment.on(kind_of())._cache_size() == compiled
 
 
-def test_jit_vmap_and_grad_go_through(ddim: jddim.DDIM) -> None:
-    light = toy(SEVEN)
-    etas = jnp.array([0.0, 0.6])
-    swept = jax.vmap(lambda eta: light.sample(KEY, 2, steps=3, eta=eta))(etas)
-    for row, eta in zip(swept, etas, strict=True):
-        chex.assert_trees_all_close(row, light.sample(KEY, 2, steps=3, eta=eta), atol=1e-5)  # another program
-    seeds = jax.jit(jax.vmap(lambda key: light.sample(key, 2, steps=3, eta=0.5)))(jax.random.split(KEY, 3))
-    chex.assert_shape(seeds, (3, 2, *SIZE, 2))
-
-    def brightness(x_T, eta, model):
-        return dataclasses.replace(ddim, model=model).sample(KEY, 2, x_T=x_T, steps=3, eta=eta, clip=False).mean()
-
-    x_T = jax.random.normal(KEY, (2, *SIZE, 2))
-    of_x_T, of_eta, of_model = jax.grad(brightness, argnums=(0, 1, 2), allow_int=True)(x_T, 0.5, ddim.model)
-    chex.assert_tree_all_finite((of_x_T, of_eta))
-    for gradient in (of_x_T, of_eta, of_model.conv_in.kernel[...]):
-        assert jnp.abs(gradient).max() > 0
-
-
 def test_bfloat16_computes_in_bfloat16_and_returns_float32(ddim: jddim.DDIM) -> None:
     half = dataclasses.replace(ddim, model=random_model(ddim.model.config, dtype=jnp.bfloat16))
     images = half.sample(KEY, 3, eta=0.5)

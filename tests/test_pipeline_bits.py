@@ -1,14 +1,15 @@
-"""`DDIM.sample` to the bit: whatever the batch, and whoever watches."""
+"""`DDIM.sample` to the bit, whatever the batch and whoever watches; and inside other transformations."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from test_pipeline import KEY, SIZE, small_ddim
+from test_pipeline import KEY, SEVEN, SIZE, small_ddim, toy
 
 import jddim
 
@@ -68,3 +69,23 @@ def test_previews_change_nothing_and_end_at_the_images(ddim: jddim.DDIM, every: 
     for now in seen[: 16 // each]:
         # segments of one step are another program: rounding
         chex.assert_trees_all_close(now.x0_hat, way.x0_hat[now.done - 1, :2], atol=2e-4)
+
+
+@pytest.mark.unoptimised
+def test_jit_vmap_and_grad_go_through(ddim: jddim.DDIM) -> None:
+    light = toy(SEVEN)
+    etas = jnp.array([0.0, 0.6])
+    swept = jax.vmap(lambda eta: light.sample(KEY, 2, steps=3, eta=eta))(etas)
+    for row, eta in zip(swept, etas, strict=True):
+        chex.assert_trees_all_close(row, light.sample(KEY, 2, steps=3, eta=eta), atol=1e-5)  # another program
+    seeds = jax.jit(jax.vmap(lambda key: light.sample(key, 2, steps=3, eta=0.5)))(jax.random.split(KEY, 3))
+    chex.assert_shape(seeds, (3, 2, *SIZE, 2))
+
+    def brightness(x_T, eta, model):
+        return dataclasses.replace(ddim, model=model).sample(KEY, 2, x_T=x_T, steps=3, eta=eta, clip=False).mean()
+
+    x_T = jax.random.normal(KEY, (2, *SIZE, 2))
+    of_x_T, of_eta, of_model = jax.grad(brightness, argnums=(0, 1, 2), allow_int=True)(x_T, 0.5, ddim.model)
+    chex.assert_tree_all_finite((of_x_T, of_eta))
+    for gradient in (of_x_T, of_eta, of_model.conv_in.kernel[...]):
+        assert jnp.abs(gradient).max() > 0
