@@ -18,6 +18,7 @@ from jddim.checkpoint import card
 from jddim.checkpoint.folder import load_metadata, load_params
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, type_problems
+from jddim.curve import alpha_bar_curve
 from jddim.ddim import StepTable, sampler_table
 from jddim.guidance import Scale
 from jddim.models import Network
@@ -147,7 +148,7 @@ class DDIM:
         facts = {"default timetable": told} | ({} if self.metadata is None else card.facts(self.metadata))
         pairs = [(html.escape(name), html.escape(fact)) for name, fact in facts.items()]
         rows = (f'<tr><th align="left">{name}</th><td align="left">{fact}</td></tr>' for name, fact in pairs)
-        line, curve = html.escape(repr(self)), self.schedule._svg(visited)
+        line, curve = html.escape(repr(self)), alpha_bar_curve(self.schedule.alphas_cumprod, visited)
         return f"<div><code>{line}</code><br/>{curve}<table>{''.join(rows)}</table></div>"
 
     def with_sampler(self, **conventions: Unpack[Conventions]) -> DDIM:

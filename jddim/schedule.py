@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jddim.config import ScheduleConfig, did_you_mean
+from jddim.curve import alpha_bar_curve
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -34,28 +35,7 @@ class NoiseSchedule:
 
     def _repr_html_(self) -> str:
         """The line, and alpha_bar over t, for a notebook."""
-        return f"<div><code>{html.escape(repr(self))}</code><br/>{self._svg()}</div>"
-
-    def _svg(self, timesteps: ArrayLike = ()) -> str:
-        """alpha_bar over t as an inline picture, with a dot at each of these timesteps in 0..T-1."""
-        T = self.num_train_timesteps
-
-        def points(t: NDArray[np.int64]) -> list[str]:
-            x, y = 40 + 320 * t / max(T - 1, 1), 110 - 100 * self.alphas_cumprod[t]
-            return list(dict.fromkeys(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True)))
-
-        every = np.linspace(0, T - 1, min(T, 161)).round().astype(np.int64)
-        visited = points(np.asarray(timesteps, np.int64))
-        named = [(36, 14, "1"), (36, 114, "0"), (48, 126, "0"), (360, 126, f"t = {T - 1:,}"), (360, 18, "alpha_bar")]
-        named += [(360, 34, f"dots: {len(np.unique(timesteps)):,} t of the timetable")] if visited else []
-        texts = "".join(f'<text x="{x}" y="{y}" text-anchor="end">{text}</text>' for x, y, text in named)
-        return (
-            '<svg width="380" height="134" viewBox="0 0 380 134" role="img" '
-            'aria-label="alpha_bar over t" fill="none" stroke="currentColor">'
-            f'<path d="M40 10V110H360" opacity="0.4"/><path d="M{"L".join(points(every))}"/>'
-            f'<path d="{"".join(f"M{point}h0" for point in visited)}" stroke-width="5" stroke-linecap="round"/>'
-            f'<g fill="currentColor" stroke="none" font-size="11" font-family="sans-serif">{texts}</g></svg>'
-        )
+        return f"<div><code>{html.escape(repr(self))}</code><br/>{alpha_bar_curve(self.alphas_cumprod)}</div>"
 
     @property
     def num_train_timesteps(self) -> int:

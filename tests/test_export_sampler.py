@@ -52,7 +52,7 @@ def run(exported: Exported, *arguments: Any) -> Any:
     return jax.tree.map(np.asarray, jax.jit(program.call, compiler_options=options)(exported.weights, *arguments))
 
 
-def test_the_pages_lines_run_with_jax_alone(tmp_path: Path) -> None:
+def test_the_pages_lines_run_with_jax_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path / "cifar10", **NARROW)
     out = tmp_path / "cifar10.jddim"
     assert main(["export", str(tmp_path / "cifar10"), str(out), "--steps", "4"]) == 0
@@ -64,6 +64,11 @@ def test_the_pages_lines_run_with_jax_alone(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "x_0.npy"), live, rtol=0, atol=1e-5 * np.abs(live).max())
     with zipfile.ZipFile(out) as file:
         about = json.loads(file.read("about.json"))
+    with zipfile.ZipFile(out, "w") as older:
+        older.writestr("about.json", json.dumps({**about, "format_version": 1}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match="written by another version of jddim: export the checkpoint again"):
+        exec(block, {})
     assert about["platforms"] == ["cpu", "cuda", "tpu"]
     assert about["arguments"] == {"seed": "uint32[]", "numbers": "uint32['b']", "eta": "float32[]"}
     assert about["jax"] == jax.__version__

@@ -69,7 +69,7 @@ ROOMS = (
     *("__main__", "cli", "serve", "bulk", "train", "scale", "converting", "pipeline", "run"),
     *("editing", "inversion", "guidance", "solvers", "denoisers", "likelihood", "sampling", "timetables"),
     *("evaluate", "checkpoint", "images", "ddim", "schedule", "timesteps", "models", "config", "files", "interrupt"),
-    "installing",
+    *("curve", "installing"),
 )
 """From the top of the house to its ground: a room may import what stands after it, never what stands before."""
 

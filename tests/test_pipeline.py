@@ -16,6 +16,7 @@ from tiny import random_model
 import jddim
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.curve import alpha_bar_curve
 from jddim.run import programs
 from jddim.run.compiling import kind_of
 from jddim.sampling import ancestral_loop, sample_loop
@@ -334,7 +335,7 @@ def test_a_notebook_shows_the_timetable_and_the_checkpoint() -> None:
     assert {row.findtext("th"): row.findtext("td") for row in shown.iter("tr")} == {
         "default timetable": repr(ddim.table())
     }
-    assert ddim.schedule._svg(ddim.table().t) in ddim._repr_html_()
+    assert alpha_bar_curve(ddim.schedule.alphas_cumprod, ddim.table().t) in ddim._repr_html_()
     about = Metadata(ddim.model.config, ScheduleConfig(), ddim.sampler, {"family": "<b>&amp;", "weights": "\"'"})
     shown = ElementTree.fromstring(dataclasses.replace(ddim, metadata=about)._repr_html_())
     rows = {row.findtext("th"): row.findtext("td") for row in shown.iter("tr")}

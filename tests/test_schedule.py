@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jddim.config import ScheduleConfig, from_json, to_json
+from jddim.curve import alpha_bar_curve
 from jddim.schedule import (
     SCHEDULES,
     cosine_schedule,
@@ -85,12 +86,12 @@ def test_a_notebook_draws_alpha_bar_with_the_visited_t(T: int) -> None:
         np.interp(x, x, y), 110 - 100 * schedule.alphas_cumprod[((x - 40) / 320 * (T - 1)).round().astype(int)], atol=1
     )
     visited = np.arange(T - 1, -1, -max(T // 5, 1))
-    svg = schedule._svg(np.append(visited, visited[-1]))  # a t may repeat
+    svg = alpha_bar_curve(schedule.alphas_cumprod, np.append(visited, visited[-1]))  # a t may repeat
     *_, dots = (path.get("d") for path in ElementTree.fromstring(svg).iter("path"))
     points = [f"M{40 + 320 * t / max(T - 1, 1):.1f} {110 - 100 * schedule.alphas_cumprod[t]:.1f}h0" for t in visited]
     assert dots == "".join(points)
     assert f"dots: {len(visited)} t of the timetable" in svg
-    assert len(schedule._svg(np.arange(T))) < 50_000
+    assert len(alpha_bar_curve(schedule.alphas_cumprod, np.arange(T))) < 50_000
 
 
 def test_openai_rescales_the_linear_ends_by_1000_over_T() -> None:

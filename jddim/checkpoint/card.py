@@ -65,11 +65,10 @@ def lines(metadata: Metadata, parameters: int) -> list[str]:
                 continue
             case "unchecked", [*names]:
                 value = [f"{_text(each)}: told, not checked by the file" for each in names]
-            case "verification", {"output_error": float(error), "torch": str(torch), **rest}:
-                zero = f"; {ALL_ZERO}" if rest.get("all_zero") else ""
-                value = f"{error:.1e} of the output's scale, against PyTorch {torch}{zero}"
             case "verification", {"skipped": True, **rest}:
                 value = f"skipped ({rest.get('reason', '--no-verify')}); jddim verify CKPT SRC does it"
+            case "verification", _:
+                value = _compared(value) or value
         items = value if isinstance(value, list) else [value]
         facts += [(name, _text(item)) for item in items if item not in (None, {})]
     return [f"{name:<15} {text}" for name, text in [*facts, ("sha256", metadata.sha256)]]
@@ -120,17 +119,21 @@ def facts(metadata: Metadata) -> dict[str, str]:
         "SHA-256 of it": source.get("sha256"),
         "weights": said.get("weights"),
         "step": None if step is None else f"{step:,}",
-        "verification": "trained by jddim" if "training" in said else _compared(said.get("verification")),
+        "verification": "trained by jddim"
+        if "training" in said
+        else _compared(said.get("verification")) or "not verified when it was written",
         "SHA-256": metadata.sha256,
     }
     return {name: _cut(str(fact)) for name, fact in found.items() if fact is not None}
 
 
-def _compared(figure: Any) -> str:
+def _compared(figure: Any) -> str | None:
+    """How a comparison with PyTorch came out; None for what is none."""
     match figure:
-        case {"output_error": float(error), "torch": str(torch)}:
-            return f"{error:.1e} of the output's scale, against PyTorch {torch}"
-    return "not verified when it was written"
+        case {"output_error": float(error), "torch": str(torch), **rest}:
+            zero = f"; {ALL_ZERO}" if rest.get("all_zero") else ""
+            return f"{error:.1e} of the output's scale, against PyTorch {torch}{zero}"
+    return None
 
 
 def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:
