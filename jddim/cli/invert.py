@@ -76,7 +76,7 @@ def _invert(args: argparse.Namespace) -> int:
     if args.batch_size == "auto":
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
             args.batch_size = fastest_batch_size(request, ddim, len(images))
-    condition = condition_of(args, images.shape[1:3], len(images))
+    condition = condition_of(args.condition, images.shape[1:3], len(images))
     up = plan(ddim, request, Inputs(images=images, condition=condition), batch_size=args.batch_size).check("invert")
     started = time.perf_counter()
     x_T, _ = run(up, batch_size=args.batch_size, progress=True)

@@ -51,10 +51,8 @@ def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None
             sub.add_argument(*spellings, action=_Refused, why=reason, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-WITH_CONDITION = ("sample", "edit", "invert", "interpolate")
+WITH_CONDITION = ("sample", "edit", "invert", "interpolate", "sweep", "bulk")
 WITHOUT_CONDITION = {
-    "bulk": "a set is made from a seed alone; give it to jddim sample",
-    "sweep": "it compares one seed's images; give it to jddim sample, an eta a time",
     "warmup": "zeros stand for it, as large as the images: a smaller one is another program",
     "export": "the exported program takes it as an argument",
     "serve": "the page makes images from noise alone; give it to jddim sample",
@@ -62,12 +60,12 @@ WITHOUT_CONDITION = {
 """Command -> why it has no --condition."""
 
 
-def condition_of(args: argparse.Namespace, size: tuple[int, int], num: int) -> np.ndarray | None:
-    """The images of --condition, `(num, h, w, c)` float32; one picture stands for all.
+def condition_of(path: Path | None, size: tuple[int, int], num: int = 1) -> np.ndarray | None:
+    """The images of --condition, `(n, h, w, c)` float32; one alone is repeated `num` times.
 
     size: of the images made; pictures may be smaller by whole factors.
     """
-    if args.condition is None:
+    if path is None:
         return None
     import numpy as np
 
@@ -77,7 +75,7 @@ def condition_of(args: argparse.Namespace, size: tuple[int, int], num: int) -> n
     for factor in range(1, min(size) + 1):
         if size[0] % factor == size[1] % factor == 0:
             try:
-                images = load_images(args.condition, (size[0] // factor, size[1] // factor))
+                images = load_images(path, (size[0] // factor, size[1] // factor))
                 return np.repeat(images, num, axis=0) if len(images) == 1 else images
             except ValueError as error:
                 refusals.append(error)
@@ -86,15 +84,18 @@ def condition_of(args: argparse.Namespace, size: tuple[int, int], num: int) -> n
 
 def given_file(path: Path | None) -> dict[str, str] | None:
     """A file or folder of arrays, as the settings record it: its name and the digest of its bytes."""
-    if path is None:
-        return None
+    return None if path is None else {"file": path.name, "sha256": digest_of(path)}
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, or of a folder's pictures', one after the other."""
     from jddim.files import read_regular
 
     digest = hashlib.sha256()
     pictures = sorted(file for file in path.iterdir() if file.suffix.lower() == ".png") if path.is_dir() else [path]
     for file in pictures:
         digest.update(read_regular(file))
-    return {"file": path.name, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def request_of(args: argparse.Namespace, command: str) -> Request:
