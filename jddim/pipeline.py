@@ -203,6 +203,7 @@ class DDIM:
     ) -> Array | tuple[Array, Trajectory]:
         """Images `(num, h, w, c)` float32, nominally in [-1, 1] (not clamped unless x0 is clipped).
 
+        num: as many as x_T, labels or condition have by default, or 1.
         key: `jax.random.key(seed)`, or the seed. Image i of the result is image `start + i` of the seed: it depends on
             nothing else, so `num=7` and then `num=9, start=7` make the images of `num=16`. Or one key per image
             `(num,)`, such as some of `jddim.sampling.sample_keys`. Not needed if x_T is given, and eta is 0 or noise is
@@ -220,8 +221,8 @@ class DDIM:
         clip: clamp x0 to clip_range at each step; threshold: instead, (ratio, largest) of dynamic thresholding;
             rederive_eps: use the limited x0's eps in the direction term.
         steps_offset, set_alpha_to_one, prediction_type, variance: as in `jddim.config.SamplerConfig`.
-        labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1 (or what its
-            `class_embedding` takes, one row an image).
+        labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1, or one for all (or
+            what its `class_embedding` takes, one row an image).
         condition: for a network that is given an image beside each x_t, and only for one: `(num, h, w,
             condition_channels)` float32, scaled as in training (mostly to [-1, 1]); one that is smaller by whole
             factors is enlarged bilinearly.
