@@ -57,7 +57,7 @@ class Common(TypedDict, total=False):
     guidance_interval: tuple[float, float] | None
     null_label: int | None
     batch_size: int | None
-    progress: bool
+    progress: bool | None
 
 
 class EditOptions(Common, total=False):
@@ -232,7 +232,8 @@ class DDIM:
             guidance_rescale: phi in [0, 1]. guidance_interval: (low, high), the t to guide at; else the scale is 1.
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
         image_size: (height, width) other than the checkpoint's. batch_size: images per compiled call, default all.
-        progress: a bar on stderr if that is a terminal, and Ctrl-C is heard between segments.
+        progress: a bar on stderr, in a notebook or at a terminal alone by default; True: elsewhere a line every 10 s.
+            Then Ctrl-C is heard between segments.
         on_segment: called with a `Preview` after each segment, of which a batch has eight or more (or as many as it has
             evaluations); what it raises ends the run.
 
@@ -372,4 +373,4 @@ class DDIM:
 
 
 def _how(options: Any) -> dict[str, Any]:
-    return {name: options[name] for name in RUN if name in options}
+    return {"progress": None, **{name: options[name] for name in RUN if name in options}}

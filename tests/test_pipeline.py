@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
+import sys
+import types
 from xml.etree import ElementTree
 
 import chex
@@ -19,6 +22,7 @@ from jddim.config import LucidrainsConfig, SamplerConfig, ScheduleConfig, UNetCo
 from jddim.curve import alpha_bar_curve
 from jddim.run import programs
 from jddim.run.compiling import kind_of
+from jddim.run.progress import silence
 from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import linear_schedule, zero_terminal_snr
 from jddim.timesteps import make_timesteps
@@ -127,9 +131,31 @@ def test_a_preview_may_end_the_run(ddim: jddim.DDIM) -> None:
         ddim.sample(KEY, 3, steps=16, on_segment=stop)
 
 
-def test_no_bar_without_a_terminal(ddim: jddim.DDIM, capsys: pytest.CaptureFixture[str]) -> None:
-    ddim.sample(KEY, 3, eta=0.7, progress=True)
+def test_without_a_terminal_lines_are_printed_if_they_are_asked_for(
+    ddim: jddim.DDIM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ddim.sample(KEY, 3, eta=0.7)
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr("jddim.run.progress.EVERY", 0.0)
+    ddim.sample(KEY, 3, eta=0.7, batch_size=1, progress=True)
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "compiling 7 steps, or reading what was compiled before ..."
+    assert re.fullmatch(r"7 steps: 3/3 images, [\d.e+]+ images/s, 0 s left", lines[-1])
+    with silence():
+        ddim.sample(KEY, 3, eta=0.7, progress=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_notebook_has_a_bar_at_once(
+    ddim: jddim.DDIM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = types.SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    ddim.sample(KEY, 3, eta=0.7)
+    shown = capsys.readouterr().err
+    assert "0/3" in shown
+    assert "compiling" in shown
+    assert "3/3" in shown
 
 
 def test_one_program_for_every_eta_seed_and_weights(ddim: jddim.DDIM) -> None:
