@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jddim.bulk import distributed
-from jddim.cli.options import add_request, fastest_batch_size, read_batch_size, request_of, say
+from jddim.cli.options import (
+    CKPT,
+    add_ckpt,
+    add_request,
+    checkpoint,
+    fastest_batch_size,
+    read_batch_size,
+    request_of,
+    say,
+)
 from jddim.config import counted, first_few
 
 if TYPE_CHECKING:
@@ -30,7 +39,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "mnist fifty --num 50000 --steps 50\nclasses.ckpt set --num 50000 --labels balanced --format tar\n"
         "mnist fifty --num 50000 --shard 0/4    # one of four that may run at once",
     )
-    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    add_ckpt(sub)
     sub.add_argument("out", type=Path, help="a new folder, or one that the same command began")
     sub.add_argument("--num", type=int, required=True, metavar="N", help="images in the whole set")
     sub.add_argument(
@@ -97,7 +106,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _checkpoint_option(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--ckpt", type=Path, help="the checkpoint, if it is not where it was when the set was made")
+    sub.add_argument("--ckpt", help=f"the checkpoint, if it is not where it was when the set was made: {CKPT}")
 
 
 def _worker(text: str) -> tuple[int, int]:
@@ -113,7 +122,6 @@ def _worker(text: str) -> tuple[int, int]:
 def _bulk(args: argparse.Namespace) -> int:
     from jddim.bulk import run as bulk
     from jddim.bulk.manifest import BulkConfig, Manifest, check_folder, manifest_path, read_manifest
-    from jddim.checkpoint.folder import load_metadata
     from jddim.images import check_output
     from jddim.run.progress import Progress
 
@@ -130,7 +138,7 @@ def _bulk(args: argparse.Namespace) -> int:
         )
     if automatic:
         args.batch_size = read_manifest(args.out).bulk.batch_size if begun else 1
-    metadata = load_metadata(args.ckpt)
+    metadata = checkpoint(args)
     asked = request_of(args, "bulk")
     request, used = asked.settled(metadata.sampler)
     config = BulkConfig(args.num, request, args.batch_size, args.shard_size, args.format)
@@ -189,16 +197,17 @@ def _relative(ckpt: Path, out: Path) -> str:
     return os.path.relpath(ckpt.resolve(), out.resolve())
 
 
-def _maker(manifest: Manifest, folder: Path | None, given: Path | None) -> tuple[Make, list[str]]:
+def _maker(manifest: Manifest, folder: Path | None, given: str | None) -> tuple[Make, list[str]]:
     """`make` as the set was made, and what is another here. folder: the set's, from which its checkpoint is seen."""
     import jddim
     from jddim.bulk import run as bulk
     from jddim.checkpoint.diff import diff_mappings
     from jddim.checkpoint.folder import load_metadata
+    from jddim.resolving import resolve
 
     if given is None and folder is None:
         raise ValueError("name the checkpoint by --ckpt: the picture only says its SHA-256")
-    path = given if given is not None else folder / manifest.checkpoint  # type: ignore[operator]
+    path = resolve(given) if given is not None else folder / manifest.checkpoint  # type: ignore[operator]
     if given is None and not path.exists():
         raise ValueError(f"the checkpoint is not at {path} any more: say where it is, --ckpt CKPT")
     sha256 = load_metadata(path).sha256

@@ -11,6 +11,7 @@ from typing import Any
 from jddim import __version__, interrupt
 from jddim.cli import (
     bulk,
+    cache,
     completion,
     convert,
     doctor,
@@ -20,6 +21,7 @@ from jddim.cli import (
     info,
     interpolate,
     invert,
+    known,
     sample,
     schedule,
     serve,
@@ -31,19 +33,20 @@ from jddim.cli.options import OneLineParser, one_line, summary
 from jddim.installing import install_line
 
 GROUPS = {
-    "Start": ("info", "convert", "sample", "serve", "doctor"),
+    "Start": ("sample", "list", "info", "convert", "serve", "doctor"),
     "Sample": ("edit", "interpolate", "invert", "warmup"),
     "Research": ("schedule", "sweep", "evaluate", "train"),
     "Scale": ("bulk", "collect", "check", "reproduce", "export"),
-    "Files": ("verify", "diff", "cite", "export-torch", "completion"),
+    "Files": ("verify", "diff", "cite", "export-torch", "cache", "completion"),
 }
 """The commands as `jddim --help` shows them, and the site."""
 
 EXAMPLES = """\
 examples:
-  jddim info ckpt.pth              what the file is, and how to convert it
+  jddim sample google/ddpm-cifar10-32 a.png --num 16    a model of the hub's
+  jddim sample ckpt.pth a.png      a PyTorch file, converted once into the cache
+  jddim info ckpt.pth              what the file is, and what it needs to be told
   jddim convert ckpt.pth mnist     a folder with the weights and their settings
-  jddim sample mnist digits.png    64 images in a grid
 
 `jddim COMMAND --help` has a command's options and examples.
 """
@@ -127,6 +130,8 @@ def _parser() -> OneLineParser:
         serve,
         schedule,
         info,
+        known,
+        cache,
     ):
         module.add(command)
     completion.add(command, commands.choices)
