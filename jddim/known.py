@@ -42,7 +42,7 @@ class Preset:
             return ""
         return (
             f"{self.name} is downloaded by hand: {self.file}, of {self.origin}; then jddim convert {self.file} DST "
-            f"{self.options}, and DST in place of {self.name}"
+            f"{self.options}, and name DST in place of {self.name}"
         )
 
 

@@ -85,7 +85,7 @@ def _converted(name: str, say: Callable[[str], None], told: Told) -> Path:
     if root is None:
         raise CheckpointError(
             f"{name} must be converted, and there is no cache to keep the result in (JDDIM_CACHE is empty): jddim "
-            f"convert {name} DST, and DST in place of {name}"
+            f"convert {name} DST, then name DST in place of {name}"
         )
     where = {option: told.get(option) for option in ("config", "weights", "variant", "revision")}
     found: Located = converting.locate(name, **where)  # type: ignore[arg-type]
@@ -97,7 +97,7 @@ def _converted(name: str, say: Callable[[str], None], told: Told) -> Path:
         if _usable(folder, name, say):
             return folder
         with _alone(root / f".{key}.lock", say):
-            if not _usable(folder, name, say):  # by now
+            if not _usable(folder, name, say, alone=True):  # by now
                 _convert(name, found, folder, say, told)
     except OSError as error:
         if error.filename is None or not Path(error.filename).is_relative_to(root):
@@ -123,11 +123,12 @@ def _convert(name: str, found: Located, folder: Path, say: Callable[[str], None]
     try:
         converting.convert(source, folder, overwrite=True, say=tell, **options)  # type: ignore[arg-type]
     except UnsettledError as error:
-        raise UnsettledError(f"{error}. Once: {error.command}, and DST in place of {name}", error.asks) from error
+        said = f"{error}; convert it once: {error.command}, then name DST in place of {name}"
+        raise UnsettledError(said, error.asks, error.options) from error
 
 
-def _usable(folder: Path, name: str, say: Callable[[str], None]) -> bool:
-    """Whether the entry is there, whole, and verified where it can be; what else it is, is said."""
+def _usable(folder: Path, name: str, say: Callable[[str], None], *, alone: bool = False) -> bool:
+    """Whether the entry is there, whole, and verified where it can be. alone: why it is not is said; if damaged, it goes."""
     from jddim.checkpoint.folder import CheckpointError, load_metadata
 
     if not folder.exists():
@@ -135,11 +136,14 @@ def _usable(folder: Path, name: str, say: Callable[[str], None]) -> bool:
     try:
         checked = load_metadata(folder).provenance.get("verification", {})
     except CheckpointError as error:
-        say(f"note: the copy in the cache is damaged, and made anew: {error}")
+        if alone:
+            say(f"note: the copy in the cache is damaged, and made anew: {error}")
+            remove(folder)
         return False
     unverified = checked.get("skipped") is True
     if unverified and find_spec("torch") is not None:
-        say("note: the copy in the cache was made without PyTorch, which is here: it is made anew, and verified")
+        if alone:
+            say("note: the copy in the cache was made without PyTorch, which is here: it is made anew, and verified")
         return False
     say(f"{name}: converted before, {folder}" + (" (not verified: PyTorch is not installed)" if unverified else ""))
     return True

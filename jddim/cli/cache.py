@@ -18,7 +18,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "cache",
         _cache,
-        "list the converted checkpoints and compiled programs kept\n"
+        "list the converted checkpoints and compiled programs, or remove them\n"
         "They are in JDDIM_CACHE, or jddim in the user's cache folder; all can be made again.",
         "\n--empty\n--empty checkpoints",
     )

@@ -43,9 +43,9 @@ GROUPS = {
 
 EXAMPLES = """\
 examples:
-  jddim sample google/ddpm-cifar10-32 a.png --num 16    a model of the hub's
-  jddim sample ckpt.pth a.png      a PyTorch file, converted once into the cache
-  jddim info ckpt.pth              what the file is, and what it needs to be told
+  jddim sample google/ddpm-cifar10-32 a.png    64 images of a model of the hub's
+  jddim sample ckpt.pth a.png      of a PyTorch file, which is converted once
+  jddim info ckpt.pth              what the file is, and what it must be told
   jddim convert ckpt.pth mnist     a folder with the weights and their settings
 
 `jddim COMMAND --help` has a command's options and examples.

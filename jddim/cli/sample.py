@@ -34,7 +34,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "sample",
         _sample,
-        "sample images from a converted checkpoint",
+        "sample images from a checkpoint",
         "mnist digits.png\nmnist path.gif --num 16 --steps 50 --spacing linspace --clip\n"
         "mnist samples.npz --num 50000 --batch-size 256\n"
         "classes.ckpt 3s.png --labels 3 --guidance-scale 2 --null-label 10\n"
