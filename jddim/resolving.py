@@ -128,7 +128,10 @@ def _convert(name: str, found: Located, folder: Path, say: Callable[[str], None]
 
 
 def _usable(folder: Path, name: str, say: Callable[[str], None], *, alone: bool = False) -> bool:
-    """Whether the entry is there, whole, and verified where it can be. alone: why it is not is said; if damaged, it goes."""
+    """Whether the entry is there, whole, and verified where it can be.
+
+    alone: no other process makes it, so why it is not is said, and what is damaged goes.
+    """
     from jddim.checkpoint.folder import CheckpointError, load_metadata
 
     if not folder.exists():

@@ -31,7 +31,9 @@ def test_each_row_is_whole() -> None:
 
 
 def test_what_is_told_of_a_file_is_what_its_preset_says() -> None:
-    families = pytest.importorskip("convert.families", reason="it reads YAML: pip install 'jddim[convert-core]'").FAMILIES
+    families = pytest.importorskip(
+        "convert.families", reason="it reads YAML: pip install 'jddim[convert-core]'"
+    ).FAMILIES
     named = set()
     for each in jddim.presets:
         assert each.refused or each.family in families

@@ -66,9 +66,7 @@ def write(path: Path, seed: int = 1) -> Path:
     return path
 
 
-def test_a_source_is_converted_once(
-    kept: Path, conversions: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_source_is_converted_once(kept: Path, conversions: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     source = write(Path("run/model.safetensors"))
     ddim = jddim.load(source)
     assert ddim.model.config == CONFIG
@@ -123,9 +121,9 @@ def test_a_damaged_entry_is_made_anew_or_refused(
     assert not folder.exists()
     assert jddim.load(source).metadata is not None
     assert len(conversions) == 4
-    with pytest.raises(CheckpointError, match="metadata cannot be read"):  # what is nobody's cache stays
-        (tiny.write_checkpoint(Path("mine")) / "metadata/metadata").write_bytes(b"")
-        jddim.load("mine")
+    (tiny.write_checkpoint(Path("mine")) / "metadata/metadata").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="metadata cannot be read"):
+        jddim.load("mine")  # which lies outside the cache, and stays
     assert Path("mine").is_dir()
 
 
@@ -203,7 +201,7 @@ def test_without_a_place_to_keep_it_the_command_is_said(
         resolve(source)
     Path("file").touch()
     monkeypatch.setenv("JDDIM_CACHE", "file")
-    with pytest.raises(CheckpointError, match="the cache cannot keep the result .*JDDIM_CACHE names another folder"):
+    with pytest.raises(CheckpointError, match=r"the cache cannot keep the result .*JDDIM_CACHE names another folder"):
         resolve(source)
     assert resolve(tiny.write_checkpoint(Path("mine"))) == Path("mine")
     assert conversions == []
@@ -230,7 +228,10 @@ def test_what_was_not_verified_is_verified_where_it_can_be(kept: Path, monkeypat
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("guided-256", "256x256_diffusion.pt, of openai/guided-diffusion; then jddim convert 256x256_diffusion.pt DST "),
+        (
+            "guided-256",
+            "256x256_diffusion.pt, of openai/guided-diffusion; then jddim convert 256x256_diffusion.pt DST ",
+        ),
         ("facebook/DiT-XL-2-256", "jddim does not read facebook/DiT-XL-2-256: a transformer of latents"),
         ("guided-265", "no checkpoint at guided-265 (did you mean 'guided-256'?)"),
         ("absent", "no checkpoint at absent\n"),

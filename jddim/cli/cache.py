@@ -18,7 +18,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "cache",
         _cache,
-        "list the converted checkpoints and compiled programs, or remove them\n"
+        "list what is kept of checkpoints and programs, or remove it\n"
         "They are in JDDIM_CACHE, or jddim in the user's cache folder; all can be made again.",
         "\n--empty\n--empty checkpoints",
     )
@@ -56,7 +56,10 @@ def _cache(args: argparse.Namespace) -> int:
 def _entries(root: Path) -> list[dict[str, Any]]:
     """The folders of the cache: their kind, size and, of a checkpoint, what it was converted from."""
     found = []
-    for kind, place, pattern in (("checkpoints", root / "checkpoints", "[!.]*"), ("programs", root, f"{cache.PROGRAMS}*")):
+    for kind, place, pattern in (
+        ("checkpoints", root / "checkpoints", "[!.]*"),
+        ("programs", root, f"{cache.PROGRAMS}*"),
+    ):
         for folder in sorted(place.glob(pattern)) if place.is_dir() else ():
             size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
             found.append({"kind": kind, "folder": str(folder), "bytes": size, "from": _source(kind, folder)})
