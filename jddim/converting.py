@@ -160,6 +160,12 @@ def convert(
     return metadata
 
 
+def can_verify() -> bool:
+    """Whether PyTorch is installed here."""
+    found: bool = _part("verify").can_verify()
+    return found
+
+
 def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], *, config: Paths | None = None) -> Verification:
     """Compare a converted checkpoint with the PyTorch source it came from, block by block. Nothing is written.
 

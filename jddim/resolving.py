@@ -8,6 +8,7 @@ its path, size, time and inode stay.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
@@ -15,12 +16,11 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Unpack
 
 from jddim import __version__, converting
-from jddim.config import did_you_mean, printable
+from jddim.config import printable
 from jddim.converting import Located, Told, UnsettledError
 from jddim.files import atomic, lock, open_lock, open_regular, recover, remove
 from jddim.known import presets
@@ -53,8 +53,7 @@ def resolve(src: str | os.PathLike[str], say: Callable[[str], None] = to_stderr,
     name, path = os.fspath(src), Path(src)
     if not os.path.lexists(path):
         recover(path.absolute())
-    known = next((each for each in presets if each.name == name), None)
-    there = path.exists()
+    there, known = path.exists(), next((each for each in presets if each.name == name), None)
     if there and known is not None:
         say(f"note: {name} is a path here, so the published checkpoint of that name is not asked for")
     if (path / "metadata").is_dir() or (path / "params").is_dir():
@@ -65,8 +64,8 @@ def resolve(src: str | os.PathLike[str], say: Callable[[str], None] = to_stderr,
         if known is not None and known.advice:
             raise CheckpointError(known.advice)
         if converting.hub_id(name) is None:
-            near = did_you_mean(name, [each.name for each in presets])
-            raise CheckpointError(f"no checkpoint at {name}" + (near if "did you mean" in near else ""))
+            near = difflib.get_close_matches(name, [each.name for each in presets], 1)
+            raise CheckpointError(f"no checkpoint at {name}" + (f"; did you mean {near[0]}?" if near else ""))
     return _converted(name, say, told)
 
 
@@ -144,7 +143,7 @@ def _usable(folder: Path, name: str, say: Callable[[str], None], *, alone: bool 
             remove(folder)
         return False
     unverified = checked.get("skipped") is True
-    if unverified and find_spec("torch") is not None:
+    if unverified and converting.can_verify():
         if alone:
             say("note: the copy in the cache was made without PyTorch, which is here: it is made anew, and verified")
         return False

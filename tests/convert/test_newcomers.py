@@ -37,7 +37,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where PyTorch is not installed: each family's verification is tried in its own tests."""
     monkeypatch.setattr("convert.verify.can_verify", lambda: False)
-    monkeypatch.setattr("jddim.resolving.find_spec", lambda name: None)
 
 
 def write_unet(folder: Path) -> None:
