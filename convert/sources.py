@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jddim.converting import hub_id
+from jddim.known import published
 
 from . import hub
 from .engine import ConversionError, shortened
@@ -64,6 +65,8 @@ def find(
     """
     path, named, commit = Path(src), None, None
     weights = weights if weights in ("ema", "raw") else None
+    if not path.exists() and (known := published(os.fspath(src))) is not None and known.advice:
+        raise ConversionError(known.advice)
     if not path.exists() and (named := hub_id(os.fspath(src))) is not None:
         if revision is not None and named[1] is not None:
             raise ConversionError(f"{src} says a revision, so no --revision {revision}")

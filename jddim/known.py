@@ -137,3 +137,8 @@ presets: tuple[Preset, ...] = (
     Preset("facebook/DiT-XL-2-256", "", 256, 1000, "cc-by-nc-4.0", refused="a transformer of latents"),
 )
 """The published checkpoints that jddim knows of; `jddim list` prints them."""
+
+
+def published(name: str) -> Preset | None:
+    """The published checkpoint of that name."""
+    return next((each for each in presets if each.name == name), None)

@@ -120,6 +120,7 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, **told
     """
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float64):
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 under jax's x64), got {jnp.dtype(dtype).name}")
+    check_names(told, [*Told.__annotations__], "load")
     folder = resolve(path, **told)
     try:
         metadata = load_metadata(folder)

@@ -23,7 +23,7 @@ from jddim import __version__, converting
 from jddim.config import printable
 from jddim.converting import Located, Told, UnsettledError
 from jddim.files import atomic, lock, open_lock, open_regular, recover, remove
-from jddim.known import presets
+from jddim.known import presets, published
 from jddim.run import cache
 
 LARGE = 2**20
@@ -53,19 +53,16 @@ def resolve(src: str | os.PathLike[str], say: Callable[[str], None] = to_stderr,
     name, path = os.fspath(src), Path(src)
     if not os.path.lexists(path):
         recover(path.absolute())
-    there, known = path.exists(), next((each for each in presets if each.name == name), None)
+    there, known = path.exists(), published(name)
     if there and known is not None:
         say(f"note: {name} is a path here, so the published checkpoint of that name is not asked for")
     if (path / "metadata").is_dir() or (path / "params").is_dir():
         if given := [option for option, value in told.items() if value is not None]:
             raise CheckpointError(f"{name} is converted already, so it takes no {' or '.join(given)}")
         return path
-    if not there:
-        if known is not None and known.advice:
-            raise CheckpointError(known.advice)
-        if converting.hub_id(name) is None:
-            near = difflib.get_close_matches(name, [each.name for each in presets], 1)
-            raise CheckpointError(f"no checkpoint at {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    if not there and known is None and converting.hub_id(name) is None:
+        near = difflib.get_close_matches(name, [each.name for each in presets], 1)
+        raise CheckpointError(f"no checkpoint at {name}" + (f"; did you mean {near[0]}?" if near else ""))
     return _converted(name, say, told)
 
 

@@ -190,6 +190,8 @@ def test_what_lies_here_comes_first_and_that_is_said(
     mine = tiny.write_checkpoint(Path("guided-256"))
     assert resolve("guided-256") == mine
     assert capsys.readouterr().err.startswith("note: guided-256 is a path here")
+    with pytest.raises(TypeError, match="wieghts"):
+        jddim.load("guided-256", wieghts="ema")
     with pytest.raises(CheckpointError, match="guided-256 is converted already, so it takes no weights or preset"):
         resolve("guided-256", weights="ema", preset="guided-256")
 
@@ -240,6 +242,7 @@ def test_what_was_not_verified_is_verified_where_it_can_be(kept: Path, monkeypat
 )
 def test_names_that_are_no_files(kept: Path, fails: Callable[..., str], name: str, said: str) -> None:
     assert said in fails("sample", name, "a.png")
+    assert ("no such file" if said.startswith("no ") else said) in fails("info", name)
 
 
 @pytest.mark.parametrize(

@@ -38,18 +38,17 @@ def _cache(args: argparse.Namespace) -> int:
         remove(Path(entry["folder"]))
     if root is not None and args.empty in ("all", "checkpoints"):
         _sweep(root / "checkpoints")
-    left = [entry for entry in kept if entry not in removed]
     if args.json:
+        left = [entry for entry in kept if entry not in removed]
         print_json({"folder": None if root is None else str(root), "removed": removed, "kept": left})
-        return 0
-    if root is None:
+    elif root is None:
         print("no cache: JDDIM_CACHE is empty")
-        return 0
-    for entry in removed if args.empty else kept:
-        print(printable(f"{entry['bytes'] / 1e6:>9.1f} MB  {Path(entry['folder']).name}{_from(entry)}"))
-    total = sum(entry["bytes"] for entry in removed or kept) / 1e6
-    what = f"{counted(len(removed if args.empty else kept), 'folder')}, {total:.1f} MB"
-    print(f"{'removed: ' if args.empty else ''}{what} in {root}")
+    else:
+        shown = removed if args.empty else kept
+        for entry in shown:
+            print(printable(f"{entry['bytes'] / 1e6:>9.1f} MB  {Path(entry['folder']).name}{_from(entry)}"))
+        total = sum(entry["bytes"] for entry in shown) / 1e6
+        print(f"{'removed: ' if args.empty else ''}{counted(len(shown), 'folder')}, {total:.1f} MB in {root}")
     return 0
 
 

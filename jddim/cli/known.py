@@ -27,7 +27,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 def _list(args: argparse.Namespace) -> int:
     found = [each for each in presets if args.name in (None, each.name)]
     if not found:
-        raise ValueError(f"no published checkpoint is known as {args.name}" + did_you_mean(args.name, _NAMES))
+        near = did_you_mean(args.name, [each.name for each in presets])
+        raise ValueError(f"no published checkpoint is known as {args.name}{near}")
     if args.json:
         print_json([dataclasses.asdict(each) for each in found])
     elif args.name is not None:
@@ -43,9 +44,6 @@ def _list(args: argparse.Namespace) -> int:
                 print(f"not read: {each.name}: {each.refused}")
         print("jddim sample NAME out.png samples one; jddim list NAME says more")
     return 0
-
-
-_NAMES = [each.name for each in presets]
 
 
 def _row(known: Preset) -> tuple[str, ...]:
