@@ -251,7 +251,8 @@ def _open(
             told = _with_preset(family, preset, settings)
             plan = family.plan(source.tensors, contents, told)
     except UnsettledError as error:
-        fitting, words, misfit = _way_on(error, family, source, contents, preset, settings)
+        with refusing(src):
+            fitting, words, misfit = _way_on(error, family, source, contents, preset, settings)
         if misfit:
             raise ConversionError(f"{error}; and whatever is told, {misfit}") from error
         said = f"{error}; the tensors agree with --preset {' or '.join(fitting)}" if fitting else str(error)

@@ -129,7 +129,7 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, **told
         if not forget(folder):
             raise
         raise CheckpointError(
-            f"{error}: so it is removed from the cache, and the same call converts it anew"
+            f"the copy in the cache is damaged ({error}); it is removed, and the same call makes it anew"
         ) from error
     model = build_model(metadata.model, params, dtype)
     return DDIM(model, make_schedule(metadata.schedule), metadata.sampler, metadata)

@@ -118,7 +118,7 @@ def test_a_damaged_entry_is_made_anew_or_refused(
         content = bytearray(path.read_bytes() or b"x")
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="so it is removed from the cache, and the same call converts it anew"):
+    with pytest.raises(CheckpointError, match="it is removed, and the same call makes it anew"):
         jddim.load(source)
     assert not folder.exists()
     assert jddim.load(source).metadata is not None

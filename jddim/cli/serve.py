@@ -61,9 +61,7 @@ def _serve(args: argparse.Namespace) -> int:
         raise ValueError(f"--port must lie in 0..65535, got {args.port}")
     names = [Path(ckpt).resolve().name for ckpt in args.ckpt]
     if len(set(names)) != len(names):
-        raise ValueError(
-            f"the checkpoints' names must differ, they are the checkpoints' on the page: {', '.join(names)}"
-        )
+        raise ValueError(f"the checkpoints' names must differ, the page shows them: {', '.join(names)}")
     try:
         import uvicorn
 
