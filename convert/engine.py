@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jddim.converting import ConversionError
+from jddim.converting import ConversionError, UnsettledError
 
 from .files.mapped import FLOATS, release
 from .rules import (
@@ -109,14 +109,6 @@ def _float32(value: NDArray) -> NDArray[np.float32]:
     return copy
 
 
-class UnsettledError(ConversionError):
-    """A source that nothing is wrong with but that settings are missing. asks: each as `--set` takes it, KEY=WHAT."""
-
-    def __init__(self, said: str, asks: Iterable[str]):
-        super().__init__(said)
-        self.asks = tuple(asks)
-
-
 def refuse(problems: Iterable[str], asks: Iterable[str] = ()) -> None:
     """Raise ConversionError with all that is wrong, if anything is; UnsettledError if that is but what `asks` says."""
     if said := "; ".join(problems):
@@ -125,9 +117,11 @@ def refuse(problems: Iterable[str], asks: Iterable[str] = ()) -> None:
 
 @contextlib.contextmanager
 def refusing(what: object) -> Iterator[None]:
-    """A ValueError from within becomes ConversionError("what: why")."""
+    """A ValueError from within becomes ConversionError("what: why"), an UnsettledError stays one."""
     try:
         yield
+    except UnsettledError as error:
+        raise UnsettledError(f"{what}: {error}", error.asks) from error
     except ValueError as error:
         raise ConversionError(f"{what}: {error}") from error
 

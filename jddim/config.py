@@ -623,6 +623,11 @@ def first_few(words: Sequence[str], most: int) -> str:
     return "; ".join(words[:most]) + more
 
 
+def printable(line: str) -> str:
+    """A line that quotes a file, without the control characters that would steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """` (did you mean 'x'?)` when something allowed is near; what is allowed where nothing is, or where it is short."""
     allowed = sorted(allowed)

@@ -30,7 +30,7 @@ def test_the_readmes_commands_and_python_run(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^jddim (.*)$", "".join(re.findall(r"```sh\n(.*?)```", README, re.S)), re.M)
-    assert [command.split()[0] for command in commands] == ["info", "convert", "sample"]
+    assert [command.split()[0] for command in commands] == ["sample", "info", "convert"]
     for command in commands:
         assert main(shlex.split(command, comments=True)) == 0, command
     assert Path("digits.png").is_file()

@@ -21,7 +21,6 @@ torch = pytest.importorskip("torch", reason="the reference and the writers need 
 from safetensors.numpy import save_file  # noqa: E402
 
 import jddim  # noqa: E402
-from convert import hub  # noqa: E402
 from convert.conversion import convert, describe, verify  # noqa: E402
 from convert.engine import ConversionError, UnsettledError  # noqa: E402
 from convert.export import export  # noqa: E402
@@ -33,6 +32,7 @@ from convert.writers import state_shapes  # noqa: E402
 from jddim.checkpoint.metadata import Metadata  # noqa: E402
 from jddim.cli.main import main  # noqa: E402
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, to_json  # noqa: E402
+from jddim.converting import hub_id  # noqa: E402
 from jddim.installing import install_line  # noqa: E402
 from jddim.schedule import make_schedule  # noqa: E402
 
@@ -333,10 +333,12 @@ def test_a_hub_id_comes_from_the_cache_and_is_recorded(
     assert (source["hub_id"], source["commit"]) == ("someone/tiny", COMMIT)
     assert metadata.sampler.variance == "fixed_large"
     assert verify(tmp_path / "out", "someone/tiny").first_bad is None
-    assert find("someone/tiny", revision=COMMIT).commit == COMMIT
+    assert find("someone/tiny", revision=COMMIT).commit == find(f"someone/tiny@{COMMIT}").commit == COMMIT
     assert describe("someone/tiny", revision=COMMIT)[-1].endswith(f"someone/tiny DST --revision {COMMIT}")
     for src, revision, message in (
-        ("someone/else", None, "no such file or folder: someone/else, and as a hub id it cannot be had"),
+        ("someone/else", None, "no such file or folder: someone/else, and as a hub id it cannot be had: it is not in "),
+        ("someone/else", None, "the hub's cache, and HF_HUB_OFFLINE is set, so it is not fetched"),
+        (f"someone/tiny@{COMMIT}", "v2", "says a revision, so no --revision v2"),
         ("someone/tiny", "v2", "as a hub id at revision v2 it cannot be had"),
         (str(cache), "v2", "--revision v2 goes with a hub id"),
     ):
@@ -377,9 +379,11 @@ def test_what_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_may_be_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert hub.is_id("google/ddpm-cifar10-32")
-    for path in ("model", "a/b/c", "/a/b", "../b", "runs/model", "google/model.safetensors", "a/../b", "a/"):
-        assert not hub.is_id(path), path
+    assert hub_id("google/ddpm-cifar10-32") == ("google/ddpm-cifar10-32", None)
+    assert hub_id("google/ddpm-cifar10-32@refs/pr/1") == ("google/ddpm-cifar10-32", "refs/pr/1")
+    for path in ("model", "a/b/c", "/a/b", "../b", "runs/model", "google/model.safetensors", "a/../b", "a/", "a/b@"):
+        assert hub_id(path) is None, path
+    assert hub_id("runs/model", here=True) is not None
     with pytest.raises(ConversionError, match="no such file: runs/model"):
         find("runs/model")
 
