@@ -165,6 +165,7 @@ def describe(
     contents, files = _configs(family, origin.file, config)
     source = as_asked(family.placed(source, origin.file, contents), weights, str(src))
     facts = [f"  config      {file}" for file in files] or ["  config      none beside it"]
+    asks: tuple[str, ...] = ()
     try:
         told_settings = _with_preset(family, preset, settings)
         plan = family.plan(source.tensors, contents, told_settings)
@@ -174,25 +175,30 @@ def describe(
             for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
         ]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
+        asks = plan.asks
         if plan.unchecked:
             facts.append(f"  told        not checked by the file: {_pairs(plan.unchecked, told_settings)}")
         facts += [f"  note        {note}" for note in plan.notes]
         facts += [f"  WARNING     {warning}" for warning in plan.warnings]
     except UnsettledError as error:
         facts.append(f"  needs       {error}")
+        asks = error.asks
+        if misfit := _misfit(family, source, contents, {**_with_preset(family, preset, settings), **_tried(asks)}):
+            facts.append(f"  refused     {misfit}")
+            command = []
         if fitting := [] if preset else _fitting_presets(family, source, contents, settings):
             facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
             options += ["--preset", fitting[0] if len(fitting) == 1 else "NAME"]
-        else:
-            options += [part for ask in error.asks for part in ("--set", ask)]
-        if misfit := _misfit(
-            family, source, contents, {**_with_preset(family, preset, settings), **_tried(error.asks)}
-        ):
-            facts.append(f"  refused     {misfit}")
-            command = []
+            asks = ()
     except ValueError as error:  # ConversionErrors, and what a network refuses when it is made
         facts.append(f"  refused     {error}")
         command = []
+    if command and (untold := [key for key, _, what in (ask.partition("=") for ask in asks) if what == "VALUE"]):
+        facts.append(
+            f"  untold      {', '.join(untold)}: no tensor tells these; for what --set leaves out, the source's default "
+            "is assumed"
+        )
+    options += [part for ask in asks for part in ("--set", ask)]
     return [
         f"{src}: {family.title}",
         *([f"  file        {origin.choice}"] if origin.choice else []),
@@ -280,7 +286,7 @@ def _fitting_presets(
 def _tried(asks: Iterable[str]) -> dict[str, str]:
     """Settings with values that any tensors go with, in place of those that a person has to give."""
     neutral = {"SIDE": "512", "N": "1", "BOOLEAN": "False"}
-    return {key: neutral.get(value, value) for key, _, value in (ask.partition("=") for ask in asks)}
+    return {key: neutral[what] for key, _, what in (ask.partition("=") for ask in asks) if what in neutral}
 
 
 def _misfit(
