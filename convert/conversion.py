@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ from jddim.checkpoint.folder import CheckpointError, check_destination, load_met
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import did_you_mean, to_json
 from jddim.converting import Paths, Verification
+from jddim.files import MOST_JSON, read_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
 
 from . import verify as verification
@@ -195,8 +195,8 @@ def describe(
         command = []
     if command and (untold := [key for key, _, what in (ask.partition("=") for ask in asks) if what == "VALUE"]):
         facts.append(
-            f"  untold      {', '.join(untold)}: no tensor tells these; for what --set leaves out, the source's default "
-            "is assumed"
+            f"  untold      {', '.join(untold)}: no tensor tells these; where --set leaves one out, the source's "
+            "default is assumed"
         )
     options += [part for ask in asks for part in ("--set", ask)]
     return [
@@ -363,14 +363,8 @@ def _namespace(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)  # type: ignore[arg-type]  # raises for another kind of node
 
 
-def _integer(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**63:  # no setting; and slow to print
-        raise ValueError(f"a number of {len(text)} digits")
-    return number
-
-
 def _yaml_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return _integer(str(loader.construct_yaml_int(node))) if len(node.value) <= 20 else _integer(node.value)
+    return whole_number(str(loader.construct_yaml_int(node)) if len(node.value) <= 20 else node.value)
 
 
 _ConfigLoader.add_constructor("tag:yaml.org,2002:int", _yaml_integer)
@@ -380,12 +374,12 @@ _ConfigLoader.add_constructor("tag:yaml.org,2002:python/object:argparse.Namespac
 def _read_config(path: Path) -> dict[str, Any]:
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        text = path.read_text()
         if kind == "JSON":  # of which YAML 1.1 is no superset: it takes 1e-06 for text
-            contents = json.loads(text, parse_int=_integer)
+            contents = read_json(path)
         else:
+            text = read_regular(path, MOST_JSON).decode()
             contents = _flags(text) or yaml.load(text, Loader=_ConfigLoader)
-        contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
+            contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
     except yaml.constructor.ConstructorError as error:
         raise ConversionError(
             f"{path} holds more than plain values, and jddim never runs code from a config: "

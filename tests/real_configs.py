@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.families import FAMILIES, diffusers, ho, lucidrains, openai
+from convert.families import FAMILIES, ho, lucidrains
 from convert.families import diffusers_config as configs
 from convert.writers import state_shapes
 from jddim.config import LucidrainsConfig, ModelConfig, ScheduleConfig, UNetConfig
@@ -35,7 +35,7 @@ class Row:
     folder, with the keys that concern the network, its training and sampling. sampling: the sampler's facts that they
     alone tell. asked: what `told` has to add to them. refused: why they are. alone: whether the weights can be had
     without them. wrong: a setting that the tensors contradict. prefix, beside: of the names in the file, and what else
-    is there. millions: of parameters, where the source says how many.
+    is there. millions: of parameters, where the source's model card, file name or file size says about how many.
     """
 
     source: str
@@ -240,6 +240,59 @@ DIFFUSERS = {
     ),
 }
 
+# -- Ho et al.'s ------------------------------------------------------------------------------------------------------
+
+
+def of_ermongroup(side: int, ch_mult: tuple[int, ...], var_type: str) -> dict[str, Any]:
+    """A config.yml as ermongroup's, in which the sides, the multipliers and the variance differ."""
+    return {
+        "data": {"image_size": side, "channels": 3, "random_flip": True, "rescaled": True},
+        "model": {
+            **{"type": "simple", "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": list(ch_mult)},
+            **{"num_res_blocks": 2, "attn_resolutions": [16], "resamp_with_conv": True, "var_type": var_type},
+        },
+        "diffusion": {
+            **{"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_diffusion_timesteps": 1000}
+        },
+    }
+
+
+def of_ho(
+    source: str, side: int, ch_mult: tuple[int, ...], var_type: str, preset: str | None, millions: float | None = None
+) -> Row:
+    config = of_ermongroup(side, ch_mult, var_type)
+    told = {key: _set(value) for part in config.values() for key, value in part.items() if key in ho.SETTINGS}
+    levels = tuple(level for level in range(len(ch_mult)) if side // 2**level == 16)
+    network = UNetConfig(
+        (side, side), 3, 3, channels=128, channel_mults=ch_mult, num_res_blocks=2, attention_levels=levels
+    )
+    return Row(
+        *(source, "ho", network, told, LINEAR, {"spacing": "uniform", "clip": False}),
+        said=frozenset(told.keys() - {"var_type"}),
+        preset=preset,
+        files={"config.yml": config},
+        sampling={"variance": var_type.replace("fixed", "fixed_")},
+        wrong=("ch", "64"),
+        millions=millions,
+    )
+
+
+_SIX = (1, 1, 2, 2, 4, 4)
+HO = {
+    "ermongroup's CIFAR-10": of_ho(
+        "ermongroup/ddim, configs/cifar10.yml", 32, (1, 2, 2, 2), "fixedlarge", "cifar10", 35.7
+    ),
+    "ermongroup's CelebA": of_ho("ermongroup/ddim, configs/celeba.yml", 64, (1, 2, 2, 2, 4), "fixedlarge", None),
+    "ermongroup's LSUN bedroom": of_ho(
+        "ermongroup/ddim, configs/bedroom.yml", 256, _SIX, "fixedsmall", "lsun_bedroom", 113.7
+    ),
+    "ermongroup's LSUN church": of_ho("ermongroup/ddim, configs/church.yml", 256, _SIX, "fixedsmall", "lsun_church"),
+    "SDEdit's CelebA-HQ": of_ho("ermongroup/SDEdit, configs/celeba.yml", 256, _SIX, "fixedsmall", "celebahq"),
+    "DiffusionCLIP's CelebA-HQ": of_ho(
+        "gwang-kim/DiffusionCLIP, configs/celeba.yml", 256, _SIX, "fixedsmall", "celebahq"
+    ),
+}
+
 # -- OpenAI's and their forks -----------------------------------------------------------------------------------------
 
 _MULTIPLIERS = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
@@ -320,14 +373,21 @@ _FFHQ = (
     "True --noise_schedule linear --num_channels 128 --num_res_blocks 1 --num_head_channels 64 --resblock_updown True "
     "--use_fp16 False --use_scale_shift_norm True "
 )
-_COSINE_4000 = "--num_channels 128 --num_res_blocks 3 --learn_sigma True --diffusion_steps 4000 --noise_schedule cosine "
+_COSINE_4000 = (
+    "--num_channels 128 --num_res_blocks 3 --learn_sigma True --diffusion_steps 4000 --noise_schedule cosine "
+)
 _PLAIN = "--rescale_learned_sigmas False --rescale_timesteps False "
-_ADM_64 = "--class_cond True --image_size 64 --noise_schedule cosine --num_channels 192 --num_res_blocks 3 --dropout 0.1 "
-_ADM_64 += "--use_new_attention_order True "
+_ADM_64 = (
+    "--class_cond True --image_size 64 --noise_schedule cosine --num_channels 192 --num_res_blocks 3 --dropout 0.1 "
+    "--use_new_attention_order True "
+)
 _SR = "--class_cond True --num_channels 192 --use_fp16 True "
-_SR_256, _SR_512 = "--large_size 256 --small_size 64 ", "--large_size 512 --small_size 128 --attention_resolutions 32,16 "
-_LSUN = "--image_size 256 --num_channels 128 --num_res_blocks 2 --num_heads 1 --learn_sigma True --use_scale_shift_norm "
-_LSUN += "False --attention_resolutions 16 --diffusion_steps 1000 --noise_schedule linear "
+_SR_256 = "--large_size 256 --small_size 64 "
+_SR_512 = "--large_size 512 --small_size 128 --attention_resolutions 32,16 "
+_LSUN = (
+    "--image_size 256 --num_channels 128 --num_res_blocks 2 --num_heads 1 --learn_sigma True --use_scale_shift_norm "
+    "False --attention_resolutions 16 --diffusion_steps 1000 --noise_schedule linear "
+)
 _256_UNCOND = _ADM + _64_WIDE + "--class_cond False --image_size 256 --use_fp16 True "
 
 
@@ -338,8 +398,10 @@ def _yaml(names: str, told: Mapping[str, str], **more: Any) -> dict[str, Any]:
     return {key: int(value) if str(value).isdigit() else value for key, value in values.items()} | more
 
 
-_NETWORK = "num_channels num_res_blocks learn_sigma class_cond attention_resolutions num_heads num_head_channels "
-_NETWORK += "num_heads_upsample use_scale_shift_norm dropout resblock_updown use_fp16 use_new_attention_order image_size"
+_NETWORK = (
+    "image_size num_channels num_res_blocks learn_sigma class_cond attention_resolutions num_heads num_head_channels "
+    "num_heads_upsample use_scale_shift_norm dropout resblock_updown use_fp16 use_new_attention_order"
+)
 _DIFFUSION = ("diffusion_steps", "noise_schedule", "rescale_timesteps", "predict_xstart")
 
 
@@ -389,9 +451,7 @@ def _openai() -> dict[str, Row]:
             "--num_channels 192 --num_res_blocks 2 --learn_sigma True --class_cond True --diffusion_steps 4000 "
             "--noise_schedule linear --large_size 256 --small_size 64 " + _PLAIN,
         ),
-        "P2's FFHQ": of_openai(
-            "jychoi118/P2-weighting, README.md", _DEFAULTS, _FFHQ, millions=93.6
-        ),
+        "P2's FFHQ": of_openai("jychoi118/P2-weighting, README.md", _DEFAULTS, _FFHQ, millions=93.6),
     }
     ffhq = of_openai(
         "DPS2022/diffusion-posterior-sampling, configs/model_config.yaml and configs/diffusion_config.yaml",
@@ -401,7 +461,10 @@ def _openai() -> dict[str, Row]:
     afhq = "gwang-kim/DiffusionCLIP, models/improved_ddpm/script_util.py and configs/"
     clip = of_openai(afhq + "afhq.yml", _DEFAULTS, _FFHQ)
     celeba = of_openai(
-        "andreas128/RePaint, confs/test_c256_thick.yml", _DEFAULTS, _256_UNCOND + "--use_fp16 False", "guided-256-uncond"
+        "andreas128/RePaint, confs/test_c256_thick.yml",
+        _DEFAULTS,
+        _256_UNCOND + "--use_fp16 False",
+        "guided-256-uncond",
     )
     ddrm = of_openai("bahjat-kawar/ddrm, configs/imagenet_256.yml", _DEFAULTS, _256_UNCOND, "guided-256-uncond")
     imagenet = of_openai(
@@ -429,62 +492,13 @@ def _openai() -> dict[str, Row]:
         "DDRM's ImageNet": _with(ddrm, of_ddrm, asked=_DIFFUSION),
         # This source's YAML files are of Ho et al.'s network, whatever the weights are of.
         "DiffusionCLIP's AFHQ": _with(
-            clip, of_ermongroup(256, (1, 1, 2, 2, 4, 4), "fixedsmall"), refused="num_res_blocks is 2 by the flags, but 1"
+            clip,
+            of_ermongroup(256, _SIX, "fixedsmall"),
+            refused="num_res_blocks is 2 by the flags, but 1",
         ),
-        "DiffusionCLIP's ImageNet": _with(imagenet, of_ermongroup(512, (1, 1, 2, 2, 4, 4), "fixedsmall")),
+        "DiffusionCLIP's ImageNet": _with(imagenet, of_ermongroup(512, _SIX, "fixedsmall")),
     }
 
-
-# -- Ho et al.'s ------------------------------------------------------------------------------------------------------
-
-
-def of_ermongroup(side: int, ch_mult: tuple[int, ...], var_type: str) -> dict[str, Any]:
-    """A config.yml as ermongroup's, in which the sides, the multipliers and the variance differ."""
-    return {
-        "data": {"image_size": side, "channels": 3, "random_flip": True, "rescaled": True},
-        "model": {
-            **{"type": "simple", "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": list(ch_mult)},
-            **{"num_res_blocks": 2, "attn_resolutions": [16], "resamp_with_conv": True, "var_type": var_type},
-        },
-        "diffusion": {
-            **{"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_diffusion_timesteps": 1000}
-        },
-    }
-
-
-def of_ho(
-    source: str, side: int, ch_mult: tuple[int, ...], var_type: str, preset: str | None, millions: float | None = None
-) -> Row:
-    config = of_ermongroup(side, ch_mult, var_type)
-    told = {key: _set(value) for part in config.values() for key, value in part.items() if key in ho.SETTINGS}
-    levels = tuple(level for level in range(len(ch_mult)) if side // 2**level == 16)
-    network = UNetConfig(
-        (side, side), 3, 3, channels=128, channel_mults=ch_mult, num_res_blocks=2, attention_levels=levels
-    )
-    return Row(
-        *(source, "ho", network, told, LINEAR, {"spacing": "uniform", "clip": False}),
-        said=frozenset(told.keys() - {"var_type"}),
-        preset=preset,
-        files={"config.yml": config},
-        sampling={"variance": var_type.replace("fixed", "fixed_")},
-        wrong=("ch", "64"),
-        millions=millions,
-    )
-
-
-_SIX = (1, 1, 2, 2, 4, 4)
-HO = {
-    "ermongroup's CIFAR-10": of_ho(
-        "ermongroup/ddim, configs/cifar10.yml", 32, (1, 2, 2, 2), "fixedlarge", "cifar10", 35.7
-    ),
-    "ermongroup's CelebA": of_ho("ermongroup/ddim, configs/celeba.yml", 64, (1, 2, 2, 2, 4), "fixedlarge", None),
-    "ermongroup's LSUN bedroom": of_ho(
-        "ermongroup/ddim, configs/bedroom.yml", 256, _SIX, "fixedsmall", "lsun_bedroom", 113.7
-    ),
-    "ermongroup's LSUN church": of_ho("ermongroup/ddim, configs/church.yml", 256, _SIX, "fixedsmall", "lsun_church"),
-    "SDEdit's CelebA-HQ": of_ho("ermongroup/SDEdit, configs/celeba.yml", 256, _SIX, "fixedsmall", "celebahq"),
-    "DiffusionCLIP's CelebA-HQ": of_ho("gwang-kim/DiffusionCLIP, configs/celeba.yml", 256, _SIX, "fixedsmall", "celebahq"),
-}
 
 # -- lucidrains' ------------------------------------------------------------------------------------------------------
 

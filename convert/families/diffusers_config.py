@@ -207,8 +207,8 @@ UNTOLD = (
     *("rescale_betas_zero_snr", "prediction_type", "condition_first"),
 )
 """The facts of a network and its training that no tensor tells."""
-_NULL = ("attn_norm_num_groups", "class_embed_type", "num_train_timesteps", "trained_betas")
-"""Those of them that are null but in networks of a kind of their own."""
+_NULL = ("attn_norm_num_groups", "class_embed_type", "num_train_timesteps", "attention_head_dim")
+"""Those of the network's that are null, or asked for by `_missing`."""
 
 SETTINGS: Mapping[str, str] = {key: option.meaning for part in (UNET, CALL, SCHEDULER) for key, option in part.items()}
 
@@ -327,7 +327,7 @@ def read_configs(
         problems += _contradictions(inferred, parsed)
         parts[name] = {key: option.default for key, option in options.items()} | inferred | parsed
     trained = _TRAINED if not files["scheduler"] else ()
-    keys = [] if found is None else [key for key in UNET if key in UNTOLD and key not in (*_NULL, "attention_head_dim", *found)]
+    keys = [] if found is None else [key for key in UNET if key in UNTOLD and key not in (*_NULL, *found)]
     keys += [*trained, *(["condition_first"] if "condition_first" not in call and _beside(parts) else [])]
     missing = {} if found is None else _missing(found, given)
     if missing:

@@ -372,8 +372,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     model = _model(told, found, settle("norm_groups", 32, "fixed in both sources"))
     by_width = told.get("num_head_channels") is not None
     if not by_width:
-        settle("num_head_channels", -1, "by num_heads: the default of guided-diffusion, and improved-diffusion's only way")
-        settle("num_heads_upsample", -1, "num_heads: the default of both sources")
+        settle("num_head_channels", -1, "guided-diffusion's default, and improved-diffusion's only way: by num_heads")
+        settle("num_heads_upsample", -1, f"{both}: num_heads")
     one_head = all(count == 1 for count in _head_counts(model))
     new_order = told.get("use_new_attention_order", False)
     if not one_head:  # with one, the orders are the same

@@ -23,9 +23,10 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [*a{i - 1}, *a{i - 1}
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.yml", "T: " + "9" * 5000, "a number of 5000 digits"),
-        ("c.yml", "T: 9223372036854775808", "a number of 19 digits"),
-        ("c.yml", "T: 1" + ":59" * 50, "a number of 151 digits"),  # YAML 1.1 has numbers to base 60
+        ("c.yml", "T: " + "9" * 5000, "a whole number of 5000 digits"),
+        ("c.yml", "T: 18446744073709551616", "a whole number of 20 digits"),
+        ("c.yml", "T: 0x10000000000000000", "a whole number of 20 digits"),
+        ("c.yml", "T: 1" + ":59" * 50, "a whole number of 151 digits"),  # YAML 1.1 has numbers to base 60
         ("c.yml", "[" * 3000, "is not YAML"),
         ("c.yml", "a: !!bool maybe", "is not YAML"),
         ("c.yml", "a: !!timestamp never", "is not YAML"),
@@ -33,7 +34,8 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [*a{i - 1}, *a{i - 1}
         ("c.yml", "a: &a [*a]", "is not YAML"),
         ("c.yml", BOMB, "hold more than the file"),
         ("c.yml", MERGES, "a merge key"),
-        ("c.json", '{"T": 18446744073709551615}', "a number of 20 digits"),
+        ("c.json", '{"T": 18446744073709551616}', "a whole number of 20 digits"),
+        ("c.json", '{"T": 1, "T": 2}', "a name occurs twice"),
         ("c.json", "[" * 100_000, "is not JSON"),
         ("c.json", '{"T": ' + "9" * 5000 + "}", "is not JSON"),
     ],

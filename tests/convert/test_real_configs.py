@@ -19,16 +19,16 @@ import pytest
 
 pytest.importorskip("torch", reason="the networks' names and shapes are PyTorch's: pip install 'jddim[convert]'")
 
-from real_configs import ROWS, Row  # noqa: E402
+from real_configs import ROWS, Row
 
-from convert.conversion import describe  # noqa: E402
-from convert.engine import matched, refuse_misfits  # noqa: E402
-from convert.families import Family, Plan, Source  # noqa: E402
-from convert.rules import to_layout  # noqa: E402
-from jddim.checkpoint.metadata import Metadata  # noqa: E402
-from jddim.cli.main import main  # noqa: E402
-from jddim.config import ModelConfig, UNetConfig  # noqa: E402
-from jddim.models.building import abstract_model, flat_params  # noqa: E402
+from convert.conversion import describe
+from convert.engine import matched, refuse_misfits
+from convert.families import Family, Plan, Source, openai
+from convert.rules import to_layout
+from jddim.checkpoint.metadata import Metadata
+from jddim.cli.main import main
+from jddim.config import ModelConfig, UNetConfig
+from jddim.models.building import abstract_model, flat_params
 
 SAME_SHAPES: dict[str, Any] = {
     **{"image_size": (512, 512), "num_heads": 1, "num_heads_up": None, "head_channels": None, "norm_groups": 1},
@@ -85,6 +85,9 @@ def check(metadata: Metadata, row: Row, **sampling: Any) -> None:
     plain = {"prediction_type": "epsilon", "timestep_scale": 1.0, "clip": True, "steps_offset": 0}
     expected = {**plain, **row.sampler, **sampling}
     assert {field: getattr(metadata.sampler, field) for field in expected} == expected
+    if row.family == "openai":
+        order = row.told["use_new_attention_order"] == "True"
+        assert metadata.provenance["reference_options"] == {"use_new_attention_order": order}
     # a default stands in for nothing that the source says
     said = [*metadata.provenance["assumed"], *metadata.provenance.get("warnings", ())]
     assumed = {key for fact in said for key in re.findall(r"(\w+) = ", fact)}
@@ -102,10 +105,15 @@ def test_the_weights_alone_convert_with_what_info_asks_for(
         (parameters,) = [line for line in lines if line.startswith("  parameters")]
         assert round(int(parameters.split()[1].replace(",", "")) / 1e6, 1) == row.millions
     words, asked = filled(lines[-1], row, tmp_path / "out")
+    assert row.preset is None or any(line.startswith("  presets") and row.preset in line for line in lines)
     assert bool(asked) is ("--preset" not in words) is (row.preset is None)
     assert main(words) == 0
     check(*written, row)
     assert f"{row.wrong[0]} is " in fails(*words, "--set", "=".join(row.wrong))
+
+
+def test_every_preset_of_openais_networks_is_held_to_its_flags() -> None:
+    assert {row.preset for row in ROWS.values() if row.family == "openai"} == {*openai.PRESETS, None}
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.files])
