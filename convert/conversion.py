@@ -387,7 +387,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         ) from error
     # PyYAML raises KeyError for `!!bool x`, AttributeError for `!!timestamp x`, IndexError and TypeError for others.
     except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
-        raise ConversionError(f"{path} is not {kind}: {' '.join(str(error).split())[:200]}") from error
+        raise ConversionError(f"{path} cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(contents, dict):
         raise ConversionError(f"{path} holds no config: expected sections or keys, each with a value")
     return contents
@@ -396,7 +396,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _flags(text: str) -> dict[str, Any]:
     """An absl flagfile's lines: `--name=value`, whose text is kept, or `--name`; a name that is repeated has a list."""
     found: dict[str, list[Any]] = {}
-    for name, equals, value in re.findall(r"^--(\w+)(=?)(.*)$", text, re.MULTILINE):
+    for name, equals, value in re.findall(r"^--(\w+)(=?)(.*?)\r?$", text, re.MULTILINE):
         found.setdefault(name, []).append(value if equals else True)
     return {name: values if len(values) > 1 else values[0] for name, values in found.items()}
 

@@ -370,8 +370,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     refuse(problems, asks)
 
     model = _model(told, found, settle("norm_groups", 32, "fixed in both sources"))
-    by_width = told.get("num_head_channels") is not None
-    if not by_width:
+    if told.get("num_head_channels") is None:
         settle("num_head_channels", -1, "guided-diffusion's default, and improved-diffusion's only way: by num_heads")
         settle("num_heads_upsample", -1, f"{both}: num_heads")
     one_head = all(count == 1 for count in _head_counts(model))
