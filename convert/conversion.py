@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ from jddim.checkpoint.folder import CheckpointError, check_destination, load_met
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import did_you_mean, to_json
 from jddim.converting import Located, Paths, UnsettledError, Verification, hub_id
+from jddim.files import MOST_JSON, read_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
 
 from . import verify as verification
@@ -181,6 +181,7 @@ def describe(
     contents, files = _configs(family, origin.file, config)
     source = as_asked(family.placed(source, origin.file, contents), weights, str(src))
     facts = [f"  config      {file}" for file in files] or ["  config      none beside it"]
+    asks: tuple[str, ...] = ()
     try:
         told_settings = _with_preset(family, preset, settings)
         plan = family.plan(source.tensors, contents, told_settings)
@@ -190,6 +191,7 @@ def describe(
             for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
         ]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
+        asks = plan.asks
         if plan.unchecked:
             facts.append(f"  told        not checked by the file: {_pairs(plan.unchecked, told_settings)}")
         facts += [f"  note        {note}" for note in plan.notes]
@@ -197,15 +199,23 @@ def describe(
     except UnsettledError as error:
         facts.append(f"  needs       {error}")
         fitting, more, misfit = _way_on(error, family, source, contents, preset, settings)
-        options += more
-        if fitting:
-            facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
         if misfit:
             facts.append(f"  refused     {misfit}")
             command = []
+        if fitting:
+            facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
+            options += more
+        else:
+            asks = error.asks
     except ValueError as error:  # ConversionErrors, and what a network refuses when it is made
         facts.append(f"  refused     {error}")
         command = []
+    if command and (untold := [key for key, _, what in (ask.partition("=") for ask in asks) if what == "VALUE"]):
+        facts.append(
+            f"  untold      {', '.join(untold)}: no tensor tells these; where --set leaves one out, the source's "
+            "default is assumed"
+        )
+    options += [part for ask in asks for part in ("--set", ask)]
     return [
         f"{src}: {family.title}",
         *([f"  file        {origin.choice}"] if origin.choice else []),
@@ -307,9 +317,9 @@ def _way_on(
     preset: str | None,
     settings: Mapping[str, str],
 ) -> tuple[list[str], list[str], ConversionError | None]:
-    """The presets that would do, the words that give what is missing, and why the tensors would be refused even so."""
+    """The presets that would do, the words for what must be told, and why the tensors would be refused even so."""
     fitting = [] if preset else _fitting_presets(family, source, contents, settings)
-    words = [part for ask in error.asks for part in ("--set", ask)]
+    words = [part for ask in error.asks if not ask.endswith("=VALUE") for part in ("--set", ask)]
     if fitting:
         words = ["--preset", fitting[0] if len(fitting) == 1 else "NAME"]
     told = {**_with_preset(family, preset, settings), **_tried(error.asks)}
@@ -331,7 +341,7 @@ def _fitting_presets(
 def _tried(asks: Iterable[str]) -> dict[str, str]:
     """Settings with values that any tensors go with, in place of those that a person has to give."""
     neutral = {"SIDE": "512", "N": "1", "BOOLEAN": "False"}
-    return {key: neutral.get(value, value) for key, _, value in (ask.partition("=") for ask in asks)}
+    return {key: neutral[what] for key, _, what in (ask.partition("=") for ask in asks) if what in neutral}
 
 
 def _misfit(
@@ -408,14 +418,8 @@ def _namespace(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)  # type: ignore[arg-type]  # raises for another kind of node
 
 
-def _integer(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**63:  # no setting; and slow to print
-        raise ValueError(f"a number of {len(text)} digits")
-    return number
-
-
 def _yaml_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return _integer(str(loader.construct_yaml_int(node))) if len(node.value) <= 20 else _integer(node.value)
+    return whole_number(str(loader.construct_yaml_int(node)) if len(node.value) <= 20 else node.value)
 
 
 _ConfigLoader.add_constructor("tag:yaml.org,2002:int", _yaml_integer)
@@ -425,12 +429,12 @@ _ConfigLoader.add_constructor("tag:yaml.org,2002:python/object:argparse.Namespac
 def _read_config(path: Path) -> dict[str, Any]:
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        text = path.read_text()
         if kind == "JSON":  # of which YAML 1.1 is no superset: it takes 1e-06 for text
-            contents = json.loads(text, parse_int=_integer)
+            contents = read_json(path)
         else:
+            text = read_regular(path, MOST_JSON).decode()
             contents = _flags(text) or yaml.load(text, Loader=_ConfigLoader)
-        contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
+            contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
     except yaml.constructor.ConstructorError as error:
         raise ConversionError(
             f"{path} holds more than plain values, and jddim never runs code from a config: "
@@ -438,7 +442,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         ) from error
     # PyYAML raises KeyError for `!!bool x`, AttributeError for `!!timestamp x`, IndexError and TypeError for others.
     except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
-        raise ConversionError(f"{path} is not {kind}: {' '.join(str(error).split())[:200]}") from error
+        raise ConversionError(f"{path} cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(contents, dict):
         raise ConversionError(f"{path} holds no config: expected sections or keys, each with a value")
     return contents
@@ -447,7 +451,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _flags(text: str) -> dict[str, Any]:
     """An absl flagfile's lines: `--name=value`, whose text is kept, or `--name`; a name that is repeated has a list."""
     found: dict[str, list[Any]] = {}
-    for name, equals, value in re.findall(r"^--(\w+)(=?)(.*)$", text, re.MULTILINE):
+    for name, equals, value in re.findall(r"^--(\w+)(=?)(.*?)\r?$", text, re.MULTILINE):
         found.setdefault(name, []).append(value if equals else True)
     return {name: values if len(values) > 1 else values[0] for name, values in found.items()}
 

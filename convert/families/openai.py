@@ -28,7 +28,7 @@ from ..rules import Fused, Rules, Target
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, checked, of_wiring
 from .tensors import Tensors, check_tensors, common_size
-from .values import is_integer, not_read, number, parse, sections, settling, whole
+from .values import asking, is_integer, not_read, number, parse, sections, settling, whole
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -350,7 +350,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     if told.get("num_head_channels") is None and "num_heads" not in told:
         missing["num_heads=N"] = (
             "how attention is split into heads: --set num_heads=4 (the default of both sources) or "
-            "--set num_head_channels=64 (most published ones)"
+            "--set num_head_channels=64 (most published ones), which goes before num_heads unless it is -1"
         )
     if T != 1000 and "rescale_timesteps" not in told:
         missing["rescale_timesteps=BOOLEAN"] = (
@@ -363,13 +363,16 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "given a small image beside x_t: --set small_size=SIDE) or a network of 6-channel images (--set "
             "learn_sigma=False)"
         )
-    asks = () if problems else missing
+    asks = () if problems else asking(_asked(told, T, betas is not None, one_head=False), told, missing)
     if missing:
         unknown = "; nor ".join(missing.values())
         problems.append(f"the tensors do not tell {unknown}; --preset NAME says all of it for a published model")
     refuse(problems, asks)
 
     model = _model(told, found, settle("norm_groups", 32, "fixed in both sources"))
+    if told.get("num_head_channels") is None:
+        settle("num_head_channels", -1, "guided-diffusion's default, and improved-diffusion's only way: by num_heads")
+        settle("num_heads_upsample", -1, f"{both}: num_heads")
     one_head = all(count == 1 for count in _head_counts(model))
     new_order = told.get("use_new_attention_order", False)
     if not one_head:  # with one, the orders are the same
@@ -399,6 +402,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         {} if betas is None else {"betas": "no parameter; the noise schedule is taken from it"},
         tuple(assumed),
         (*_notes(told), *not_read(sections(_of_compvis(config), SETTINGS)[1])),
+        asks=asking(_asked(told, T, betas is not None, one_head=one_head), told),
         unchecked=_unchecked(told, given, betas is not None),
         reference_options={"use_new_attention_order": new_order},
         wording=Wording(
@@ -413,6 +417,16 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             },
         ),
     )
+
+
+def _asked(told: Mapping[str, Any], T: int, betas: bool, *, one_head: bool) -> list[str]:
+    """Flags of the network and its training that no tensor tells. betas: these tell T and the schedule."""
+    by_width = told.get("num_head_channels") is not None
+    keys = [] if by_width else ["num_head_channels", "num_heads_upsample"]
+    keys += [] if one_head else ["use_new_attention_order"]
+    keys += [] if betas else ["diffusion_steps", "noise_schedule"]
+    keys += [] if T == 1000 and (betas or "diffusion_steps" in told) else ["rescale_timesteps"]
+    return [*keys, "predict_xstart"]
 
 
 def _unchecked(told: Mapping[str, Any], given: Mapping[str, str], betas: bool) -> tuple[str, ...]:
@@ -759,6 +773,7 @@ _GUIDED = _BOTH | {
 }
 _IMPROVED = _BOTH | {
     "num_heads": "4",
+    "num_head_channels": "-1",  # which it has not, as if it were this
     "num_channels": "128",
     "num_res_blocks": "3",
     "attention_resolutions": "16,8",
@@ -766,7 +781,7 @@ _IMPROVED = _BOTH | {
     "noise_schedule": "cosine",
     "class_cond": "False",
     "use_scale_shift_norm": "True",
-    "use_new_attention_order": "False",  # which it has not: its one order is the other's default
+    "use_new_attention_order": "False",  # nor this: its one order is the other's default
     "rescale_timesteps": "True",
     "rescale_learned_sigmas": "True",
 }
