@@ -391,7 +391,7 @@ def test_mistakes_are_one_line(tmp_path: Path, fails: Callable[..., str], monkey
     (tmp_path / "typo.json").write_text(json.dumps({**job(steps=2).to_json(), "train": {"lrr": 1}}))
     assert "unknown key 'lrr' (did you mean 'lr'" in fails("train", tmp_path / "typo.json", words[2], out)
     (tmp_path / "weights.pt").write_bytes(b"PK\x03\x04\x80\x02")
-    assert "is a zip archive, but" in fails("train", tmp_path / "weights.pt", words[2], out)
+    assert "weights.pt is truncated" in fails("train", tmp_path / "weights.pt", words[2], out)
     assert "is no configuration in JSON" in fails("train", tmp_path / "bad.json", words[2], out)
     assert "no checkpoint at" in fails("train", tmp_path / "absent", words[2], out)
     assert "no such file or folder" in fails(*words[:2], tmp_path / "absent", out)
