@@ -279,7 +279,7 @@ def _fitting_presets(
 
 def _tried(asks: Iterable[str]) -> dict[str, str]:
     """Settings with values that any tensors go with, in place of those that a person has to give."""
-    neutral = {"SIDE": "512", "N": "1", "BOOLEAN": "False"}
+    neutral = {"SIDE": "512", "N": "1", "BOOLEAN": "False", "BETA": "0.01"}
     return {key: neutral.get(value, value) for key, _, value in (ask.partition("=") for ask in asks)}
 
 
@@ -376,7 +376,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
         if kind == "JSON":  # of which YAML 1.1 is no superset: it takes 1e-06 for text
-            contents = json.loads(text, parse_int=_integer)
+            contents = json.loads(_COMMENT.sub(lambda found: found[1] or "", text), parse_int=_integer)
         else:
             contents = _flags(text) or yaml.load(text, Loader=_ConfigLoader)
         contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
@@ -391,6 +391,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise ConversionError(f"{path} holds no config: expected sections or keys, each with a value")
     return contents
+
+
+_COMMENT = re.compile(r'("(?:\\.|[^"\\])*"?)|//.*')
+"""A text, which may hold two slashes, or what Palette's configs have after two."""
 
 
 def _flags(text: str) -> dict[str, Any]:

@@ -147,8 +147,9 @@ class UNetConfig:
     middle: False: nothing between encoder and decoder. mid_scale: the middle's blocks and attention divide their sum
         with the residual by it.
     norm_epsilon: 1e-6 in Ho et al.'s (torch's own default is 1e-5).
-    time_embedding: "sinusoidal"; "fourier" (log t through fixed random frequencies; the output is divided by t) or
-        "learned" (a row for each of num_timesteps). time_channels: width of the time MLP, None: 4 `channels`.
+    time_embedding: "sinusoidal"; "fourier" (log t through fixed random frequencies; the output is divided by t),
+        "learned" (a row for each of num_timesteps) or "noise_level" (the sinusoid of alpha_bar_t, which the network
+        keeps for each of num_timesteps). time_channels: width of the time MLP, None: 4 `channels`.
     cosine_first, frequency_shift: of the sinusoid, whose frequencies are
         10000^(-i / (channels // 2 - frequency_shift)). divide_last: in their exponents the division comes last, as in
         diffusers and OpenAI; it changes the last float32 digit only, which t = 1000 magnifies to 1e-4.
@@ -302,8 +303,9 @@ class UNetConfig:
         ]
         if (self.class_embedding == "learned") != (self.num_classes is not None):
             problems.append(f"num_classes={self.num_classes} goes with class_embedding='learned', and only with it")
-        if (self.time_embedding == "learned") != (self.num_timesteps is not None):
-            problems.append(f"num_timesteps={self.num_timesteps} goes with time_embedding='learned', and only with it")
+        if (self.time_embedding in BY_TABLE) != (self.num_timesteps is not None):
+            told = f"num_timesteps={self.num_timesteps} goes with time_embedding={' or '.join(map(repr, BY_TABLE))}"
+            problems.append(f"{told}, and only with them")
         if self.mid_scale == 0:
             problems.append("mid_scale must not be 0")
         if self.condition_channels < 0:
@@ -342,7 +344,8 @@ class UNetConfig:
 
 RESAMPLINGS = ("conv", "pool", "resnet")
 ACTIVATIONS = ("silu", "gelu", "mish", "relu")
-TIME_EMBEDDINGS = ("sinusoidal", "fourier", "learned")
+BY_TABLE = ("learned", "noise_level")
+TIME_EMBEDDINGS = ("sinusoidal", "fourier", *BY_TABLE)
 CLASS_EMBEDDINGS = ("learned", "timestep", "identity")
 
 

@@ -3,6 +3,7 @@
     python tests/parity/make_source_golden.py pytorch_ddpm CHECKOUT    # w86763777/pytorch-ddpm at f804ccb
     python tests/parity/make_source_golden.py monai CHECKOUT CHECKOUT  # MONAI at d388d1c, GenerativeModels at 7428fce
     python tests/parity/make_source_golden.py openai CHECKOUT             # CompVis/latent-diffusion at a506df5
+    python tests/parity/make_source_golden.py palette CHECKOUT            # Janspiry/Palette-... at 136b29f
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from source_cases import ETA, GOLDEN, SOURCES, STEPS, SourceCase, drawn, images
+from source_cases import ETA, GOLDEN, SOURCES, STEPS, SourceCase, drawn, images, mask_of
 
 NOT_OF_THE_SCHEDULER = ("image_size", "num_head_channels", "norm_num_groups")
 
@@ -88,10 +89,34 @@ def latent_diffusion(name: str, case: SourceCase) -> dict[str, Any]:
     return {"shapes": shapes, "eps": network(nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t))}
 
 
+def palette(name: str, case: SourceCase) -> dict[str, Any]:
+    from models.network import Network
+
+    beta_schedule = {key: yaml.safe_load(case.settings[key]) for key in ("schedule", "n_timestep")}
+    beta_schedule |= {key: float(case.settings[key]) for key in ("linear_start", "linear_end")}
+    whole = Network(case.network, {"test": beta_schedule}, "guided_diffusion")
+    whole.set_new_noise_schedule(torch.device("cpu"), "test")
+    network, shapes = redrawn(whole.denoise_fn)
+    levels = whole.gammas[list(case.t)]
+    found = {"shapes": shapes, "eps": network(nchw(images(case, len(case.t), seed=1)), levels)}
+    beside, x_T = nchw(images(case, 2, seed=2)).chunk(2, dim=1)
+    mask, y_0 = nchw(np.broadcast_to(mask_of(case), (2, *case.size, 1))), beside.clamp(-1, 1)
+    masked = y_0 * (1 - mask) + mask * x_T
+    for run, condition, options in (
+        ("restoration", beside, {"y_t": x_T}),
+        ("inpainting", masked, {"y_t": masked, "y_0": y_0, "mask": mask}),
+    ):
+        noise = iter(nchw(images(case, beta_schedule["n_timestep"], 2, seed=3)[..., : x_T.shape[1]]))
+        torch.randn_like = lambda x, noise=noise: next(noise)
+        found[run], _ = whole.restoration(condition, **options)
+    return found
+
+
 MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "pytorch_ddpm": pytorch_ddpm,
     "openai": latent_diffusion,
     "monai": monai,
+    "palette": palette,
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from source_cases import ETA, SOURCES, STEPS, converted, golden, images
 
 from jddim.ddim import sampler_table, step_table
 from jddim.models.building import build_model
+from jddim.pipeline import DDIM
 from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import make_schedule
 from jddim.timesteps import make_timesteps
@@ -53,6 +54,18 @@ def test_pytorch_ddpms_sampler(var_type: str) -> None:
     )
     x_0 = run(build_model(plan.model, params), images(case, 2, seed=2), images(case, T, 2, seed=3))
     assert error(x_0, golden("pytorch_ddpm")[f"one block/{var_type}"]) <= 1e-4
+
+
+@pytest.mark.parametrize("name", SOURCES["palette"])
+def test_palettes_restoration_is_what_sampling_does_by_default(name: str) -> None:
+    case = SOURCES["palette"][name]
+    plan, params = converted("palette", name)
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    beside, x_T = np.split(images(case, 2, seed=2), 2, axis=-1)
+    noise = images(case, int(case.settings["n_timestep"]), 2, seed=3)[..., : x_T.shape[-1]]
+    for options in ({}, {"method": "ddpm"}):
+        x_0 = ddim.sample(x_T=x_T, condition=beside, noise=noise, **options)
+        assert error(x_0, golden("palette")[f"{name}/restoration"]) <= 1e-4  # measured 3e-6
 
 
 @pytest.mark.parametrize("name", [name for name, case in SOURCES["monai"].items() if case.labels is not None])
