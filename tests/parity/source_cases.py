@@ -19,6 +19,7 @@ from convert.families import FAMILIES, Plan
 from jddim.models.building import abstract_model, flat_params
 
 STEPS, ETA = 7, 0.6  # of the runs by DDIM
+UPSAMPLER = "guided-diffusion's SuperResModel"
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -60,6 +61,17 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
             (6, 10),
             3,
             (0, 7, 999),
+        ),
+        UPSAMPLER: SourceCase(
+            {"image_size": 8, "in_channels": 3, "out_channels": 6, "model_channels": 32, "channel_mult": (1, 2)}
+            | {"num_res_blocks": 1, "attention_resolutions": [2], "num_head_channels": 32, "num_classes": 5}
+            | {"use_scale_shift_norm": True, "resblock_updown": True},
+            {"large_size": "6x10", "small_size": "3x5", "num_head_channels": "32", "rescale_timesteps": "False"}
+            | {"diffusion_steps": "40", "noise_schedule": "linear", "timestep_respacing": "ddim8"},
+            (6, 10),
+            6,
+            (0, 39),
+            (4, 0),
         ),
     },
     "palette": {

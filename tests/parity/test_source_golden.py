@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from source_cases import ETA, SOURCES, STEPS, converted, golden, images
+from source_cases import ETA, SOURCES, STEPS, UPSAMPLER, converted, golden, images
 
 from jddim.ddim import sampler_table, step_table
 from jddim.models.building import build_model
@@ -56,6 +56,23 @@ def test_pytorch_ddpms_sampler(var_type: str) -> None:
     assert error(x_0, golden("pytorch_ddpm")[f"one block/{var_type}"]) <= 1e-4
 
 
+def test_guided_diffusions_upsampler_samples_as_its_loops_do() -> None:
+    """Given a smaller image beside x_t, with labels and a learned variance."""
+    case = SOURCES["openai"][UPSAMPLER]
+    plan, params = converted("openai", UPSAMPLER)
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    x_T, beside = np.split(images(case, 2, seed=2), 2, axis=-1)
+    given = {"labels": np.array(case.labels), "condition": beside[:, ::2, ::2]}
+    noise = images(case, plan.sampler.num_steps, 2, seed=3)[..., :3]
+    for run, options in (
+        ("ancestral", {"method": "ddpm"}),
+        ("DDIM, eta 0", {"eta": 0.0}),
+        ("DDIM", {"eta": ETA}),
+    ):
+        x_0 = ddim.sample(x_T=x_T, noise=noise, **given, **options)
+        assert error(x_0, golden("openai")[f"{UPSAMPLER}/{run}"]) <= 1e-4  # measured 2e-6
+
+
 @pytest.mark.parametrize("name", SOURCES["palette"])
 def test_palettes_restoration_is_what_sampling_does_by_default(name: str) -> None:
     case = SOURCES["palette"][name]
@@ -63,9 +80,8 @@ def test_palettes_restoration_is_what_sampling_does_by_default(name: str) -> Non
     ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
     beside, x_T = np.split(images(case, 2, seed=2), 2, axis=-1)
     noise = images(case, int(case.settings["n_timestep"]), 2, seed=3)[..., : x_T.shape[-1]]
-    for options in ({}, {"method": "ddpm"}):
-        x_0 = ddim.sample(x_T=x_T, condition=beside, noise=noise, **options)
-        assert error(x_0, golden("palette")[f"{name}/restoration"]) <= 1e-4  # measured 3e-6
+    x_0 = ddim.sample(x_T=x_T, condition=beside, noise=noise)
+    assert error(x_0, golden("palette")[f"{name}/restoration"]) <= 1e-4  # measured 3e-6
 
 
 @pytest.mark.parametrize("name", [name for name, case in SOURCES["monai"].items() if case.labels is not None])
