@@ -14,6 +14,12 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 
 
+def later(default: T) -> T:
+    """A field that files of the same format may lack: their digests hold, since its default is not written."""
+    field: T = dataclasses.field(default=default, metadata={"later": True})
+    return field
+
+
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """Which noise schedule a checkpoint was trained with; `jddim.schedule.make_schedule` builds it.
@@ -47,6 +53,7 @@ class SamplerConfig:
     variance: "fixed_small", "fixed_large" or "learned_range", the ancestral sampler's variance. With "learned_range"
         the network has twice the channels, of which the second half interpolates the log-variance (Nichol, Eq. 15);
         DDIM drops it.
+    clean_known: what a mask keeps of an image is clean in every x_t, as in training (Palette), not as noisy as x_t.
     """
 
     spacing: str = "linspace"
@@ -63,6 +70,7 @@ class SamplerConfig:
     timestep_scale: float = 1.0
     self_condition: bool = False
     variance: str = "fixed_small"
+    clean_known: bool = later(False)
 
 
 METHODS = ("ddim", "ddpm", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
@@ -117,12 +125,6 @@ class ModelConfig(Protocol):
     @property
     def num_classes(self) -> int | None:
         """Integer labels lie in 0..num_classes-1; None if there are none, or they are not integers."""
-
-
-def later(default: T) -> T:
-    """A field that files of the same format may lack: their digests hold, since its default is not written."""
-    field: T = dataclasses.field(default=default, metadata={"later": True})
-    return field
 
 
 @dataclasses.dataclass(frozen=True)

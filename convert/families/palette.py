@@ -163,7 +163,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         assumed.append(f"the schedule to sample by is that of the file's gammas ({_said(own)}: maybe the training's)")
     T = schedule.num_train_timesteps
     model = dataclasses.replace(model, condition_first=True, time_embedding="noise_level", num_timesteps=T)
-    sampler = SamplerConfig(num_steps=T, eta=1.0, rederive_eps=True)
+    sampler = SamplerConfig(num_steps=T, eta=1.0, rederive_eps=True, clean_known=True)
     check_sampler(sampler, schedule)
     levels = make_schedule(schedule).alphas_cumprod
     return Plan(

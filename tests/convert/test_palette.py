@@ -87,7 +87,7 @@ def test_a_run_is_converted_with_its_config_and_verified(tmp_path: Path) -> None
     metadata = convert(folder, tmp_path / "out", settings={"norm_groups": "2"})
     assert metadata.model == CONFIG
     assert metadata.schedule == ScheduleConfig("linear", 5, 1e-2, 0.6)
-    assert metadata.sampler == SamplerConfig(num_steps=5, eta=1.0, rederive_eps=True)
+    assert metadata.sampler == SamplerConfig(num_steps=5, eta=1.0, rederive_eps=True, clean_known=True)
     provenance = metadata.provenance
     assert provenance["source"]["file"] == "190_Network_ema.pth"
     assert (provenance["weights"], provenance["step"], provenance["taken"]) == ("ema", None, "denoise_fn")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from source_cases import ETA, GOLDEN, SOURCES, STEPS, UPSAMPLER, SourceCase, drawn, images, mask_of
+from source_cases import ETA, GOLDEN, INPAINTER, SOURCES, STEPS, UPSAMPLER, SourceCase, drawn, images, mask_of
 
 NOT_OF_THE_SCHEDULER = ("image_size", "num_head_channels", "norm_num_groups")
 
@@ -132,7 +132,7 @@ def palette(name: str, case: SourceCase) -> dict[str, Any]:
     masked = y_0 * (1 - mask) + mask * x_T
     for run, condition, options in (
         ("restoration", beside, {"y_t": x_T}),
-        ("inpainting", masked, {"y_t": masked, "y_0": y_0, "mask": mask}),
+        *([("inpainting", masked, {"y_t": masked, "y_0": y_0, "mask": mask})] if name == INPAINTER else []),
     ):
         noise = iter(nchw(images(case, beta_schedule["n_timestep"], 2, seed=3)[..., : x_T.shape[1]]))
         torch.randn_like = lambda x, noise=noise: next(noise)

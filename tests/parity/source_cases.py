@@ -19,6 +19,7 @@ from convert.families import FAMILIES, Plan
 from jddim.models.building import abstract_model, flat_params
 
 STEPS, ETA = 7, 0.6  # of the runs by DDIM
+INPAINTER = "residual resampling"
 UPSAMPLER = "guided-diffusion's SuperResModel"
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -75,7 +76,7 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
         ),
     },
     "palette": {
-        "residual resampling": SourceCase(
+        INPAINTER: SourceCase(
             {"image_size": 8, "in_channel": 6, "out_channel": 3, "inner_channel": 32, "channel_mults": [1, 2]}
             | {"res_blocks": 1, "attn_res": [2, 16], "num_head_channels": 16},
             {"image_size": "6x10", "num_head_channels": "16", "schedule": "linear"}
