@@ -73,7 +73,11 @@ SETTINGS = {
     "linear_start": "of that schedule, the first beta",
     "linear_end": "of that schedule, the last beta",
 }
-_SCHEDULE = ("schedule", "n_timestep", "linear_start", "linear_end")
+# what tells the schedule -> how it is asked for
+_SCHEDULE = {
+    **{"schedule": "schedule=linear", "n_timestep": "n_timestep=N"},
+    **{"linear_start": "linear_start=BETA", "linear_end": "linear_end=BETA"},
+}
 _SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "cosine"}
 
 
@@ -131,12 +135,10 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         missing["num_head_channels=N"] = (
             "how attention is split into heads: --set num_head_channels=32 (the source's configs)"
         )
-    if own is None or told.keys() & set(_SCHEDULE):
-        names = _SCHEDULE[:2] if told.get("schedule") == "cosine" else _SCHEDULE
-        what = dict(
-            zip(_SCHEDULE, ("schedule=linear", "n_timestep=N", "linear_start=BETA", "linear_end=BETA"), strict=True)
-        )
-        missing |= {what[name]: f"{name} of the schedule to sample by" for name in names if name not in told}
+    ends = () if told.get("schedule") == "cosine" else ("linear_start", "linear_end")
+    if own is None or told.keys() & _SCHEDULE.keys():
+        wanted = [name for name in ("schedule", "n_timestep", *ends) if name not in told]
+        missing |= {_SCHEDULE[name]: f"{name} of the schedule to sample by" for name in wanted}
     asks = () if problems else missing
     if missing:
         problems.append(
@@ -152,9 +154,9 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         settle("use_new_attention_order", False, "the source's default")
     notes = []
     if "schedule" in told:
-        ends = (told.get("linear_start"), told.get("linear_end"))
-        ends = (None, None) if told["schedule"] == "cosine" else ends
-        schedule = checked(ScheduleConfig(_SCHEDULES[told["schedule"]], told["n_timestep"], *ends))
+        schedule = checked(
+            ScheduleConfig(_SCHEDULES[told["schedule"]], told["n_timestep"], *(told[end] for end in ends))
+        )
         if own is not None and not _same(own, schedule):
             notes.append(f"the file's gammas are another schedule's ({_said(own)}), such as the training's")
     else:
@@ -189,17 +191,18 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
 
 def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Settings that say otherwise than the tensors, each with both values."""
-    levels = range(len(found["widths"]))
-    told = {**told, **({"attn_res": _at_levels(told["attn_res"], levels)} if "attn_res" in told else {})}
+    factors = [2**level for level in range(len(found["widths"]))]
+    if "attn_res" in told:  # the source's own configs name 16 where the lowest level has 8
+        told = {**told, "attn_res": tuple(factor for factor in factors if factor in told["attn_res"])}
     facts = {
         "in_channel": found["in_channels"] + found["condition_channels"],
         "out_channel": found["out_channels"],
         "inner_channel": found["num_channels"],
         "channel_mults": found["channel_mult"],
         "res_blocks": found["num_res_blocks"],
-        "attn_res": tuple(2**level for level in found["attention_levels"]),
+        "attn_res": tuple(factors[level] for level in found["attention_levels"]),
         "use_scale_shift_norm": found["use_scale_shift_norm"],
-        **({"resblock_updown": found["resample"] == "resnet"} if len(levels) > 1 else {}),
+        **({"resblock_updown": found["resample"] == "resnet"} if len(factors) > 1 else {}),
     }
     problems = [
         f"{name} is {told[name]} by the settings, but {fact} by the tensors"
@@ -212,11 +215,6 @@ def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
             "image beside x_t, so more in than out"
         )
     return problems
-
-
-def _at_levels(factors: tuple[int, ...], levels: range) -> tuple[int, ...]:
-    """The factors that a level has: the source's own configs name 16 where the lowest level has 8."""
-    return tuple(2**level for level in levels if 2**level in factors)
 
 
 _BUFFERS = frozenset({"sqrt_recipm1_gammas", "posterior_mean_coef1"})
