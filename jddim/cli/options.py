@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,6 +29,9 @@ def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None
     told: help in place of a field's. An option that has been defined before is left as it is. --condition, which is a
     file, is added here too.
     """
+    if command != "serve":
+        quiet = "print nothing but errors and warnings"
+        sub.add_argument("-q", "--quiet", action="store_true", help=quiet)
     condition = (
         "for a network that is given an image beside x_t: one for each, or one for all; .npy, .npz, .png, a folder"
     )
@@ -139,7 +143,7 @@ def settings_of(args: argparse.Namespace, request: Request, ddim: DDIM, planned:
     from jddim import __version__
 
     assert ddim.metadata is not None
-    names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out"}
+    names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out", "quiet"}
     own = {n: v.name if isinstance(v, Path) else v for n, v in vars(args).items() if n not in names}
     if own.pop("condition", None) is not None:
         own["condition"] = given_file(args.condition)
@@ -205,6 +209,15 @@ def say(line: str) -> None:
         print(printable(line), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def silently() -> Iterator[None]:
+    """What a command prints to stdout goes nowhere, and it shows no progress: --quiet."""
+    from jddim.run.progress import silence
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), silence():
+        yield
 
 
 def printable(line: str) -> str:

@@ -103,7 +103,7 @@ def _sweep(args: argparse.Namespace) -> int:
         if as_atlas:
             made.append(atlas.survey(*asked, S, distance=distance, **options))
         else:
-            made.append(np.asarray(sweep(*asked, steps=S, **options)))
+            made.append(np.asarray(sweep(*asked, steps=S, progress=True, **options)))
     settings = settings_of(args, request, ddim, planned[0], "sweep") | {"steps": steps}
     drawn = {"etas": args.eta, "name": name, "show": args.show}
     match suffix:

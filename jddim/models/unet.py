@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jddim.config import BY_TABLE, UNetConfig, size_problems
 from jddim.models.layers import (
@@ -22,6 +22,7 @@ from jddim.models.layers import (
     at_least_float32,
     conv,
     group_norm,
+    per_sample,
     timestep_embedding,
 )
 
@@ -53,9 +54,9 @@ class Middle(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """The network: `unet(x_t, t)`, x_t `(b, h, w, input_channels)` float, t `(b,)` int or float.
+    """The network: `unet(x_t, t)`, x_t `(b, h, w, input_channels)` float, t int or float, `(b,)` or one for all.
 
-    labels: `(b,)` int for a class embedding "learned", `(b,)` numbers for "timestep", `(b, time_width)` for
+    labels: int for a class embedding "learned", numbers for "timestep", `(b,)` or one for all; `(b, time_width)` for
     "identity"; needed by a model with classes, refused by one without (ValueError).
 
     Returns `(b, h, w, out_channels)` in x_t's dtype: eps, or whatever the network was trained to predict. Fully
@@ -149,11 +150,11 @@ class UNet(nnx.Module):
         self.norm_out = group_norm(width, groups, epsilon, dtype=dtype, rngs=rngs)
         self.conv_out = conv3(width, config.out_channels)
 
-    def __call__(self, x_t: Array, t: Array, labels: Array | None = None) -> Array:
+    def __call__(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None) -> Array:
         *_, (_, output) = self.activations(x_t, t, labels)
         return output.astype(x_t.dtype)
 
-    def activations(self, x_t: Array, t: Array, labels: Array | None = None) -> Iterator[tuple[str, Array]]:
+    def activations(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None) -> Iterator[tuple[str, Array]]:
         """The forward pass, one `(name, output)` per block in the order computed; the last is the network's output.
 
         `jddim verify` compares these one by one; the names are those of the PyTorch reference's blocks.
@@ -164,7 +165,8 @@ class UNet(nnx.Module):
         if problems := size_problems(self.config, (x_t.shape[1], x_t.shape[2])):
             raise ValueError(f"UNet: {problems[0]}")
 
-        time = self._embedding(t, labels)
+        t = per_sample(t, x_t)
+        time = self._embedding(t, None if labels is None else per_sample(labels, x_t))
         yield "time_embed", time
 
         h = self.conv_in(2 * x_t - 1 if self.config.center_input else x_t)
