@@ -22,7 +22,7 @@ from jddim.checkpoint.folder import CheckpointError, check_destination, load_met
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import did_you_mean, to_json
 from jddim.converting import Located, Paths, UnsettledError, Verification, hub_id
-from jddim.files import MOST_JSON, read_json, read_regular, whole_number
+from jddim.files import MOST_JSON, parse_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
 
 from . import verify as verification
@@ -340,7 +340,7 @@ def _fitting_presets(
 
 def _tried(asks: Iterable[str]) -> dict[str, str]:
     """Settings with values that any tensors go with, in place of those that a person has to give."""
-    neutral = {"SIDE": "512", "N": "1", "BOOLEAN": "False"}
+    neutral = {"SIDE": "512", "N": "1", "BOOLEAN": "False", "BETA": "0.01"}
     return {key: neutral[what] for key, _, what in (ask.partition("=") for ask in asks) if what in neutral}
 
 
@@ -429,10 +429,10 @@ _ConfigLoader.add_constructor("tag:yaml.org,2002:python/object:argparse.Namespac
 def _read_config(path: Path) -> dict[str, Any]:
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
+        text = read_regular(path, MOST_JSON).decode()
         if kind == "JSON":  # of which YAML 1.1 is no superset: it takes 1e-06 for text
-            contents = read_json(path)
+            contents = parse_json(_COMMENT.sub(lambda found: found[1] or "", text))
         else:
-            text = read_regular(path, MOST_JSON).decode()
             contents = _flags(text) or yaml.load(text, Loader=_ConfigLoader)
             contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
     except yaml.constructor.ConstructorError as error:
@@ -446,6 +446,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise ConversionError(f"{path} holds no config: expected sections or keys, each with a value")
     return contents
+
+
+_COMMENT = re.compile(r'("(?:\\.|[^"\\])*"?)|//.*')
+"""A text, which may hold two slashes, or what Palette's configs have after two."""
 
 
 def _flags(text: str) -> dict[str, Any]:

@@ -97,6 +97,7 @@ class Conventions(TypedDict, total=False):
     timestep_scale: float
     self_condition: bool
     variance: str
+    clean_known: bool
 
 
 RUN = ("batch_size", "progress", "on_segment")

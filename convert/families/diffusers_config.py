@@ -538,6 +538,8 @@ def unet_json(c: UNetConfig) -> dict[str, Any]:
         problems.append(
             f"channels, stem and first level are {c.channels}, {c.stem} and {c.widths[0]} wide, there all equal"
         )
+    if c.time_embedding == "noise_level":
+        problems.append("time_embedding is 'noise_level', there t is embedded")
     if c.mid_norm_groups == 0 and not c.scale_shift:
         problems.append("mid_norm_groups is 0 without scale_shift; there the middle attention then has a norm")
     blocks, kinds = {}, {}
