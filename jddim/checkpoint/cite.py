@@ -160,7 +160,7 @@ def _origin(family: str | None, provenance: Mapping[str, Any]) -> tuple[list[Ent
         ]
     known = {
         **{"ho": [], "pytorch_ddpm": [_PYTORCH_DDPM], "monai": [_MONAI]},
-        **{"diffusers": [_DIFFUSERS], "lucidrains": [_LUCIDRAINS]},
+        **{"diffusers": [_DIFFUSERS], "lucidrains": [_LUCIDRAINS], "openai_classifier": [_GUIDED]},
     }
     if family not in known:
         return [_DDPM], [f"nothing is known to cite for the checkpoint family {re.sub(r'[^a-zA-Z0-9_-]', '?', family)}"]

@@ -80,8 +80,8 @@ def _cite(args: argparse.Namespace) -> int:
 
     provenance = None
     if args.ckpt is not None:
-        from jddim.checkpoint.folder import load_metadata
+        from jddim.checkpoint.folder import load_recorded
 
-        provenance = load_metadata(args.ckpt).provenance
+        provenance = load_recorded(args.ckpt).provenance
     print(bibtex(*citations(provenance)), end="")
     return 0

@@ -18,14 +18,13 @@ from jddim.models.unet import Encoder
 class AttentionPool(nnx.Module):
     """Attention of the pixels' mean over itself and all pixels: `(b, h, w, channels)` -> `(b, outputs)`.
 
-    The mean, then the pixels, have learned positions `(1 + h w, channels)`. CLIP's (arXiv:2103.00020).
+    The mean, then the pixels, have learned positions, `(channels, 1 + h w)`. CLIP's (arXiv:2103.00020).
     """
 
     def __init__(self, channels: int, outputs: int, *, positions: int, heads: int, dtype: DTypeLike, rngs: nnx.Rngs):
         self.heads = heads
-        self.positions = nnx.Param(
-            jax.random.normal(rngs.params(), (1 + positions, channels), jnp.float32) / channels**0.5
-        )
+        drawn = jax.random.normal(rngs.params(), (channels, 1 + positions), jnp.float32)
+        self.positional_embedding = nnx.Param(drawn / channels**0.5)
         self.q = linear(channels, channels, dtype=dtype, rngs=rngs)
         self.k = linear(channels, channels, dtype=dtype, rngs=rngs)
         self.v = linear(channels, channels, dtype=dtype, rngs=rngs)
@@ -35,7 +34,7 @@ class AttentionPool(nnx.Module):
         b, _, _, c = x.shape
         pixels = x.reshape(b, -1, c)
         tokens = jnp.concatenate([pixels.mean(1, keepdims=True), pixels], axis=1)
-        tokens = tokens + self.positions[...].astype(x.dtype)[None]
+        tokens = tokens + self.positional_embedding[...].astype(x.dtype).T[None]
         q, k, v = (
             project(part).reshape(b, -1, self.heads, c // self.heads)
             for project, part in ((self.q, tokens[:, :1]), (self.k, tokens), (self.v, tokens))  # of the mean alone
