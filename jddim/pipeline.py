@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jddim.checkpoint import card
-from jddim.checkpoint.folder import load_metadata, load_params
+from jddim.checkpoint.folder import load_classifier_metadata, load_metadata, load_params
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, type_problems
 from jddim.curve import alpha_bar_curve
@@ -23,6 +23,7 @@ from jddim.ddim import StepTable, sampler_table
 from jddim.guidance import Scale
 from jddim.models import Network
 from jddim.models.building import build_model
+from jddim.models.classifier import Classifier
 from jddim.models.layers import at_least_float32
 from jddim.run.batches import Preview, run
 from jddim.run.methods import Guidance, find
@@ -56,6 +57,8 @@ class Common(TypedDict, total=False):
     guidance_rescale: float | None
     guidance_interval: tuple[float, float] | None
     null_label: int | None
+    classifier: Classifier | None
+    classifier_scale: ArrayLike | None
     batch_size: int | None
     progress: bool
 
@@ -108,11 +111,28 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> DDI
     float32. Raises `jddim.CheckpointError` if the folder is absent, incomplete, edited or too new, ValueError for
     another dtype.
     """
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float64):
-        raise ValueError(f"dtype must be float32 or bfloat16 (float64 under jax's x64), got {jnp.dtype(dtype).name}")
+    _check_dtype(dtype)
     metadata = load_metadata(path)
     model = build_model(metadata.model, load_params(path, metadata), dtype)
     return DDIM(model, make_schedule(metadata.schedule), metadata.sampler, metadata)
+
+
+def load_classifier(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> Classifier:
+    """A classifier of noisy images that `jddim convert` wrote, for `DDIM.sample(classifier=...)`.
+
+    A pytree and a function: `classifier(x_t, t)` -> logits `(b, classes)`. dtype, and what raises: as in `load`.
+    """
+    _check_dtype(dtype)
+    metadata = load_classifier_metadata(path)
+    model: Any = build_model(metadata.model, load_params(path, metadata), dtype)
+    assert isinstance(model, Classifier)
+    return model
+
+
+def _check_dtype(dtype: DTypeLike) -> None:
+    """Raise ValueError for a dtype that networks do not compute in."""
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise ValueError(f"dtype must be float32 or bfloat16 (float64 under jax's x64), got {jnp.dtype(dtype).name}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -229,6 +249,9 @@ class DDIM:
             `jddim train` recorded), and `labels` (1), or beyond; a scalar or one value per image. Twice the
             evaluations. guidance: its kind, "classifier-free", "projected" or "cfg++" (`jddim.guidance`).
             guidance_rescale: phi in [0, 1]. guidance_interval: (low, high), the t to guide at; else the scale is 1.
+        classifier: a network that `load_classifier` gives, which leads to `labels` by its gradient, classifier_scale
+            times: a scalar or one value an image. labels are then needed for a network without classes, too. x0 is
+            limited before the gradient is added, and not again (OpenAI's condition_score). Not for method "ddpm".
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
         image_size: (height, width) other than the checkpoint's. batch_size: images per compiled call, default all.
         progress: a bar on stderr if that is a terminal, and Ctrl-C is heard between segments.

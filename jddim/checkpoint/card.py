@@ -144,7 +144,7 @@ def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:
 
 
 def _command(metadata: Recorded) -> str:
-    """How it is used, with the options that a network with classes needs; a classifier beside the model that it guides."""
+    """How it is used: with the options that a network with classes needs; a classifier beside what it guides."""
     classes, null_label = metadata.model.num_classes, metadata.null_label
     if not isinstance(metadata, Metadata):
         return "jddim sample MODEL samples.png --labels 0 --classifier CKPT --classifier-scale 1"

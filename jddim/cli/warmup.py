@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jddim.cli.options import add_request, request_of
+from jddim.cli.options import add_request, classifier_of, request_of
 from jddim.config import counted
 
 
@@ -40,7 +40,7 @@ def _warmup(args: argparse.Namespace) -> int:
     request = request_of(args, "warmup")
     ddim = jddim.load(args.ckpt, dtype=request.dtype)
     config = ddim.model.config
-    inputs = Inputs(jax.random.key(0))
+    inputs = Inputs(jax.random.key(0), classifier=classifier_of(args, request))
     if config.condition_channels:
         beside = (max(args.num, 0), *(request.image_size or config.image_size), config.condition_channels)
         inputs = inputs._replace(condition=np.zeros(beside, np.float32))
