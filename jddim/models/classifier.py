@@ -69,7 +69,7 @@ class Classifier(nnx.Module):
             else linear(width, config.num_classes, dtype=dtype, rngs=rngs)
         )
 
-    def __call__(self, x_t: Array, t: Array) -> Array:
+    def __call__(self, x_t: Array, t: Array, labels: None = None) -> Array:
         *_, (_, logits) = self.activations(x_t, t)
         return logits.astype(x_t.dtype)
 
