@@ -109,6 +109,15 @@ def test_beside_classifier_free_guidance() -> None:
     chex.assert_trees_all_close(made, jax.jit(run)(ddim.model, classifier), atol=1e-3, rtol=1e-3)
 
 
+def test_a_solver_is_guided_too() -> None:
+    ddim = ddim_of(sampler={"prediction_type": "v_prediction"})
+    scale = np.array([5.0, 0.0, 0.0], np.float32)
+    given: dict[str, Any] = {"labels": LABELS, "classifier": CLASSIFIER, "classifier_scale": scale}
+    apart = jnp.abs(ddim.sample(x_T=X_T, method="dpm++2m", **given) - ddim.sample(x_T=X_T, method="dpm++2m"))
+    assert apart[0].max() > 1e-3
+    assert apart[1:].max() < 1e-5  # another program
+
+
 def test_editing_and_inverting_are_guided_too() -> None:
     ddim = ddim_of(sampler={"clip": False, "prediction_type": "v_prediction"})
     given: dict[str, Any] = {"labels": LABELS, "classifier": CLASSIFIER, "classifier_scale": 2.0}
