@@ -60,7 +60,7 @@ class Common(TypedDict, total=False):
     classifier: Classifier | None
     classifier_scale: ArrayLike | None
     batch_size: int | None
-    progress: bool
+    progress: bool | None
 
 
 class EditOptions(Common, total=False):
@@ -223,6 +223,7 @@ class DDIM:
     ) -> Array | tuple[Array, Trajectory]:
         """Images `(num, h, w, c)` float32, nominally in [-1, 1] (not clamped unless x0 is clipped).
 
+        num: as many as x_T, labels or condition have by default, or 1.
         key: `jax.random.key(seed)`, or the seed. Image i of the result is image `start + i` of the seed: it depends on
             nothing else, so `num=7` and then `num=9, start=7` make the images of `num=16`. Or one key per image
             `(num,)`, such as some of `jddim.sampling.sample_keys`. Not needed if x_T is given, and eta is 0 or noise is
@@ -240,8 +241,8 @@ class DDIM:
         clip: clamp x0 to clip_range at each step; threshold: instead, (ratio, largest) of dynamic thresholding;
             rederive_eps: use the limited x0's eps in the direction term.
         steps_offset, set_alpha_to_one, prediction_type, variance: as in `jddim.config.SamplerConfig`.
-        labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1 (or what its
-            `class_embedding` takes, one row an image).
+        labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1, or one for all (or
+            what its `class_embedding` takes, one row an image).
         condition: for a network that is given an image beside each x_t, and only for one: `(num, h, w,
             condition_channels)` float32, scaled as in training (mostly to [-1, 1]); one that is smaller by whole
             factors is enlarged bilinearly.
@@ -254,7 +255,8 @@ class DDIM:
             limited before the gradient is added, and not again (OpenAI's condition_score). Not for method "ddpm".
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
         image_size: (height, width) other than the checkpoint's. batch_size: images per compiled call, default all.
-        progress: a bar on stderr if that is a terminal, and Ctrl-C is heard between segments.
+        progress: a bar on stderr, in a notebook or at a terminal alone by default; True: elsewhere a line every 10 s.
+            Then Ctrl-C is heard between segments.
         on_segment: called with a `Preview` after each segment, of which a batch has eight or more (or as many as it has
             evaluations); what it raises ends the run.
 
@@ -394,4 +396,4 @@ class DDIM:
 
 
 def _how(options: Any) -> dict[str, Any]:
-    return {name: options[name] for name in RUN if name in options}
+    return {"progress": None, **{name: options[name] for name in RUN if name in options}}

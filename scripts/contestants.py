@@ -157,7 +157,7 @@ def build_jddim(case: Case, device: str) -> Sampler:
 
     def sample() -> Any:
         with jax.default_device(on), jax.default_matmul_precision(precision):
-            return ddim.sample(x_T=x_T, spacing=case.timesteps, eta=0.0, clip=True).block_until_ready()
+            return ddim.sample(x_T=x_T, spacing=case.timesteps, eta=0.0, clip=True, progress=False).block_until_ready()
 
     return sample
 

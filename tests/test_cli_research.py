@@ -115,7 +115,7 @@ def test_interpolate_between_two_and_four(ckpt: Path, tmp_path: Path) -> None:
     with np.load(tmp_path / "a.npz") as file:
         x_0, x_T = file["x_0"], file["x_T"]
     first, last = (initial_noise(sample_keys(jax.random.key(2), 1, i), (6, 10, 1))[0] for i in (3, 8))
-    np.testing.assert_array_equal(x_T[[0, -1]], [first, last])
+    np.testing.assert_allclose(x_T[[0, -1]], [first, last], atol=5e-7)  # erfinv, compiled with more beside it or less
     chex.assert_trees_all_close(x_T[1], np.asarray(slerp(first, last, 0.25)), atol=1e-6)
     ddim = jddim.load(ckpt)
     np.testing.assert_array_equal(x_0, ddim.sample(x_T=x_T, steps=3, eta=0.0))

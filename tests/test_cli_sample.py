@@ -150,6 +150,21 @@ def test_help_names_every_spacing() -> None:
     assert set(SPACINGS) <= set(SPACING_NAMES.replace(" or ", ", ").split(", "))
 
 
+def test_quiet_prints_nothing_but_mistakes(
+    conditional: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", str(conditional), str(tmp_path / "out.png"), "--labels", "3", "--steps", "3", "--num", "2", "-q"]
+    assert main(words) == 0
+    assert capsys.readouterr() == ("", "")
+    assert "quiet" not in images.read_metadata(tmp_path / "out.png")
+    assert main([*words, "--eta", "-1"]) == 1
+    assert "--eta must be" in capsys.readouterr().err
+    assert main([word for word in words if word != "-q"]) == 0
+    told = capsys.readouterr()
+    assert "2 images in 4 ddim steps" in told.out
+    assert "compiling 4 steps" in told.err
+
+
 def test_a_preview_is_drawn(conditional: Path, tmp_path: Path) -> None:
     given = sampled(conditional, tmp_path, "--labels", "1", "--steps", "8", "--preview", str(tmp_path / "now.webp"))
     with Image.open(tmp_path / "now.webp") as picture:

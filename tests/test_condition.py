@@ -20,7 +20,7 @@ from jddim import sampling
 from jddim.cli.main import main
 from jddim.config import SamplerConfig, UNetConfig, from_json, to_json
 from jddim.denoisers import with_condition
-from jddim.images import read_metadata
+from jddim.images import read_metadata, to_uint8
 from jddim.pipeline import DDIM
 from jddim.run.request import Request
 from jddim.scale.sharding import Sharded, make_mesh
@@ -144,8 +144,8 @@ def test_what_is_missing_or_too_much_is_said() -> None:
             ddim.denoiser(condition=jnp.ones(shape))(X_T, jnp.zeros(NUM))
     with pytest.raises(TypeError):  # one image each, not blended over the batch
         ddim.denoiser(condition=jnp.ones((2, 3, 5, 2)))(X_T, jnp.zeros(NUM))
-    with pytest.raises(ValueError, match="Sharded samples from noise alone"):
-        Sharded(ddim, make_mesh())
+    with pytest.raises(ValueError, match=r"condition must have shape \(3, 6, 10, 2\), got \(2, 6, 10, 2\)"):
+        Sharded(ddim, make_mesh()).sample(0, NUM, condition=BESIDE[:2])
     plain = ddim_of(config(condition_channels=0))
     with pytest.raises(ValueError, match="is given no image beside x_t: leave condition out"):
         plain.sample(0, NUM, condition=BESIDE)
@@ -213,11 +213,53 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "--condition is needed, an image of 2 channels for each: (2, 6, 10, 2)" in capsys.readouterr().err
     assert main(["serve", str(ckpt)]) == 1
     assert "is given an image beside x_t, which the page has no place for" in capsys.readouterr().err
-    for command in ("bulk", "sweep", "warmup", "export"):
+    for command in ("warmup", "export"):
         with pytest.raises(SystemExit) as caught:
             main([command, str(ckpt), *([] if command == "warmup" else [str(tmp_path / "d.png")]), *options[4:]])
         assert caught.value.code == 2
         assert f"--condition is not for jddim {command}" in capsys.readouterr().err
+
+
+def test_a_set_and_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ckpt = write_checkpoint(tmp_path / "ckpt", **FIELDS)
+    ddim = jddim.load(ckpt)
+    np.save(tmp_path / "beside.npy", BESIDE)
+    given = ["--steps", "3", "--condition", str(tmp_path / "beside.npy")]
+    assert main(["sweep", str(ckpt), str(tmp_path / "etas.npz"), "--num", "3", "--eta", "0,0.7", *given]) == 0
+    row = ddim.sample(jax.random.key(0), NUM, steps=3, eta=0.7, condition=BESIDE)
+    chex.assert_trees_all_close(np.load(tmp_path / "etas.npz")["x_0"][0, 1], row, atol=1e-5)  # another batch size
+
+    out = tmp_path / "set"
+    make = ["bulk", str(ckpt), str(out), "--num", "3", "--batch-size", "2", "--format", "png", *given]
+    assert main([*make[:3], "--num", "5", *make[5:]]) == 1
+    assert "--condition holds 3 images: give 5, or one for all" in capsys.readouterr().err
+    assert main(make[:-2]) == 1
+    assert "--condition is needed" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(make) == 0
+    pixels = np.stack([np.asarray(Image.open(file)) for file in sorted(out.glob("*/*.png"))])
+    live = ddim.sample(jax.random.key(0), NUM, steps=3, condition=BESIDE)
+    assert np.abs(to_uint8(live)[..., 0].astype(int) - pixels).max() <= 1
+    assert main(["check", str(out)]) == 0
+    last = next(out.glob("*/*2.png"))
+    assert main(["reproduce", str(last)]) == 0
+    capsys.readouterr()
+
+    moved = (tmp_path / "beside.npy").rename(tmp_path / "moved.npy")
+    assert main(["reproduce", str(last)]) == 1
+    assert "say where it is, --condition FILE" in capsys.readouterr().err
+    assert main(["reproduce", str(last), "--condition", str(moved)]) == 0
+    np.save(tmp_path / "other.npy", -BESIDE)
+    assert main(["reproduce", str(last), "--condition", str(tmp_path / "other.npy")]) == 1
+    assert "other images than those that the set was made with" in capsys.readouterr().err
+    assert main([*make[:-1], str(tmp_path / "other.npy")]) == 1
+    assert "condition_sha256 is" in capsys.readouterr().err
+
+
+def test_on_a_mesh_image_i_has_condition_i() -> None:
+    ddim = ddim_of(config())
+    made = Sharded(ddim, make_mesh(1)).sample(0, NUM, steps=3, eta=0.7, condition=BESIDE)
+    chex.assert_trees_all_close(made, ddim.sample(0, NUM, steps=3, eta=0.7, condition=BESIDE), atol=1e-5)
 
 
 def test_such_a_network_is_not_trained() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
+import sys
+import types
 from xml.etree import ElementTree
 
 import chex
@@ -11,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import random_model
+from tiny import random_model, small_config
 
 import jddim
 from jddim.checkpoint.metadata import Metadata
-from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.config import LucidrainsConfig, SamplerConfig, ScheduleConfig, UNetConfig
 from jddim.curve import alpha_bar_curve
 from jddim.run import programs
 from jddim.run.compiling import kind_of
+from jddim.run.progress import silence
 from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import linear_schedule, zero_terminal_snr
 from jddim.timesteps import make_timesteps
@@ -127,9 +131,31 @@ def test_a_preview_may_end_the_run(ddim: jddim.DDIM) -> None:
         ddim.sample(KEY, 3, steps=16, on_segment=stop)
 
 
-def test_no_bar_without_a_terminal(ddim: jddim.DDIM, capsys: pytest.CaptureFixture[str]) -> None:
-    ddim.sample(KEY, 3, eta=0.7, progress=True)
+def test_without_a_terminal_lines_are_printed_if_they_are_asked_for(
+    ddim: jddim.DDIM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ddim.sample(KEY, 3, eta=0.7)
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr("jddim.run.progress.EVERY", 0.0)
+    ddim.sample(KEY, 3, eta=0.7, batch_size=1, progress=True)
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "compiling 7 steps, or reading what was compiled before ..."
+    assert re.fullmatch(r"7 steps: 3/3 images, [\d.e+]+ images/s, 0 s left", lines[-1])
+    with silence():
+        ddim.sample(KEY, 3, eta=0.7, progress=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_notebook_has_a_bar_at_once(
+    ddim: jddim.DDIM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = types.SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    ddim.sample(KEY, 3, eta=0.7)
+    shown = capsys.readouterr().err
+    assert "0/3" in shown
+    assert "compiling" in shown
+    assert "3/3" in shown
 
 
 def test_one_program_for_every_eta_seed_and_weights(ddim: jddim.DDIM) -> None:
@@ -171,10 +197,11 @@ def test_a_nan_names_the_image_and_the_step(ddim: jddim.DDIM) -> None:
     [
         ({"num": 0}, ["num must be at least 1, got 0"]),
         ({"num": 10**12}, ["num must be at most 4294967296, which images are kept apart in, got 1000000000000"]),
-        ({"num": None}, ["num must be at least 1, got none: give num, or x_T"]),
+        ({"num": None, "batch_size": 4}, ["num must be given beside batch_size, which is how many are made at a time"]),
         ({"num": 3, "key": None}, ["a key is needed for x_T"]),
-        ({"key": "7"}, ["key must be jax.random.key(seed), got '7'"]),
-        ({"key": np.zeros(3, np.uint32)}, ["key must be jax.random.key(seed), got array"]),
+        ({"key": "7"}, ["key must be jax.random.key(seed), or the seed in 0..4294967295, got '7'"]),
+        ({"key": np.zeros(3, np.uint32)}, ["got numpy's ndarray"]),
+        ({"key": np.random.default_rng()}, ["got numpy's Generator"]),
         (
             {"key": None, "x_T": np.zeros((3, *SIZE, 2), np.float32), "eta": 0.5},
             ["a key is needed for the noise of each step (eta > 0)"],
@@ -189,7 +216,8 @@ def test_a_nan_names_the_image_and_the_step(ddim: jddim.DDIM) -> None:
         ({"clip_range": (1.0, -1.0)}, ["low < high"]),
         ({"image_size": (5, 10)}, ["multiples of 2"]),
         ({"x_T": np.zeros((3, 10, 6, 3), np.float32)}, ["x_T must have shape (3, 10, 6, 2)"]),
-        ({"x_T": np.zeros((3, *SIZE, 2)), "eta": -1}, ["x_T must be float32, got float64", "eta must be"]),
+        ({"x_T": np.zeros((3, *SIZE, 2)), "eta": -1}, ["got float64: give x_T.astype('float32')", "eta must be"]),
+        ({"x_T": [[1.0]]}, ["x_T must be an array of jax or NumPy, got a list: give numpy.asarray(x_T"]),
         ({"x_T": np.full((3, *SIZE, 2), np.nan, np.float32)}, ["x_T holds a NaN or infinity, first at (0, 0, 0, 0)"]),
         ({"noise": np.zeros((6, 3, *SIZE, 2), np.float32)}, ["one row for each of 7 steps, got (6, 3"]),
         ({"steps": 301}, ["1..300 (the training timesteps), got 301"]),
@@ -201,6 +229,42 @@ def test_what_is_wrong_is_said_at_once(ddim: jddim.DDIM, arguments: dict, messag
         ddim.sample(**{"key": KEY, "num": 3, **arguments})
     for message in messages:
         assert message in str(raised.value)
+
+
+def test_num_is_that_of_the_arrays_or_one(ddim: jddim.DDIM) -> None:
+    conditional = toy(SEVEN, class_embedding="learned", num_classes=5)
+    assert ddim.sample(0).shape == (1, *SIZE, 2)
+    made = conditional.sample(0, labels=[4, 4, 4], eta=0.3)
+    chex.assert_trees_all_equal(made, conditional.sample(0, 3, labels=4, eta=0.3))
+    chex.assert_trees_all_equal(made, conditional.sample(0, 3, labels=jnp.array(4), eta=0.3))
+
+
+def test_one_t_and_one_label_are_every_samples() -> None:
+    model = random_model(small_config(class_embedding="learned", num_classes=5))
+    x_t = jax.random.normal(KEY, (3, 4, 4, 1))
+    chex.assert_trees_all_equal(model(x_t, 7, 4), model(x_t, jnp.full(3, 7), jnp.full(3, 4)))
+    lucidrains = random_model(
+        LucidrainsConfig((8, 8), (True,), (2,), (4,), in_channels=1, out_channels=1, channels=8, channel_mults=(1,))
+    )
+    x_t = jax.random.normal(KEY, (3, 8, 8, 1))
+    chex.assert_trees_all_equal(lucidrains(x_t, 7), lucidrains(x_t, jnp.full(3, 7)))
+
+
+def test_tensors_are_answered_with_the_line_that_converts_them(ddim: jddim.DDIM) -> None:
+    torch = pytest.importorskip("torch")
+    x_T = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 2, *SIZE), np.float32))
+    noise = torch.zeros((7, 3, 2, *SIZE))
+    with pytest.raises(
+        ValueError, match=r"got torch's Tensor: give x_T\.permute\(0, 2, 3, 1\)\.numpy\(force=True\)"
+    ) as e:
+        ddim.sample(x_T=x_T, noise=noise, eta=0.5)
+    assert "give noise.permute(0, 1, 3, 4, 2).numpy(force=True)" in str(e.value)
+    converted = x_T.permute(0, 2, 3, 1).numpy(force=True)
+    assert ddim.sample(x_T=converted, eta=0).shape == (3, *SIZE, 2)
+    with pytest.raises(ValueError, match=r"images must be .* give images\.permute\(0, 2, 3, 1\)"):
+        ddim.invert(x_T)
+    with pytest.raises(ValueError, match=r"mask must be .* give numpy\.asarray\(mask|mask\.numpy"):
+        ddim.edit(converted, 0, mask=x_T[0, 0])
 
 
 def test_labels_reach_the_network_one_an_image(ddim: jddim.DDIM) -> None:

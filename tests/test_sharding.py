@@ -41,14 +41,14 @@ else:
     raise AssertionError
 compiled = lower(ddim, make_mesh(4), REPLICATED, 12, Request(**how), labelled=True).compile()
 firsts = np.arange(12, 24, 3, dtype=np.uint32)
-np.testing.assert_array_equal(compiled(ddim.model, key, firsts, labels[12:]), one[12:])
+np.testing.assert_array_equal(compiled(ddim.model, key, firsts, labels[12:], None), one[12:])
 assert not re.search("all-(reduce|gather|to-all)|collective-permute|reduce-scatter", compiled.as_text())
 
 from jddim.bulk import run as bulk
 from jddim.bulk.manifest import BulkConfig
 config = BulkConfig(num=40, batch_size=3, shard_size=6, request=Request(seed=3, labels="balanced"))
 ddim = ddim.with_sampler(**how)
-make, made = bulk.sampler(ddim, config), bulk.sampler_on(jax.devices(), ddim, config, (1, 3))
+make, made = bulk.sampler(ddim, config), bulk.sampler_on(jax.devices(), ddim, config, worker=(1, 3))
 assert bulk.following(config, 9, 8, (1, 3)) == [9, 24, 27, *[27] * 5]
 for first in (6, 9, 24, 27):
     np.testing.assert_array_equal(made(first), make(first))

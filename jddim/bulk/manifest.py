@@ -27,7 +27,7 @@ class BulkConfig:
 
     request: its steps, eta, spacing and conventions are the `DDIM`'s, and stand beside this in the manifest
     (`Request.settled`). shard_size: images a shard, a multiple of batch_size; None: the one nearest below 1024, or one
-    batch.
+    batch. condition_sha256: of the images that the network is given beside x_t, None without.
     """
 
     num: int
@@ -35,6 +35,7 @@ class BulkConfig:
     batch_size: int = 64
     shard_size: int | None = None
     format: str = "npz"
+    condition_sha256: str | None = None
 
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong; fill in shard_size."""
@@ -68,6 +69,8 @@ class BulkConfig:
         asked = {name: getattr(self.request, name) for name in ALWAYS_SAID}
         kept = {"batch_size": self.batch_size, "shard_size": self.shard_size, "format": self.format}
         more = {name: value for name, value in self.request.to_json().items() if name not in ALWAYS_SAID}
+        if self.condition_sha256 is not None:
+            more["condition_sha256"] = self.condition_sha256
         return {"num": self.num, **asked, **kept, **more}
 
     @staticmethod
@@ -96,7 +99,7 @@ class _Settings(TypedDict):
 class Manifest:
     """What a folder of shards says of itself.
 
-    checkpoint: where it was, seen from the folder; it may move, and is no part of what identifies the run.
+    checkpoint, condition: where they were, seen from the folder; they may move, and identify no run.
     checkpoint_sha256: `Metadata.sha256`. sampler: the conventions used. versions: of what the images' bits depend on.
     """
 
@@ -105,6 +108,7 @@ class Manifest:
     bulk: BulkConfig
     sampler: SamplerConfig
     versions: dict[str, Any]
+    condition: str | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -124,11 +128,11 @@ class Manifest:
     def text(self) -> str:
         """The file's contents, whose last entry is a digest of the rest."""
         data = {"format": "jddim-bulk", "format_version": FORMAT_VERSION, "checkpoint": self.checkpoint}
-        data |= self.settings
+        data |= ({} if self.condition is None else {"condition": self.condition}) | self.settings
         return json.dumps({**data, "sha256": _sha256(data)}, indent=2) + "\n"
 
     @staticmethod
-    def of(settings: Mapping[str, Any], checkpoint: str = "") -> Manifest:
+    def of(settings: Mapping[str, Any], checkpoint: str = "", condition: str | None = None) -> Manifest:
         """The manifest with these `settings`. Raises ValueError if they are none."""
         problems = [f"{name} is missing" for name in _Settings.__annotations__ if name not in settings]
         if problems := problems + misfits(settings, _Settings):
@@ -139,6 +143,7 @@ class Manifest:
             BulkConfig.from_json(settings["bulk"]),
             from_json(SamplerConfig, settings["sampler"]),
             dict(settings["versions"]),
+            condition,
         )
 
 
@@ -163,9 +168,11 @@ def read_manifest(folder: Path) -> Manifest:
         data = parse_json(said)
         if not isinstance(data, dict) or type(data.get("checkpoint")) is not str:
             raise ValueError("it names no checkpoint")
+        if type(data.get("condition", "")) is not str:
+            raise ValueError("its condition is no path")
         if (version := data.get("format_version")) != FORMAT_VERSION and data.get("sha256") == _sha256(data):
             raise BulkError(f"{path} has format {str(version)[:20]}, this jddim reads {FORMAT_VERSION}")
-        manifest = Manifest.of(data, data["checkpoint"])
+        manifest = Manifest.of(data, data["checkpoint"], data.get("condition"))
     except BulkError:
         raise
     except ValueError as error:

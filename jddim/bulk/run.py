@@ -153,14 +153,23 @@ def labels_of(ddim: DDIM, bulk: BulkConfig, numbers: range) -> NDArray[np.int32]
     return labels
 
 
-def sampler(ddim: DDIM, bulk: BulkConfig, on_segment: Callable[[Preview], object] | None = None) -> Make:
-    """`make` for `run`: batches of `ddim`, whose conventions are the run's. on_segment: as in `DDIM.sample`."""
+def sampler(
+    ddim: DDIM,
+    bulk: BulkConfig,
+    condition: NDArray[np.float32] | None = None,
+    on_segment: Callable[[Preview], object] | None = None,
+) -> Make:
+    """`make` for `run`: batches of `ddim`, whose conventions are the run's.
+
+    condition: the set's images beside x_t, one each, or one for all. on_segment: as in `DDIM.sample`.
+    """
     import jax
 
     key, size = jax.random.key(bulk.request.seed), bulk.batch_size
 
     def make(first: int) -> NDArray[np.uint8]:
-        inputs = plan.Inputs(key, numbers=np.arange(first, first + size).astype(np.uint32))
+        numbers = np.arange(first, first + size)
+        inputs = plan.Inputs(key, numbers=numbers.astype(np.uint32), condition=_rows(condition, numbers))
         return to_uint8(
             batches.run(plan.plan(ddim, bulk.request, inputs, size).check("bulk"), on_segment=on_segment)[0]
         )
@@ -168,10 +177,17 @@ def sampler(ddim: DDIM, bulk: BulkConfig, on_segment: Callable[[Preview], object
     return make
 
 
-def sampler_on(devices: Sequence[jax.Device], ddim: DDIM, bulk: BulkConfig, worker: tuple[int, int] = (0, 1)) -> Make:
+def sampler_on(
+    devices: Sequence[jax.Device],
+    ddim: DDIM,
+    bulk: BulkConfig,
+    condition: NDArray[np.float32] | None = None,
+    worker: tuple[int, int] = (0, 1),
+) -> Make:
     """`make` for `run` on several devices: as many batches of worker i of n at a time, one on each.
 
-    Every batch is computed as on one device of the kind, and those ahead are kept until they are asked for.
+    condition: as in `sampler`. Every batch is computed as on one device of the kind, and those ahead are kept until
+    they are asked for.
     """
     import jax
 
@@ -184,12 +200,18 @@ def sampler_on(devices: Sequence[jax.Device], ddim: DDIM, bulk: BulkConfig, work
     def make(first: int) -> NDArray[np.uint8]:
         if first not in held:
             firsts = following(bulk, first, len(devices), worker)
-            images = sharded.sample_request(bulk.request, key, firsts, size)
+            numbers = np.concatenate([np.arange(f, f + size) for f in firsts])
+            images = sharded.sample_request(bulk.request, key, firsts, size, condition=_rows(condition, numbers))
             held.clear()
             held.update(zip(firsts, to_uint8(images).reshape(len(firsts), size, *images.shape[1:]), strict=True))
         return held.pop(first)
 
     return make
+
+
+def _rows(condition: NDArray[np.float32] | None, numbers: NDArray[np.int64]) -> NDArray[np.float32] | None:
+    """The condition of each of these images; the last's for what a last batch makes beyond the set."""
+    return None if condition is None else condition[np.minimum(numbers, len(condition) - 1)]
 
 
 def following(bulk: BulkConfig, first: int, count: int, worker: tuple[int, int] = (0, 1)) -> list[int]:

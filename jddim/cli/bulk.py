@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jddim.bulk import distributed
-from jddim.cli.options import add_request, fastest_batch_size, read_batch_size, request_of, say
+from jddim.cli.options import (
+    add_request,
+    condition_of,
+    digest_of,
+    fastest_batch_size,
+    read_batch_size,
+    request_of,
+    say,
+)
 from jddim.config import counted, first_few
 
 if TYPE_CHECKING:
@@ -82,7 +90,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("out", type=Path, help="a folder that jddim bulk wrote")
     sub.add_argument("--resample", type=int, default=3, metavar="K", help="images to make again (default 3)")
     sub.add_argument("--seed", type=int, metavar="I", help="which ones (default: others each time)")
-    _checkpoint_option(sub)
+    _sources(sub)
 
     sub = command(
         "reproduce",
@@ -93,11 +101,12 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("source", type=Path, metavar="OUT|FILE.png", help="a folder of jddim bulk, or one of its PNGs")
     sub.add_argument("--index", type=int, metavar="I", help="which image of the folder")
     sub.add_argument("--out", type=Path, metavar="FILE.png", help="write it there as well")
-    _checkpoint_option(sub)
+    _sources(sub)
 
 
-def _checkpoint_option(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--ckpt", type=Path, help="the checkpoint, if it is not where it was when the set was made")
+def _sources(sub: argparse.ArgumentParser) -> None:
+    for name, what in {"--ckpt": "the checkpoint", "--condition": "the images beside x_t"}.items():
+        sub.add_argument(name, type=Path, help=f"{what}, if not where it was when the set was made")
 
 
 def _worker(text: str) -> tuple[int, int]:
@@ -147,12 +156,20 @@ def _bulk(args: argparse.Namespace) -> int:
     from jddim.run import plan
 
     ddim = dataclasses.replace(jddim.load(args.ckpt, dtype=request.dtype), sampler=used)
-    first = plan.Inputs(jax.random.key(asked.seed))
+    condition = condition_of(args.condition, asked.image_size or metadata.model.image_size)
+    if condition is not None and len(condition) not in (1, args.num):
+        raise ValueError(f"--condition holds {counted(len(condition), 'image')}: give {args.num}, or one for all")
+    first = plan.Inputs(jax.random.key(asked.seed), condition=None if condition is None else condition[:1])
     plan.plan(ddim, asked, first, 1, args.batch_size).check("bulk")  # raises before anything is written
     if automatic and not begun:
         size = fastest_batch_size(request, ddim, args.num)
         config = dataclasses.replace(config, batch_size=size, shard_size=args.shard_size)
-    manifest = Manifest(_relative(args.ckpt, args.out), metadata.sha256, config, ddim.sampler, bulk.versions())
+    beside = None
+    if args.condition is not None:
+        beside = _relative(args.condition, args.out)
+        config = dataclasses.replace(config, condition_sha256=digest_of(args.condition))
+    where = _relative(args.ckpt, args.out)
+    manifest = Manifest(where, metadata.sha256, config, ddim.sampler, bulk.versions(), beside)
     if args.distributed is not None:
         distributed.check_same(manifest.run)
     (i, n), layout = args.shard, config.layout
@@ -161,9 +178,9 @@ def _bulk(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     with Progress(total, f"{ddim.table().num_steps} steps") as bar:
         if len(devices) > 1:
-            make = bulk.sampler_on(devices, ddim, config, args.shard)
+            make = bulk.sampler_on(devices, ddim, config, condition, args.shard)
         else:  # between segments, signals are heard: a batch may take minutes
-            make = bulk.sampler(ddim, config, on_segment=lambda now: jax.block_until_ready(now.x_t))
+            make = bulk.sampler(ddim, config, condition, on_segment=lambda now: jax.block_until_ready(now.x_t))
         labels = functools.partial(bulk.labels_of, ddim, config)
         done = bulk.run(args.out, manifest, make, labels, worker=args.shard, say=say, made=bar.add)
     seconds = time.perf_counter() - started
@@ -189,18 +206,14 @@ def _relative(ckpt: Path, out: Path) -> str:
     return os.path.relpath(ckpt.resolve(), out.resolve())
 
 
-def _maker(manifest: Manifest, folder: Path | None, given: Path | None) -> tuple[Make, list[str]]:
-    """`make` as the set was made, and what is another here. folder: the set's, from which its checkpoint is seen."""
+def _maker(manifest: Manifest, folder: Path | None, args: argparse.Namespace) -> tuple[Make, list[str]]:
+    """`make` as the set was made, and what is another here. folder: the set's, from which its sources are seen."""
     import jddim
     from jddim.bulk import run as bulk
     from jddim.checkpoint.diff import diff_mappings
     from jddim.checkpoint.folder import load_metadata
 
-    if given is None and folder is None:
-        raise ValueError("name the checkpoint by --ckpt: the picture only says its SHA-256")
-    path = given if given is not None else folder / manifest.checkpoint  # type: ignore[operator]
-    if given is None and not path.exists():
-        raise ValueError(f"the checkpoint is not at {path} any more: say where it is, --ckpt CKPT")
+    path = _found(args.ckpt, folder, manifest.checkpoint, "checkpoint", "--ckpt CKPT")
     sha256 = load_metadata(path).sha256
     if sha256 != manifest.checkpoint_sha256:
         raise ValueError(
@@ -208,8 +221,27 @@ def _maker(manifest: Manifest, folder: Path | None, given: Path | None) -> tuple
             f"{manifest.checkpoint_sha256[:12]}..."
         )
     ddim = dataclasses.replace(jddim.load(path, dtype=manifest.bulk.request.dtype), sampler=manifest.sampler)
+    condition, request = None, manifest.bulk.request
+    if manifest.bulk.condition_sha256 is not None:
+        beside = _found(args.condition, folder, manifest.condition, "condition", "--condition FILE")
+        if digest_of(beside) != manifest.bulk.condition_sha256:
+            raise ValueError(f"{beside} holds other images than those that the set was made with")
+        condition = condition_of(beside, request.image_size or ddim.model.config.image_size)
+    elif args.condition is not None:
+        raise ValueError("the set was made without a condition: leave --condition out")
     rows = diff_mappings(manifest.versions, bulk.versions())
-    return bulk.sampler(ddim, manifest.bulk), [f"{row.name} was {row.a}, here it is {row.b}" for row in rows]
+    return bulk.sampler(ddim, manifest.bulk, condition), [f"{row.name} was {row.a}, here it is {row.b}" for row in rows]
+
+
+def _found(given: Path | None, folder: Path | None, there: str | None, what: str, option: str) -> Path:
+    """Where something that the set was made with is: as given, or as the folder's manifest says."""
+    if given is not None:
+        return given
+    if folder is None or there is None:
+        raise ValueError(f"name the {what} by {option}: the picture only says its SHA-256")
+    if not (path := folder / there).exists():
+        raise ValueError(f"the {what} is not at {path} any more: say where it is, {option}")
+    return path
 
 
 def _collect(args: argparse.Namespace) -> int:
@@ -235,7 +267,7 @@ def _check(args: argparse.Namespace) -> int:
     print(f"{made}: every checksum agrees", flush=True)
     if args.resample < 1:
         return 0
-    make, elsewhere = _maker(manifest, args.out, args.ckpt)
+    make, elsewhere = _maker(manifest, args.out, args)
     chosen = random.Random(args.seed).sample(range(manifest.bulk.num), min(args.resample, manifest.bulk.num))
     return _compare(make, manifest, elsewhere, {i: collecting.kept(args.out, manifest, i) for i in chosen})
 
@@ -266,12 +298,13 @@ def _reproduce(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.source} is image {index}, not {args.index}")
         folder = args.source.absolute().parent.parent
         if manifest_path(folder).exists():
-            manifest = dataclasses.replace(manifest, checkpoint=read_manifest(folder).checkpoint)
+            seen = read_manifest(folder)
+            manifest = dataclasses.replace(manifest, checkpoint=seen.checkpoint, condition=seen.condition)
         else:
             folder = None
     if args.out is not None:
         check_output(args.out, pixels.shape[-1], formats={".png": "exact"})
-    make, elsewhere = _maker(manifest, folder, args.ckpt)
+    make, elsewhere = _maker(manifest, folder, args)
     keep = None
     if args.out is not None:
         keep = lambda image: save_picture(args.out, image, {**manifest.settings, "index": index})  # noqa: E731

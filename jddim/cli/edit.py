@@ -72,7 +72,7 @@ def _edit(args: argparse.Namespace) -> int:
         if len(masks) != 1 or masks.shape[1:3] != config.image_size:
             raise ValueError(f"--mask {args.mask} must be one picture of {config.image_size}, got {masks.shape[:3]}")
         mask = masks[0]
-    condition = condition_of(args, config.image_size, len(known))
+    condition = condition_of(args.condition, config.image_size, len(known))
     inputs = Inputs(jax.random.key(request.seed), images=known, mask=mask, condition=condition)
     inputs = inputs._replace(classifier=classifier_of(args, request))
     planned = plan(ddim, request, inputs).check("edit")

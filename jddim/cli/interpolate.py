@@ -81,7 +81,7 @@ def _interpolate(args: argparse.Namespace) -> int:
     else:
         corners = ends.reshape(2, 2, *ends.shape[1:])
         x_T = slerp_grid(corners, args.num, args.num).reshape(-1, *ends.shape[1:])
-    inputs = Inputs(jax.random.key(seed), x_T=x_T, condition=condition_of(args, size, len(x_T)))
+    inputs = Inputs(jax.random.key(seed), x_T=x_T, condition=condition_of(args.condition, size, len(x_T)))
     inputs = inputs._replace(classifier=classifier_of(args, request))
     planned = plan(ddim, request, inputs, batch_size=64).check("interpolate")
     x_0 = np.asarray(run(planned, batch_size=64, progress=True)[0])

@@ -78,7 +78,7 @@ def _invert(args: argparse.Namespace) -> int:
     if args.batch_size == "auto":
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
             args.batch_size = fastest_batch_size(request, ddim, len(images))
-    condition = condition_of(args, images.shape[1:3], len(images))
+    condition = condition_of(args.condition, images.shape[1:3], len(images))
     beside = Inputs(condition=condition, classifier=classifier_of(args, request))
     up = plan(ddim, request, beside._replace(images=images), batch_size=args.batch_size).check("invert")
     started = time.perf_counter()

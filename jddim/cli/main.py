@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from jddim.cli import (
     train,
     warmup,
 )
-from jddim.cli.options import OneLineParser, one_line, summary
+from jddim.cli.options import OneLineParser, one_line, silently, summary
 from jddim.installing import install_line
 
 GROUPS = {
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. A user's mistake is one line on stderr and status 1 (2: bad options)."""
     try:
         args = _parser().parse_args(argv)
-        status: int = args.run(args)
+        with silently() if getattr(args, "quiet", False) else contextlib.nullcontext():
+            status: int = args.run(args)
         return status
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

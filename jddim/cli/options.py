@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,6 +30,9 @@ def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None
     told: help in place of a field's. An option that has been defined before is left as it is. --condition and
     --classifier, which name files, are added here too.
     """
+    if command != "serve":
+        quiet = "print nothing but errors and warnings"
+        sub.add_argument("-q", "--quiet", action="store_true", help=quiet)
     condition = (
         "for a network that is given an image beside x_t: one for each, or one for all; .npy, .npz, .png, a folder"
     )
@@ -58,8 +62,6 @@ def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None
 
 
 WITHOUT_CONDITION = {
-    "bulk": "a set is made from a seed alone; give it to jddim sample",
-    "sweep": "it compares one seed's images; give it to jddim sample, an eta a time",
     "warmup": "zeros stand for it, as large as the images: a smaller one is another program",
     "export": "the exported program takes it as an argument",
     "serve": "the page makes images from noise alone; give it to jddim sample",
@@ -67,12 +69,12 @@ WITHOUT_CONDITION = {
 """Command -> why it has no --condition."""
 
 
-def condition_of(args: argparse.Namespace, size: tuple[int, int], num: int) -> np.ndarray | None:
-    """The images of --condition, `(num, h, w, c)` float32; one picture stands for all.
+def condition_of(path: Path | None, size: tuple[int, int], num: int = 1) -> np.ndarray | None:
+    """The images of --condition, `(n, h, w, c)` float32; one alone is repeated `num` times.
 
     size: of the images made; pictures may be smaller by whole factors.
     """
-    if args.condition is None:
+    if path is None:
         return None
     import numpy as np
 
@@ -82,7 +84,7 @@ def condition_of(args: argparse.Namespace, size: tuple[int, int], num: int) -> n
     for factor in range(1, min(size) + 1):
         if size[0] % factor == size[1] % factor == 0:
             try:
-                images = load_images(args.condition, (size[0] // factor, size[1] // factor))
+                images = load_images(path, (size[0] // factor, size[1] // factor))
                 return np.repeat(images, num, axis=0) if len(images) == 1 else images
             except ValueError as error:
                 refusals.append(error)
@@ -110,15 +112,18 @@ def given_classifier(args: argparse.Namespace) -> dict[str, Any]:
 
 def given_file(path: Path | None) -> dict[str, str] | None:
     """A file or folder of arrays, as the settings record it: its name and the digest of its bytes."""
-    if path is None:
-        return None
+    return None if path is None else {"file": path.name, "sha256": digest_of(path)}
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, or of a folder's pictures', one after the other."""
     from jddim.files import read_regular
 
     digest = hashlib.sha256()
     pictures = sorted(file for file in path.iterdir() if file.suffix.lower() == ".png") if path.is_dir() else [path]
     for file in pictures:
         digest.update(read_regular(file))
-    return {"file": path.name, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def request_of(args: argparse.Namespace, command: str) -> Request:
@@ -162,7 +167,7 @@ def settings_of(args: argparse.Namespace, request: Request, ddim: DDIM, planned:
     from jddim import __version__
 
     assert ddim.metadata is not None
-    names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out"}
+    names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out", "quiet"}
     own = {n: v.name if isinstance(v, Path) else v for n, v in vars(args).items() if n not in names}
     if own.pop("condition", None) is not None:
         own["condition"] = given_file(args.condition)
@@ -232,6 +237,15 @@ def say(line: str) -> None:
         print(printable(line), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def silently() -> Iterator[None]:
+    """What a command prints to stdout goes nowhere, and it shows no progress: --quiet."""
+    from jddim.run.progress import silence
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), silence():
+        yield
 
 
 def printable(line: str) -> str:

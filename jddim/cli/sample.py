@@ -111,7 +111,7 @@ def _sample(args: argparse.Namespace) -> int:
         args.batch_size = fastest_batch_size(request, ddim, num)
     key = jax.random.key(request.seed)
     size = ddim.model.config.image_size if request.image_size is None else request.image_size
-    condition = condition_of(args, size if x_T is None else x_T.shape[1:3], num)
+    condition = condition_of(args.condition, size if x_T is None else x_T.shape[1:3], num)
     files = {"x_T": given_file(args.x_T), "noise": given_file(args.noise)}
     files |= {} if condition is None else {"condition": given_file(args.condition)}
     classifier = classifier_of(args, request)

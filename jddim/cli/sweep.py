@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jddim.cli.options import add_request, check_num, load_for, numbers, request_of, settings_of
+from jddim.cli.options import add_request, check_num, condition_of, load_for, numbers, request_of, settings_of
 from jddim.config import counted
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def _sweep(args: argparse.Namespace) -> int:
 
     steps = args.steps or [ddim.sampler.num_steps]
     key = jax.random.key(request.seed)
-    widest = Inputs(key, eta=max(args.eta))
+    condition = condition_of(args.condition, request.image_size or ddim.model.config.image_size, args.num)
+    widest = Inputs(key, eta=max(args.eta), condition=condition)
     planned = [  # all, before the first is run
         plan(ddim, dataclasses.replace(request, steps=S), widest, args.num).check("sweep") for S in steps
     ]
@@ -89,7 +90,7 @@ def _sweep(args: argparse.Namespace) -> int:
     rest, used = request.settled(ddim.sampler)
     ddim = dataclasses.replace(ddim, sampler=used)
     options: dict[str, Any] = {n: v for n, v in rest.asked().items() if n in SampleOptions.__annotations__}
-    options |= {"rows_at_once": args.rows_at_once, "labels": planned[0].inputs.labels}
+    options |= {"rows_at_once": args.rows_at_once, "labels": planned[0].inputs.labels, "condition": condition}
     distance, name = _distance(args, ddim)
     tables = [one.table for one in planned]
     made: list[Any] = []
@@ -102,7 +103,7 @@ def _sweep(args: argparse.Namespace) -> int:
         if as_atlas:
             made.append(atlas.survey(*asked, S, distance=distance, **options))
         else:
-            made.append(np.asarray(sweep(*asked, steps=S, **options)))
+            made.append(np.asarray(sweep(*asked, steps=S, progress=True, **options)))
     settings = settings_of(args, request, ddim, planned[0], "sweep") | {"steps": steps}
     drawn = {"etas": args.eta, "name": name, "show": args.show}
     match suffix:

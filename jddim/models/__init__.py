@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jddim.config import ClassifierConfig, LucidrainsConfig, ModelConfig, UNetConfig
 from jddim.models.classifier import Classifier
@@ -21,10 +21,10 @@ class Network(Protocol):
     config: ModelConfig
     dtype: DTypeLike
 
-    def __call__(self, x_t: Array, t: Array, labels: Array | None = None) -> Array:
-        """x_t `(b, h, w, input_channels)`, t `(b,)`, labels as the config says -> `(b, h, w, out_channels)`."""
+    def __call__(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None) -> Array:
+        """x_t `(b, h, w, input_channels)`, t `(b,)` or one, labels as the config says -> `(b, h, w, out_channels)`."""
 
-    def activations(self, x_t: Array, t: Array, labels: Array | None = None) -> Iterator[tuple[str, Array]]:
+    def activations(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None) -> Iterator[tuple[str, Array]]:
         """The forward pass, one `(name, output)` per block in the order computed; the last is the output."""
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jddim.config import ClassifierConfig
 from jddim.models.layers import group_norm, linear
@@ -43,9 +43,9 @@ class AttentionPool(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """`classifier(x_t, t)`, x_t `(b, h, w, in_channels)` float, t `(b,)` int or float -> logits `(b, num_classes)`.
+    """`classifier(x_t, t)` -> logits `(b, num_classes)`, of x_t `(b, h, w, in_channels)` float, t `(b,)` or one for all.
 
-    The logits are in x_t's dtype; t is what the guided network is given. Raises ValueError for images of another size,
+    The logits are in x_t's dtype; t, int or float, is what the guided network is given. Raises ValueError for images of another size,
     where its pooling has positions.
     """
 
@@ -69,11 +69,11 @@ class Classifier(nnx.Module):
             else linear(width, config.num_classes, dtype=dtype, rngs=rngs)
         )
 
-    def __call__(self, x_t: Array, t: Array, labels: None = None) -> Array:
+    def __call__(self, x_t: Array, t: ArrayLike, labels: None = None) -> Array:
         *_, (_, logits) = self.activations(x_t, t)
         return logits.astype(x_t.dtype)
 
-    def activations(self, x_t: Array, t: Array, labels: None = None) -> Iterator[tuple[str, Array]]:
+    def activations(self, x_t: Array, t: ArrayLike, labels: None = None) -> Iterator[tuple[str, Array]]:
         """The forward pass, one `(name, output)` per block in the order computed, as `UNet.activations`."""
         size = self.config.image_size
         if self.config.pool == "attention" and x_t.shape[1:3] != size:

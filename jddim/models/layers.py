@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 
 def timestep_embedding(
@@ -43,6 +43,12 @@ def timestep_embedding(
     angles = t.astype(dtype)[:, None] * frequencies[None]
     waves = [jnp.sin(angles), jnp.cos(angles)]
     return jnp.pad(jnp.concatenate(waves[::-1] if cosine_first else waves, axis=1), ((0, 0), (0, dim % 2)))
+
+
+def per_sample(value: ArrayLike, x_t: Array) -> Array:
+    """t, or labels, one a sample: `(b,)` of a scalar, for x_t `(b, ...)`; what is an array of more stays as it is."""
+    value = jnp.asarray(value)
+    return jnp.broadcast_to(value, x_t.shape[:1]) if value.ndim == 0 else value
 
 
 def at_least_float32(dtype: DTypeLike) -> DTypeLike:

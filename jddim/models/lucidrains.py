@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jddim.config import LucidrainsConfig, size_problems
-from jddim.models.layers import at_least_float32, conv, linear, nearest, timestep_embedding
+from jddim.models.layers import at_least_float32, conv, linear, nearest, per_sample, timestep_embedding
 
 
 class RMSNorm(nnx.Module):
@@ -242,11 +242,11 @@ class LucidrainsUNet(nnx.Module):
         self.block_out = block(2 * config.stem, config.stem)
         self.conv_out = linear(config.stem, config.out_channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_t: Array, t: Array, labels: Array | None = None) -> Array:
+    def __call__(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None) -> Array:
         *_, (_, output) = self.activations(x_t, t, labels)
         return output.astype(x_t.dtype)
 
-    def activations(self, x_t: Array, t: Array, labels: Array | None = None) -> Iterator[tuple[str, Array]]:
+    def activations(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None) -> Iterator[tuple[str, Array]]:
         """The forward pass, one `(name, output)` per module of the source, under its name there, in the order computed.
 
         The attentions' are without the residual. The last is the network's output.
@@ -262,7 +262,7 @@ class LucidrainsUNet(nnx.Module):
 
         h = stem = self.conv_in(x_t)
         yield "init_conv", h
-        time = self.time_embed(self._features(t))
+        time = self.time_embed(self._features(per_sample(t, x_t)))
         yield "time_mlp", time
         skips = []
         for i, level in enumerate(self.down):

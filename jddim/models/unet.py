@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jddim.config import UNetConfig, size_problems
 from jddim.models.layers import (
@@ -23,6 +23,7 @@ from jddim.models.layers import (
     at_least_float32,
     conv,
     group_norm,
+    per_sample,
     timestep_embedding,
 )
 
@@ -111,7 +112,9 @@ class Encoder(nnx.Module):
             else None
         )
 
-    def encoded(self, x_t: Array, t: Array, labels: Array | None = None) -> Generator[tuple[str, Array], None, Encoded]:
+    def encoded(
+        self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None
+    ) -> Generator[tuple[str, Array], None, Encoded]:
         """The way down, one `(name, output)` per block in the order computed; and what the second half needs."""
         if x_t.ndim != 4 or x_t.shape[3] != self.config.input_channels:
             parts = ", x_t's and the condition's" if self.config.condition_channels else ""
@@ -119,7 +122,7 @@ class Encoder(nnx.Module):
         if problems := size_problems(self.config, (x_t.shape[1], x_t.shape[2])):
             raise ValueError(f"UNet: {problems[0]}")
 
-        time = self._embedding(t, labels)
+        time = self._embedding(per_sample(t, x_t), None if labels is None else per_sample(labels, x_t))
         yield "time_embed", time
 
         h = self.conv_in(2 * x_t - 1 if self.config.center_input else x_t)
@@ -175,9 +178,9 @@ class Encoder(nnx.Module):
 
 
 class UNet(Encoder):
-    """The network: `unet(x_t, t)`, x_t `(b, h, w, input_channels)` float, t `(b,)` int or float.
+    """The network: `unet(x_t, t)`, x_t `(b, h, w, input_channels)` float, t int or float, `(b,)` or one for all.
 
-    labels: `(b,)` int for a class embedding "learned", `(b,)` numbers for "timestep", `(b, time_width)` for
+    labels: int for a class embedding "learned", numbers for "timestep", `(b,)` or one for all; `(b, time_width)` for
     "identity"; needed by a model with classes, refused by one without (ValueError).
 
     Returns `(b, h, w, out_channels)` in x_t's dtype: eps, or whatever the network was trained to predict. Fully
@@ -217,11 +220,11 @@ class UNet(Encoder):
         self.norm_out = group_norm(width, config.norm_groups, config.norm_epsilon, dtype=dtype, rngs=rngs)
         self.conv_out = conv(width, config.out_channels, 3, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_t: Array, t: Array, labels: Array | None = None) -> Array:
+    def __call__(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None) -> Array:
         *_, (_, output) = self.activations(x_t, t, labels)
         return output.astype(x_t.dtype)
 
-    def activations(self, x_t: Array, t: Array, labels: Array | None = None) -> Iterator[tuple[str, Array]]:
+    def activations(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None) -> Iterator[tuple[str, Array]]:
         """The forward pass, one `(name, output)` per block in the order computed; the last is the network's output.
 
         `jddim verify` compares these one by one; the names are those of the PyTorch reference's blocks.
@@ -240,7 +243,7 @@ class UNet(Encoder):
 
         output = self.conv_out(jax.nn.silu(self.norm_out(h)))
         if self.config.time_embedding == "fourier":
-            output = output / t.astype(output.dtype)[:, None, None, None]
+            output = output / per_sample(t, x_t).astype(output.dtype)[:, None, None, None]
         yield "conv_out", output
 
 

@@ -35,14 +35,15 @@ def run(
     *,
     batch_size: int | None = None,
     trajectory_every: int | None = None,
-    progress: bool = False,
+    progress: bool | None = False,
     on_segment: Callable[[Preview], object] | None = None,
 ) -> tuple[Array, Trajectory | None]:
     """A plan's images, and the trajectory if one is asked for.
 
     Always in the same segments, so that whoever watches has the program, and the bits, of who does not; inside a
-    transformation of the caller's as one scan, where nothing is looked at. Raises FloatingPointError if a sample leaves
-    the finite numbers, ValueError if there is something to watch under a transformation.
+    transformation of the caller's as one scan, where nothing is looked at. progress: what `Progress` is `shown`. Raises
+    FloatingPointError if a sample leaves the finite numbers, ValueError if there is something to watch under a
+    transformation.
     """
     num, rows, start = plan.num, plan.rows, _first(plan)
     inside = plan.traced
@@ -52,7 +53,7 @@ def run(
     cut = [rows] if inside else segments(rows, every=trajectory_every)
     images: list[Array] = []
     trajectories: list[Trajectory] = []
-    with Progress(num, f"{rows.num_steps} steps", enabled=progress and not inside) as bar:
+    with Progress(num, f"{rows.num_steps} steps", shown=False if inside else progress) as bar:
         for low in range(0, num, size):
             batch = Batch(low, min(size, num - low), size)
             part, kept = plan.part(batch), []
@@ -64,7 +65,7 @@ def run(
                 taken = int(segment.step[-1]) - int(rows.step[0]) + 1
                 if trajectory_every is not None and (taken % trajectory_every == 0 or taken == rows.num_steps):
                     kept.append((segment.t_prev[-1], state.x_t[: batch.taken], state.x0_hat[: batch.taken]))
-                if progress:  # between segments Ctrl-C is heard, and a NaN seen, with a terminal or without
+                if progress or bar.shown:  # between segments Ctrl-C is heard, and a NaN seen, silent or not
                     raise_if_bad(state, rows, start + low, batch.taken)
                     bar.add(batch.taken * segment.num_steps / rows.num_steps)
                 if on_segment is not None:

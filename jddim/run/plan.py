@@ -258,7 +258,9 @@ _fresh = jax.jit(_fresh_state)  # one small program, where each operation would 
 
 
 def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None, batch_size: int | None = None) -> Plan:
-    """What `request` and `inputs` ask of `ddim`, settled. num: images; None: as many as x_T or images are.
+    """What `request` and `inputs` ask of `ddim`, settled.
+
+    num: images; None: as many as x_T, images, labels or conditions are, or 1.
 
     Raises ValueError at once where there is no table, for an unknown name; what else is wrong is in `problems`.
     """
@@ -284,8 +286,12 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     table = cast(table, dtype)
 
     given = inputs.x_T if inputs.images is None else inputs.images
-    if num is None and given is not None:
-        num = np.shape(given)[0] if np.ndim(given) else None
+    if num is None:
+        one_each = (x for x in (given, inputs.labels, inputs.condition) if x is not None and np.ndim(x))
+        first = next(one_each, None)
+        num = 1 if first is None else np.shape(first)[0]
+        if first is None and batch_size is not None:
+            problems.append(("num", "num must be given beside batch_size, which is how many are made at a time"))
     if inputs.images is not None and (np.ndim(inputs.images) != 4 or not num):
         told = f"images must have shape (num, h, w, {config.in_channels}) with num at least 1, got "
         problems.append(("images", f"{told}{np.shape(inputs.images)}"))
@@ -322,7 +328,8 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         problems += _eta_of_none(method, request, asked_eta)
     labels = inputs.labels if isinstance(inputs.labels, Array) or inputs.labels is None else np.asarray(inputs.labels)
     if not num_problems(num):
-        assert num is not None
+        if labels is not None and labels.ndim == 0:
+            labels = np.broadcast_to(labels, num) if isinstance(labels, np.ndarray) else jnp.broadcast_to(labels, num)
         if inputs.numbers is None:
             problems += start_problems(request.start, num)
         numbers = inputs.numbers if inputs.numbers is not None else _numbers(request.start, num)

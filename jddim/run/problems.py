@@ -50,16 +50,15 @@ def network_problems(config: ModelConfig, sampler: SamplerConfig, image_size: tu
     return problems
 
 
-def num_problems(num: int | None) -> Problems:
+def num_problems(num: int) -> Problems:
     """What is wrong with the number of images."""
-    if num is not None and not isinstance(num, (int, np.integer)):
+    if not isinstance(num, (int, np.integer)):
         return [("num", f"num must be a whole number, got {num!r}")]
-    if num is not None and 1 <= num <= 2**32:
+    if 1 <= num <= 2**32:
         return []
-    if num is not None and num > 1:
+    if num > 1:
         return [("num", f"num must be at most {2**32}, which images are kept apart in, got {num}")]
-    got = "got none: give num, or x_T" if num is None else f"got {num}"
-    return [("num", f"num must be at least 1, {got}")]
+    return [("num", f"num must be at least 1, got {num}")]
 
 
 def key_problems(key: Array | None, num: int, *, x_T: bool, noise: bool, needs_noise: bool) -> Problems:
@@ -70,8 +69,8 @@ def key_problems(key: Array | None, num: int, *, x_T: bool, noise: bool, needs_n
         what = "the noise of each step (eta > 0)" if x_T else "x_T"
         return [("key", f"a key is needed for {what}: jax.random.key(seed)")]
     if not (isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else repr(key)
-        return [("key", f"key must be jax.random.key(seed), got {got}")]
+        got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else kind_of(key)
+        return [("key", f"key must be jax.random.key(seed), or the seed in 0..{2**32 - 1}, got {got}")]
     if key.shape not in ((), (num,)):
         return [("key", f"key must be one key, or one per image ({num},), got shape {key.shape}")]
     return []
@@ -83,6 +82,8 @@ def array_problems(
     """What is wrong with images or noise. steps: how many rows noise has."""
     if array is None:
         return []
+    if not isinstance(array, (Array, np.ndarray)):
+        return [(name, f"{name} must be an array of jax or NumPy, got {kind_of(array)}: give {as_numpy(name, array)}")]
     problems: Problems = []
     if np.shape(array) != expected:
         of_steps = "" if steps is None else f", one row for each of {steps} steps"
@@ -90,21 +91,38 @@ def array_problems(
         if np.ndim(array) == len(expected) and channels_first(array, expected[-1]):
             told = f"{name} looks like (N, C, H, W), got {np.shape(array)}: transpose it to (N, H, W, C)"
             problems.append((name, told))
-    elif not isinstance(array, (Array, np.ndarray)):
-        kind = f"{type(array).__module__.partition('.')[0]}'s {type(array).__name__}"
-        problems.append((name, f"{name} must be an array of jax or NumPy, got {kind}: give numpy.asarray(...) of it"))
     elif array.dtype != dtype:
-        problems.append((name, f"{name} must be {jnp.dtype(dtype)}, got {array.dtype}"))
+        wanted = jnp.dtype(dtype).name
+        how = f"{name} / 127.5 - 1 as {wanted}" if array.dtype == np.uint8 else f"{name}.astype('{wanted}')"
+        problems.append((name, f"{name} must be {wanted}, got {array.dtype}: give {how}"))
     elif not isinstance(array, jax.core.Tracer) and not _all_finite(array):
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
         problems.append((name, f"{name} holds a NaN or infinity, first at {where}"))
     return problems
 
 
+def kind_of(value: object) -> str:
+    """What is given in place of an array or a key: a number or text itself, else its type."""
+    if isinstance(value, (int, float, str, np.number)):
+        return repr(value)
+    module, name = type(value).__module__.partition(".")[0], type(value).__name__
+    return f"a {name}" if module == "builtins" else f"{module}'s {name}"
+
+
+def as_numpy(name: str, value: object) -> str:
+    """How an argument of this name, a PyTorch tensor mostly, becomes an array with channels last."""
+    if not kind_of(value).startswith("torch's"):
+        return f"numpy.asarray({name}, dtype='float32')"
+    order = {4: ".permute(0, 2, 3, 1)", 5: ".permute(0, 1, 3, 4, 2)"}.get(np.ndim(value), "")  # type: ignore[arg-type]
+    return f"{name}{order}.numpy(force=True)"
+
+
 def mask_problems(mask: Array | np.ndarray | None, shape: tuple[int, int, int]) -> Problems:
     """What is wrong with a mask for images of `shape` (h, w, c)."""
     if mask is None:
         return []
+    if not isinstance(mask, (Array, np.ndarray)):
+        return [("mask", f"mask must be an array of jax or NumPy, got {kind_of(mask)}: give {as_numpy('mask', mask)}")]
     if np.shape(mask) not in ((*shape[:2], 1), shape):
         return [("mask", f"mask must have shape {(*shape[:2], 1)}, one for all images, got {np.shape(mask)}")]
     if isinstance(mask, jax.core.Tracer):
@@ -273,7 +291,9 @@ def eta_problems(eta: ArrayLike, num: int, table: StepTable) -> Problems:
 
 def range_problems(images: Array | np.ndarray) -> Problems:
     """What is wrong with images to invert: unclipped samples overshoot [-1, 1] a little; [-2, 2] they do not leave."""
-    if isinstance(images, jax.core.Tracer) or images.size == 0 or not _all_finite(images):
+    if not isinstance(images, (Array, np.ndarray)) or isinstance(images, jax.core.Tracer):
+        return []
+    if images.size == 0 or not _all_finite(images):
         return []
     low, high = float(images.min()), float(images.max())
     if low >= -2 and high <= 2:

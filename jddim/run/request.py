@@ -439,7 +439,16 @@ def check_names(given: Mapping[str, Any], known: Sequence[str], of: str) -> None
 
 
 PEERS = {
-    **dict.fromkeys(("num_inference_steps", "num_steps", "ddim_steps"), "steps"),
-    **{"generator": "key", "class_labels": "labels"},
+    **dict.fromkeys(
+        ("num_inference_steps", "num_steps", "ddim_steps", "ddim_num_steps", "sampling_timesteps", "n_steps", "S"),
+        "steps",
+    ),
+    **dict.fromkeys(("seed", "generator", "rng", "random_state"), "key"),
+    **dict.fromkeys(("num_images", "num_samples", "n_samples", "n", "num_images_per_prompt"), "num"),
+    **dict.fromkeys(("class_labels", "class_cond", "classes", "y"), "labels"),
+    **dict.fromkeys(("cfg_scale", "cond_scale", "unconditional_guidance_scale", "w"), "guidance_scale"),
+    **dict.fromkeys(("ddim_eta", "ddim_sampling_eta"), "eta"),
+    **{"use_clipped_model_output": "rederive_eps", "clip_denoised": "clip", "clip_sample": "clip", "latents": "x_T"},
+    **{"size": "image_size", "sampler": "method", "scheduler": "method", "timestep_spacing": "spacing"},
 }
 """What other libraries call an option of ours."""

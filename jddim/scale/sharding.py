@@ -24,11 +24,12 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from jddim.models import Network
+from jddim.models.layers import at_least_float32
 from jddim.pipeline import DDIM
 from jddim.run.batches import run as run_plan
 from jddim.run.compiling import compiler_options, faster, kind_of
-from jddim.run.plan import Inputs, as_key, labels_of, plan
-from jddim.run.problems import label_problems
+from jddim.run.plan import Images, Inputs, as_key, labels_of, plan
+from jddim.run.problems import condition_problems, label_problems
 from jddim.run.request import Request, RequestError, check_names, taken_by
 
 Rules = Sequence[tuple[str, P]]
@@ -93,13 +94,10 @@ def param_shardings(model: Network, mesh: Mesh, rules: Rules = REPLICATED) -> Ne
 class Sharded:
     """A `DDIM` on a mesh: `Sharded(ddim, make_mesh()).sample(jax.random.key(0), 512, steps=50)`.
 
-    rules: where parameters lie. They are put there once; `ddim` stays as it was. Raises ValueError for a network that
-    is given an image beside x_t.
+    rules: where parameters lie. They are put there once; `ddim` stays as it was.
     """
 
     def __init__(self, ddim: DDIM, mesh: Mesh, rules: Rules = REPLICATED):
-        if ddim.model.config.condition_channels:
-            raise ValueError("Sharded samples from noise alone, and this network is given an image beside x_t")
         self.mesh = mesh
         self.ddim = dataclasses.replace(
             ddim, model=jax.device_put(ddim.model, param_shardings(ddim.model, mesh, rules))
@@ -107,7 +105,14 @@ class Sharded:
         self._program = functools.lru_cache(maxsize=16)(functools.partial(program, self.ddim, mesh, rules))
 
     def sample(
-        self, key: Array | int, num: int, *, start: int = 0, labels: ArrayLike | None = None, **options: Any
+        self,
+        key: Array | int,
+        num: int,
+        *,
+        start: int = 0,
+        labels: ArrayLike | None = None,
+        condition: Images | None = None,
+        **options: Any,
     ) -> Array:
         """Images start..start+num-1 of the seed, `(num, h, w, c)`, lying cut along "data". As `DDIM.sample`.
 
@@ -122,7 +127,7 @@ class Sharded:
         parts = self.mesh.shape["data"]
         batch_size = options.pop("batch_size", None)
         firsts = [start + i * (num // parts) for i in range(parts)]
-        return self.sample_request(Request(**options), key, firsts, num // parts, num, labels, batch_size)
+        return self.sample_request(Request(**options), key, firsts, num // parts, num, labels, condition, batch_size)
 
     def sample_request(
         self,
@@ -132,12 +137,13 @@ class Sharded:
         size: int,
         num: int | None = None,
         labels: ArrayLike | None = None,
+        condition: Images | None = None,
         batch_size: int | None = None,
     ) -> Array:
         """Images f..f+size-1 of the seed for each f of `firsts`, one of which each device of the data axis takes.
 
-        `(len(firsts) * size, h, w, c)`, in this order, and labels likewise, or as the request says. num: how many are
-        asked for, to be refused where the devices do not share them out. As `sample` otherwise.
+        `(len(firsts) * size, h, w, c)`, in this order, and labels and condition likewise, or labels as the request
+        says. num: how many are asked for, to be refused where the devices do not share them out. As `sample` otherwise.
         """
         num = len(firsts) * size if num is None else num
         if labels is None:
@@ -145,12 +151,15 @@ class Sharded:
             if problems:
                 raise RequestError(problems, "sample")
         rows = None if labels is None else jnp.asarray(labels)
-        if problems := label_problems(self.ddim.model.config, rows, num):
+        config, beside = self.ddim.model.config, None if condition is None else jnp.asarray(condition)
+        shape = (num, *(request.image_size or config.image_size))
+        problems = label_problems(config, rows, num)
+        problems += condition_problems(config, beside, shape, at_least_float32(self.ddim.model.dtype))
+        if problems:
             raise RequestError(problems, "sample")
-        run = self._program(
-            num, rows is not None, dataclasses.replace(request, labels=None, seed=0, start=0), batch_size
-        )
-        images: Array = run(self.ddim.model, as_key(key), jnp.asarray(firsts, jnp.uint32), rows)
+        asked = dataclasses.replace(request, labels=None, seed=0, start=0)
+        run = self._program(num, rows is not None, asked, batch_size, beside is not None)
+        images: Array = run(self.ddim.model, as_key(key), jnp.asarray(firsts, jnp.uint32), rows, beside)
         bad = ~jnp.isfinite(images).reshape(num, -1).all(axis=1)
         if bad.any():
             part, place = divmod(int(jnp.argmax(bad)), num // len(firsts))
@@ -173,12 +182,13 @@ def program(
     labelled: bool = False,
     request: Request | None = None,
     batch_size: int | None = None,
+    conditioned: bool = False,
 ) -> jax.stages.Wrapped:
-    """`run(model, key, firsts, labels)`, jitted: `num` images on the mesh, whose devices need not be there.
+    """`run(model, key, firsts, labels, condition)`, jitted: `num` images on the mesh, whose devices need not be there.
 
-    firsts: uint32, the number of each data part's first image; labels: `(num,)`, or None if not labelled. The model
-    lies as `param_shardings` says; firsts, labels and images are cut along "data". Raises ValueError for what cannot
-    be.
+    firsts: uint32, the number of each data part's first image; labels: `(num,)`, or None if not labelled; condition:
+    one an image, or None if not conditioned. The model lies as `param_shardings` says; all others but the key are cut
+    along "data". Raises ValueError for what cannot be.
     """
     parts = mesh.shape["data"]
     if num < 1 or num % parts:
@@ -189,19 +199,21 @@ def program(
     plain = mesh.size > parts and kind.platform != "cpu"
     asked, size = request or Request(), num // parts
 
-    def part(model: Any, key: Array, first: Array, labels: Array | None) -> Array:
+    def part(model: Any, key: Array, first: Array, labels: Array | None, condition: Array | None) -> Array:
         own: Any = dataclasses.replace(ddim, model=model if plain else faster(model, kind))
-        inputs = Inputs(key, numbers=first[0] + jnp.arange(size, dtype=jnp.uint32), labels=labels)
+        numbers = first[0] + jnp.arange(size, dtype=jnp.uint32)
+        inputs = Inputs(key, numbers=numbers, labels=labels, condition=condition)
         return run_plan(plan(own, asked, inputs, size, batch_size).check("sample"), batch_size=batch_size)[0]
 
     run = jax.shard_map(
         part,
         mesh=mesh,
-        in_specs=(P(), P(), P("data"), P("data")),
+        in_specs=(P(), P(), P("data"), P("data"), P("data")),
         out_specs=P("data"),
         axis_names={"data", *(axis for axis, size in mesh.shape.items() if size == 1)},  # left open, one is still cut
     )
-    places = (param_shardings(ddim.model, mesh, rules), whole, data, data if labelled else None)
+    beside = (data if labelled else None, data if conditioned else None)
+    places = (param_shardings(ddim.model, mesh, rules), whole, data, *beside)
     return jax.jit(
         run,
         in_shardings=places,
@@ -221,4 +233,4 @@ def lower(
     key = jax.eval_shape(lambda: jax.random.key(0))
     firsts = jax.ShapeDtypeStruct((mesh.shape["data"],), jnp.uint32)
     labels = jax.ShapeDtypeStruct((num,), jnp.int32) if labelled else None
-    return program(ddim, mesh, rules, num, labelled, request).lower(model, key, firsts, labels)
+    return program(ddim, mesh, rules, num, labelled, request).lower(model, key, firsts, labels, None)
