@@ -43,10 +43,10 @@ class AttentionPool(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """`classifier(x_t, t)` -> logits `(b, num_classes)`, of x_t `(b, h, w, in_channels)` float, t `(b,)` or one for all.
+    """Logits `(b, num_classes)`, in x_t's dtype: `classifier(x_t, t)`, x_t `(b, h, w, in_channels)` float.
 
-    The logits are in x_t's dtype; t, int or float, is what the guided network is given. Raises ValueError for images of another size,
-    where its pooling has positions.
+    t: int or float, `(b,)` or one for all, as the guided network is given it. Raises ValueError for images of another
+    size, where the pooling has positions.
     """
 
     def __init__(self, config: ClassifierConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
