@@ -18,9 +18,9 @@ import yaml
 
 import jddim
 from jddim.checkpoint.card import ALL_ZERO
-from jddim.checkpoint.folder import CheckpointError, check_destination, load_metadata, load_params, save_checkpoint
-from jddim.checkpoint.metadata import Metadata
-from jddim.config import did_you_mean, to_json
+from jddim.checkpoint.folder import CheckpointError, check_destination, load_params, load_recorded, save_checkpoint
+from jddim.checkpoint.metadata import ClassifierMetadata, Metadata
+from jddim.config import ClassifierConfig, did_you_mean, to_json
 from jddim.converting import Located, Paths, UnsettledError, Verification, hub_id
 from jddim.files import MOST_JSON, parse_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
@@ -28,6 +28,7 @@ from jddim.models.building import abstract_model, build_model, flat_params
 from . import verify as verification
 from .engine import ConversionError, fill, refusing
 from .families import Family, Plan, Source
+from .families.base import of_wiring
 from .files.pickles import plain, printable
 from .files.readers import sha256
 from .files.shards import read_weights
@@ -51,7 +52,7 @@ def convert(
     verify: bool = True,
     overwrite: bool = False,
     say: Say = lambda line: None,
-) -> Metadata:
+) -> Metadata | ClassifierMetadata:
     """Convert a PyTorch checkpoint into a jddim checkpoint folder: `jddim.convert`, whose docstring has the arguments.
 
     Raises ConversionError or CheckpointError, each with all that is wrong; nothing is then written.
@@ -117,9 +118,13 @@ def convert(
         **({} if license is None else {"license": license.strip()}),
         **({"taken": source.taken} if source.taken else {}),
     }
-    metadata = save_checkpoint(
-        dst, params, Metadata(plan.model, plan.schedule, plan.sampler, provenance), overwrite=overwrite
-    )
+    metadata: Metadata | ClassifierMetadata
+    if plan.schedule is None or plan.sampler is None:
+        classifier = ClassifierMetadata(of_wiring(plan.model, ClassifierConfig), provenance)
+        metadata = save_checkpoint(dst, params, classifier, overwrite=overwrite)
+    else:
+        sampled = Metadata(plan.model, plan.schedule, plan.sampler, provenance)
+        metadata = save_checkpoint(dst, params, sampled, overwrite=overwrite)
     say(f"wrote {dst}")
     return metadata
 
@@ -138,7 +143,7 @@ def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Pa
 
     Raises ConversionError if `src` is not that file (by SHA-256).
     """
-    metadata = load_metadata(ckpt)
+    metadata = load_recorded(ckpt)
     params = load_params(ckpt, metadata)
     provenance = metadata.provenance
     facts, said = provenance.get("source", {}), provenance.get("weights", "unstated")
@@ -189,6 +194,7 @@ def describe(
         facts += [
             f"  {name:<11} {to_json(part)}"
             for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
+            if part is not None
         ]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
         asks = plan.asks
@@ -370,7 +376,7 @@ def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.
         tensors,
         family,
         plan.model,
-        plan.schedule.num_train_timesteps,
+        1000 if plan.schedule is None else plan.schedule.num_train_timesteps,
         reference_options=plan.reference_options,
     )
 

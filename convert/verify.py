@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jddim.config import ModelConfig, UNetConfig
+from jddim.config import ClassifierConfig, ModelConfig, UNetConfig
 from jddim.converting import Verification
 from jddim.installing import install_line
 from jddim.models import Network
@@ -112,8 +112,11 @@ def in_place(params: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def small_image_size(config: ModelConfig) -> tuple[int, int]:
     """2x3 at the coarsest level, where every tap of a 3x3 kernel still meets a pixel, or the trained size if smaller.
 
-    The weights do not depend on the size, and a layout that is wrong at one is wrong at all.
+    The weights do not depend on the size, and a layout that is wrong at one is wrong at all. A classifier's do, so its
+    is the trained one.
     """
+    if isinstance(config, ClassifierConfig):
+        return config.image_size
     height, width = config.image_size
     return min(height, 2 * config.size_factor), min(width, 3 * config.size_factor)
 

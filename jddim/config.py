@@ -221,13 +221,8 @@ class UNetConfig:
     @property
     def summary(self) -> str:
         """The network in one line, for people."""
-        return (
-            f"{self.image_size[0]}x{self.image_size[1]}x{self.in_channels}, ch {self.channels}, "
-            f"mult {','.join(f'{mult:g}' for mult in self.channel_mults)}, "
-            f"{counted(self.num_res_blocks, 'block')} a level, "
-            f"attention at {_resolutions(self.image_size, self.attention_levels)}, {_labels(self)}"
-            + (f", given an image of {self.condition_channels} channels" if self.condition_channels else "")
-        )
+        beside = f", given an image of {self.condition_channels} channels" if self.condition_channels else ""
+        return f"{_shape(self)}, {_labels(self)}{beside}"
 
     @property
     def time_width(self) -> int:
@@ -472,6 +467,121 @@ class LucidrainsConfig:
 
 
 LUCIDRAINS_TIME_EMBEDDINGS = ("sinusoidal", "learned")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """A classifier of noisy images, for guidance: guided-diffusion's EncoderUNetModel (`jddim.models.classifier`).
+
+    Half of OpenAI's UNet, then logits. The fields are those of `UNetConfig` with the same names, and
+
+    num_classes: that it tells apart. resample: how the step between levels is taken, one kind for all.
+    pool: "attention", of the pixels' mean over all pixels, each with a learned position, so that height and width are
+        image_size alone; or "adaptive", the pixels' mean.
+    """
+
+    image_size: tuple[int, int]
+    num_classes: int
+    in_channels: int = 3
+    channels: int = 128
+    channel_mults: tuple[float, ...] = (1, 2, 3, 4)
+    num_res_blocks: int = 2
+    attention_levels: tuple[int, ...] = ()
+    head_channels: int = 64
+    resample: str = "resnet"
+    scale_shift: bool = True
+    norm_groups: int = 32
+    pool: str = "attention"
+
+    @property
+    def encoder(self) -> UNetConfig:
+        """The UNet whose first half it has."""
+        width = round(self.channels * self.channel_mults[0]) if self.channel_mults else None
+        return UNetConfig(
+            image_size=self.image_size,
+            in_channels=self.in_channels,
+            channels=self.channels,
+            channel_mults=self.channel_mults,
+            stem_channels=width,
+            num_res_blocks=self.num_res_blocks,
+            attention_levels=self.attention_levels,
+            head_channels=self.head_channels,
+            downsample=(self.resample,),
+            symmetric_padding=True,
+            scale_shift=self.scale_shift,
+            norm_groups=self.norm_groups,
+            norm_epsilon=1e-5,
+            cosine_first=True,
+            frequency_shift=0.0,
+            divide_last=True,
+        )
+
+    @property
+    def positions(self) -> int:
+        """Pixels at the lowest resolution."""
+        factor = self.size_factor
+        return (self.image_size[0] // factor) * (self.image_size[1] // factor)
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of its input: the image's."""
+        return self.in_channels
+
+    @property
+    def condition_channels(self) -> int:
+        """0: no image is given beside x_t."""
+        return 0
+
+    @property
+    def condition_first(self) -> bool:
+        """Whether a condition would come first."""
+        return False
+
+    @property
+    def out_channels(self) -> int:
+        """How many logits it returns."""
+        return self.num_classes
+
+    @property
+    def size_factor(self) -> int:
+        """Height and width must be multiples of it: each level but the last halves them."""
+        return 1 << (len(self.channel_mults) - 1)
+
+    @property
+    def class_embedding(self) -> str | None:
+        """None: it takes no labels, it tells them."""
+        return None
+
+    @property
+    def summary(self) -> str:
+        """The network in one line, for people."""
+        return f"a classifier: {_shape(self)}, {self.pool} pooling, {_labels(self)}"
+
+    def __post_init__(self) -> None:
+        """Raise one ValueError that names what is wrong, and what would be right."""
+        problems = []
+        if not 1 <= self.num_classes <= MOST:
+            problems.append(f"num_classes={self.num_classes} must lie in 1..{MOST:,}")
+        if self.pool not in POOLS:
+            problems.append(f"pool {self.pool!r} is unknown{did_you_mean(self.pool, POOLS)}")
+        if self.head_channels < 1:
+            problems.append(f"head_channels={self.head_channels} must be at least 1")
+        if problems:
+            raise ValueError("ClassifierConfig: " + "; ".join(problems))
+        assert self.encoder  # which raises for the rest
+
+
+POOLS = ("attention", "adaptive")
+
+
+def _shape(config: UNetConfig | ClassifierConfig) -> str:
+    """A network's images, widths, blocks and attention, for people."""
+    return (
+        f"{config.image_size[0]}x{config.image_size[1]}x{config.in_channels}, ch {config.channels}, "
+        f"mult {','.join(f'{mult:g}' for mult in config.channel_mults)}, "
+        f"{counted(config.num_res_blocks, 'block')} a level, "
+        f"attention at {_resolutions(config.image_size, config.attention_levels)}"
+    )
 
 
 def _resolutions(image_size: tuple[int, int], levels: Iterable[int]) -> str:

@@ -24,7 +24,7 @@ from jddim.checkpoint.card import ALL_ZERO
 from jddim.installing import install_line
 
 if TYPE_CHECKING:  # it imports jax, which the command line must not wait for
-    from jddim.checkpoint.metadata import Metadata
+    from jddim.checkpoint.metadata import ClassifierMetadata, Metadata
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Settings = Mapping[str, str | int | float | bool]
@@ -121,8 +121,10 @@ def convert(
     verify: bool = True,
     overwrite: bool = False,
     say: Callable[[str], None] | None = None,
-) -> Metadata:
+) -> Metadata | ClassifierMetadata:
     """Convert a PyTorch checkpoint into a jddim checkpoint folder, for `jddim.load`. Nothing in the file is run.
+
+    A classifier's, of guided-diffusion, is for `jddim.load_classifier`.
 
     src: a checkpoint file, a folder that a family knows (a run's with `ckpt.pth`, a diffusers pipeline's), or a hub id,
     `google/ddpm-cifar10-32`. dst: the folder to write, whole or not at all. config: the source's config file or files;
@@ -136,14 +138,14 @@ def convert(
     installed it is not done, which `say` is told and the metadata records. overwrite: replace `dst` if it is a jddim
     checkpoint. say: is given what is found, line by line; `print`, say.
 
-    Returns the metadata written: the configs of model, schedule and sampler, and in `provenance` the source, all that
-    was assumed and the verification's figures.
+    Returns the metadata written: the configs of model, schedule and sampler (a classifier's has the model's alone), and
+    in `provenance` the source, all that was assumed and the verification's figures.
 
     Raises ConversionError if jddim does not read the source, or it is not whole, needs settings, or differs from
     PyTorch; CheckpointError if `dst` cannot be written. Both are ValueErrors, one message has all that is wrong, and
     nothing is then written. Raises ModuleNotFoundError where what `jddim[convert-core]` installs is missing.
     """
-    metadata: Metadata = _part("conversion").convert(
+    metadata: Metadata | ClassifierMetadata = _part("conversion").convert(
         src,
         dst,
         config=config,
@@ -227,14 +229,14 @@ def recorded(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return {"checkpoint": str(path), "parameters": parameters, **metadata.written()}
 
 
-def _folder(path: str | os.PathLike[str]) -> tuple[Metadata, int] | None:
+def _folder(path: str | os.PathLike[str]) -> tuple[Metadata | ClassifierMetadata, int] | None:
     """A jddim folder's metadata and its number of parameters; None for what is no such folder."""
     if not (Path(path) / "metadata").is_dir():
         return None
-    from jddim.checkpoint.folder import load_metadata
+    from jddim.checkpoint.folder import load_recorded
     from jddim.models.building import abstract_model, flat_params
 
-    metadata = load_metadata(path)
+    metadata = load_recorded(path)
     return metadata, sum(leaf.size for leaf in flat_params(abstract_model(metadata.model)).values())
 
 

@@ -192,21 +192,23 @@ def cfg_plus_plus_update(
 def classifier_guided(
     denoise: Denoiser,
     cond_fn: CondFn,
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | tuple[ArrayLike, ArrayLike],
     *,
     prediction_type: str = "epsilon",
     clip_range: Limits | None = None,
+    threshold: Limits | None = None,
 ) -> Denoiser:
     """Eps - sigma_t cond_fn(x_t, t): Algorithm 2 of Dhariwal and Nichol (arXiv:2105.05233).
 
-    denoise: predicts `prediction_type`; the result predicts eps. schedule: the training's, for alpha_t and sigma_t.
-    clip_range: OpenAI's `condition_score` takes the eps that x0 implies after clipping, and does not clip again what
-    the gradient makes of it: give (-1, 1) here, and sample with clip off, to do the same.
+    denoise: predicts `prediction_type`; the result predicts eps. schedule: the training's, or alpha and sigma at each
+    of its t, `(T,)` both. clip_range, threshold: as in `jddim.sampling.sample_loop`, of the denoiser's x0.
+    OpenAI's `condition_score` takes the eps that x0 implies after clipping, and does not clip again what the gradient
+    makes of it: give clip_range=(-1, 1) here, and sample with clip off, to do the same.
     What else the denoiser takes, such as a self-conditioned one's x0_hat, is passed on. Raises ValueError if it returns
     a learned variance too.
     """
-    every_t = np.arange(schedule.num_train_timesteps)
-    alpha, sigma = schedule.alpha(every_t), schedule.sigma(every_t)
+    columns = schedule if isinstance(schedule, tuple) else schedule_columns(schedule)
+    limit = limiter(clip_range, threshold)
 
     def guided(x_t: Array, t: Array, *rest: Array) -> Array:
         output = denoise(x_t, t, *rest)
@@ -215,13 +217,19 @@ def classifier_guided(
                 f"classifier_guided takes a denoiser that returns what is like x_t {x_t.shape}, it returned "
                 f"{output.shape}: leave a learned variance out (jddim.denoisers.without_variance)"
             )
-        alpha_t, sigma_t = (jnp.asarray(column, x_t.dtype)[t] for column in (alpha, sigma))
+        alpha_t, sigma_t = (jnp.asarray(column, x_t.dtype)[t] for column in columns)
         x0, eps = ddim.predict_both(output.astype(x_t.dtype), x_t, alpha_t, sigma_t, prediction_type)
-        if clip_range is not None:
-            eps = ddim.predict_eps(x_t, jnp.clip(x0, *clip_range), alpha_t, sigma_t)
+        if limit is not None:
+            eps = ddim.predict_eps(x_t, limit(x0), alpha_t, sigma_t)
         return eps - per_sample(sigma_t, x_t) * cond_fn(x_t, t)
 
     return guided
+
+
+def schedule_columns(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
+    """Alpha and sigma at each t of a schedule, float64 `(T,)`."""
+    every_t = np.arange(schedule.num_train_timesteps)
+    return schedule.alpha(every_t), schedule.sigma(every_t)
 
 
 def label_gradient(classifier: Callable[[Array, Array], Array], labels: Array, scale: Scale = 1.0) -> CondFn:

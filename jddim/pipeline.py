@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import html
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, TypedDict, Unpack, overload
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jddim.checkpoint import card
-from jddim.checkpoint.folder import CheckpointError, load_metadata, load_params
-from jddim.checkpoint.metadata import Metadata
+from jddim.checkpoint.folder import CheckpointError, load_classifier_metadata, load_metadata, load_params
+from jddim.checkpoint.metadata import ClassifierMetadata, Metadata
 from jddim.config import SamplerConfig, type_problems
 from jddim.converting import Told
 from jddim.curve import alpha_bar_curve
@@ -24,6 +25,7 @@ from jddim.ddim import StepTable, sampler_table
 from jddim.guidance import Scale
 from jddim.models import Network
 from jddim.models.building import build_model
+from jddim.models.classifier import Classifier
 from jddim.models.layers import at_least_float32
 from jddim.resolving import forget, resolve
 from jddim.run.batches import Preview, run
@@ -58,6 +60,8 @@ class Common(TypedDict, total=False):
     guidance_rescale: float | None
     guidance_interval: tuple[float, float] | None
     null_label: int | None
+    classifier: Classifier | None
+    classifier_scale: ArrayLike | None
     batch_size: int | None
     progress: bool | None
 
@@ -100,6 +104,8 @@ class Conventions(TypedDict, total=False):
     clean_known: bool
 
 
+Recorded = TypeVar("Recorded", Metadata, ClassifierMetadata)
+
 RUN = ("batch_size", "progress", "on_segment")
 """How a plan is run; no part of what is asked for."""
 
@@ -119,21 +125,48 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, **told
     `jddim.ConversionError` and ModuleNotFoundError as `jddim.convert`, with the command that settles what a file needs;
     ValueError for another dtype.
     """
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float64):
-        raise ValueError(f"dtype must be float32 or bfloat16 (float64 under jax's x64), got {jnp.dtype(dtype).name}")
+    _check_dtype(dtype)
+    metadata, params = _held(path, told, load_metadata)
+    model = build_model(metadata.model, params, dtype)
+    return DDIM(model, make_schedule(metadata.schedule), metadata.sampler, metadata)
+
+
+def load_classifier(
+    path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, **told: Unpack[Told]
+) -> Classifier:
+    """A classifier of noisy images, for `DDIM.sample(classifier=...)`.
+
+    A pytree and a function: `classifier(x_t, t)` -> logits `(b, classes)`. The arguments, and what raises: as in
+    `load`.
+    """
+    _check_dtype(dtype)
+    metadata, params = _held(path, told, load_classifier_metadata)
+    model: Any = build_model(metadata.model, params, dtype)
+    assert isinstance(model, Classifier)
+    return model
+
+
+def _held(
+    path: str | os.PathLike[str], told: Told, metadata_of: Callable[[Path], Recorded]
+) -> tuple[Recorded, Mapping[str, np.ndarray]]:
+    """The metadata and parameters of what names a checkpoint. A copy in the cache whose parameters are damaged goes."""
     check_names(told, [*Told.__annotations__], "load")
     folder = resolve(path, **told)
+    metadata = metadata_of(folder)
     try:
-        metadata = load_metadata(folder)
-        params = load_params(folder, metadata)
+        return metadata, load_params(folder, metadata)
     except CheckpointError as error:
         if not forget(folder):
             raise
         raise CheckpointError(
             f"the copy in the cache is damaged ({error}); it is removed, and the same call makes it anew"
         ) from error
-    model = build_model(metadata.model, params, dtype)
-    return DDIM(model, make_schedule(metadata.schedule), metadata.sampler, metadata)
+
+
+def _check_dtype(dtype: DTypeLike) -> None:
+    """Raise ValueError for a dtype that networks do not compute in."""
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float64):
+        raise ValueError(f"dtype must be float32 or bfloat16 (float64 under jax's x64), got {jnp.dtype(dtype).name}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -251,6 +284,9 @@ class DDIM:
             `jddim train` recorded), and `labels` (1), or beyond; a scalar or one value per image. Twice the
             evaluations. guidance: its kind, "classifier-free", "projected" or "cfg++" (`jddim.guidance`).
             guidance_rescale: phi in [0, 1]. guidance_interval: (low, high), the t to guide at; else the scale is 1.
+        classifier: a network that `load_classifier` gives, which leads to `labels` by its gradient, classifier_scale
+            times: a scalar or one value an image. labels are then needed for a network without classes, too. x0 is
+            limited before the gradient is added, and not again (OpenAI's condition_score). Not for method "ddpm".
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
         image_size: (height, width) other than the checkpoint's. batch_size: images per compiled call, default all.
         progress: a bar on stderr, in a notebook or at a terminal alone by default; True: elsewhere a line every 10 s.

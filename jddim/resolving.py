@@ -128,12 +128,12 @@ def _usable(folder: Path, name: str, say: Callable[[str], None], *, alone: bool 
 
     alone: no other process makes it, so why it is not is said, and what is damaged goes.
     """
-    from jddim.checkpoint.folder import CheckpointError, load_metadata
+    from jddim.checkpoint.folder import CheckpointError, load_recorded
 
     if not folder.exists():
         return False
     try:
-        checked = load_metadata(folder).provenance.get("verification", {})
+        checked = load_recorded(folder).provenance.get("verification", {})
     except CheckpointError as error:
         if alone:
             say(f"note: the copy in the cache is damaged, and made anew: {error}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.config import ClassifierConfig, ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
 
 # Two levels: one down- and one upsampling, a change of width, attention below. 44,969 parameters.
 SMALL: dict[str, Any] = {
@@ -92,6 +92,25 @@ def write_checkpoint(
     own = {"spacing": "uniform", "num_steps": 5, "clip": False, "prediction_type": prediction_type} | (sampler or {})
     metadata = Metadata(config, ScheduleConfig(), SamplerConfig(**own), {"family": "ho", "source": {}})
     save_checkpoint(path, params, metadata)
+    return path
+
+
+def classifier_config(**changes: Any) -> ClassifierConfig:
+    """A classifier of images as `small_config`'s, of one level without attention but the pooling's."""
+    fields: dict[str, Any] = {"image_size": SIZE, "num_classes": 4, "in_channels": 1, "channels": 8}
+    fields |= {"channel_mults": (1,), "num_res_blocks": 1, "head_channels": 4, "norm_groups": 4}
+    return ClassifierConfig(**(fields | changes))
+
+
+def write_classifier(path: Path, **fields: Any) -> Path:
+    """A classifier's checkpoint with random parameters. fields: of `classifier_config`."""
+    from jddim.checkpoint.folder import save_checkpoint
+    from jddim.checkpoint.metadata import ClassifierMetadata
+    from jddim.models.building import flat_params
+
+    config = classifier_config(**fields)
+    params = {name: np.asarray(value) for name, value in flat_params(random_model(config)).items()}
+    save_checkpoint(path, params, ClassifierMetadata(config, {"family": "openai_classifier", "source": {}}))
     return path
 
 

@@ -34,7 +34,7 @@ from .values import asking, is_integer, not_read, number, parse, sections, settl
 
 
 def recognise(state: Mapping[Any, Any]) -> bool:
-    """A state dict with this family's names; classifiers too, for `open_source` to refuse."""
+    """A state dict with this family's names."""
     parts = {str(name).partition(".")[0] for name in state}
     return {"input_blocks", "middle_block", "time_embed"} <= parts
 
@@ -88,10 +88,6 @@ def _refusal(tensors: Tensors) -> str | None:
     """What a file with this family's names is, where it is no network that predicts noise from x_t and t alone."""
     if any(".transformer_blocks." in name for name in tensors):
         return "is a latent-diffusion UNet with cross-attention (Stable Diffusion's); jddim's are in pixel space"
-    if not any(name.startswith("output_blocks.") for name in tensors):
-        return (
-            "is a classifier (half a UNet, no output_blocks) for guidance; it predicts no noise, so cannot be sampled"
-        )
     projections = [value.ndim for name, value in tensors.items() if name.endswith(".qkv.weight")]
     if projections and set(projections) == {4}:
         return (
@@ -608,49 +604,67 @@ _BLOCK = {
 def rules(config: UNetConfig, *, use_new_attention_order: bool) -> Rules:
     """The rename table, spelled out: the sources number the blocks through all levels."""
     table: dict[str, Target] = {
-        "time_embed.0": "time_embed.linear_1",
-        "time_embed.2": "time_embed.linear_2",
-        "label_emb": "class_embed",
-        "input_blocks.0.0": "conv_in",
+        **encoder_rules(config, use_new_attention_order=use_new_attention_order),
         "out.0": "norm_out",
         "out.2": "conv_out",
     }
-
-    def block(source: str, target: str) -> None:
-        table.update({f"{source}.{theirs}": f"{target}.{ours}" for theirs, ours in _BLOCK.items()})
-
-    def attention(source: str, target: str, heads: int) -> None:
-        groups = 1 if use_new_attention_order else heads
-        table[f"{source}.norm"] = f"{target}.norm"
-        table[f"{source}.qkv"] = Fused((f"{target}.q", f"{target}.k", f"{target}.v"), groups)
-        table[f"{source}.proj_out"] = f"{target}.out"
-
     each = config.num_res_blocks + 1
     last = len(config.widths) - 1
     for level, width in enumerate(config.widths):
         attended = config.has_attention(level, up=False)
-        for i in range(each - 1):
-            source = f"input_blocks.{1 + level * each + i}"
-            block(f"{source}.0", f"down.{level}.blocks.{i}")
-            if attended:
-                attention(f"{source}.1", f"down.{level}.attentions.{i}", config.heads(width))
-        if level < last:
-            source, target = f"input_blocks.{(level + 1) * each}.0", f"down.{level}.downsample"
-            block(source, target)  # one of the two is there, or neither, with pooling
-            table[f"{source}.op"] = f"{target}.conv"
         for i in range(each):
             source = f"output_blocks.{(last - level) * each + i}"
-            block(f"{source}.0", f"up.{level}.blocks.{i}")
+            table |= _block_rules(f"{source}.0", f"up.{level}.blocks.{i}")
             if attended:
-                attention(f"{source}.1", f"up.{level}.attentions.{i}", config.heads(width, up=True))
+                groups = 1 if use_new_attention_order else config.heads(width, up=True)
+                table |= _attention_rules(f"{source}.1", f"up.{level}.attentions.{i}", groups)
         if level > 0:
             source, target = f"{source}.{1 + attended}", f"up.{level}.upsample"
-            block(source, target)
+            table |= _block_rules(source, target)
             table[f"{source}.conv"] = f"{target}.conv"
-    block("middle_block.0", "mid.block_1")
-    attention("middle_block.1", "mid.attention", config.heads(config.widths[-1]))
-    block("middle_block.2", "mid.block_2")
     return table
+
+
+def encoder_rules(config: UNetConfig, *, use_new_attention_order: bool, at: str = "") -> dict[str, Target]:
+    """The part of the table that is of the first half. at: what stands before its modules' names in the model."""
+    table: dict[str, Target] = {
+        "time_embed.0": f"{at}time_embed.linear_1",
+        "time_embed.2": f"{at}time_embed.linear_2",
+        "label_emb": f"{at}class_embed",
+        "input_blocks.0.0": f"{at}conv_in",
+    }
+
+    def attention(source: str, target: str, width: int) -> None:
+        groups = 1 if use_new_attention_order else config.heads(width)
+        table.update(_attention_rules(source, f"{at}{target}", groups))
+
+    each = config.num_res_blocks + 1
+    for level, width in enumerate(config.widths):
+        for i in range(each - 1):
+            source = f"input_blocks.{1 + level * each + i}"
+            table |= _block_rules(f"{source}.0", f"{at}down.{level}.blocks.{i}")
+            if config.has_attention(level, up=False):
+                attention(f"{source}.1", f"down.{level}.attentions.{i}", width)
+        if level < len(config.widths) - 1:
+            source, target = f"input_blocks.{(level + 1) * each}.0", f"{at}down.{level}.downsample"
+            table |= _block_rules(source, target)  # one of the two is there, or neither, with pooling
+            table[f"{source}.op"] = f"{target}.conv"
+    table |= _block_rules("middle_block.0", f"{at}mid.block_1")
+    attention("middle_block.1", "mid.attention", config.widths[-1])
+    table |= _block_rules("middle_block.2", f"{at}mid.block_2")
+    return table
+
+
+def _block_rules(source: str, target: str) -> dict[str, Target]:
+    return {f"{source}.{theirs}": f"{target}.{ours}" for theirs, ours in _BLOCK.items()}
+
+
+def _attention_rules(source: str, target: str, groups: int) -> dict[str, Target]:
+    return {
+        f"{source}.norm": f"{target}.norm",
+        f"{source}.qkv": Fused((f"{target}.q", f"{target}.k", f"{target}.v"), groups),
+        f"{source}.proj_out": f"{target}.out",
+    }
 
 
 def reference(config: UNetConfig, *, use_new_attention_order: bool) -> Any:

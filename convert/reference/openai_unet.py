@@ -1,4 +1,4 @@
-"""The UNet of OpenAI's guided-diffusion and improved-diffusion in plain PyTorch.
+"""The UNet of OpenAI's guided-diffusion and improved-diffusion in plain PyTorch, and the former's classifier.
 
 Parameters carry the names that their checkpoints use, so those load with `strict=True`. Inference only: no dropout,
 no gradient checkpointing, no half-precision torso.
@@ -7,7 +7,9 @@ no gradient checkpointing, no half-precision torso.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,16 +93,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `(b, c, h, w)`. Returns the same shape."""
-        b, c = x.shape[:2]
         pixels = x.flatten(2)
-        qkv = self.qkv(self.norm(pixels))
-        if self.new_order:
-            q, k, v = (part.reshape(b * self.heads, c // self.heads, -1) for part in qkv.chunk(3, dim=1))
-        else:
-            q, k, v = qkv.reshape(b * self.heads, 3 * c // self.heads, -1).chunk(3, dim=1)
-        scale = 1 / math.sqrt(math.sqrt(c // self.heads))
-        weights = torch.einsum("bct,bcs->bts", q * scale, k * scale).softmax(dim=-1)
-        mixed = torch.einsum("bts,bcs->bct", weights, v).reshape(b, c, -1)
+        mixed = _mixed(self.qkv(self.norm(pixels)), self.heads, new_order=self.new_order)
         return (pixels + self.proj_out(mixed)).reshape(x.shape)
 
 
@@ -128,28 +122,18 @@ class Upsample(nn.Module):
         return self.conv(_resample(x, "up"))
 
 
-class OpenAIUNet(nn.Module):
-    """Predicts the noise in x at timestep t (or x_0), and with twice the channels the variance too.
-
-    model_channels: the width that time's embedding has; widths: of each level, full resolution first.
-    attention_levels: levels whose blocks are followed by attention, on both ways; the middle always has one.
-    heads: of each level's attention on the way down; the last entry is the middle's too. heads_up: on the way up.
-    resample: "conv", "resnet" (the source's resblock_updown) or "pool" (its conv_resample=False). new_order: of q, k
-    and v. num_classes: None without classes. groups: the sources' are always 32. noise_levels: how many there are in
-    a table by t, one of which is embedded in place of t, by a `cond_embed` (Palette); None: t itself is.
-    """
+class _Encoder(nn.Module):
+    """The first half, which the UNet and the classifier share. The arguments are `OpenAIUNet`'s."""
 
     def __init__(
         self,
         *,
         in_channels: int,
-        out_channels: int,
         model_channels: int,
         widths: Sequence[int],
         num_res_blocks: int,
         attention_levels: Sequence[int],
         heads: Sequence[int],
-        heads_up: Sequence[int],
         resample: str = "conv",
         scale_shift: bool = True,
         new_order: bool = False,
@@ -162,6 +146,8 @@ class OpenAIUNet(nn.Module):
         self.num_res_blocks = num_res_blocks
         self.num_levels = len(widths)
         time_channels = 4 * model_channels
+        self.block = partial(ResBlock, time_channels=time_channels, scale_shift=scale_shift, groups=groups)
+        self.attention = partial(AttentionBlock, new_order=new_order, groups=groups)
         embed = nn.Sequential(
             nn.Linear(model_channels, time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels)
         )
@@ -171,52 +157,31 @@ class OpenAIUNet(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, time_channels)
 
-        def block(c_in: int, c_out: int, resample: str | None = None) -> nn.Module:
-            return ResBlock(
-                c_in, c_out, time_channels=time_channels, scale_shift=scale_shift, groups=groups, resample=resample
-            )
-
-        def attention(level: int, count: Sequence[int]) -> list[nn.Module]:
-            if level not in attention_levels:
-                return []
-            return [AttentionBlock(widths[level], heads=count[level], new_order=new_order, groups=groups)]
-
         c = widths[0]
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, c, 3, padding=1)])])
-        skips = [c]
+        self.skips = [c]
         for level, width in enumerate(widths):
+            attended = level in attention_levels
             for _ in range(num_res_blocks):
-                self.input_blocks.append(nn.ModuleList([block(c, width), *attention(level, heads)]))
+                layers = [self.block(c, width), *([self.attention(width, heads=heads[level])] if attended else [])]
+                self.input_blocks.append(nn.ModuleList(layers))
                 c = width
-                skips.append(c)
+                self.skips.append(c)
             if level < len(widths) - 1:
-                halve = block(c, c, "down") if resample == "resnet" else Downsample(c, with_conv=resample == "conv")
+                halve = (
+                    self.block(c, c, resample="down")
+                    if resample == "resnet"
+                    else Downsample(c, with_conv=resample == "conv")
+                )
                 self.input_blocks.append(nn.ModuleList([halve]))
-                skips.append(c)
+                self.skips.append(c)
+        middle = self.attention(c, heads=heads[-1])
+        self.middle_block = nn.ModuleList([self.block(c, c), middle, self.block(c, c)])
 
-        middle = AttentionBlock(c, heads=heads[-1], new_order=new_order, groups=groups)
-        self.middle_block = nn.ModuleList([block(c, c), middle, block(c, c)])
-
-        self.output_blocks = nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            for i in range(num_res_blocks + 1):
-                layers = [block(c + skips.pop(), widths[level]), *attention(level, heads_up)]
-                c = widths[level]
-                if level > 0 and i == num_res_blocks:
-                    layers.append(
-                        block(c, c, "up") if resample == "resnet" else Upsample(c, with_conv=resample == "conv")
-                    )
-                self.output_blocks.append(nn.ModuleList(layers))
-
-        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), nn.Conv2d(c, out_channels, 3, padding=1))
-
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x: `(b, in_channels, h, w)`, t: `(b,)`, labels: `(b,)` int or None. Returns `(b, out_channels, h, w)`."""
-        *_, (_, output) = self.activations(x, t, labels)
-        return output
-
-    def activations(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Every block's output, in the order computed, by the names of `jddim.models.unet.UNet.activations`."""
+    def encoded(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None
+    ) -> Generator[tuple[str, Tensor], None, tuple[Tensor, Tensor, list[Tensor]]]:
+        """Every block's output, as `OpenAIUNet.activations`; returned: the last, time's embedding, each entry's."""
         told = t if self.noise_level is None else self.noise_level(t)[:, 0]
         # Angles reach 1000; the source's are float32 always.
         time = self.get_submodule(self.embed)(
@@ -247,7 +212,66 @@ class OpenAIUNet(nn.Module):
         for name, layer in zip(("block_1", "attn_1", "block_2"), self.middle_block, strict=True):
             h = _apply(layer, h, time)
             yield f"mid.{name}", h
+        return h, time, skips
 
+
+class OpenAIUNet(_Encoder):
+    """Predicts the noise in x at timestep t (or x_0), and with twice the channels the variance too.
+
+    model_channels: the width that time's embedding has; widths: of each level, full resolution first.
+    attention_levels: levels whose blocks are followed by attention, on both ways; the middle always has one.
+    heads: of each level's attention on the way down; the last entry is the middle's too. heads_up: on the way up.
+    resample: "conv", "resnet" (the source's resblock_updown) or "pool" (its conv_resample=False). new_order: of q, k
+    and v. num_classes: None without classes. groups: the sources' are always 32. noise_levels: how many there are in
+    a table by t, one of which is embedded in place of t, by a `cond_embed` (Palette); None: t itself is.
+    """
+
+    def __init__(
+        self,
+        *,
+        out_channels: int,
+        widths: Sequence[int],
+        attention_levels: Sequence[int],
+        heads_up: Sequence[int],
+        num_res_blocks: int,
+        resample: str = "conv",
+        groups: int = 32,
+        **encoder: Any,
+    ):
+        super().__init__(
+            widths=widths,
+            attention_levels=attention_levels,
+            num_res_blocks=num_res_blocks,
+            resample=resample,
+            groups=groups,
+            **encoder,
+        )
+        c, skips = widths[-1], list(self.skips)
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            attended = level in attention_levels
+            for i in range(num_res_blocks + 1):
+                layers: list[nn.Module] = [self.block(c + skips.pop(), widths[level])]
+                c = widths[level]
+                layers += [self.attention(c, heads=heads_up[level])] if attended else []
+                if level > 0 and i == num_res_blocks:
+                    layers.append(
+                        self.block(c, c, resample="up")
+                        if resample == "resnet"
+                        else Upsample(c, with_conv=resample == "conv")
+                    )
+                self.output_blocks.append(nn.ModuleList(layers))
+
+        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), nn.Conv2d(c, out_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """x: `(b, in_channels, h, w)`, t: `(b,)`, labels: `(b,)` int or None. Returns `(b, out_channels, h, w)`."""
+        *_, (_, output) = self.activations(x, t, labels)
+        return output
+
+    def activations(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every block's output, in the order computed, by the names of `jddim.models.unet.UNet.activations`."""
+        h, time, skips = yield from self.encoded(x, t, labels)
         blocks = map(_layers, self.output_blocks)
         for level in reversed(range(self.num_levels)):
             for i in range(self.num_res_blocks + 1):
@@ -259,6 +283,75 @@ class OpenAIUNet(nn.Module):
                     yield f"up.{level}." + (f"attn.{i}" if isinstance(layer, AttentionBlock) else "upsample"), h
 
         yield "conv_out", self.out(h)
+
+
+class AttentionPool2d(nn.Module):
+    """Attention of the pixels' mean over itself and all pixels, which have learned positions; q, k and v in this order.
+
+    positions: pixels.
+    """
+
+    def __init__(self, channels: int, outputs: int, *, positions: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(channels, positions + 1) / channels**0.5)
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: `(b, channels, h, w)`. Returns `(b, outputs)`."""
+        pixels = x.flatten(2)
+        tokens = torch.cat([pixels.mean(dim=2, keepdim=True), pixels], dim=2) + self.positional_embedding
+        return self.c_proj(_mixed(self.qkv_proj(tokens), self.heads, new_order=True))[:, :, 0]
+
+
+class OpenAIClassifier(_Encoder):
+    """The logits of the classes of x at timestep t: guided-diffusion's EncoderUNetModel.
+
+    classes: how many. positions: pixels at the lowest resolution, for attention as the pooling; None: by their mean.
+    The other arguments are `OpenAIUNet`'s.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int,
+        positions: int | None,
+        widths: Sequence[int],
+        heads: Sequence[int],
+        groups: int = 32,
+        **encoder: Any,
+    ):
+        super().__init__(widths=widths, heads=heads, groups=groups, **encoder)
+        c = widths[-1]
+        pooling: list[nn.Module] = (
+            [nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, classes, 1), nn.Flatten()]
+            if positions is None
+            else [AttentionPool2d(c, classes, positions=positions, heads=heads[-1])]
+        )
+        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), *pooling)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: `(b, in_channels, h, w)`, t: `(b,)`. Returns `(b, classes)`."""
+        *_, (_, logits) = self.activations(x, t)
+        return logits
+
+    def activations(self, x: Tensor, t: Tensor, labels: None = None) -> Iterator[tuple[str, Tensor]]:
+        """As `OpenAIUNet.activations`."""
+        h, _, _ = yield from self.encoded(x, t)
+        yield "logits", self.out(h)
+
+
+def _mixed(qkv: Tensor, heads: int, *, new_order: bool) -> Tensor:
+    """v, weighted by the softmax of q k: `(b, 3 c, pixels)` -> `(b, c, pixels)`. new_order: as in `AttentionBlock`."""
+    b, c = qkv.shape[0], qkv.shape[1] // 3
+    if new_order:
+        q, k, v = (part.reshape(b * heads, c // heads, -1) for part in qkv.chunk(3, dim=1))
+    else:
+        q, k, v = qkv.reshape(b * heads, 3 * c // heads, -1).chunk(3, dim=1)
+    scale = 1 / math.sqrt(math.sqrt(c // heads))
+    weights = torch.einsum("bct,bcs->bts", q * scale, k * scale).softmax(dim=-1)
+    return torch.einsum("bts,bcs->bct", weights, v).reshape(b, c, -1)
 
 
 def _layers(block: nn.Module) -> list[nn.Module]:

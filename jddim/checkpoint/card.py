@@ -9,29 +9,28 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jddim.checkpoint.metadata import Metadata, Recorded
 from jddim.config import SamplerConfig, ScheduleConfig, to_json
-
-if TYPE_CHECKING:
-    from jddim.checkpoint.metadata import Metadata
 
 NAME = "README.md"
 ALL_ZERO = "its output is all zero: untrained?"
 
 
-def card(metadata: Metadata, parameters: int) -> str:
+def card(metadata: Recorded, parameters: int) -> str:
     """The card's Markdown. parameters: how many numbers the network has."""
     facts = metadata.provenance
     trained = "training" in facts
+    sampled = isinstance(metadata, Metadata)
+    kind = "diffusion model's checkpoint" if sampled else "classifier of noisy images, which guides a diffusion model,"
     lines = [
         f"# {_code(_title(metadata))}",
         "",
-        "A diffusion model's checkpoint for jddim (DDIM sampling in JAX), "
-        + ("trained by it." if trained else "converted from PyTorch."),
+        f"A {kind} for jddim (DDIM sampling in JAX), {'trained by it' if trained else 'converted from PyTorch'}.",
         "",
         "```",
-        f"jddim sample CKPT samples.png{_labels(metadata)}       # CKPT: this folder",
+        f"{_command(metadata)}       # CKPT: this folder",
         "jddim info CKPT                     # what is known of it; --json: all that is recorded",
         "jddim cite CKPT                     # what to cite",
         "```",
@@ -48,17 +47,20 @@ def card(metadata: Metadata, parameters: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def lines(metadata: Metadata, parameters: int) -> list[str]:
+def lines(metadata: Recorded, parameters: int) -> list[str]:
     """What the checkpoint is, a fact a line. parameters: how many numbers the network has.
 
-    What else is recorded is in `Metadata.to_json`. Provenance may hold whatever an edited file holds, of any type.
+    What else is recorded is in `to_json`. Provenance may hold whatever an edited file holds, of any type.
     """
     provenance = dict(metadata.provenance)
     wording = provenance.pop("wording", {})
     told, source = wording.get("told", {}), f"  in {provenance.get('family', '?')}"
     facts = [("network", metadata.model.summary), ("parameters", f"{parameters:,}"), ("classes", _classes(metadata))]
-    for name, summary in (("schedule", _schedule(metadata.schedule)), ("sampler", _sampler(metadata.sampler))):
-        facts += [(name, summary), *([(source, _worded(wording[name], told))] if wording.get(name) else [])]
+    if isinstance(metadata, Metadata):
+        for name, summary in (("schedule", _schedule(metadata.schedule)), ("sampler", _sampler(metadata.sampler))):
+            facts += [(name, summary), *([(source, _worded(wording[name], told))] if wording.get(name) else [])]
+    else:
+        facts.append(("guides", _command(metadata)))
     for name, value in {**provenance, "license": provenance.get("license") or "not stated"}.items():
         match name, value:
             case "ignored" | "reference_options", _:  # for machines
@@ -81,7 +83,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _classes(metadata: Metadata) -> str:
+def _classes(metadata: Recorded) -> str:
     model, null_label = metadata.model, metadata.null_label
     if model.num_classes is None:
         return "none" if model.class_embedding is None else f"labels are no numbers ({model.class_embedding} embedding)"
@@ -109,7 +111,7 @@ def _sampler(config: SamplerConfig) -> str:
     return f"{said}, {_text(rest)}" if rest else said
 
 
-def facts(metadata: Metadata) -> dict[str, str]:
+def facts(metadata: Recorded) -> dict[str, str]:
     """Where the checkpoint comes from and how it was compared, in short: a name and plain text each."""
     said = metadata.provenance
     source, step = said.get("source") or {}, said.get("step")
@@ -141,17 +143,19 @@ def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={value}" + (f" ({told[name]})" if name in told else "") for name, value in facts.items())
 
 
-def _labels(metadata: Metadata) -> str:
-    """The options that a network with classes needs."""
+def _command(metadata: Recorded) -> str:
+    """How it is used: with the options that a network with classes needs; a classifier beside what it guides."""
     classes, null_label = metadata.model.num_classes, metadata.null_label
+    if not isinstance(metadata, Metadata):
+        return "jddim sample MODEL samples.png --labels 0 --classifier CKPT --classifier-scale 1"
     if classes is None:
-        return ""
+        return "jddim sample CKPT samples.png"
     if null_label is None or null_label != classes - 1:
-        return " --labels 0"
-    return f" --num {null_label} --labels 0:{null_label} --guidance-scale 3"
+        return "jddim sample CKPT samples.png --labels 0"
+    return f"jddim sample CKPT samples.png --num {null_label} --labels 0:{null_label} --guidance-scale 3"
 
 
-def _title(metadata: Metadata) -> str:
+def _title(metadata: Recorded) -> str:
     facts = metadata.provenance
     source = facts.get("source") or {}
     size = "x".join(map(str, metadata.model.image_size))
@@ -204,16 +208,18 @@ def _trained(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _conventions(metadata: Metadata) -> list[str]:
+def _conventions(metadata: Recorded) -> list[str]:
     """The schedule and the sampler's defaults in the source's words; in jddim's, where there is no other source."""
     wording = metadata.provenance.get("wording") or {}
     if wording.get("schedule") or wording.get("sampler"):
-        facts = ((name, wording.get(name) or {}) for name in ("schedule", "sampler"))
+        facts = {name: wording.get(name) or {} for name in ("schedule", "sampler")}
         where = " (in the source's words)"
     else:
-        facts = ((name, to_json(getattr(metadata, name))) for name in ("schedule", "sampler"))
+        facts = metadata.conventions()
         where = ""
-    return [f"- {name}{where}: {_pairs({k: v for k, v in pairs.items() if v is not None})}" for name, pairs in facts]
+    return [
+        f"- {name}{where}: {_pairs({k: v for k, v in pairs.items() if v is not None})}" for name, pairs in facts.items()
+    ]
 
 
 def _pairs(pairs: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jddim.checkpoint.folder import load_metadata, load_params
+from jddim.checkpoint.folder import load_params, load_recorded
 from jddim.files import read_arrays, read_json
 from jddim.images import SHEETS, open_picture, read_metadata
 
@@ -79,7 +79,7 @@ def diff_mappings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Difference
 
 
 def _diff_checkpoints(a: Path, b: Path) -> list[Difference]:
-    metadata = [load_metadata(path) for path in (a, b)]
+    metadata = [load_recorded(path) for path in (a, b)]
     rows = diff_mappings(*(m.to_json() for m in metadata))
     # Rounding, and what schedule and sampler say already.
     skipped = ("provenance.verification.blocks.", "provenance.wording.")

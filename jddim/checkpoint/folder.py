@@ -1,8 +1,8 @@
 """jddim's checkpoints: an Orbax folder of parameters with JSON metadata beside them.
 
 The folder holds two Orbax items, `params` (a nested dict of float32 arrays) and `metadata` (JSON: model config,
-schedule, sampler defaults, where the weights came from), a model card (`README.md`: the metadata for people, never read
-back), and whatever reports are put beside them (`verify.json`).
+schedule, sampler defaults, where the weights came from; a classifier has no schedule and no sampler), a model card
+(`README.md`: the metadata for people, never read back), and whatever reports are put beside them (`verify.json`).
 It is written under another name and renamed when whole, and it carries digests of its own contents, so a folder
 that loads is the folder that was written.
 """
@@ -18,12 +18,12 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from jddim.checkpoint.card import NAME, card
-from jddim.checkpoint.metadata import FORMAT_VERSION, Metadata
+from jddim.checkpoint.metadata import FORMAT_VERSION, ClassifierMetadata, Metadata, is_classifier
 from jddim.checkpoint.orbax import is_full_disk, orbax, quiet_orbax
 from jddim.files import check_regular, open_regular, parse_json, read_json, recover, replacing
 from jddim.models.building import Params, abstract_model, check_fit, flat_params
@@ -35,9 +35,10 @@ class CheckpointError(ValueError):
     """A checkpoint folder that cannot be read or written, with what to do about it."""
 
 
-def save_checkpoint(
-    path: str | os.PathLike[str], params: Params, metadata: Metadata, *, overwrite: bool = False
-) -> Metadata:
+M = TypeVar("M", Metadata, ClassifierMetadata)
+
+
+def save_checkpoint(path: str | os.PathLike[str], params: Params, metadata: M, *, overwrite: bool = False) -> M:
     """Write a checkpoint folder; returns the metadata as written, digests filled in.
 
     Atomic: until the last rename nothing exists at `path` (or, with `overwrite`, the old checkpoint does).
@@ -48,7 +49,7 @@ def save_checkpoint(
     metadata = dataclasses.replace(metadata, params_sha256=_digest(params))
     check_fit(metadata.model, params)  # raises if they would not load again
     try:
-        Metadata.from_json(parse_json(json.dumps(metadata.written())))
+        type(metadata).from_json(parse_json(json.dumps(metadata.written())))
     except ValueError as error:
         raise CheckpointError(f"{path} would not load again, so it is not written: {error}") from error
     ocp = orbax()
@@ -121,10 +122,29 @@ def _is_ours(target: Path) -> bool:
 
 
 def load_metadata(path: str | os.PathLike[str]) -> Metadata:
-    """The metadata of a checkpoint folder, without its parameters.
+    """The metadata of the checkpoint folder of a network to sample, without its parameters.
 
-    Raises CheckpointError if the folder is absent, incomplete, edited, or written by a newer jddim.
+    Raises CheckpointError if the folder is absent, incomplete, edited, or written by a newer jddim, or a classifier's.
     """
+    metadata = load_recorded(path)
+    if isinstance(metadata, ClassifierMetadata):
+        raise CheckpointError(
+            f"{path} is a classifier, which is not sampled but guides: jddim sample CKPT OUT --labels LABELS "
+            f"--classifier {path} --classifier-scale 1 (jddim.load_classifier)"
+        )
+    return metadata
+
+
+def load_classifier_metadata(path: str | os.PathLike[str]) -> ClassifierMetadata:
+    """As `load_metadata`, of a classifier, and only of one."""
+    metadata = load_recorded(path)
+    if isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path} is no classifier, but a network to sample: {metadata.model.summary}")
+    return metadata
+
+
+def load_recorded(path: str | os.PathLike[str]) -> Metadata | ClassifierMetadata:
+    """As `load_metadata`, of a checkpoint folder of either kind."""
     target = Path(path).absolute()
     if not target.exists():
         recover(target)
@@ -154,7 +174,7 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
             + ("upgrade jddim" if isinstance(version, int) and version > FORMAT_VERSION else "convert it again")
         )
     try:
-        metadata = Metadata.from_json(data)
+        metadata = ClassifierMetadata.from_json(data) if is_classifier(data) else Metadata.from_json(data)
     except ValueError as error:
         raise CheckpointError(
             f"{path}: metadata is damaged or edited ({_first_line(error)}); convert the checkpoint again"
@@ -167,7 +187,7 @@ def load_metadata(path: str | os.PathLike[str]) -> Metadata:
     return metadata
 
 
-def load_params(path: str | os.PathLike[str], metadata: Metadata) -> dict[str, np.ndarray]:
+def load_params(path: str | os.PathLike[str], metadata: Metadata | ClassifierMetadata) -> dict[str, np.ndarray]:
     """The parameters of a checkpoint folder, on the host, checked against their digest.
 
     They are restored onto a tree built from the config, so it does not matter on how many or which devices they

@@ -8,8 +8,17 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, did_you_mean, from_json, misfits, to_json
-from jddim.models import MODELS, wiring_of
+from jddim.config import (
+    ClassifierConfig,
+    ModelConfig,
+    SamplerConfig,
+    ScheduleConfig,
+    did_you_mean,
+    from_json,
+    misfits,
+    to_json,
+)
+from jddim.models import CLASSIFIER, MODELS, wiring_of
 
 FORMAT_VERSION = 1
 
@@ -61,19 +70,12 @@ class Provenance(TypedDict, total=False):
     parent: Parent
 
 
-@dataclasses.dataclass(frozen=True)
-class Metadata:
-    """What a checkpoint says of itself, beside its parameters.
-
-    provenance: JSON of the converter's (`Provenance`): source file and SHA-256, family, EMA or raw and its step,
-    versions, what was assumed, the verification figure. params_sha256 covers every parameter's name, shape and bytes.
-    """
+class Recorded:
+    """What the metadata of checkpoints of both kinds have."""
 
     model: ModelConfig
-    schedule: ScheduleConfig
-    sampler: SamplerConfig
-    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
-    params_sha256: str = ""
+    provenance: dict[str, Any]
+    params_sha256: str
 
     @property
     def sha256(self) -> str:
@@ -91,35 +93,42 @@ class Metadata:
             "format": "jddim",
             "format_version": FORMAT_VERSION,
             "model": {"type": wiring_of(self.model), **to_json(self.model)},
-            "schedule": to_json(self.schedule),
-            "sampler": to_json(self.sampler),
+            **self.conventions(),
             "provenance": dict(self.provenance),
             "params_sha256": self.params_sha256,
         }
+
+    def conventions(self) -> dict[str, Any]:
+        """How it is sampled, as JSON holds it; empty for what is not."""
+        return {}
 
     def written(self) -> dict[str, Any]:
         """As stored in the `metadata` item: `to_json`, and `sha256` over it."""
         return {**self.to_json(), "sha256": self.sha256}
 
+
+@dataclasses.dataclass(frozen=True)
+class Metadata(Recorded):
+    """What a checkpoint says of itself, beside its parameters.
+
+    provenance: JSON of the converter's (`Provenance`): source file and SHA-256, family, EMA or raw and its step,
+    versions, what was assumed, the verification figure. params_sha256 covers every parameter's name, shape and bytes.
+    """
+
+    model: ModelConfig
+    schedule: ScheduleConfig
+    sampler: SamplerConfig
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    params_sha256: str = ""
+
+    def conventions(self) -> dict[str, Any]:
+        """Schedule and sampler."""
+        return {"schedule": to_json(self.schedule), "sampler": to_json(self.sampler)}
+
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Metadata:
         """The inverse of `to_json` and `written`. Raises ValueError for what is missing or of another type."""
-        parts: dict[str, type] = {
-            "model": dict,
-            "schedule": dict,
-            "sampler": dict,
-            "provenance": dict,
-            "params_sha256": str,
-        }
-        problems = [
-            f"{name} is missing or no {kind.__name__}"
-            for name, kind in parts.items()
-            if type(data.get(name)) is not kind
-        ]
-        problems += [] if problems else misfits(data["provenance"], Provenance, "provenance.")
-        if problems:
-            raise ValueError("; ".join(problems))
-        model = dict(data["model"])
+        model = _checked(data, "schedule", "sampler")
         if (wiring := model.pop("type", None)) not in list(MODELS):
             raise ValueError(f"unknown model type {str(wiring)[:60]!r}{did_you_mean(str(wiring)[:60], MODELS)}")
         return Metadata(
@@ -129,3 +138,37 @@ class Metadata:
             provenance=data["provenance"],
             params_sha256=data["params_sha256"],
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierMetadata(Recorded):
+    """What a classifier's checkpoint says of itself. It is not sampled, so it has neither schedule nor sampler."""
+
+    model: ClassifierConfig
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    params_sha256: str = ""
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> ClassifierMetadata:
+        """As `Metadata.from_json`, for data that `is_classifier`."""
+        model = _checked(data)
+        del model["type"]
+        return ClassifierMetadata(from_json(ClassifierConfig, model), data["provenance"], data["params_sha256"])
+
+
+def is_classifier(data: Mapping[str, Any]) -> bool:
+    """Whether the JSON of metadata is a classifier's."""
+    model = data.get("model")
+    return isinstance(model, dict) and model.get("type") == CLASSIFIER
+
+
+def _checked(data: Mapping[str, Any], *sections: str) -> dict[str, Any]:
+    """The section model, if it, `sections` and the rest are there and of their types. Raises ValueError if not."""
+    parts: dict[str, type] = {**dict.fromkeys(("model", *sections, "provenance"), dict), "params_sha256": str}
+    problems = [
+        f"{name} is missing or no {kind.__name__}" for name, kind in parts.items() if type(data.get(name)) is not kind
+    ]
+    problems += [] if problems else misfits(data["provenance"], Provenance, "provenance.")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return dict(data["model"])

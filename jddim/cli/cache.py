@@ -82,10 +82,10 @@ def _source(kind: str, folder: Path) -> str | None:
     """What a checkpoint was converted from, as its metadata says; None: it cannot be told."""
     if kind == "programs":
         return None
-    from jddim.checkpoint.folder import CheckpointError, load_metadata
+    from jddim.checkpoint.folder import CheckpointError, load_recorded
 
     try:
-        source = load_metadata(folder).provenance.get("source", {})
+        source = load_recorded(folder).provenance.get("source", {})
     except CheckpointError:
         return None
     return " ".join(filter(None, (source.get("hub_id"), source.get("file"), source.get("commit"))))

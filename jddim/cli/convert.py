@@ -106,7 +106,7 @@ def _export_torch(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from jddim.checkpoint.card import unchecked
-    from jddim.checkpoint.folder import load_metadata
+    from jddim.checkpoint.folder import load_recorded
     from jddim.files import atomic
 
     result = converting.verify(args.ckpt, args.src, config=args.config)
@@ -126,7 +126,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         return 0
     print(f"equal: largest error of the output {result.output_error:.1e} of its scale; kept in {args.ckpt}/verify.json")
-    if told := unchecked(load_metadata(args.ckpt).provenance):
+    if told := unchecked(load_recorded(args.ckpt).provenance):
         say(f"told, not checked by the file: {', '.join(f'{name} = {value}' for name, value in told.items())}")
     return 0
 

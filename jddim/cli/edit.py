@@ -6,7 +6,16 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from jddim.cli.options import add_ckpt, add_request, condition_of, load_for, quiet, request_of, settings_of
+from jddim.cli.options import (
+    add_ckpt,
+    add_request,
+    classifier_of,
+    condition_of,
+    load_for,
+    quiet,
+    request_of,
+    settings_of,
+)
 from jddim.config import counted
 
 
@@ -66,6 +75,7 @@ def _edit(args: argparse.Namespace) -> int:
         mask = masks[0]
     condition = condition_of(args.condition, config.image_size, len(known))
     inputs = Inputs(jax.random.key(request.seed), images=known, mask=mask, condition=condition)
+    inputs = inputs._replace(classifier=classifier_of(args, request))
     planned = plan(ddim, request, inputs).check("edit")
     x_0 = np.asarray(run(planned, progress=True)[0])
     save_images(args.out, x_0, settings_of(args, request, ddim, planned, "edit"))

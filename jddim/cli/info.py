@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jddim import converting
 from jddim.cli.convert import settings, source_options
-from jddim.cli.options import CKPT, add_ckpt, add_json, checkpoint, print_json
+from jddim.cli.options import CKPT, add_ckpt, add_json, print_json
 from jddim.config import printable
 
 
@@ -81,6 +81,9 @@ def _cite(args: argparse.Namespace) -> int:
 
     provenance = None
     if args.ckpt is not None:
-        provenance = checkpoint(args).provenance
+        from jddim.checkpoint.folder import load_recorded
+        from jddim.resolving import resolve
+
+        provenance = load_recorded(resolve(args.ckpt)).provenance
     print(bibtex(*citations(provenance)), end="")
     return 0

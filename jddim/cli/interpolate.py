@@ -10,6 +10,7 @@ from jddim.cli.options import (
     add_ckpt,
     add_request,
     check_num,
+    classifier_of,
     condition_of,
     load_for,
     numbers,
@@ -82,6 +83,7 @@ def _interpolate(args: argparse.Namespace) -> int:
         corners = ends.reshape(2, 2, *ends.shape[1:])
         x_T = slerp_grid(corners, args.num, args.num).reshape(-1, *ends.shape[1:])
     inputs = Inputs(jax.random.key(seed), x_T=x_T, condition=condition_of(args.condition, size, len(x_T)))
+    inputs = inputs._replace(classifier=classifier_of(args, request))
     planned = plan(ddim, request, inputs, batch_size=64).check("interpolate")
     x_0 = np.asarray(run(planned, batch_size=64, progress=True)[0])
     settings = settings_of(args, request, ddim, planned, "interpolate")

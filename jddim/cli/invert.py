@@ -17,8 +17,10 @@ from jddim.cli.options import (
     add_json,
     add_request,
     checkpoint,
+    classifier_of,
     condition_of,
     fastest_batch_size,
+    given_classifier,
     given_file,
     print_json,
     read_batch_size,
@@ -78,14 +80,15 @@ def _invert(args: argparse.Namespace) -> int:
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
             args.batch_size = fastest_batch_size(request, ddim, len(images))
     condition = condition_of(args.condition, images.shape[1:3], len(images))
-    up = plan(ddim, request, Inputs(images=images, condition=condition), batch_size=args.batch_size).check("invert")
+    beside = Inputs(condition=condition, classifier=classifier_of(args, request))
+    up = plan(ddim, request, beside._replace(images=images), batch_size=args.batch_size).check("invert")
     started = time.perf_counter()
     x_T, _ = run(up, batch_size=args.batch_size, progress=True)
     seconds = time.perf_counter() - started
     again = None
     if args.reconstruct is not None:
-        inputs = Inputs(x_T=x_T, condition=condition)
-        down = plan(ddim, dataclasses.replace(request, eta=0.0), inputs, batch_size=args.batch_size)
+        back = dataclasses.replace(request, eta=0.0)
+        down = plan(ddim, back, beside._replace(x_T=x_T), batch_size=args.batch_size)
         again = np.asarray(run(down.check("sample"), batch_size=args.batch_size, progress=True)[0])
 
     save_images(args.out, np.asarray(x_T), {})
@@ -101,6 +104,7 @@ def _invert(args: argparse.Namespace) -> int:
             "jddim": __version__,
             "inverted": args.images.name,
             **({"condition": given_file(args.condition)} if args.condition else {}),
+            **given_classifier(args),
             **request.described(up.sampler, steps, "invert"),
             "eta": 0.0,
         }

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jddim.config import printable
-from jddim.run.request import OWN, Request, RequestError, options, taken_by
+from jddim.run.request import ONE_NETWORK, OWN, Request, RequestError, options, taken_by
 
 if TYPE_CHECKING:
     import numpy as np
 
     from jddim.checkpoint.metadata import Metadata
+    from jddim.models.classifier import Classifier
     from jddim.pipeline import DDIM
     from jddim.run.plan import Plan
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None:
     """Give a command every option of `Request` that it takes, and have it refuse the others by their reasons.
 
-    told: help in place of a field's. An option that has been defined before is left as it is. --condition, which is a
-    file, is added here too.
+    told: help in place of a field's. An option that has been defined before is left as it is. --condition and
+    --classifier, which name files, are added here too.
     """
     if command != "serve":
         quiet = "print nothing but errors and warnings"
@@ -37,10 +38,15 @@ def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None
     condition = (
         "for a network that is given an image beside x_t: one for each, or one for all; .npy, .npz, .png, a folder"
     )
-    if command in WITH_CONDITION:
-        sub.add_argument("--condition", type=Path, metavar="FILE", help=condition)
-    elif why := WITHOUT_CONDITION.get(command):
-        sub.add_argument("--condition", action=_Refused, why=why, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    classifier = "a folder written by jddim convert of a classifier, which leads to --labels; with --classifier-scale"
+    for flag, text, metavar, reasons in (
+        ("--condition", condition, "FILE", WITHOUT_CONDITION),
+        ("--classifier", classifier, "CKPT", ONE_NETWORK),
+    ):
+        if why := reasons.get(command):
+            sub.add_argument(flag, action=_Refused, why=why, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        else:
+            sub.add_argument(flag, type=Path, metavar=metavar, help=text)
     defined = {name for action in sub._actions for name in action.option_strings}
     conventions = sub.add_argument_group("conventions", "each overrides the checkpoint's (`jddim info` shows them)")
     for name, default, option in options():
@@ -57,7 +63,6 @@ def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None
             sub.add_argument(*spellings, action=_Refused, why=reason, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-WITH_CONDITION = ("sample", "edit", "invert", "interpolate", "sweep", "bulk")
 WITHOUT_CONDITION = {
     "warmup": "zeros stand for it, as large as the images: a smaller one is another program",
     "export": "the exported program takes it as an argument",
@@ -86,6 +91,27 @@ def condition_of(path: Path | None, size: tuple[int, int], num: int = 1) -> np.n
             except ValueError as error:
                 refusals.append(error)
     raise refusals[0]
+
+
+def classifier_of(args: argparse.Namespace, request: Request) -> Classifier | None:
+    """The network of --classifier, in the request's dtype."""
+    if args.classifier is None:
+        return None
+    import jddim
+    from jddim.resolving import resolve
+
+    args.classifier = resolve(args.classifier)
+    return jddim.load_classifier(args.classifier, dtype=request.dtype)
+
+
+def given_classifier(args: argparse.Namespace) -> dict[str, Any]:
+    """--classifier, if it is given, as the settings record it: its name and the checkpoint's digest."""
+    if args.classifier is None:
+        return {}
+    from jddim.checkpoint.folder import load_classifier_metadata
+
+    digest = load_classifier_metadata(args.classifier).sha256
+    return {"classifier": {"file": args.classifier.resolve().name, "sha256": digest}}
 
 
 def given_file(path: Path | None) -> dict[str, str] | None:
@@ -166,6 +192,8 @@ def settings_of(args: argparse.Namespace, request: Request, ddim: DDIM, planned:
     own = {n: v.name if isinstance(v, Path) else v for n, v in vars(args).items() if n not in names}
     if own.pop("condition", None) is not None:
         own["condition"] = given_file(args.condition)
+    if own.pop("classifier", None) is not None:
+        own |= given_classifier(args)
     described = request.described(planned.sampler, planned.table.num_steps, command)
     return {"checkpoint_sha256": ddim.metadata.sha256, "jddim": __version__, **described, **own}
 
@@ -199,6 +227,8 @@ def read_batch_size(text: str) -> int | str:
 
 def fastest_batch_size(request: Request, ddim: DDIM, num: int) -> int:
     """What `--batch-size auto` stands for: tried, and told of, here."""
+    if request.classifier_scale is not None:
+        raise ValueError("--batch-size auto tries the network alone, without a classifier: give a number")
     from jddim.scale.batch_size import best_batch_size
 
     return best_batch_size(ddim, num, evaluations=request.evaluations, say=say)
@@ -216,7 +246,7 @@ def _by_flag(problem: tuple[str, str]) -> str:
     """A problem's sentence with the option's name in place of the field's."""
     name, sentence = problem
     flags = {o.name: o.option.flag for o in options()}
-    arrays = {"x_T": "--x-T", "noise": "--noise", "condition": "--condition"}
+    arrays = {"x_T": "--x-T", "noise": "--noise", "condition": "--condition", "classifier": "--classifier"}
     flags |= {"num": "--num", "batch_size": "--batch-size", **arrays}
     rest = sentence.removeprefix(f"{name} ")
     return sentence if rest == sentence or name not in flags else f"{flags[name]} {rest}"

@@ -15,8 +15,10 @@ from jddim.cli.options import (
     add_ckpt,
     add_request,
     checkpoint,
+    classifier_of,
     condition_of,
     fastest_batch_size,
+    given_classifier,
     given_file,
     read_batch_size,
     request_of,
@@ -38,6 +40,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "mnist digits.png\nmnist path.gif --num 16 --steps 50 --spacing linspace --clip\n"
         "mnist samples.npz --num 50000 --batch-size 256\n"
         "classes.ckpt 3s.png --labels 3 --guidance-scale 2 --null-label 10\n"
+        "imagenet dogs.png --labels 207 --classifier clf --classifier-scale 1\n"
         "mnist exact.npy --x-T x_T.npy --noise noise.npy --eta 1",
     )
     add_ckpt(sub)
@@ -112,7 +115,8 @@ def _sample(args: argparse.Namespace) -> int:
     condition = condition_of(args.condition, size if x_T is None else x_T.shape[1:3], num)
     files = {"x_T": given_file(args.x_T), "noise": given_file(args.noise)}
     files |= {} if condition is None else {"condition": given_file(args.condition)}
-    inputs = Inputs(key, x_T=x_T, noise=noise, condition=condition)
+    classifier = classifier_of(args, request)
+    inputs = Inputs(key, x_T=x_T, noise=noise, condition=condition, classifier=classifier)
     planned = plan(ddim, request, inputs, num, args.batch_size).check("sample")
     table, used = planned.rows, planned.sampler
     across = 12 if args.trajectory and suffix in SHEETS else None
@@ -140,6 +144,7 @@ def _sample(args: argparse.Namespace) -> int:
         "num": num,
         **request.described(used, table.num_steps, "sample"),
         **files,
+        **given_classifier(args),
         "trajectory": args.trajectory,
     }
     if not planned.program.method.takes_eta:

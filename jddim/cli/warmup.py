@@ -7,7 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-from jddim.cli.options import add_ckpt, add_request, checkpoint, request_of
+from jddim.cli.options import add_ckpt, add_request, checkpoint, classifier_of, request_of
 from jddim.config import counted
 
 
@@ -40,7 +40,7 @@ def _warmup(args: argparse.Namespace) -> int:
     checkpoint(args)
     ddim = jddim.load(args.ckpt, dtype=request.dtype)
     config = ddim.model.config
-    inputs = Inputs(jax.random.key(0))
+    inputs = Inputs(jax.random.key(0), classifier=classifier_of(args, request))
     if config.condition_channels:
         beside = (max(args.num, 0), *(request.image_size or config.image_size), config.condition_channels)
         inputs = inputs._replace(condition=np.zeros(beside, np.float32))

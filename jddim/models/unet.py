@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,42 +54,25 @@ class Middle(nnx.Module):
         self.block_2 = block_2
 
 
-class UNet(nnx.Module):
-    """The network: `unet(x_t, t)`, x_t `(b, h, w, input_channels)` float, t int or float, `(b,)` or one for all.
+class Encoded(NamedTuple):
+    """What the way down ends in: the middle's output, what every block is told of t, and each entry's output."""
 
-    labels: int for a class embedding "learned", numbers for "timestep", `(b,)` or one for all; `(b, time_width)` for
-    "identity"; needed by a model with classes, refused by one without (ValueError).
+    h: Array
+    time: Array
+    skips: list[Array]
 
-    Returns `(b, h, w, out_channels)` in x_t's dtype: eps, or whatever the network was trained to predict. Fully
-    convolutional: h and w need not be the config's, but must be multiples of 2^(levels - 1); others raise ValueError.
 
-    dtype: the compute dtype; norms and softmax are never below float32. Fresh parameters are distributed as
-    PyTorch's defaults, for training from scratch; `jddim.load` fills them from a checkpoint.
+class Encoder(nnx.Module):
+    """The first half of the UNet: time and class embedding, the way down and the middle. It computes nothing by itself.
+
+    The arguments are `UNet`'s.
     """
 
     def __init__(self, config: UNetConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        conv3 = partial(conv, size=3, dtype=dtype, rngs=rngs)
-        groups, epsilon = config.norm_groups, config.norm_epsilon
-        attention = partial(Attention, epsilon=epsilon, dtype=dtype, rngs=rngs)
-        block = partial(
-            ResBlock,
-            time_channels=config.time_width,
-            groups=groups,
-            epsilon=epsilon,
-            conv_shortcut=config.conv_shortcut,
-            scale_shift=config.scale_shift,
-            activation=config.activation,
-            dtype=dtype,
-            rngs=rngs,
-        )
-
-        def attentions(level: int, count: int, *, up: bool) -> list[Attention]:
-            width = config.widths[level]
-            heads = config.heads(width, up=up)
-            count = count if config.has_attention(level, up=up) else 0
-            return [attention(width, groups=groups, heads=heads) for _ in range(count)]
+        block = _blocks(config, dtype, rngs)
+        attention = partial(Attention, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
 
         def halve(level: int) -> Downsample | ResBlock:
             kind, width = config.resampling(level)[0], config.widths[level]
@@ -98,37 +82,28 @@ class UNet(nnx.Module):
                 width, with_conv=kind == "conv", symmetric=config.symmetric_padding, dtype=dtype, rngs=rngs
             )
 
-        def double(level: int) -> Upsample | ResBlock:  # from `level` to the one above it
-            kind, width = config.resampling(level - 1)[1], config.widths[level]
-            if kind == "resnet":
-                return block(width, width, resample="up")
-            return Upsample(width, with_conv=kind == "conv", dtype=dtype, rngs=rngs)
-
         features = 2 * config.channels if config.time_embedding == "fourier" else config.channels
         time_mlp = partial(TimeMLP, features, config.time_width, dtype=dtype, rngs=rngs)
         self.time_proj = _time_projection(config, rngs)
         self.time_embed = time_mlp()
         self.class_embed = time_mlp() if config.class_embedding == "timestep" else _class_table(config, dtype, rngs)
-        self.conv_in = conv3(config.input_channels, config.stem)
+        self.conv_in = conv(config.input_channels, config.stem, 3, dtype=dtype, rngs=rngs)
 
         widths = config.widths
-        last = len(widths) - 1
-        skips = [config.stem]  # the widths that the decoder will pop, in the order the encoder pushes them
+        before = config.stem
         down = []
         for level, width in enumerate(widths):
             blocks = []
             for _ in range(config.num_res_blocks):
-                blocks.append(block(skips[-1], width))
-                skips.append(width)
-            downsample = None
-            if level < last:
-                downsample = halve(level)
-                skips.append(width)
-            down.append(Level(blocks, attentions(level, config.num_res_blocks, up=False), downsample=downsample))
+                blocks.append(block(before, width))
+                before = width
+            downsample = halve(level) if level < len(widths) - 1 else None
+            attentions = _attentions(config, level, config.num_res_blocks, up=False, dtype=dtype, rngs=rngs)
+            down.append(Level(blocks, attentions, downsample=downsample))
         self.down = nnx.List(down)
 
         width = widths[-1]
-        mid_groups = groups if config.mid_norm_groups is None else config.mid_norm_groups
+        mid_groups = config.norm_groups if config.mid_norm_groups is None else config.mid_norm_groups
         mid_block = partial(block, width, width, scale=config.mid_scale)
         mid_attention = partial(attention, width, groups=mid_groups, heads=config.heads(width), scale=config.mid_scale)
         self.mid = (
@@ -137,36 +112,17 @@ class UNet(nnx.Module):
             else None
         )
 
-        up = []
-        for level in reversed(range(len(widths))):
-            blocks = []
-            for _ in range(config.num_res_blocks + 1):
-                blocks.append(block(width + skips.pop(), widths[level]))
-                width = widths[level]
-            upsample = double(level) if level > 0 else None
-            up.append(Level(blocks, attentions(level, config.num_res_blocks + 1, up=True), upsample=upsample))
-        self.up = nnx.List(up[::-1])  # up[level], like down[level]; level 0 is full resolution
-
-        self.norm_out = group_norm(width, groups, epsilon, dtype=dtype, rngs=rngs)
-        self.conv_out = conv3(width, config.out_channels)
-
-    def __call__(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None) -> Array:
-        *_, (_, output) = self.activations(x_t, t, labels)
-        return output.astype(x_t.dtype)
-
-    def activations(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None) -> Iterator[tuple[str, Array]]:
-        """The forward pass, one `(name, output)` per block in the order computed; the last is the network's output.
-
-        `jddim verify` compares these one by one; the names are those of the PyTorch reference's blocks.
-        """
+    def encoded(
+        self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None
+    ) -> Generator[tuple[str, Array], None, Encoded]:
+        """The way down, one `(name, output)` per block in the order computed; and what the second half needs."""
         if x_t.ndim != 4 or x_t.shape[3] != self.config.input_channels:
             parts = ", x_t's and the condition's" if self.config.condition_channels else ""
             raise ValueError(f"UNet: x_t must be (b, h, w, {self.config.input_channels}{parts}), got {x_t.shape}")
         if problems := size_problems(self.config, (x_t.shape[1], x_t.shape[2])):
             raise ValueError(f"UNet: {problems[0]}")
 
-        t = per_sample(t, x_t)
-        time = self._embedding(t, None if labels is None else per_sample(labels, x_t))
+        time = self._embedding(per_sample(t, x_t), None if labels is None else per_sample(labels, x_t))
         yield "time_embed", time
 
         h = self.conv_in(2 * x_t - 1 if self.config.center_input else x_t)
@@ -193,22 +149,7 @@ class UNet(nnx.Module):
                 yield "mid.attn_1", h
             h = self.mid.block_2(h, time)
             yield "mid.block_2", h
-
-        for i, level in reversed(list(enumerate(self.up))):
-            for j, block in enumerate(level.blocks):
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), time)
-                yield f"up.{i}.block.{j}", h
-                if level.attentions:
-                    h = level.attentions[j](h)
-                    yield f"up.{i}.attn.{j}", h
-            if level.upsample is not None:
-                h = level.upsample(h, time)
-                yield f"up.{i}.upsample", h
-
-        output = self.conv_out(jax.nn.silu(self.norm_out(h)))
-        if self.config.time_embedding == "fourier":
-            output = output / t.astype(output.dtype)[:, None, None, None]
-        yield "conv_out", output
+        return Encoded(h, time, skips)
 
     def _embedding(self, t: Array, labels: Array | None) -> Array:
         """What every block is told: the time MLP's output, plus the class's embedding, `(b, time_width)`."""
@@ -237,6 +178,106 @@ class UNet(nnx.Module):
         return timestep_embedding(
             t, c.channels, dtype, cosine_first=c.cosine_first, shift=c.frequency_shift, divide_last=c.divide_last
         )
+
+
+class UNet(Encoder):
+    """The network: `unet(x_t, t)`, x_t `(b, h, w, input_channels)` float, t int or float, `(b,)` or one for all.
+
+    labels: int for a class embedding "learned", numbers for "timestep", `(b,)` or one for all; `(b, time_width)` for
+    "identity"; needed by a model with classes, refused by one without (ValueError).
+
+    Returns `(b, h, w, out_channels)` in x_t's dtype: eps, or whatever the network was trained to predict. Fully
+    convolutional: h and w need not be the config's, but must be multiples of 2^(levels - 1); others raise ValueError.
+
+    dtype: the compute dtype; norms and softmax are never below float32. Fresh parameters are distributed as
+    PyTorch's defaults, for training from scratch; `jddim.load` fills them from a checkpoint.
+    """
+
+    def __init__(self, config: UNetConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        block = _blocks(config, dtype, rngs)
+
+        def double(level: int) -> Upsample | ResBlock:  # from `level` to the one above it
+            kind, width = config.resampling(level - 1)[1], config.widths[level]
+            if kind == "resnet":
+                return block(width, width, resample="up")
+            return Upsample(width, with_conv=kind == "conv", dtype=dtype, rngs=rngs)
+
+        widths, each = config.widths, config.num_res_blocks
+        last = len(widths) - 1
+        skips = [config.stem]  # the widths that the decoder pops, in the order the encoder pushes them
+        for level, width in enumerate(widths):
+            skips += [width] * (each + (level < last))
+        width = widths[-1]
+        up = []
+        for level in reversed(range(len(widths))):
+            blocks = []
+            for _ in range(each + 1):
+                blocks.append(block(width + skips.pop(), widths[level]))
+                width = widths[level]
+            upsample = double(level) if level > 0 else None
+            attentions = _attentions(config, level, each + 1, up=True, dtype=dtype, rngs=rngs)
+            up.append(Level(blocks, attentions, upsample=upsample))
+        self.up = nnx.List(up[::-1])  # up[level], like down[level]; level 0 is full resolution
+
+        self.norm_out = group_norm(width, config.norm_groups, config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.conv_out = conv(width, config.out_channels, 3, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None) -> Array:
+        *_, (_, output) = self.activations(x_t, t, labels)
+        return output.astype(x_t.dtype)
+
+    def activations(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None) -> Iterator[tuple[str, Array]]:
+        """The forward pass, one `(name, output)` per block in the order computed; the last is the network's output.
+
+        `jddim verify` compares these one by one; the names are those of the PyTorch reference's blocks.
+        """
+        h, time, skips = yield from self.encoded(x_t, t, labels)
+        for i, level in reversed(list(enumerate(self.up))):
+            for j, block in enumerate(level.blocks):
+                h = block(jnp.concatenate([h, skips.pop()], axis=-1), time)
+                yield f"up.{i}.block.{j}", h
+                if level.attentions:
+                    h = level.attentions[j](h)
+                    yield f"up.{i}.attn.{j}", h
+            if level.upsample is not None:
+                h = level.upsample(h, time)
+                yield f"up.{i}.upsample", h
+
+        output = self.conv_out(jax.nn.silu(self.norm_out(h)))
+        if self.config.time_embedding == "fourier":
+            output = output / per_sample(t, x_t).astype(output.dtype)[:, None, None, None]
+        yield "conv_out", output
+
+
+def _blocks(config: UNetConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..., ResBlock]:
+    return partial(
+        ResBlock,
+        time_channels=config.time_width,
+        groups=config.norm_groups,
+        epsilon=config.norm_epsilon,
+        conv_shortcut=config.conv_shortcut,
+        scale_shift=config.scale_shift,
+        activation=config.activation,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def _attentions(
+    config: UNetConfig, level: int, count: int, *, up: bool, dtype: DTypeLike, rngs: nnx.Rngs
+) -> list[Attention]:
+    width = config.widths[level]
+    make = partial(
+        Attention,
+        width,
+        groups=config.norm_groups,
+        epsilon=config.norm_epsilon,
+        heads=config.heads(width, up=up),
+        dtype=dtype,
+        rngs=rngs,
+    )
+    return [make() for _ in range(count if config.has_attention(level, up=up) else 0)]
 
 
 def _time_projection(config: UNetConfig, rngs: nnx.Rngs) -> FourierFeatures | nnx.Embed | None:

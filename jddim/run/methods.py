@@ -18,6 +18,7 @@ from jddim.config import did_you_mean
 from jddim.ddim import StepTable
 from jddim.guidance import cfg_plus_plus_update
 from jddim.inversion import inversion_table, invert_update
+from jddim.models.classifier import Classifier
 from jddim.run.request import CFG_PLUS_PLUS
 from jddim.sampling import Denoiser, Update, ancestral_update, ddim_update
 from jddim.solvers import Solver, SolverTable, cast, memory_of, solver_update
@@ -30,6 +31,16 @@ class Guidance(NamedTuple):
     null_label: Array
     rescale: Array | None = None
     interval: tuple[Array, Array] | None = None
+
+
+class Classified(NamedTuple):
+    """What leads to labels by a classifier's gradient. labels: `(b,)`; scale: `(b,)`; alpha, sigma: `(T,)`."""
+
+    model: Classifier
+    labels: Array
+    scale: Array
+    alpha: Array
+    sigma: Array
 
 
 class Kept(NamedTuple):
@@ -57,6 +68,7 @@ class Given(NamedTuple):
     guidance: Guidance | None = None
     kept: Kept | None = None
     condition: Array | None = None
+    classifier: Classified | None = None
 
 
 class Statics(Protocol):

@@ -18,19 +18,22 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.config import SamplerConfig
+from jddim.config import ClassifierConfig, SamplerConfig
 from jddim.ddim import StepTable, add_noise, sampler_table
 from jddim.editing import keep_of, repaint_table, tail
+from jddim.guidance import schedule_columns
 from jddim.inversion import CONVENTIONS, check_inversion
 from jddim.models import Network
+from jddim.models.classifier import Classifier
 from jddim.models.layers import at_least_float32
 from jddim.run import methods
 from jddim.run.compiling import Bound, is_traced
-from jddim.run.methods import Given, Guidance, Inversion, Kept, Method
+from jddim.run.methods import Classified, Given, Guidance, Inversion, Kept, Method
 from jddim.run.problems import (
     array_problems,
     batch_size_problems,
     channels_first,
+    classifier_problems,
     condition_problems,
     eta_problems,
     guidance_problems,
@@ -80,7 +83,7 @@ class Inputs(NamedTuple):
     start + 1, ... x_T: `(num, h, w, c)`. noise: `(S, num, h, w, c)`. labels: one an image. eta, guidance_scale: a
     scalar or `(num,)`. images: `(num, h, w, c)`, what is edited, by a strength or with a mask, else inverted.
     mask: `(h, w, 1)`, in [-1, 1], 1 where images are made anew. condition: beside x_t, `(num, h, w,
-    condition_channels)`, or smaller by whole factors.
+    condition_channels)`, or smaller by whole factors. classifier: a network; classifier_scale: a scalar or `(num,)`.
     """
 
     key: Array | int | None = None
@@ -93,6 +96,8 @@ class Inputs(NamedTuple):
     images: Images | None = None
     mask: Images | None = None
     condition: Images | None = None
+    classifier: Classifier | None = None
+    classifier_scale: ArrayLike | None = None
 
 
 class Batch(NamedTuple):
@@ -134,6 +139,7 @@ class Plan:
     rescale: float | None
     interval: tuple[float, float] | None
     problems: Problems
+    schedule: NoiseSchedule
 
     def part(self, batch: Batch) -> Part:
         """The run of one batch."""
@@ -194,7 +200,7 @@ class Part:
     def given(self) -> Given:
         """What each segment is given beside its state and rows, noise apart."""
         plan, inputs, batch = self.plan, self.plan.inputs, self.batch
-        method, guidance, kept = plan.program.method, None, None
+        method, guidance, kept, classifier = plan.program.method, None, None, None
         # A method that eta makes deterministic draws all the same, so that every eta has one program.
         draws = inputs.noise is None and (method.takes_eta or method.stochastic or plan.program.resampled)
         keys = self.keys if self.keys is not None or not draws else draw_keys(jax.random.key(0), jnp.arange(batch.size))
@@ -204,15 +210,22 @@ class Part:
             assert inputs.images is not None
             noise = None if plan.sampler.clean_known else self.x_T
             kept = Kept(batch.of(inputs.images), jnp.asarray(keep_of(inputs.mask)), noise)
+        labels = None if inputs.labels is None else batch.of(inputs.labels)  # type: ignore[arg-type]
+        if inputs.classifier is not None:
+            assert labels is not None
+            scale = batch.of(inputs.classifier_scale)  # type: ignore[arg-type]
+            alpha, sigma = (jnp.asarray(column, plan.dtype) for column in schedule_columns(plan.schedule))
+            classifier = Classified(inputs.classifier, labels, scale, alpha, sigma)
         return Given(
             batch.of(inputs.eta),  # type: ignore[arg-type]
             keys if draws else None,
             None,
             plan.limits,
-            None if inputs.labels is None else batch.of(inputs.labels),  # type: ignore[arg-type]
+            None if plan.model.config.class_embedding is None else labels,
             guidance,
             kept,
             None if inputs.condition is None else batch.of(inputs.condition),
+            classifier,
         )
 
     def begin(self, trajectory_every: int | None = None) -> State:
@@ -307,7 +320,13 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     )
 
     problems += network_problems(config, sampler, (height, width)) + num_problems(num)
-    problems += sampler_problems(sampler, table) + batch_size_problems(batch_size) + _unused(request, program)
+    problems += sampler_problems(sampler, table) + batch_size_problems(batch_size)
+    problems += _unused(request, program, classified=inputs.classifier is not None)
+    if inputs.classifier is not None and not isinstance(inputs.classifier, Classifier):
+        told = f"classifier must be what jddim.load_classifier returns, got {type(inputs.classifier).__name__}"
+        problems, inputs = [*problems, ("classifier", told)], inputs._replace(classifier=None, classifier_scale=None)
+    classifier = None if inputs.classifier is None else inputs.classifier.config
+    weight = inputs.classifier_scale if inputs.classifier_scale is not None else request.classifier_scale
     if not method.takes_eta and asked_eta is not None:
         problems += _eta_of_none(method, request, asked_eta)
     labels = inputs.labels if isinstance(inputs.labels, Array) or inputs.labels is None else np.asarray(inputs.labels)
@@ -318,10 +337,10 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
             problems += start_problems(request.start, num)
         numbers = inputs.numbers if inputs.numbers is not None else _numbers(request.start, num)
         if labels is None and request.labels is not None:
-            labels, wrong = labels_of(ddim, request, numbers)
+            labels, wrong = labels_of(ddim, request, numbers, classifier)
             problems += wrong
         if request.labels is None or labels is not None:
-            problems += label_problems(config, labels, num)
+            problems += label_problems(config, labels, num, classifier)
         rows_of_noise = (rows.num_steps, *((2,) if resampled else ()), num, *shape)
         if isinstance(method, Inversion):
             problems += _inversion_problems(sampler, table, request)
@@ -352,12 +371,25 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
             learned_variance=program.learned_variance,
             takes_eta=method.takes_eta,
         )
+        problems += classifier_problems(
+            config,
+            classifier,
+            weight,
+            ddim.null_label,
+            num,
+            shape=shape,
+            table=table,
+            method=request.method,
+            takes_variance=method.takes_variance,
+            kind=program.guidance,
+        )
         if not problems:
             inputs = inputs._replace(
                 numbers=numbers,
                 labels=labels,
                 eta=_each(eta, num, dtype),
                 guidance_scale=None if scale is None else _each(scale, num, dtype),
+                classifier_scale=None if weight is None else _each(weight, num, dtype),
             )
     return Plan(
         model=model,
@@ -374,6 +406,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         rescale=request.guidance_rescale,
         interval=request.guidance_interval,
         problems=problems,
+        schedule=ddim.schedule,
     )
 
 
@@ -386,16 +419,19 @@ def limits(sampler: SamplerConfig, dtype: DTypeLike) -> dict[str, tuple[Array, A
     return {"clip_range": (jnp.asarray(sampler.clip_range[0], dtype), jnp.asarray(sampler.clip_range[1], dtype))}
 
 
-def labels_of(ddim: Source, request: Request, numbers: ArrayLike) -> tuple[np.ndarray | None, Problems]:
+def labels_of(
+    ddim: Source, request: Request, numbers: ArrayLike, classifier: ClassifierConfig | None = None
+) -> tuple[np.ndarray | None, Problems]:
     """The labels, int32, of the images with these numbers, as the request's text says; and what is wrong with it."""
-    text, classes, num = request.labels, ddim.model.config.num_classes, np.shape(numbers)[0]
+    text, num = request.labels, np.shape(numbers)[0]
+    classes = (classifier or ddim.model.config).num_classes
     if text is None:
         return None, []
     if classes is None:
         return None, [("labels", "this network has no classes: leave labels out")]
     each: Sequence[int] = ()
     if text == "balanced":
-        each = classes_in_turn(ddim, request)
+        each = classes_in_turn(ddim, request, classifier)
     else:
         with contextlib.suppress(ValueError):
             low, colon, high = text.partition(":")
@@ -412,10 +448,10 @@ def labels_of(ddim: Source, request: Request, numbers: ArrayLike) -> tuple[np.nd
     return np.array(each, np.int32)[places % len(each)], []
 
 
-def classes_in_turn(ddim: Source, request: Request) -> list[int]:
-    """The classes that labels "balanced" go through: all but the null label."""
+def classes_in_turn(ddim: Source, request: Request, classifier: ClassifierConfig | None = None) -> list[int]:
+    """The classes that labels "balanced" go through: the classifier's or the network's, all but the null label."""
     null_label = ddim.null_label if request.null_label is None else request.null_label
-    return [label for label in range(ddim.model.config.num_classes or 0) if label != null_label]
+    return [label for label in range((classifier or ddim.model.config).num_classes or 0) if label != null_label]
 
 
 def as_key(key: Array | int | None) -> Array | None:
@@ -498,14 +534,17 @@ def _edit_problems(request: Request, inputs: Inputs, method: Method, sampler: Sa
     return [] if told is None else [told]
 
 
-def _unused(request: Request, program: Program) -> Problems:
-    """What is asked of a method that has no use for it."""
+def _unused(request: Request, program: Program, *, classified: bool) -> Problems:
+    """What is asked of a method that has no use for it. classified: whether a classifier guides."""
     problems: Problems = []
     if request.variance is not None and not program.method.takes_variance:
         problems.append(("variance", f"variance is for method ddpm, not for {request.method!r}: leave it out"))
     if request.rederive_eps and (program.guidance == CFG_PLUS_PLUS or not program.method.rederives_eps):
         who = "guidance cfg++" if program.guidance == CFG_PLUS_PLUS else f"method {request.method!r}"
         problems.append(("rederive_eps", f"rederive_eps is DDIM's; {who} re-derives none: leave it out"))
+    elif request.rederive_eps is not None and classified:
+        told = "rederive_eps goes without a classifier, whose eps is always taken from the limited x0: leave it out"
+        problems.append(("rederive_eps", told))
     return problems
 
 

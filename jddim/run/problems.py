@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.config import ModelConfig, SamplerConfig, size_problems
+from jddim.config import ClassifierConfig, ModelConfig, SamplerConfig, size_problems
 from jddim.ddim import StepTable, largest_eta
 from jddim.run.request import CFG_PLUS_PLUS, Problems
 from jddim.sampling import check_prediction
@@ -195,11 +195,8 @@ def guidance_problems(
         told = f"guidance_scale needs null_label, the one of 0..{(config.num_classes or 1) - 1} that meant no label "
         problems.append(("null_label", f"{told}in training; got {null_label}"))
     known = not isinstance(scale, jax.core.Tracer)
-    if np.shape(scale) not in ((), (num,)):
-        told = f"guidance_scale must be a scalar or one value per image ({num},), got shape {np.shape(scale)}"
-        problems.append(("guidance_scale", told))
-    elif known and not np.isfinite(np.asarray(scale, float)).all():
-        problems.append(("guidance_scale", f"guidance_scale must be finite, got {scale}"))
+    if wrong := _scale_problems("guidance_scale", scale, num):
+        problems += wrong
     elif known and kind == CFG_PLUS_PLUS and not ((np.asarray(scale) >= 0) & (np.asarray(scale) <= 1)).all():
         problems.append(("guidance_scale", f"guidance_scale of cfg++ must lie in 0..1, got {scale}"))
     if learned_variance:
@@ -214,6 +211,66 @@ def guidance_problems(
     if interval is not None and not interval[0] <= interval[1]:
         problems.append(("guidance_interval", f"guidance_interval must be (low, high), low <= high, got {interval}"))
     return problems
+
+
+def classifier_problems(
+    config: ModelConfig,
+    classifier: ClassifierConfig | None,
+    scale: ArrayLike | None,
+    null_label: int | None,
+    num: int,
+    *,
+    shape: tuple[int, int, int],
+    table: StepTable,
+    method: str,
+    takes_variance: bool = False,
+    kind: str | None = None,
+) -> Problems:
+    """What is wrong with guiding a network with this config by a classifier, if there is one.
+
+    null_label: the network's, as recorded. shape: of the images. takes_variance: of the method. kind: of the other
+    guidance.
+    """
+    if classifier is None:
+        told = "classifier_scale is of a classifier: give classifier too, or leave it out"
+        return [] if scale is None else [("classifier_scale", told)]
+    problems: Problems = []
+    if scale is None:
+        problems.append(("classifier_scale", "classifier_scale is needed beside a classifier, 1 for instance"))
+    else:
+        problems += _scale_problems("classifier_scale", scale, num)
+    looked, made = ("x".join(map(str, one)) for one in ((*classifier.image_size, classifier.in_channels), shape))
+    if shape[2] != classifier.in_channels or (classifier.pool == "attention" and shape[:2] != classifier.image_size):
+        problems.append(("classifier", f"classifier looks at images of {looked}, these are {made}"))
+    else:
+        problems += [("classifier", f"classifier: {problem}") for problem in size_problems(classifier, shape[:2])]
+    told = f"classifier tells {classifier.num_classes} classes apart, and this network "
+    if config.class_embedding not in (None, "learned"):
+        problems.append(("classifier", f"{told}takes labels that are no classes ({config.class_embedding} embedding)"))
+    elif config.num_classes is not None:
+        classes = config.num_classes - (null_label == config.num_classes - 1)
+        if classes != classifier.num_classes:
+            problems.append(("classifier", f"{told}has {classes}: they have to be the same"))
+    if takes_variance:
+        told = (
+            f"method {method!r} would have its mean shifted by its variance times the classifier's gradient (OpenAI's "
+        )
+        problems.append(("method", f"{told}condition_mean), which is not built here: take method ddim"))
+    if kind == CFG_PLUS_PLUS:
+        problems.append(("guidance", "guidance cfg++ goes without a classifier: take classifier-free or projected"))
+    if not isinstance(table.alpha_t, jax.core.Tracer) and np.asarray(table.alpha_t)[0] == 0:
+        told = "classifier guides eps, which tells nothing of x0 at alpha_bar 0, where this table starts"
+        problems.append(("classifier", told))
+    return problems
+
+
+def _scale_problems(name: str, scale: ArrayLike, num: int) -> Problems:
+    """What is wrong with the scale of a guidance, a scalar or `(num,)`."""
+    if np.shape(scale) not in ((), (num,)):
+        return [(name, f"{name} must be a scalar or one value per image ({num},), got shape {np.shape(scale)}")]
+    if not isinstance(scale, jax.core.Tracer) and not np.isfinite(np.asarray(scale, float)).all():
+        return [(name, f"{name} must be finite, got {scale}")]
+    return []
 
 
 def eta_problems(eta: ArrayLike, num: int, table: StepTable) -> Problems:
@@ -245,19 +302,27 @@ def range_problems(images: Array | np.ndarray) -> Problems:
     return [("images", told)]
 
 
-def label_problems(config: ModelConfig, labels: Array | np.ndarray | None, num: int) -> Problems:
-    """What is wrong with labels for a network with this config, `num` of them or None."""
-    told = _label_problem(config, labels, num)
+def label_problems(
+    config: ModelConfig, labels: Array | np.ndarray | None, num: int, classifier: ClassifierConfig | None = None
+) -> Problems:
+    """What is wrong with labels for a network with this config and for its classifier, `num` of them or None."""
+    told = _label_problem(config, labels, num, classifier)
     return [] if told is None else [("labels", told)]
 
 
-def _label_problem(config: ModelConfig, labels: Array | np.ndarray | None, num: int) -> str | None:
+def _label_problem(
+    config: ModelConfig, labels: Array | np.ndarray | None, num: int, classifier: ClassifierConfig | None
+) -> str | None:
     kind, classes = config.class_embedding, config.num_classes or 1
+    who = "this network is class-conditional"
+    if classifier is not None:
+        who = who if kind else "the classifier leads to labels"
+        kind, classes = kind or "learned", classifier.num_classes
     if kind is None:
         return None if labels is None else "this network has no classes: leave labels out"
     if labels is None:
         what = f"integers in 0..{classes - 1}" if kind == "learned" else f"for a {kind} embedding"
-        return f"this network is class-conditional: give labels, one an image, {what}"
+        return f"{who}: give labels, one an image, {what}"
     shape = labels.shape
     if kind == "identity":
         fits = len(shape) == 2 and shape[0] == num

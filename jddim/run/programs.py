@@ -14,12 +14,20 @@ from jax.typing import ArrayLike
 from jddim.config import PREDICTION_TYPES, VARIANCES, did_you_mean
 from jddim.denoisers import with_condition, with_labels, with_scaled_time, with_self_condition, without_variance
 from jddim.editing import keep_known, repaint
-from jddim.guidance import Scale, cfg_plus_plus, classifier_free, label_pair, projected
+from jddim.guidance import (
+    Scale,
+    cfg_plus_plus,
+    classifier_free,
+    classifier_guided,
+    label_gradient,
+    label_pair,
+    projected,
+)
 from jddim.models import Network
 from jddim.models.layers import cast_kernels
 from jddim.run import request
 from jddim.run.compiling import Jit
-from jddim.run.methods import Given, Guidance, Method
+from jddim.run.methods import Classified, Given, Guidance, Method
 from jddim.sampling import Denoiser, State, initial_noise, numbered_keys, update_steps
 
 
@@ -71,6 +79,9 @@ def segment(
     # What is constant (in a caller's jit, on a mesh, in an export) would be folded, and round otherwise.
     state, rows, given = lax.optimization_barrier((state, rows, given))
     denoise = network_denoiser(cast_kernels(model), program, given.labels, given.guidance, given.condition)
+    if given.classifier is not None:
+        denoise = _classified(denoise, program, given.classifier, given.limits)
+        given, program = given._replace(limits={}), dataclasses.replace(program, prediction_type="epsilon")
     update = program.method.update(denoise, given, program)
     if given.kept is not None:
         known, keep, noise = given.kept
@@ -111,6 +122,16 @@ def network_denoiser(
     if condition is not None:
         denoise = with_condition(denoise, condition, first=model.config.condition_first)
     return with_self_condition(denoise) if program.self_condition else denoise
+
+
+def _classified(denoise: Denoiser, program: Program, classifier: Classified, limits: dict[str, Any]) -> Denoiser:
+    """A denoiser of eps, whose x0 has been limited before the gradient and is not again: OpenAI's condition_score."""
+    logits: Denoiser = cast_kernels(classifier.model)
+    if program.timestep_scale != 1:
+        logits = with_scaled_time(logits, program.timestep_scale)
+    gradient = label_gradient(logits, classifier.labels, classifier.scale)
+    columns = classifier.alpha, classifier.sigma
+    return classifier_guided(denoise, gradient, columns, prediction_type=program.prediction_type, **limits)
 
 
 def _guided(denoise: Denoiser, labels: jax.Array, guidance: Guidance, kind: str | None) -> Denoiser:

@@ -96,6 +96,14 @@ _ASKED_ON_THE_PAGE = {"serve": "whoever uses the page chooses it there"}
 _COMPILED = {"page": "another value is another program, and the page has those of its start: give it to jddim serve"}
 _WHEN_RUN = {"export": "it is given when the exported sampler is run"}
 _SWITCH = argparse.BooleanOptionalAction
+ONE_NETWORK = {
+    "bulk": "a set is of one checkpoint; give it to jddim sample",
+    "sweep": "a sweep is of one checkpoint; give it to jddim sample, an eta a time",
+    "export": "the exported program has one network",
+    "serve": "the page samples one network; give it to jddim sample",
+    "page": "the page samples one network",
+}
+"""Command -> why it takes no classifier."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +230,14 @@ class Request:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
+    )
+    classifier_scale: float | None = _option(
+        None,
+        "--classifier-scale",
+        "of --classifier: its gradient is taken so many times (1 in its paper's 64x64 and 256x256 models)",
+        ONE_NETWORK,
+        type=float,
+        metavar="W",
     )
     null_label: int | None = _option(
         None,

@@ -120,6 +120,8 @@ class Sharded:
         otherwise. options: fields of `Request`, as numbers, names and tuples; they are compiled in.
         Raises ValueError as it does, and FloatingPointError if a NaN or infinity appears.
         """
+        if {"classifier", "classifier_scale"} & options.keys():
+            raise ValueError("Sharded.sample: a classifier is not on the mesh: take DDIM.sample")
         known = ["batch_size", *(o.name for o in taken_by("sample") if o.name not in ARRAYS)]
         check_names(options, known, "Sharded.sample")
         parts = self.mesh.shape["data"]

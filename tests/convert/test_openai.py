@@ -94,10 +94,10 @@ def test_the_name_says_which_weights(name: str, weights: str, step: int | None) 
 
 def test_networks_of_other_kinds_are_refused_with_the_reason() -> None:
     small = small_shapes()
-    classifier = {name: value for name, value in small.items() if not name.startswith("output_blocks.")}
+    half = {name: value for name, value in small.items() if not name.startswith("output_blocks.")}
     cross = {**small, "input_blocks.1.1.transformer_blocks.0.norm1.weight": np.ones(3, np.float32)}
     for tensors, reason in (
-        (classifier, "is a classifier"),
+        (half, r"has the first half of OpenAI's UNet \(no output_blocks\) and no classifier's pooling"),
         (cross, "latent-diffusion"),
         ({**small, "step": 3}, r"not tensors: step \(int\)"),
     ):

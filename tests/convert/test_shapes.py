@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from convert.engine import ConversionError, fill
-from convert.families import diffusers, ho, lucidrains, monai, openai, palette, pytorch_ddpm
+from convert.families import diffusers, ho, lucidrains, monai, openai, openai_classifier, palette, pytorch_ddpm
 from convert.writers import state_shapes
-from jddim.config import LucidrainsConfig, ModelConfig, UNetConfig
+from jddim.config import ClassifierConfig, LucidrainsConfig, ModelConfig, UNetConfig
 from jddim.models.building import abstract_model, flat_params
 
 pytest.importorskip("torch", reason="the shapes are PyTorch's")
@@ -22,6 +22,8 @@ SMALL |= {"in_channels": 3, "out_channels": 3}
 UNET = SMALL | {"attention_levels": (1,), "norm_groups": 2}
 LEVELS = {"full_attention": (False, True), "num_heads": (2, 3), "head_channels": (5, 7)}
 LUCIDRAINS = {name: value for name, value in SMALL.items() if name != "num_res_blocks"} | LEVELS
+CLASSIFIER = {name: value for name, value in UNET.items() if name != "out_channels"} | {"num_classes": 3}
+CLASSIFIER |= {"head_channels": 4}
 CASES: dict[str, tuple[ModuleType, ModelConfig, dict[str, bool]]] = {
     "ho": (ho, UNetConfig(**UNET), {}),
     "ho, 3x3 shortcuts": (ho, UNetConfig(**UNET, conv_shortcut=True), {}),
@@ -32,6 +34,8 @@ CASES: dict[str, tuple[ModuleType, ModelConfig, dict[str, bool]]] = {
         UNetConfig(**UNET, **openai._FIXED, num_heads=2, time_embedding="noise_level", num_timesteps=3),
         {"use_new_attention_order": False},
     ),
+    "openai_classifier": (openai_classifier, ClassifierConfig(**CLASSIFIER), {}),
+    "openai_classifier, adaptive": (openai_classifier, ClassifierConfig(**CLASSIFIER, pool="adaptive"), {}),
     "pytorch_ddpm": (pytorch_ddpm, UNetConfig(**UNET, time_embedding="learned", num_timesteps=3), {}),
     "monai": (monai, UNetConfig(**UNET), {"core": True, "combined": True}),
     "lucidrains": (lucidrains, LucidrainsConfig(**LUCIDRAINS, stem_channels=6), {}),

@@ -5,6 +5,7 @@
     python tests/parity/make_source_golden.py openai CHECKOUT CHECKOUT    # CompVis/latent-diffusion at a506df5,
                                                                           # openai/guided-diffusion at 22e0df8
     python tests/parity/make_source_golden.py palette CHECKOUT            # Janspiry/Palette-... at 136b29f
+    python tests/parity/make_source_golden.py openai_classifier CHECKOUT  # openai/guided-diffusion at 22e0df8
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
@@ -20,7 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from source_cases import ETA, GOLDEN, INPAINTER, SOURCES, STEPS, UPSAMPLER, SourceCase, drawn, images, mask_of
+from source_cases import (
+    CLASSES,
+    DIFFUSION,
+    ETA,
+    GOLDEN,
+    GUIDED,
+    INPAINTER,
+    SCALE,
+    SOURCES,
+    STEPS,
+    UPSAMPLER,
+    SourceCase,
+    drawn,
+    images,
+    mask_of,
+)
 
 NOT_OF_THE_SCHEDULER = ("image_size", "num_head_channels", "norm_num_groups")
 
@@ -30,7 +46,7 @@ def nchw(x: np.ndarray) -> torch.Tensor:
 
 
 def nhwc(x: torch.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(np.moveaxis(x.numpy(), -3, -1))
+    return np.ascontiguousarray(np.moveaxis(x.numpy(), -3, -1)) if x.ndim > 2 else x.numpy()
 
 
 def redrawn(network: torch.nn.Module) -> tuple[torch.nn.Module, dict[str, Any]]:
@@ -140,9 +156,40 @@ def palette(name: str, case: SourceCase) -> dict[str, Any]:
     return found
 
 
+def classifier(name: str, case: SourceCase) -> dict[str, Any]:
+    """And DDIM's loop with condition_score, of networks that take labels and that take none."""
+    from guided_diffusion.script_util import create_gaussian_diffusion
+    from guided_diffusion.unet import EncoderUNetModel, UNetModel
+
+    network, shapes = redrawn(EncoderUNetModel(**case.network))
+    found = {"shapes": shapes, "eps": network(nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t))}
+    if not name.startswith("attention"):
+        return found
+    network.requires_grad_(True)  # which the source's checkpointing asks for
+    labels, diffusion = torch.tensor(CLASSES), create_gaussian_diffusion(**DIFFUSION)
+
+    def cond_fn(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            log_p = network(x, t).log_softmax(dim=1)
+            return SCALE * torch.autograd.grad(log_p.gather(1, y[:, None]).sum(), x)[0]
+
+    for classes in (None, 7):
+        unet, found[f"{classes} classes/shapes"] = redrawn(UNetModel(**GUIDED, num_classes=classes))
+        model = lambda x, t, y, unet=unet: unet(x, t, y if unet.num_classes else None)  # noqa: E731
+        for eta in (0.0, ETA):
+            noise = iter(nchw(images(case, diffusion.num_timesteps, len(CLASSES), seed=3)))
+            torch.randn_like = lambda x, noise=noise: next(noise)
+            x_T = nchw(images(case, len(CLASSES), seed=2))
+            options = {"noise": x_T, "cond_fn": cond_fn, "model_kwargs": {"y": labels}, "device": "cpu", "eta": eta}
+            found[f"{classes} classes/{eta}"] = diffusion.ddim_sample_loop(model, x_T.shape, **options)
+    return found
+
+
 MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "pytorch_ddpm": pytorch_ddpm,
     "openai": openai,
+    "openai_classifier": classifier,
     "monai": monai,
     "palette": palette,
 }
@@ -153,7 +200,7 @@ if __name__ == "__main__":
     kept: dict[str, Any] = {}
     for name, case in SOURCES[source].items():
         for part, value in MAKERS[source](name, case).items():
-            kept[f"{name}/{part}"] = nhwc(value) if isinstance(value, torch.Tensor) else json.dumps(value)
+            kept[f"{name}/{part}"] = nhwc(value.detach()) if isinstance(value, torch.Tensor) else json.dumps(value)
     path = GOLDEN / f"{source}.npz"
     np.savez_compressed(path, **kept)
     print(f"wrote {path.name}, {path.stat().st_size} bytes")

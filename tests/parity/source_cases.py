@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert.engine import fill
-from convert.families import FAMILIES, Plan
+from convert.families import FAMILIES, Family, Plan
 from jddim.models.building import abstract_model, flat_params
 
 STEPS, ETA = 7, 0.6  # of the runs by DDIM
@@ -96,6 +96,25 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
             (8, 3),
         ),
     },
+    "openai_classifier": {
+        "attention, blocks resample": SourceCase(
+            {"image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 7, "num_res_blocks": 2}
+            | {"attention_resolutions": (2,), "channel_mult": (1, 2), "num_head_channels": 16}
+            | {"use_scale_shift_norm": True, "resblock_updown": True, "pool": "attention"},
+            {"num_head_channels": "16"},
+            (8, 8),
+            3,
+            (0, 7, 999),
+        ),
+        "adaptive, convolutions, three levels": SourceCase(
+            {"image_size": 8, "in_channels": 1, "model_channels": 64, "out_channels": 5, "num_res_blocks": 1}
+            | {"attention_resolutions": (1, 4), "channel_mult": (0.5, 1, 0.5), "num_head_channels": 32},
+            {"num_head_channels": "32", "image_size": "8x12"},
+            (8, 12),
+            1,
+            (999, 500),
+        ),
+    },
     "monai": {
         "core": SourceCase(
             SMALL | {"channels": (8, 16), "attention_levels": (False, True), "num_head_channels": (0, 4)},
@@ -129,6 +148,22 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
 }
 
 
+# What "attention, blocks resample" guides: arguments of UNetModel, of create_gaussian_diffusion, and both for --set.
+GUIDED: dict[str, Any] = {
+    **{"image_size": 8, "in_channels": 3, "model_channels": 32, "out_channels": 6, "num_res_blocks": 1},
+    **{"attention_resolutions": (2,), "channel_mult": (1, 2), "use_scale_shift_norm": True},
+}
+DIFFUSION: dict[str, Any] = {
+    **{"steps": 400, "noise_schedule": "cosine", "learn_sigma": True, "rescale_timesteps": True},
+    "timestep_respacing": "ddim8",
+}
+GUIDED_SETTINGS = {
+    **{"image_size": "8", "num_heads": "1", "diffusion_steps": "400", "noise_schedule": "cosine"},
+    **{"rescale_timesteps": "True", "timestep_respacing": "ddim8"},
+}
+CLASSES, SCALE = (0, 6, 2), 30.0
+
+
 def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor's random numbers: norms' scales about 1, biases about 0, all others as large as keeps their input so."""
     draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
@@ -160,8 +195,14 @@ def source_tensors(source: str, name: str) -> dict[str, np.ndarray]:
 
 def converted(source: str, name: str) -> tuple[Plan, dict[str, np.ndarray]]:
     """What jddim makes of it: the plan and the parameters."""
-    family = FAMILIES[source]
-    tensors = family.open_source(source_tensors(source, name), "file").tensors
-    plan = family.plan(tensors, None, SOURCES[source][name].settings)
+    return filled(FAMILIES[source], source_tensors(source, name), SOURCES[source][name].settings)
+
+
+def filled(
+    family: Family, state: dict[str, np.ndarray], settings: dict[str, str]
+) -> tuple[Plan, dict[str, np.ndarray]]:
+    """What jddim makes of a state dict: the plan and the parameters."""
+    tensors = family.open_source(state, "file").tensors
+    plan = family.plan(tensors, None, settings)
     expected = {leaf: value.shape for leaf, value in flat_params(abstract_model(plan.model)).items()}
     return plan, fill({**tensors, **plan.implied}, expected, plan.rules, plan.ignored, family.pointwise)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny import SIZE, write_checkpoint
+from tiny import SIZE, write_checkpoint, write_classifier
 
 import jddim
 from jddim import config, pipeline
@@ -45,6 +45,7 @@ VALUES: dict[str, tuple[Any, dict[str, Any]]] = {  # a value that changes someth
     "guidance_rescale": (0.5, GUIDED),
     "guidance_interval": ((200.0, 700.0), GUIDED),
     "null_label": (3, {"guidance_scale": 2.0}),
+    "classifier_scale": (1.5, {}),
     "image_size": ((12, 6), {}),
     "dtype": ("bfloat16", {}),
     "seed": (7, {}),
@@ -58,11 +59,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     narrow: dict[str, Any] = {"channel_mults": (1,), "attention_levels": (), "middle": False}
     sampler = {"spacing": "leading", "num_steps": 5, "clip": True, "eta": 0.3}
     write_checkpoint(folder / "ckpt", class_embedding="learned", num_classes=5, sampler=sampler, **narrow)
+    write_classifier(folder / "clf", num_classes=5)
     save_images(folder / "x.npy", np.random.default_rng(0).uniform(-1, 1, (2, *SIZE, 1)).astype(np.float32), {})
     return folder
 
 
-loaded = functools.cache(jddim.load)
+loaded, classifier = functools.cache(jddim.load), functools.cache(jddim.load_classifier)
 
 
 def argv(command: str, folder: Path, asked: dict[str, Any]) -> list[str]:
@@ -80,7 +82,8 @@ def argv(command: str, folder: Path, asked: dict[str, Any]) -> list[str]:
     }[command]
     if "labels" not in asked and "labels" in {o.name for o in taken_by(command)}:
         asked = {**asked, "labels": "1"}
-    return [command, *words, *Request(**asked).words(command)]
+    beside = ["--classifier", str(folder / "clf")] if "classifier_scale" in asked else []
+    return [command, *words, *beside, *Request(**asked).words(command)]
 
 
 def fingerprint(planned: Plan) -> str:
@@ -93,6 +96,7 @@ def fingerprint(planned: Plan) -> str:
             None if x is None else np.asarray(x).tolist()
             for x in (planned.inputs.numbers, planned.inputs.labels, planned.inputs.eta, planned.inputs.guidance_scale)
         ],
+        "classifier": (planned.inputs.classifier is None, str(planned.inputs.classifier_scale)),
         "guidance": (planned.null_label, planned.rescale, planned.interval),
         "rest": (planned.num, planned.shape, str(planned.model.dtype)),
         "key": None if keys is None or keys.ndim else jax.random.key_data(keys).tolist(),
@@ -143,7 +147,7 @@ def expected(command: str, folder: Path, asked: dict[str, Any]) -> Plan:
     asked = {"labels": "1", "eta": eta, **asked}
     ddim = loaded(folder / "ckpt", dtype=asked.get("dtype", "float32"))
     key = None if command == "invert" else jax.random.key(asked.get("seed", 0))
-    inputs = Inputs(key)
+    inputs = Inputs(key, classifier=classifier(folder / "clf") if "classifier_scale" in asked else None)
     num: int | None = 2
     if command in ("edit", "invert"):
         inputs, num = inputs._replace(images=np.load(folder / "x.npy")), None
@@ -198,7 +202,7 @@ def test_a_new_field_is_in_every_help(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def test_python_takes_every_field_too() -> None:
     names = {o.name for o in options()}
-    arrays = set(Inputs._fields) - {"key", "numbers", "images", "mask"}
+    arrays = set(Inputs._fields) - {"key", "numbers", "images", "mask"}  # and a classifier
     ran = {"batch_size", "progress", "on_segment"}
     elsewhere = {
         "dtype",
