@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -22,17 +21,18 @@ from jddim.checkpoint.card import ALL_ZERO
 from jddim.checkpoint.folder import CheckpointError, check_destination, load_metadata, load_params, save_checkpoint
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import did_you_mean, to_json
-from jddim.converting import Paths, Verification
+from jddim.converting import Located, Paths, UnsettledError, Verification, hub_id
+from jddim.files import MOST_JSON, parse_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
 
 from . import verify as verification
-from .engine import ConversionError, UnsettledError, fill, refusing
+from .engine import ConversionError, fill, refusing
 from .families import Family, Plan, Source
 from .files.pickles import plain, printable
 from .files.readers import sha256
 from .files.shards import read_weights
 from .recognition import as_asked, recognise
-from .sources import Origin, find
+from .sources import Origin, files_read, find
 
 Say = Callable[[str], None]
 
@@ -60,10 +60,20 @@ def convert(
     if license is not None and not (license.strip() and license.isprintable() and len(license) <= 200):
         raise ConversionError(f"a licence is a line of 1 to 200 characters, such as MIT; got {license[:50]!r}")
     origin = find(src, weights, variant, revision)
-    opened = _open(origin, config, settings or {}, preset, weights, say)
+    try:
+        opened = _open(origin, config, settings or {}, preset, weights)
+    except UnsettledError as error:
+        if error.options:
+            words = _words(config, settings or {}, preset, weights, variant, revision)
+            error.command = shlex.join(["jddim", "convert", str(src), "DST", *words, *error.options])
+        raise
     family, source, plan = opened.family, opened.source, opened.plan
     with refusing(src):
         params = _params(family, source, plan)
+    if origin.hub_id is None and hub_id(os.fspath(src), here=True) is not None:
+        say(f"note: {src} is a path here, so the hub is not asked")
+    for line in opened.lines:
+        say(line)
     say(f"  {len(params)} parameters filled, {sum(p.size for p in params.values()):,} numbers")
 
     figure: dict[str, Any] = {"skipped": True}
@@ -114,6 +124,15 @@ def convert(
     return metadata
 
 
+def locate(
+    src: str | os.PathLike[str], config: Paths | None, weights: str | None, variant: str | None, revision: str | None
+) -> Located:
+    """Where a source's files are: `jddim.converting.locate`."""
+    origin = find(src, weights, variant, revision)
+    name = (origin.hub_id or os.path.abspath(src)).rstrip("/").rpartition("/")[2]
+    return Located(name, (*files_read(origin), *_given(config)), origin.hub_id, origin.commit)
+
+
 def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Paths | None = None) -> Verification:
     """Compare a converted checkpoint with the PyTorch file it came from, block by block: `jddim.verify`.
 
@@ -137,7 +156,7 @@ def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Pa
         raise ConversionError(
             f"{ckpt} was not converted from {src}: its source has SHA-256 {recorded}, this file has {actual}"
         )
-    opened = _open(origin, config, provenance.get("set", {}), None, provenance.get("taken") or kind, lambda line: None)
+    opened = _open(origin, config, provenance.get("set", {}), None, provenance.get("taken") or kind)
     family, source, plan = opened.family, opened.source, opened.plan
     if plan.model != metadata.model:
         raise ConversionError(f"{ckpt} and {src} disagree about the model: {metadata.model} and {plan.model}")
@@ -157,14 +176,12 @@ def describe(
     settings = settings or {}
     origin = find(src, weights, variant, revision)
     family, source = _read(origin, str(src), weights)
-    told = {"preset": preset, "weights": weights, "variant": variant, "revision": revision}
-    options = [part for file in _given(config) for part in ("--config", str(file))]
-    options += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    options += [part for name, value in told.items() if value for part in (f"--{name}", value)]
+    options = _words(config, settings, preset, weights, variant, revision)
     command = ["jddim", "convert", str(src), "DST"]
     contents, files = _configs(family, origin.file, config)
     source = as_asked(family.placed(source, origin.file, contents), weights, str(src))
     facts = [f"  config      {file}" for file in files] or ["  config      none beside it"]
+    asks: tuple[str, ...] = ()
     try:
         told_settings = _with_preset(family, preset, settings)
         plan = family.plan(source.tensors, contents, told_settings)
@@ -174,25 +191,31 @@ def describe(
             for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
         ]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
+        asks = plan.asks
         if plan.unchecked:
             facts.append(f"  told        not checked by the file: {_pairs(plan.unchecked, told_settings)}")
         facts += [f"  note        {note}" for note in plan.notes]
         facts += [f"  WARNING     {warning}" for warning in plan.warnings]
     except UnsettledError as error:
         facts.append(f"  needs       {error}")
-        if fitting := [] if preset else _fitting_presets(family, source, contents, settings):
-            facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
-            options += ["--preset", fitting[0] if len(fitting) == 1 else "NAME"]
-        else:
-            options += [part for ask in error.asks for part in ("--set", ask)]
-        if misfit := _misfit(
-            family, source, contents, {**_with_preset(family, preset, settings), **_tried(error.asks)}
-        ):
+        fitting, more, misfit = _way_on(error, family, source, contents, preset, settings)
+        if misfit:
             facts.append(f"  refused     {misfit}")
             command = []
+        if fitting:
+            facts.append(f"  presets     the tensors agree with --preset {' or '.join(fitting)}")
+            options += more
+        else:
+            asks = error.asks
     except ValueError as error:  # ConversionErrors, and what a network refuses when it is made
         facts.append(f"  refused     {error}")
         command = []
+    if command and (untold := [key for key, _, what in (ask.partition("=") for ask in asks) if what == "VALUE"]):
+        facts.append(
+            f"  untold      {', '.join(untold)}: no tensor tells these; where --set leaves one out, the source's "
+            "default is assumed"
+        )
+    options += [part for ask in asks for part in ("--set", ask)]
     return [
         f"{src}: {family.title}",
         *([f"  file        {origin.choice}"] if origin.choice else []),
@@ -207,13 +230,17 @@ def describe(
 
 @dataclasses.dataclass(frozen=True)
 class _Opened:
-    """A source read and understood. configs: the files that it took. settings: --set's over the preset's."""
+    """A source read and understood, and lines on it.
+
+    configs: the files that it took. settings: --set's over the preset's.
+    """
 
     family: Family
     source: Source
     plan: Plan
     configs: tuple[Path, ...]
     settings: Mapping[str, str]
+    lines: tuple[str, ...]
 
 
 def _read(origin: Origin, name: str, weights: str | None) -> tuple[Family, Source]:
@@ -222,36 +249,38 @@ def _read(origin: Origin, name: str, weights: str | None) -> tuple[Family, Sourc
 
 
 def _open(
-    origin: Origin, config: Paths | None, settings: Mapping[str, str], preset: str | None, weights: str | None, say: Say
+    origin: Origin, config: Paths | None, settings: Mapping[str, str], preset: str | None, weights: str | None
 ) -> _Opened:
     src = origin.file
     given = _given(config)
     family, source = _read(origin, str(src), weights)
     contents, files = _configs(family, src, config)
     source = as_asked(family.placed(source, src, contents), weights, str(src))
-    say(f"{src}: {family.title}")
-    if origin.choice:
-        say(f"  file: {origin.choice}")
-    say(f"  weights: {_weights(source)}")
-    if source.taken:
-        say(f"  taken: {_taken(source)}")
-    for file in files:
-        say(f"  config: {file}" + ("" if file in given else " (found)"))
-    with refusing(src):
-        settings = _with_preset(family, preset, settings)
-        plan = family.plan(source.tensors, contents, settings)
-    say(f"  model: {plan.model.summary}")
-    for fact in plan.assumed:
-        say(f"  assumed: {fact}")
-    if plan.unchecked:
-        say(f"  told, not checked by the file: {_pairs(plan.unchecked, settings)}")
-    for name, reason in plan.ignored.items():
-        say(f"  ignored: {name}: {reason}")
-    for note in plan.notes:
-        say(f"  note: {note}")
-    for warning in plan.warnings:
-        say(f"  WARNING: {warning}")
-    return _Opened(family, source, plan, files, settings)
+    try:
+        with refusing(src):
+            told = _with_preset(family, preset, settings)
+            plan = family.plan(source.tensors, contents, told)
+    except UnsettledError as error:
+        with refusing(src):
+            fitting, words, misfit = _way_on(error, family, source, contents, preset, settings)
+        if misfit:
+            raise ConversionError(f"{error}; and whatever is told, {misfit}") from error
+        said = f"{error}; the tensors agree with --preset {' or '.join(fitting)}" if fitting else str(error)
+        raise UnsettledError(said, error.asks, words) from error
+    lines = [
+        f"{src}: {family.title}",
+        *([f"  file: {origin.choice}"] if origin.choice else []),
+        f"  weights: {_weights(source)}",
+        *([f"  taken: {_taken(source)}"] if source.taken else []),
+        *(f"  config: {file}" + ("" if file in given else " (found)") for file in files),
+        f"  model: {plan.model.summary}",
+        *(f"  assumed: {fact}" for fact in plan.assumed),
+        *([f"  told, not checked by the file: {_pairs(plan.unchecked, told)}"] if plan.unchecked else []),
+        *(f"  ignored: {name}: {reason}" for name, reason in plan.ignored.items()),
+        *(f"  note: {note}" for note in plan.notes),
+        *(f"  WARNING: {warning}" for warning in plan.warnings),
+    ]
+    return _Opened(family, source, plan, files, told, tuple(lines))
 
 
 def _with_preset(family: Family, preset: str | None, settings: Mapping[str, str]) -> Mapping[str, str]:
@@ -263,6 +292,38 @@ def _with_preset(family: Family, preset: str | None, settings: Mapping[str, str]
     if preset not in family.presets:
         raise ConversionError(f"unknown preset {preset!r}{did_you_mean(preset, family.presets)}")
     return {**family.presets[preset], **settings}
+
+
+def _words(
+    config: Paths | None,
+    settings: Mapping[str, str],
+    preset: str | None,
+    weights: str | None,
+    variant: str | None,
+    revision: str | None,
+) -> list[str]:
+    """What was told of a source, as the command line's words."""
+    told = {"preset": preset, "weights": weights, "variant": variant, "revision": revision}
+    words = [part for file in _given(config) for part in ("--config", str(file))]
+    words += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return words + [part for name, value in told.items() if value for part in (f"--{name}", value)]
+
+
+def _way_on(
+    error: UnsettledError,
+    family: Family,
+    source: Source,
+    contents: dict[str, Any] | None,
+    preset: str | None,
+    settings: Mapping[str, str],
+) -> tuple[list[str], list[str], ConversionError | None]:
+    """The presets that would do, the words for what must be told, and why the tensors would be refused even so."""
+    fitting = [] if preset else _fitting_presets(family, source, contents, settings)
+    words = [part for ask in error.asks if not ask.endswith("=VALUE") for part in ("--set", ask)]
+    if fitting:
+        words = ["--preset", fitting[0] if len(fitting) == 1 else "NAME"]
+    told = {**_with_preset(family, preset, settings), **_tried(error.asks)}
+    return fitting, words, _misfit(family, source, contents, told)
 
 
 def _fitting_presets(
@@ -279,8 +340,8 @@ def _fitting_presets(
 
 def _tried(asks: Iterable[str]) -> dict[str, str]:
     """Settings with values that any tensors go with, in place of those that a person has to give."""
-    neutral = {"SIDE": "512", "N": "1", "BOOLEAN": "False"}
-    return {key: neutral.get(value, value) for key, _, value in (ask.partition("=") for ask in asks)}
+    neutral = {"SIDE": "512", "N": "1", "BOOLEAN": "False", "BETA": "0.01"}
+    return {key: neutral[what] for key, _, what in (ask.partition("=") for ask in asks) if what in neutral}
 
 
 def _misfit(
@@ -357,14 +418,8 @@ def _namespace(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)  # type: ignore[arg-type]  # raises for another kind of node
 
 
-def _integer(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**63:  # no setting; and slow to print
-        raise ValueError(f"a number of {len(text)} digits")
-    return number
-
-
 def _yaml_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return _integer(str(loader.construct_yaml_int(node))) if len(node.value) <= 20 else _integer(node.value)
+    return whole_number(str(loader.construct_yaml_int(node)) if len(node.value) <= 20 else node.value)
 
 
 _ConfigLoader.add_constructor("tag:yaml.org,2002:int", _yaml_integer)
@@ -374,12 +429,12 @@ _ConfigLoader.add_constructor("tag:yaml.org,2002:python/object:argparse.Namespac
 def _read_config(path: Path) -> dict[str, Any]:
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        text = path.read_text()
+        text = read_regular(path, MOST_JSON).decode()
         if kind == "JSON":  # of which YAML 1.1 is no superset: it takes 1e-06 for text
-            contents = json.loads(text, parse_int=_integer)
+            contents = parse_json(_COMMENT.sub(lambda found: found[1] or "", text))
         else:
             contents = _flags(text) or yaml.load(text, Loader=_ConfigLoader)
-        contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
+            contents = plain(contents, lambda leaf: leaf, 4 * len(text) + 1000)  # aliases of aliases
     except yaml.constructor.ConstructorError as error:
         raise ConversionError(
             f"{path} holds more than plain values, and jddim never runs code from a config: "
@@ -387,16 +442,20 @@ def _read_config(path: Path) -> dict[str, Any]:
         ) from error
     # PyYAML raises KeyError for `!!bool x`, AttributeError for `!!timestamp x`, IndexError and TypeError for others.
     except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
-        raise ConversionError(f"{path} is not {kind}: {' '.join(str(error).split())[:200]}") from error
+        raise ConversionError(f"{path} cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(contents, dict):
         raise ConversionError(f"{path} holds no config: expected sections or keys, each with a value")
     return contents
 
 
+_COMMENT = re.compile(r'("(?:\\.|[^"\\])*"?)|//.*')
+"""A text, which may hold two slashes, or what Palette's configs have after two."""
+
+
 def _flags(text: str) -> dict[str, Any]:
     """An absl flagfile's lines: `--name=value`, whose text is kept, or `--name`; a name that is repeated has a list."""
     found: dict[str, list[Any]] = {}
-    for name, equals, value in re.findall(r"^--(\w+)(=?)(.*)$", text, re.MULTILINE):
+    for name, equals, value in re.findall(r"^--(\w+)(=?)(.*?)\r?$", text, re.MULTILINE):
         found.setdefault(name, []).append(value if equals else True)
     return {name: values if len(values) > 1 else values[0] for name, values in found.items()}
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jddim.converting import ConversionError
+from jddim.converting import ConversionError, UnsettledError
 
 from .files.mapped import FLOATS, release
 from .rules import (
@@ -44,10 +44,41 @@ def fill(
     any linear may be a 1x1 convolution there. Raises ConversionError naming every tensor that is
     missing, unexpected, of a wrong shape, not floating point or not finite (the first few of each kind).
     """
-    ignored = ignored or {}
+    fitting, problems = matched(source, expected, rules, ignored, pointwise)
     filled: dict[str, NDArray[np.float32]] = {}
+    for name, pairs in fitting.items():
+        with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is reported as such
+            values = {leaf: _float32(to_layout(piece, expected[leaf], leaf)) for leaf, piece in pairs}
+        release(source[name])  # what has been copied out of a mapped file need not stay in memory
+        if bad := sum(int(np.count_nonzero(~np.isfinite(value))) for value in values.values()):
+            problems["not usable"].append(
+                f"{name} holds NaN or infinity in {bad} of {source[name].size} float32 numbers"
+            )
+            continue
+        filled |= values
+    refuse_misfits(problems)
+    return filled
+
+
+Problems = dict[str, list[str]]
+"""A kind of misfit -> a sentence on each."""
+
+
+def matched(
+    source: Mapping[str, NDArray],
+    expected: Mapping[str, tuple[int, ...]],
+    rules: Rules,
+    ignored: Mapping[str, str] | None = None,
+    pointwise: Mapping[str, int] | None = None,
+) -> tuple[dict[str, list[tuple[str, NDArray]]], Problems]:
+    """The parameters that each source tensor fills, with the part of it for each, and what does not fit.
+
+    By names, shapes and dtypes alone: no value is read. Arguments as for `fill`.
+    """
+    ignored = ignored or {}
+    fitting: dict[str, list[tuple[str, NDArray]]] = {}
     origin: dict[str, str] = {}
-    problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": [], "not usable": [], "rules": []}
+    problems: Problems = {"missing": [], "unexpected": [], "misshapen": [], "not usable": [], "rules": []}
     for name, array in source.items():
         if name in ignored:
             continue
@@ -74,20 +105,17 @@ def fill(
         if not np.issubdtype(array.dtype, np.floating) and array.dtype.name not in FLOATS:
             problems["not usable"].append(f"{name} holds {array.dtype}, not floating point numbers")
             continue
-        with np.errstate(over="ignore"):  # what overflows float32 becomes infinite, and is reported as such
-            pairs = zip(leaves, pieces, strict=True)
-            values = [_float32(to_layout(piece, expected[leaf], leaf)) for leaf, piece in pairs]
-        release(array)  # what has been copied out of a mapped file need not stay in memory
-        if bad := sum(int(np.count_nonzero(~np.isfinite(value))) for value in values):
-            problems["not usable"].append(f"{name} holds NaN or infinity in {bad} of {array.size} float32 numbers")
-            continue
-        filled |= dict(zip(leaves, values, strict=True))
+        fitting[name] = list(zip(leaves, pieces, strict=True))
     missing = [source_of(leaf, rules) for leaf in expected if leaf not in origin]
     problems["missing"] += [f"missing {name}" for name in dict.fromkeys(missing)]
+    return fitting, problems
+
+
+def refuse_misfits(problems: Problems) -> None:
+    """Raise ConversionError with the first few misfits of each kind, if there are any."""
     if count := sum(map(len, problems.values())):
         what = "1 tensor does not fit" if count == 1 else f"{count} tensors do not fit"
         raise ConversionError(f"{what} the model: " + "; ".join(shortened(kind) for kind in problems.values() if kind))
-    return filled
 
 
 def _ones(name: str, pointwise: Mapping[str, int]) -> int:
@@ -109,14 +137,6 @@ def _float32(value: NDArray) -> NDArray[np.float32]:
     return copy
 
 
-class UnsettledError(ConversionError):
-    """A source that nothing is wrong with but that settings are missing. asks: each as `--set` takes it, KEY=WHAT."""
-
-    def __init__(self, said: str, asks: Iterable[str]):
-        super().__init__(said)
-        self.asks = tuple(asks)
-
-
 def refuse(problems: Iterable[str], asks: Iterable[str] = ()) -> None:
     """Raise ConversionError with all that is wrong, if anything is; UnsettledError if that is but what `asks` says."""
     if said := "; ".join(problems):
@@ -125,9 +145,11 @@ def refuse(problems: Iterable[str], asks: Iterable[str] = ()) -> None:
 
 @contextlib.contextmanager
 def refusing(what: object) -> Iterator[None]:
-    """A ValueError from within becomes ConversionError("what: why")."""
+    """A ValueError from within becomes ConversionError("what: why"), an UnsettledError stays one."""
     try:
         yield
+    except UnsettledError as error:
+        raise UnsettledError(f"{what}: {error}", error.asks) from error
     except ValueError as error:
         raise ConversionError(f"{what}: {error}") from error
 

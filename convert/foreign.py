@@ -12,10 +12,7 @@ _DEPTH = 4
 
 # A pattern of a tensor's name with the keys that lead to it -> what the file then is; the first that fits.
 _MARKS = {
-    r"cond_embed\.0\.": (
-        "is a Palette network: it takes the noise level in place of t (cond_embed) and an image beside x_t; this "
-        "family is not supported"
-    ),
+    r"cond_embed\.": "has a cond_embed as Palette's networks have, but not also input_blocks and middle_block",
     r"noise_level_mlp\.": (
         "is an SR3 network: it takes the noise level in place of t (noise_level_mlp) and an image beside x_t; this "
         "family is not supported"

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from jddim.installing import install_line
 
 from .engine import ConversionError
-
-
-def is_id(src: str) -> bool:
-    """Whether a name that is no path here may be a hub id: OWNER/NAME, not a weights file in a folder that exists."""
-    owner, _, name = src.partition("/")
-    if not all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (owner, name)) or Path(owner).exists():
-        return False
-    return not name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yml", ".yaml"))
 
 
 def snapshot(
@@ -28,7 +19,7 @@ def snapshot(
     None: main. Raises ConversionError without huggingface_hub, or if it has not, and cannot get, the repository.
     """
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
     except ImportError as error:
         raise ConversionError(
             f"no such file or folder: {src}; if it is a hub id, fetching it needs huggingface_hub: "
@@ -39,12 +30,34 @@ def snapshot(
         try:
             folder = Path(snapshot_download(src, revision=revision, allow_patterns=list(wanted)))
         except Exception as error:  # of many kinds: no such repository, no network and not in the cache, gated, ...
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             at = "" if revision is None else f" at revision {revision}"
             raise ConversionError(
-                f"no such file or folder: {src}, and as a hub id{at} it cannot be had: {reason[:200]}"
+                f"no such file or folder: {src}, and as a hub id{at} it cannot be had: {_why(error)}"
             ) from error
         revision = folder.name  # the commit: what follows is of the same
         if whole(folder):
             return folder, folder.name
+    if constants.HF_HUB_OFFLINE:
+        raise ConversionError(f"the hub's cache holds no weights of {src} ({revision}), and {_OFFLINE}")
     raise ConversionError(f"the hub's {src} ({revision}) holds no weights that jddim knows; name a file of it")
+
+
+_OFFLINE = "HF_HUB_OFFLINE is set, so it is not fetched"
+
+
+def _why(error: Exception) -> str:
+    """Why the hub gave nothing, in one line."""
+    from huggingface_hub import constants, errors
+
+    match error:
+        case errors.GatedRepoError():
+            return "its owner asks for consent first: give it on the hub's page, then log in (hf auth login)"
+        case errors.RevisionNotFoundError():
+            return "it is there, but not that revision"
+        case errors.RepositoryNotFoundError():
+            return "the hub has none of that name, or it is private: log in (hf auth login)"
+        case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
+            offline = constants.HF_HUB_OFFLINE
+            return f"it is not in the hub's cache, and {_OFFLINE if offline else 'the hub cannot be reached'}"
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return said[:200]

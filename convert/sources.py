@@ -9,6 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from jddim.converting import hub_id
+from jddim.known import published
+
 from . import hub
 from .engine import ConversionError, shortened
 from .families import FAMILIES
@@ -56,14 +59,18 @@ def find(
 ) -> Origin:
     """The weights that `src` names: a file, a folder in which a family finds them, or a hub id.
 
-    weights: "ema", "raw" or None, variant: such as "fp16": which of a folder's files; other weights are a place in a
-    file. revision: of a hub id.
+    A hub id may end in @REVISION. weights: "ema", "raw" or None, variant: such as "fp16": which of a folder's files;
+    other weights are a place in a file. revision: of a hub id.
     Raises ConversionError if there are none, or an option does not go with what `src` is.
     """
-    path, hub_id, commit = Path(src), None, None
+    path, named, commit = Path(src), None, None
     weights = weights if weights in ("ema", "raw") else None
-    if not path.exists() and hub.is_id(os.fspath(src)):
-        hub_id = os.fspath(src)
+    if not path.exists() and (known := published(os.fspath(src))) is not None and known.advice:
+        raise ConversionError(known.advice)
+    if not path.exists() and (named := hub_id(os.fspath(src))) is not None:
+        if revision is not None and named[1] is not None:
+            raise ConversionError(f"{src} says a revision, so no --revision {revision}")
+        revision = named[1] if revision is None else revision
         patterns = [wanted for family in FAMILIES.values() if family.hub_files for wanted in family.hub_files(variant)]
 
         def whole(folder: Path) -> bool:
@@ -71,7 +78,7 @@ def find(
                 return _in(folder, weights, variant) is not None
             return False
 
-        path, commit = hub.snapshot(hub_id, revision, patterns, whole)
+        path, commit = hub.snapshot(named[0], revision, patterns, whole)
     elif revision is not None:
         raise ConversionError(f"--revision {revision} goes with a hub id, OWNER/NAME; {src} is none")
     if not path.exists():
@@ -80,12 +87,18 @@ def find(
         if (file := _in(path, weights, variant)) is None:
             there = shortened([entry.name for entry in _weights_in(path)]) or "none"
             raise ConversionError(f"{src} is a folder that no family knows; name the checkpoint file in it: {there}")
-        return Origin(file, variant, hub_id, commit, path)
+        return Origin(file, variant, named and named[0], commit, path)
     if path.suffix in (".json", ".yml", ".yaml") and not path.name.endswith(".index.json"):
         raise ConversionError(f"{src} holds settings, not weights; name the folder or the weights, and it by --config")
     if variant is not None:
         raise ConversionError(f"--variant {variant} chooses a file in a folder; {src} is a file")
     return Origin(path)
+
+
+def files_read(origin: Origin) -> list[Path]:
+    """Every file that its conversion may read: the weights, and the configs that any family looks for beside them."""
+    beside = (file for family in FAMILIES.values() for file in family.config_files(origin.file))
+    return [*files_of(origin.file), *dict.fromkeys(file for file in beside if file.is_file())]
 
 
 def _in(folder: Path, weights: str | None, variant: str | None) -> Path | None:

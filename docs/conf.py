@@ -129,7 +129,7 @@ def _listed(app: Sphinx, page: nodes.document) -> None:
     """Before the first description on a page, links to all of them, each with its first sentence."""
     top = [found for found in page.findall(desc) if not isinstance(found.parent, desc_content)]
     descriptions = [found for found in page.findall(desc) if found in top or found["objtype"] == "method"]
-    links = nodes.bullet_list(classes=["described"])
+    links = nodes.bullet_list()
     for found in descriptions:
         signature, told = found[0], found[-1].next_node(nodes.paragraph)
         name = nodes.literal("", signature["fullname"])

@@ -39,6 +39,8 @@ if TYPE_CHECKING:  # what type checkers and editors read; the tables below say t
     from jddim.images import show as show
     from jddim.images import to_pil as to_pil
     from jddim.inversion import invert_loop as invert_loop
+    from jddim.known import Preset as Preset
+    from jddim.known import presets as presets
     from jddim.models.unet import UNet as UNet
     from jddim.pipeline import DDIM as DDIM
     from jddim.pipeline import Preview as Preview
@@ -68,6 +70,7 @@ _HOME = {
         "ddim": "StepTable ddim_sigma ddim_step ddpm_step predict_eps predict_x0 step_table",
         "images": "show to_pil",
         "inversion": "invert_loop",
+        "known": "Preset presets",
         "models.unet": "UNet",
         "pipeline": "DDIM Preview load",
         "sampling": "Trajectory ancestral_loop initial_noise sample_keys sample_loop",

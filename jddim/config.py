@@ -14,6 +14,12 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 
 
+def later(default: T) -> T:
+    """A field that files of the same format may lack: their digests hold, since its default is not written."""
+    field: T = dataclasses.field(default=default, metadata={"later": True})
+    return field
+
+
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """Which noise schedule a checkpoint was trained with; `jddim.schedule.make_schedule` builds it.
@@ -47,6 +53,7 @@ class SamplerConfig:
     variance: "fixed_small", "fixed_large" or "learned_range", the ancestral sampler's variance. With "learned_range"
         the network has twice the channels, of which the second half interpolates the log-variance (Nichol, Eq. 15);
         DDIM drops it.
+    clean_known: what a mask keeps of an image is clean in every x_t, as in training (Palette), not as noisy as x_t.
     """
 
     spacing: str = "linspace"
@@ -63,6 +70,7 @@ class SamplerConfig:
     timestep_scale: float = 1.0
     self_condition: bool = False
     variance: str = "fixed_small"
+    clean_known: bool = later(False)
 
 
 METHODS = ("ddim", "ddpm", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
@@ -119,12 +127,6 @@ class ModelConfig(Protocol):
         """Integer labels lie in 0..num_classes-1; None if there are none, or they are not integers."""
 
 
-def later(default: T) -> T:
-    """A field that files of the same format may lack: their digests hold, since its default is not written."""
-    field: T = dataclasses.field(default=default, metadata={"later": True})
-    return field
-
-
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
     """The UNet of Ho et al. (arXiv:2006.11239, appendix B) and what varies between its descendants.
@@ -147,8 +149,9 @@ class UNetConfig:
     middle: False: nothing between encoder and decoder. mid_scale: the middle's blocks and attention divide their sum
         with the residual by it.
     norm_epsilon: 1e-6 in Ho et al.'s (torch's own default is 1e-5).
-    time_embedding: "sinusoidal"; "fourier" (log t through fixed random frequencies; the output is divided by t) or
-        "learned" (a row for each of num_timesteps). time_channels: width of the time MLP, None: 4 `channels`.
+    time_embedding: "sinusoidal"; "fourier" (log t through fixed random frequencies; the output is divided by t),
+        "learned" (a row for each of num_timesteps) or "noise_level" (the sinusoid of alpha_bar_t, which the network
+        keeps for each of num_timesteps). time_channels: width of the time MLP, None: 4 `channels`.
     cosine_first, frequency_shift: of the sinusoid, whose frequencies are
         10000^(-i / (channels // 2 - frequency_shift)). divide_last: in their exponents the division comes last, as in
         diffusers and OpenAI; it changes the last float32 digit only, which t = 1000 magnifies to 1e-4.
@@ -302,8 +305,9 @@ class UNetConfig:
         ]
         if (self.class_embedding == "learned") != (self.num_classes is not None):
             problems.append(f"num_classes={self.num_classes} goes with class_embedding='learned', and only with it")
-        if (self.time_embedding == "learned") != (self.num_timesteps is not None):
-            problems.append(f"num_timesteps={self.num_timesteps} goes with time_embedding='learned', and only with it")
+        if (self.time_embedding in BY_TABLE) != (self.num_timesteps is not None):
+            told = f"num_timesteps={self.num_timesteps} goes with time_embedding={' or '.join(map(repr, BY_TABLE))}"
+            problems.append(f"{told}, and only with them")
         if self.mid_scale == 0:
             problems.append("mid_scale must not be 0")
         if self.condition_channels < 0:
@@ -342,7 +346,8 @@ class UNetConfig:
 
 RESAMPLINGS = ("conv", "pool", "resnet")
 ACTIVATIONS = ("silu", "gelu", "mish", "relu")
-TIME_EMBEDDINGS = ("sinusoidal", "fourier", "learned")
+BY_TABLE = ("learned", "noise_level")
+TIME_EMBEDDINGS = ("sinusoidal", "fourier", *BY_TABLE)
 CLASS_EMBEDDINGS = ("learned", "timestep", "identity")
 
 
@@ -621,6 +626,11 @@ def first_few(words: Sequence[str], most: int) -> str:
     """The first `most` of a list, and how many more there are, for a message of one line."""
     more = f"; and {len(words) - most} more" if len(words) > most else ""
     return "; ".join(words[:most]) + more
+
+
+def printable(line: str) -> str:
+    """A line that quotes a file, without the control characters that would steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

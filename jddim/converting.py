@@ -14,10 +14,11 @@ import dataclasses
 import importlib
 import importlib.util
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from jddim.checkpoint.card import ALL_ZERO
 from jddim.installing import install_line
@@ -34,6 +35,29 @@ _OTHER_NAME = "jddim_convert"
 
 class ConversionError(ValueError):
     """A source that cannot be converted, with what was found and what to do about it."""
+
+
+class UnsettledError(ConversionError):
+    """A source that nothing is wrong with but that settings are missing.
+
+    asks: each as `--set` takes it, KEY=WHAT. options: the words of `jddim convert` that give them. command: the whole
+    line; "" where none is known.
+    """
+
+    def __init__(self, said: str, asks: Iterable[str], options: Iterable[str] = ()):
+        super().__init__(said)
+        self.asks, self.options, self.command = tuple(asks), tuple(options), ""
+
+
+class Told(TypedDict, total=False):
+    """What may be said of a PyTorch source beside its name; `convert` says what each is."""
+
+    config: Paths | None
+    settings: Settings | None
+    preset: str | None
+    weights: str | None
+    variant: str | None
+    revision: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +160,12 @@ def convert(
     return metadata
 
 
+def can_verify() -> bool:
+    """Whether PyTorch is installed here."""
+    found: bool = _part("verify").can_verify()
+    return found
+
+
 def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], *, config: Paths | None = None) -> Verification:
     """Compare a converted checkpoint with the PyTorch source it came from, block by block. Nothing is written.
 
@@ -225,6 +255,49 @@ def export_torch(
     """
     name: str = _part("export").export(ckpt, dst, format, overwrite=overwrite)
     return name
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """A PyTorch source found: its name, and every file that its conversion may read, the weights' first.
+
+    hub_id, commit: None of what lies here.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    hub_id: str | None
+    commit: str | None
+
+
+def locate(
+    src: str | os.PathLike[str],
+    *,
+    config: Paths | None = None,
+    weights: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> Located:
+    """Where the files of a source lie; those of a hub id are fetched. The arguments are `convert`'s.
+
+    Raises ConversionError if there are none, ModuleNotFoundError where what `jddim[convert-core]` installs is missing.
+    """
+    found: Located = _part("conversion").locate(src, config, weights, variant, revision)
+    return found
+
+
+def hub_id(src: str, *, here: bool = False) -> tuple[str, str | None] | None:
+    """The hub id and revision of OWNER/NAME or OWNER/NAME@REVISION; None for what names a file, if anything.
+
+    A weights file is none, nor, unless `here`, is what lies or would lie in a folder that exists.
+    """
+    match = re.fullmatch(r"(([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*))(?:@([\w./-]+))?", src)
+    if match is None or match[3].endswith(_FILES) or (not here and Path(match[2]).exists()):
+        return None
+    return match[1], match[4]
+
+
+_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yml", ".yaml")
 
 
 def _as_text(settings: Settings | None) -> dict[str, str]:

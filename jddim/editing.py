@@ -174,9 +174,10 @@ def keep_of(mask: Array | np.ndarray) -> Array | np.ndarray:
     return 1 - (mask.mean(axis=-1, keepdims=True) + 1) / 2
 
 
-def keep_known(update: Update, known: Array, keep: ArrayLike, known_noise: Array) -> Update:
+def keep_known(update: Update, known: Array, keep: ArrayLike, known_noise: Array | None) -> Update:
     """A step that ends with `known`, noised to where the step ends by always the same noise, wherever `keep` is 1.
 
+    known_noise: None: not noised, for a network that saw it clean in every x_t (Palette); then x_T has it too.
     Any step, one with a memory too: a solver's pixels do not mix, only the network mixes them.
     """
     keep = _mask(keep, known)
@@ -185,7 +186,9 @@ def keep_known(update: Update, known: Array, keep: ArrayLike, known_noise: Array
         x_t: Array, output: Array, noise: Array, row: Rows, *memory: Memory
     ) -> tuple[Array, Array, *tuple[Memory, ...]]:
         x_prev, x0, *memory_next = update(x_t, output, noise, row, *memory)
-        x_known = ddim.add_noise(known, known_noise, row.alpha_prev, row.sigma_prev)
+        x_known = known
+        if known_noise is not None:
+            x_known = ddim.add_noise(known, known_noise, row.alpha_prev, row.sigma_prev)
         return keep * x_known + (1 - keep) * x_prev, x0, *memory_next
 
     return kept

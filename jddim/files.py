@@ -322,7 +322,7 @@ def parse_json(text: str | bytes) -> Any:
     """
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        data = json.loads(text, parse_int=_integer, object_pairs_hook=_unique)
+        data = json.loads(text, parse_int=whole_number, object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
     level = [data]
@@ -339,7 +339,8 @@ def parse_json(text: str | bytes) -> Any:
 _TOO_DEEP = f"its lists and objects lie more than {MAX_DEPTH} deep in each other"
 
 
-def _integer(text: str) -> int:
+def whole_number(text: str) -> int:
+    """The number that decimal digits are. Raises ValueError beyond 64 bits: it is no setting, and slow to print."""
     if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**64:
         raise ValueError(f"a whole number of {len(text)} digits, beyond 64 bits")
     return number

@@ -15,15 +15,17 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jddim.checkpoint import card
-from jddim.checkpoint.folder import load_metadata, load_params
+from jddim.checkpoint.folder import CheckpointError, load_metadata, load_params
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, type_problems
+from jddim.converting import Told
 from jddim.curve import alpha_bar_curve
 from jddim.ddim import StepTable, sampler_table
 from jddim.guidance import Scale
 from jddim.models import Network
 from jddim.models.building import build_model
 from jddim.models.layers import at_least_float32
+from jddim.resolving import forget, resolve
 from jddim.run.batches import Preview, run
 from jddim.run.methods import Guidance, find
 from jddim.run.plan import Inputs, Plan, limits, plan
@@ -95,23 +97,42 @@ class Conventions(TypedDict, total=False):
     timestep_scale: float
     self_condition: bool
     variance: str
+    clean_known: bool
 
 
 RUN = ("batch_size", "progress", "on_segment")
 """How a plan is run; no part of what is asked for."""
 
 
-def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32) -> DDIM:
-    """A checkpoint written by `jddim convert`, ready to sample.
+def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, **told: Unpack[Told]) -> DDIM:
+    """A checkpoint, ready to sample.
 
+    path: a folder that `jddim convert` wrote; or a PyTorch checkpoint, which is converted into the cache first, unless
+    it is there: a file, a folder, a hub id (`google/ddpm-cifar10-32`, with `@REVISION` for a branch, tag or commit), or
+    a name of `jddim.presets`. What is found and assumed then is printed on stderr. What lies here comes before a hub id
+    of the same name.
     dtype: the network's compute dtype, float32 or bfloat16; the sampler's state, the norms and the softmax stay
-    float32. Raises `jddim.CheckpointError` if the folder is absent, incomplete, edited or too new, ValueError for
-    another dtype.
+    float32. told: config, settings, preset, weights, variant, revision of a PyTorch checkpoint, as `jddim.convert`
+    takes them.
+
+    Raises `jddim.CheckpointError` if there is no such checkpoint, or it is incomplete, edited or too new;
+    `jddim.ConversionError` and ModuleNotFoundError as `jddim.convert`, with the command that settles what a file needs;
+    ValueError for another dtype.
     """
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float64):
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 under jax's x64), got {jnp.dtype(dtype).name}")
-    metadata = load_metadata(path)
-    model = build_model(metadata.model, load_params(path, metadata), dtype)
+    check_names(told, [*Told.__annotations__], "load")
+    folder = resolve(path, **told)
+    try:
+        metadata = load_metadata(folder)
+        params = load_params(folder, metadata)
+    except CheckpointError as error:
+        if not forget(folder):
+            raise
+        raise CheckpointError(
+            f"the copy in the cache is damaged ({error}); it is removed, and the same call makes it anew"
+        ) from error
+    model = build_model(metadata.model, params, dtype)
     return DDIM(model, make_schedule(metadata.schedule), metadata.sampler, metadata)
 
 

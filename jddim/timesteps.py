@@ -73,6 +73,8 @@ def leading_timesteps(num_train_timesteps: int, num_steps: int, steps_offset: in
     array([667, 334,   1])
     """
     T, S = _check(num_train_timesteps, num_steps)
+    if not -T < steps_offset < T:
+        raise ValueError(f"steps_offset must lie between -{T} and {T}, got {steps_offset}")
     return check_timesteps((np.arange(S) * (T // S))[::-1] + steps_offset, T)
 
 

@@ -287,7 +287,7 @@ def samples(folder: Path) -> dict[str, Specimen]:
     for name in mnist:
         found[name] = Specimen(mnist, name, None, reader=lambda folder: read_mnist(folder, "train"))
     found["task"] = Specimen(
-        {"a.json": task}, "a.json", None, reader=lambda folder: _begin(folder / "a.json", [], None)
+        {"a.json": task}, "a.json", None, reader=lambda folder: _begin(str(folder / "a.json"), [], None)
     )
     found["settings"] = Specimen(
         {"a.json": task, "b.json": task},
@@ -587,7 +587,7 @@ def read(folder: Path, specimen: Specimen) -> str:
             except (ValueError, OSError) as error:
                 return type(error).__name__
             return "read"
-        opened = _open(find(folder / specimen.source), (), specimen.settings, None, None, lambda line: None)
+        opened = _open(find(folder / specimen.source), (), specimen.settings, None, None)
         expected = {name: leaf.shape for name, leaf in flat_params(abstract_model(opened.plan.model)).items()}
         fill(opened.source.tensors, expected, opened.plan.rules, opened.plan.ignored, opened.family.pointwise)
     except (ConversionError, CheckpointError) as error:

@@ -79,6 +79,7 @@ def test_the_parser_refuses_what_bibtex_would() -> None:
         ({"family": "diffusers"}, ["ho2020ddpm", "diffusers"]),
         ({"family": "lucidrains"}, ["ho2020ddpm", "denoising-diffusion-pytorch"]),
         ({"family": "pytorch_ddpm"}, ["ho2020ddpm", "pytorch-ddpm"]),
+        ({"family": "palette"}, ["ho2020ddpm", "saharia2022palette", "palette-pytorch"]),
         ({"family": "monai"}, ["ho2020ddpm", "pinaya2023monai"]),
         ({"family": "openai", "preset": "guided-256"}, ["ho2020ddpm", "dhariwal2021guided"]),
         ({"family": "openai", "preset": "improved-cifar10"}, ["ho2020ddpm", "nichol2021improved"]),

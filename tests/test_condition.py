@@ -21,6 +21,7 @@ from jddim.cli.main import main
 from jddim.config import SamplerConfig, UNetConfig, from_json, to_json
 from jddim.denoisers import with_condition
 from jddim.images import read_metadata, to_uint8
+from jddim.models.building import build_model, flat_params
 from jddim.pipeline import DDIM
 from jddim.run.request import Request
 from jddim.scale.sharding import Sharded, make_mesh
@@ -262,9 +263,23 @@ def test_on_a_mesh_image_i_has_condition_i() -> None:
     chex.assert_trees_all_close(made, ddim.sample(0, NUM, steps=3, eta=0.7, condition=BESIDE), atol=1e-5)
 
 
+def test_a_network_may_be_told_the_noise_level_of_t() -> None:
+    told = config(time_embedding="noise_level", num_timesteps=100)
+    model = random_model(told)
+    params = flat_params(model)
+    levels = params.pop("time_proj.embedding")[:, 0]
+    plain = build_model(dataclasses.replace(told, time_embedding="sinusoidal", num_timesteps=None), params)
+    x, t = jnp.concatenate([X_T, BESIDE], axis=-1), jnp.array([0, 7, 99])
+    chex.assert_trees_all_close(model(x, t), plain(x, levels[t]), atol=1e-6)
+    with pytest.raises(ValueError, match="num_timesteps=None goes with time_embedding='learned' or 'noise_level', and"):
+        dataclasses.replace(told, num_timesteps=None)
+
+
 def test_such_a_network_is_not_trained() -> None:
     with pytest.raises(ValueError, match="a network that is given an image beside x_t is not trained here"):
         Task(config())
+    with pytest.raises(ValueError, match="told the noise level in place of t is sampled, but not trained here"):
+        Task(config(condition_channels=0, time_embedding="noise_level", num_timesteps=100))
 
 
 def test_an_exported_program_takes_one() -> None:

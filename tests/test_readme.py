@@ -30,7 +30,7 @@ def test_the_readmes_commands_and_python_run(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^jddim (.*)$", "".join(re.findall(r"```sh\n(.*?)```", README, re.S)), re.M)
-    assert [command.split()[0] for command in commands] == ["info", "convert", "sample"]
+    assert [command.split()[0] for command in commands] == ["sample", "info", "convert"]
     for command in commands:
         assert main(shlex.split(command, comments=True)) == 0, command
     assert Path("digits.png").is_file()
@@ -40,6 +40,9 @@ def test_the_readmes_commands_and_python_run(tmp_path: Path, monkeypatch: pytest
     assert found["x_0"].shape == (16, 28, 28, 1)  # as its comment says
     assert found["sweep"].shape == (5, 2, 28, 28, 1)
     assert bool(jax.numpy.isfinite(found["sweep"]).all())
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.S)
+    exec(block, found)
+    assert found["ddim"].model.config.image_size == (28, 28)
 
 
 def test_the_readmes_scripts_are_there_and_ci_runs_its_tests() -> None:

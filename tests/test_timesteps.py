@@ -97,6 +97,9 @@ def test_diffusers_spacings_and_where_their_steps_end() -> None:
         assert previous_timesteps(table, spacing, T).tolist() == [max(entry - 33, -1) for entry in t]
     with pytest.raises(ValueError, match=r"0\.\.999, got 1\.\.1000"):
         make_timesteps("leading", T, T, 1)  # diffusers' first step fails: it has no alphas_cumprod[1000]
+    for offset in (T, -T, 2**63):  # the last is beyond what NumPy adds
+        with pytest.raises(ValueError, match="steps_offset must lie between -1000 and 1000"):
+            make_timesteps("leading", T, S, offset)
 
 
 @pytest.mark.quick

@@ -60,8 +60,10 @@ class Plan:
     """How a source becomes a model: everything inferred, told or assumed, and the rename table.
 
     assumed: sentences, each a fact that neither the tensors nor the user gave. notes: what else a user should know;
-    warnings: of that, what makes the samples wrong if it is not so. unchecked: the settings that the user gave and that
-    the tensors would not contradict if they were wrong; how to sample is none of them.
+    warnings: of that, what makes the samples wrong if it is not so. asks: the settings that neither the tensors nor the
+    user told, that runs of the source differ in, and that a default stands for: KEY=VALUE (`values.asking`). unchecked:
+    the settings that the user gave and that the tensors would not contradict if they were wrong; how to sample is none
+    of either.
     reference_options: what `Family.reference` needs beside the model's config to load these tensors; kept in the
     checkpoint's provenance, for the way back. wording: of schedule and sampler. implied: tensors that the source's
     network has the effect of, and its file not, or with other numbers in it: they take the place of the file's.
@@ -74,6 +76,7 @@ class Plan:
     ignored: Mapping[str, str]
     assumed: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
     unchecked: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     reference_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)

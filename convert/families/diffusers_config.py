@@ -20,7 +20,7 @@ from jddim.schedule import make_schedule
 from ..engine import ConversionError, cannot_hold, refuse, refusing, shortened
 from ..files.pickles import printable
 from .base import Wording, check_companions, check_sampler, checked, scaled_t
-from .values import boolean, integer, is_integer, literal, number, one_of, parse, positive, sides, whole
+from .values import asking, boolean, integer, is_integer, literal, number, one_of, parse, positive, sides, whole
 
 # -- values: JSON's, or --set's text, to ours; a ValueError says what was wanted ---------------------------------------
 
@@ -207,6 +207,8 @@ UNTOLD = (
     *("rescale_betas_zero_snr", "prediction_type", "condition_first"),
 )
 """The facts of a network and its training that no tensor tells."""
+_NULL = ("attn_norm_num_groups", "class_embed_type", "num_train_timesteps", "attention_head_dim")
+"""Those of the network's that are null, or asked for by `_missing`."""
 
 SETTINGS: Mapping[str, str] = {key: option.meaning for part in (UNET, CALL, SCHEDULER) for key, option in part.items()}
 
@@ -262,6 +264,7 @@ class Told:
     """The files and --set, read: every key with a value.
 
     defaulted: sentences on the keys that nothing named; where there is no scheduler's file, its are in warnings.
+    asks: as a plan's.
     """
 
     unet: Mapping[str, Any]
@@ -270,6 +273,7 @@ class Told:
     defaulted: tuple[str, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    asks: tuple[str, ...]
 
 
 def read_configs(
@@ -322,19 +326,20 @@ def read_configs(
         inferred = dict(found or {}) if name == "unet" else {}
         problems += _contradictions(inferred, parsed)
         parts[name] = {key: option.default for key, option in options.items()} | inferred | parsed
+    trained = _TRAINED if not files["scheduler"] else ()
+    keys = [] if found is None else [key for key in UNET if key in UNTOLD and key not in (*_NULL, *found)]
+    keys += [*trained, *(["condition_first"] if "condition_first" not in call and _beside(parts) else [])]
     missing = {} if found is None else _missing(found, given)
-    asks = () if problems else missing
     if missing:
         problems.append(
             f"without a config.json, the tensors do not tell {'; nor '.join(missing.values())}; --config config.json "
             "says all of it"
         )
-    refuse(problems, asks)
+    refuse(problems, asking(keys, given, missing) if missing and len(problems) == 1 else ())
     assumed, warnings = list(obsolete), []
     if absent := _defaulted(UNET, {*unet, *given, *(found or {})}, _INERT):
         why = "its config does not name them" if found is None else "the tensors do not tell them"
         assumed.append(f"{absent} (UNet2DModel's defaults in diffusers: {why})")
-    trained = _TRAINED if not files["scheduler"] else ()
     if absent := _defaulted(SCHEDULER, {*scheduler, *given}, ("variance_type", "set_alpha_to_one", *trained)):
         assumed.append(f"{absent} (the scheduler's defaults in diffusers: its config does not name them)")
     if absent := _defaulted({key: SCHEDULER[key] for key in trained}, set(given), ()):
@@ -347,7 +352,15 @@ def read_configs(
         defaulted=tuple(assumed),
         notes=tuple(notes),
         warnings=tuple(warnings),
+        asks=asking(keys, given),
     )
+
+
+def _beside(parts: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many channels in are an image's that the network is given beside x_t: those that do not come out of x_t."""
+    network, learned = parts["unet"], parts["scheduler"]["variance_type"] == "learned_range"
+    of_x_t, odd = divmod(network["out_channels"], 2 if learned else 1)
+    return 0 if odd or network["in_channels"] == network["out_channels"] else max(network["in_channels"] - of_x_t, 0)
 
 
 def _contradictions(found: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
@@ -441,13 +454,9 @@ def _shown(value: Any) -> str:
 
 
 def unet_config(told: Told) -> UNetConfig:
-    """The network that `config.json` describes. Raises ConversionError with every reason why jddim cannot hold it.
-
-    Channels in beyond those that come out of x_t are an image's that it is given beside it.
-    """
+    """The network that `config.json` describes. Raises ConversionError with every reason why jddim cannot hold it."""
     c = told.unet
-    of_x_t, odd = divmod(c["out_channels"], 2 if told.scheduler["variance_type"] == "learned_range" else 1)
-    beside = 0 if odd or c["in_channels"] == c["out_channels"] else max(c["in_channels"] - of_x_t, 0)
+    beside = _beside({"unet": c, "scheduler": told.scheduler})
     widths, down, up = c["block_out_channels"], c["down_block_types"], c["up_block_types"]
     problems = []
     if not len(widths) == len(down) == len(up):
@@ -463,7 +472,7 @@ def unet_config(told: Told) -> UNetConfig:
         )
     if (c["time_embedding_type"] == "learned") and c["num_train_timesteps"] is None:
         problems.append("time_embedding_type learned needs config.json's num_train_timesteps")
-    refuse(problems, ("sample_size=SIDE",) if c["sample_size"] is None and len(problems) == 1 else ())
+    refuse(problems, ("sample_size=SIDE", *told.asks) if c["sample_size"] is None and len(problems) == 1 else ())
     up = up[::-1]  # by level, as the encoder's
     learned = c["class_embed_type"] is None and c["num_class_embeds"] is not None
     attended = [i for i, name in enumerate(down) if name.startswith("Attn")]
@@ -529,6 +538,8 @@ def unet_json(c: UNetConfig) -> dict[str, Any]:
         problems.append(
             f"channels, stem and first level are {c.channels}, {c.stem} and {c.widths[0]} wide, there all equal"
         )
+    if c.time_embedding == "noise_level":
+        problems.append("time_embedding is 'noise_level', there t is embedded")
     if c.mid_norm_groups == 0 and not c.scale_shift:
         problems.append("mid_norm_groups is 0 without scale_shift; there the middle attention then has a norm")
     blocks, kinds = {}, {}

@@ -27,7 +27,20 @@ from ..rules import Rules, from_layout, source_of
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, check_sampler, checked, of_wiring, scaled_t
 from .tensors import Tensors, check_tensors, common_size
-from .values import boolean, integer, integers, literal, not_read, number, parse, positive, sections, settling, sides
+from .values import (
+    asking,
+    boolean,
+    integer,
+    integers,
+    literal,
+    not_read,
+    number,
+    parse,
+    positive,
+    sections,
+    settling,
+    sides,
+)
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -158,11 +171,9 @@ SETTINGS = {
 }
 
 
-_UNTOLD = (
-    *("image_size", "norm_groups", "norm_eps", "beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps"),
-    "rescaled",
-)
-"""The facts of the network and its training that no tensor tells."""
+_ASKED = ("beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps", "rescaled")
+_UNTOLD = ("image_size", "norm_groups", "norm_eps", *_ASKED)
+"""The facts of the network and its training that no tensor tells; norms are alike in both sources."""
 
 
 _PARSERS: dict[str, Callable[[Any], Any]] = {
@@ -192,6 +203,7 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
 
 
 _LINEAR = {"beta_schedule": "linear", "beta_start": "0.0001", "beta_end": "0.02", "num_diffusion_timesteps": "1000"}
+_LINEAR |= {"rescaled": "true"}
 _CIFAR10 = {"image_size": "32", "ch": "128", "ch_mult": "1,2,2,2", "num_res_blocks": "2", "attn_resolutions": "16"}
 _256 = {"image_size": "256", "ch": "128", "ch_mult": "1,1,2,2,4,4", "num_res_blocks": "2", "attn_resolutions": "16"}
 # The published checkpoints by pesser's names, and Ho et al.'s CelebA-HQ, whose variance their script does not say.
@@ -232,7 +244,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
                 f"attn_resolutions is {list(told['attn_resolutions'])} at image size {image_size[0]} in "
                 f"{origin('attn_resolutions')}, but the tensors have attention at {sides}"
             )
-    if not told.get("rescaled", True):
+    if not settle("rescaled", True, "all published checkpoints"):
         problems.append(
             "the config says rescaled: false, a model of images in [0, 1]; jddim's images are [-1, 1], so its samples "
             "would be wrong by a shift (--set rescaled=true if the config is mistaken)"
@@ -250,7 +262,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             f"the sources' group norms have 32 groups, which do not divide the widths {odd}; --set norm_groups=N, if "
             "the network was trained with N"
         )
-    refuse([*problems, *missing.values()], () if problems else missing)
+    refuse([*problems, *missing.values()], () if problems else asking(_ASKED, told, missing))
     assert image_size is not None
 
     model_fields = {
@@ -294,6 +306,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         {k: v for k, v in ignored.items() if k in tensors},
         tuple(assumed),
         tuple(not_read(sections(config, SETTINGS)[1])),
+        asks=asking(_ASKED, told),
         unchecked=tuple(key for key in given if key in _UNTOLD),
         wording=_wording({**betas, "num_diffusion_timesteps": T}, sampler, var_type),
     )

@@ -28,7 +28,7 @@ from ..rules import Rules
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, of_wiring, scaled_t
 from .tensors import Tensors, check_tensors, common_size, stripped
-from .values import boolean, integer, not_read, number, one_of, parse, sections, settling, sides
+from .values import asking, boolean, integer, not_read, number, one_of, parse, sections, settling, sides
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -362,10 +362,14 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         limit = largest_eta(step_table(make_schedule(schedule), make_timesteps("linspace", T, steps)))
         if not 0 <= eta <= limit:
             problems.append(f"ddim_sampling_eta={eta:g} must lie in 0..{limit:.4g} for this table of steps")
-    asks = () if problems or "image_size" in told else ("image_size=SIDE",)
+    untold = ["image_size", "auto_normalize"]
+    untold += [] if "betas" in tensors and "alphas_cumprod" in tensors else ["timesteps", "beta_schedule"]
+    untold += ["objective"] if read is None else []
+    untold += ["sinusoidal_pos_emb_theta"] if found["learned_sinusoidal_dim"] is None else []
+    missing = {}
     if "image_size" not in told:
-        problems.append("the tensors do not tell the image size; --set image_size=64")
-    refuse(problems, asks)
+        missing["image_size=SIDE"] = "the tensors do not tell the image size; --set image_size=64"
+    refuse([*problems, *missing.values()], () if problems else asking(untold, told, missing))
 
     with refusing("the tensors and settings make no valid Unet"):
         model = _model(found, told["image_size"], theta)
@@ -392,11 +396,12 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         },
     )
     notes = (*_notes(found, steps, T), *not_read(sections(config, SETTINGS)[1]))
-    untold = ["image_size", "auto_normalize", "sinusoidal_pos_emb_theta"]
-    untold += [] if "betas" in tensors and "alphas_cumprod" in tensors else ["timesteps", "beta_schedule"]
-    untold += ["objective"] if read is None else []
-    unchecked = tuple(key for key in given if key in untold)
-    return Plan(*(model, schedule, sampler, rules(model), ignored, tuple(assumed), notes, unchecked), wording=wording)
+    return Plan(
+        *(model, schedule, sampler, rules(model), ignored, tuple(assumed), notes),
+        asks=asking(untold, told),
+        unchecked=tuple(key for key in given if key in untold),
+        wording=wording,
+    )
 
 
 def _notes(found: Mapping[str, Any], steps: int, T: int) -> tuple[str, ...]:

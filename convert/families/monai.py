@@ -23,6 +23,7 @@ from . import diffusers
 from .base import Family, Plan, Source, Wording, check_sampler, checked
 from .tensors import Tensors, check_tensors, common_size
 from .values import (
+    asking,
     boolean,
     integer,
     integers,
@@ -187,7 +188,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         )
     if "norm_num_groups" not in told and (odd := sorted({w for w in found["num_channels"] if w % groups})):
         missing["norm_num_groups=N"] = f"32 groups of a norm, the source's default, do not divide the widths {odd}"
-    refuse([*problems, *missing.values()], () if problems else missing)
+    untold = _UNTOLD if found["core"] else (*_UNTOLD, "include_fc")
+    refuse([*problems, *missing.values()], () if problems else asking(untold, told, missing))
 
     widths = found["num_channels"]
     kind = "resnet" if found["resblock_updown"] else "conv"
@@ -230,7 +232,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "and 1 as white, and its .npy files have the numbers",
             *not_read(unread),
         ),
-        unchecked=tuple(key for key in given if key in (_UNTOLD if found["core"] else (*_UNTOLD, "include_fc"))),
+        asks=asking(untold, told),
+        unchecked=tuple(key for key in given if key in untold),
         reference_options=names,
         wording=words,
         implied={} if include_fc else _identities(model, **names),

@@ -28,7 +28,7 @@ from ..rules import Fused, Rules, Target
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, checked, of_wiring
 from .tensors import Tensors, check_tensors, common_size
-from .values import is_integer, not_read, number, parse, sections, settling, whole
+from .values import asking, is_integer, not_read, number, parse, sections, settling, whole
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -48,29 +48,32 @@ def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
     return Source(tensors)
 
 
-_NAMED = re.compile(r"(?:ema_(?P<rate>[\d.]+)_|model)(?P<step>\d{1,12})\.pt")
+_NAMED = re.compile(r"(?:ema_(?P<ema>[\d.]+)_|model)(?P<step>\d{1,12})\.pt")
 
 
 def locate(folder: Path, weights: str | None, variant: str | None) -> Path | None:
-    """The trainers' newest file, an EMA's before a raw one; None if there is none.
+    """The trainers' newest file, an EMA's before a raw one; None if there is none."""
+    return newest(folder, _NAMED, weights) if variant is None else None
+
+
+def newest(folder: Path, pattern: re.Pattern[str], weights: str | None) -> Path | None:
+    """The file of the last step, an EMA's before a raw one; None if there is none. pattern: has `ema` and `step`.
 
     Raises ConversionError where there is none of the kind asked for, or EMAs of several rates.
     """
     found: dict[str, dict[int, list[Path]]] = {"ema": {}, "raw": {}}
-    for path in sorted(folder.iterdir()) if variant is None else []:
-        if named := _NAMED.fullmatch(path.name):
-            found["ema" if named["rate"] else "raw"].setdefault(int(named["step"]), []).append(path)
+    for path in sorted(folder.iterdir()):
+        if named := pattern.fullmatch(path.name):
+            found["ema" if named["ema"] else "raw"].setdefault(int(named["step"]), []).append(path)
     if not any(found.values()):
         return None
     kind = weights or ("ema" if found["ema"] else "raw")
     if not found[kind]:
         raise ConversionError(f"{folder} holds no {kind} weights, so no --weights {kind}; leave the option out")
-    newest = found[kind][max(found[kind])]
-    if len(newest) > 1:
-        raise ConversionError(
-            f"{folder} holds averages of several rates; name one: {', '.join(p.name for p in newest)}"
-        )
-    return newest[0]
+    last = found[kind][max(found[kind])]
+    if len(last) > 1:
+        raise ConversionError(f"{folder} holds averages of several rates; name one: {', '.join(p.name for p in last)}")
+    return last[0]
 
 
 def placed(source: Source, file: Path, config: Mapping[str, Any] | None) -> Source:
@@ -78,7 +81,7 @@ def placed(source: Source, file: Path, config: Mapping[str, Any] | None) -> Sour
     named = _NAMED.fullmatch(file.name)
     if source.weights != "unstated" or named is None:
         return source
-    return dataclasses.replace(source, weights="ema" if named["rate"] else "raw", step=int(named["step"]))
+    return dataclasses.replace(source, weights="ema" if named["ema"] else "raw", step=int(named["step"]))
 
 
 def _refusal(tensors: Tensors) -> str | None:
@@ -336,7 +339,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
 
     both = "the default of both sources"
     betas = tensors.get("betas")
-    schedule = None if betas is None else _schedule_of(betas)
+    schedule = None if betas is None else schedule_of(betas)
     T = settle("diffusion_steps", 1000, both) if schedule is None else schedule.num_train_timesteps
     problems += _schedule_problems(told, schedule)
     if schedule is None and _of_compvis(config) is not config:
@@ -350,7 +353,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     if told.get("num_head_channels") is None and "num_heads" not in told:
         missing["num_heads=N"] = (
             "how attention is split into heads: --set num_heads=4 (the default of both sources) or "
-            "--set num_head_channels=64 (most published ones)"
+            "--set num_head_channels=64 (most published ones), which goes before num_heads unless it is -1"
         )
     if T != 1000 and "rescale_timesteps" not in told:
         missing["rescale_timesteps=BOOLEAN"] = (
@@ -363,14 +366,17 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "given a small image beside x_t: --set small_size=SIDE) or a network of 6-channel images (--set "
             "learn_sigma=False)"
         )
-    asks = () if problems else missing
+    asks = () if problems else asking(_asked(told, T, betas is not None, one_head=False), told, missing)
     if missing:
         unknown = "; nor ".join(missing.values())
         problems.append(f"the tensors do not tell {unknown}; --preset NAME says all of it for a published model")
     refuse(problems, asks)
 
-    model = _model(told, found, settle("norm_groups", 32, "fixed in both sources"))
-    one_head = all(count == 1 for count in _head_counts(model))
+    model = model_of(told, found, settle("norm_groups", 32, "fixed in both sources"))
+    if told.get("num_head_channels") is None:
+        settle("num_head_channels", -1, "guided-diffusion's default, and improved-diffusion's only way: by num_heads")
+        settle("num_heads_upsample", -1, f"{both}: num_heads")
+    one_head = all(count == 1 for count in head_counts(model))
     new_order = told.get("use_new_attention_order", False)
     if not one_head:  # with one, the orders are the same
         settle("use_new_attention_order", False, "the default of guided-diffusion, and improved-diffusion's only one")
@@ -399,7 +405,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         {} if betas is None else {"betas": "no parameter; the noise schedule is taken from it"},
         tuple(assumed),
         (*_notes(told), *not_read(sections(_of_compvis(config), SETTINGS)[1])),
-        unchecked=_unchecked(told, given, betas is not None),
+        asks=asking(_asked(told, T, betas is not None, one_head=one_head), told),
+        unchecked=unchecked(told, given, betas is not None),
         reference_options={"use_new_attention_order": new_order},
         wording=Wording(
             {"noise_schedule": noise_schedule, "diffusion_steps": str(T)},
@@ -415,7 +422,17 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     )
 
 
-def _unchecked(told: Mapping[str, Any], given: Mapping[str, str], betas: bool) -> tuple[str, ...]:
+def _asked(told: Mapping[str, Any], T: int, betas: bool, *, one_head: bool) -> list[str]:
+    """Flags of the network and its training that no tensor tells. betas: these tell T and the schedule."""
+    by_width = told.get("num_head_channels") is not None
+    keys = [] if by_width else ["num_head_channels", "num_heads_upsample"]
+    keys += [] if one_head else ["use_new_attention_order"]
+    keys += [] if betas else ["diffusion_steps", "noise_schedule"]
+    keys += [] if T == 1000 and (betas or "diffusion_steps" in told) else ["rescale_timesteps"]
+    return [*keys, "predict_xstart"]
+
+
+def unchecked(told: Mapping[str, Any], given: Mapping[str, str], betas: bool) -> tuple[str, ...]:
     """Flags among `given` that are facts of the network or its training and that no tensor tells. betas: these do."""
     idle = [key for key in ("num_head_channels", "num_heads_upsample") if told.get(key) is None]
     if "num_head_channels" in told and "num_head_channels" not in idle:
@@ -481,7 +498,8 @@ def _written(value: Any) -> str:
     return ",".join(f"{part:g}" for part in value) if isinstance(value, (tuple, list)) else str(value)
 
 
-def _model(told: Mapping[str, Any], found: Mapping[str, Any], groups: int) -> UNetConfig:
+def model_of(told: Mapping[str, Any], found: Mapping[str, Any], groups: int) -> UNetConfig:
+    """The network of facts as `infer` has them, beside a condition's channels, and of what was told."""
     widths = found["widths"]
     fields = {
         "image_size": told["image_size"],
@@ -518,7 +536,7 @@ _FIXED: dict[str, Any] = {
 """What both sources have, and Ho et al. otherwise."""
 
 
-def _head_counts(config: UNetConfig) -> list[int]:
+def head_counts(config: UNetConfig) -> list[int]:
     """Heads of every attention of the network."""
     attended = [(config.widths[level], up) for level in config.attention_levels for up in (False, True)]
     return [config.heads(width, up=up) for width, up in [*attended, (config.widths[-1], False)]]
@@ -531,7 +549,7 @@ def _schedule(name: str, T: int) -> ScheduleConfig:
     return checked(config)
 
 
-def _schedule_of(betas: np.ndarray) -> ScheduleConfig:
+def schedule_of(betas: np.ndarray) -> ScheduleConfig:
     """The schedule of betas that lie beside the weights, float32: one with a name if it has these, else themselves."""
     if betas.ndim != 1 or not betas.size or betas.dtype.kind != "f":
         raise ConversionError(f"the betas beside the weights are no list of T numbers, but {betas.dtype} {betas.shape}")
@@ -653,6 +671,7 @@ def reference(config: UNetConfig, *, use_new_attention_order: bool) -> Any:
         new_order=use_new_attention_order,
         num_classes=config.num_classes,
         groups=config.norm_groups,
+        noise_levels=config.num_timesteps,
     )
 
 
@@ -759,6 +778,7 @@ _GUIDED = _BOTH | {
 }
 _IMPROVED = _BOTH | {
     "num_heads": "4",
+    "num_head_channels": "-1",  # which it has not, as if it were this
     "num_channels": "128",
     "num_res_blocks": "3",
     "attention_resolutions": "16,8",
@@ -766,7 +786,7 @@ _IMPROVED = _BOTH | {
     "noise_schedule": "cosine",
     "class_cond": "False",
     "use_scale_shift_norm": "True",
-    "use_new_attention_order": "False",  # which it has not: its one order is the other's default
+    "use_new_attention_order": "False",  # nor this: its one order is the other's default
     "rescale_timesteps": "True",
     "rescale_learned_sigmas": "True",
 }

@@ -19,7 +19,20 @@ from ..rules import Rules
 from . import diffusers
 from .base import Family, Plan, Source, Wording, check_sampler, checked
 from .tensors import Tensors, check_tensors, common_size
-from .values import integer, integers, literal, not_read, number, one_of, parse, sections, settling, sides, whole
+from .values import (
+    asking,
+    integer,
+    integers,
+    literal,
+    not_read,
+    number,
+    one_of,
+    parse,
+    sections,
+    settling,
+    sides,
+    whole,
+)
 
 _TIME = "time_embedding.timembedding"
 
@@ -95,7 +108,8 @@ SETTINGS = {
     "var_type": "fixedlarge or fixedsmall, the ancestral sampler's variance",
     "norm_groups": "groups of every group norm; the source always uses 32",
 }
-_UNTOLD = ("img_size", "beta_1", "beta_T", "mean_type", "norm_groups")
+_ASKED = ("beta_1", "beta_T", "mean_type")
+_UNTOLD = ("img_size", "norm_groups", *_ASKED)
 _MEANS = {"epsilon": "epsilon", "xstart": "sample"}
 _PARSERS = {
     "img_size": sides,
@@ -135,7 +149,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     groups = settle("norm_groups", 32, "fixed in the source")
     if "norm_groups" not in told and (odd := [mult for mult in found["ch_mult"] if found["ch"] * mult % groups]):
         missing["norm_groups=N"] = f"32 groups of a norm, fixed in the source, do not divide {found['ch']} times {odd}"
-    refuse([*problems, *missing.values()], () if problems else missing)
+    refuse([*problems, *missing.values()], () if problems else asking(_ASKED, told, missing))
 
     default = "the source's default"
     T = found["T"] or settle("T", 1000, default)
@@ -176,6 +190,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             "the source has the ancestral sampler alone (--method ddpm --steps T); DDIM's timesteps are jddim's own",
             *not_read(unread),
         ),
+        asks=asking(_ASKED, told),
         unchecked=tuple(key for key in given if key in _UNTOLD),
         wording=Wording(
             {"beta_1": str(beta_1), "beta_T": str(beta_T), "T": str(T)}, {"mean_type": mean_type, "var_type": var_type}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from typing import Any, TypeGuard
 
 import yaml
@@ -85,6 +85,16 @@ def settling(told: Mapping[str, Any], assumed: list[str]) -> Callable[[str, Any,
         return told.get(key, default)
 
     return settle
+
+
+def asking(keys: Iterable[str], told: Container[str], missing: Iterable[str] = ()) -> tuple[str, ...]:
+    """What `jddim info` asks for: the KEY=WHAT of `missing`, and KEY=VALUE of every other key that nothing told.
+
+    keys: settings that no tensor tells and that runs of the source differ in. missing: those without a safe default.
+    """
+    missing = tuple(missing)
+    without = {ask.partition("=")[0] for ask in missing}
+    return (*missing, *(f"{key}=VALUE" for key in keys if key not in told and key not in without))
 
 
 def literal(text: str) -> Any:

@@ -135,7 +135,8 @@ class OpenAIUNet(nn.Module):
     attention_levels: levels whose blocks are followed by attention, on both ways; the middle always has one.
     heads: of each level's attention on the way down; the last entry is the middle's too. heads_up: on the way up.
     resample: "conv", "resnet" (the source's resblock_updown) or "pool" (its conv_resample=False). new_order: of q, k
-    and v. num_classes: None without classes. groups: the sources' are always 32.
+    and v. num_classes: None without classes. groups: the sources' are always 32. noise_levels: how many there are in
+    a table by t, one of which is embedded in place of t, by a `cond_embed` (Palette); None: t itself is.
     """
 
     def __init__(
@@ -154,15 +155,19 @@ class OpenAIUNet(nn.Module):
         new_order: bool = False,
         num_classes: int | None = None,
         groups: int = 32,
+        noise_levels: int | None = None,
     ):
         super().__init__()
         self.model_channels = model_channels
         self.num_res_blocks = num_res_blocks
         self.num_levels = len(widths)
         time_channels = 4 * model_channels
-        self.time_embed = nn.Sequential(
+        embed = nn.Sequential(
             nn.Linear(model_channels, time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels)
         )
+        self.noise_level = None if noise_levels is None else nn.Embedding(noise_levels, 1)
+        self.embed = "time_embed" if noise_levels is None else "cond_embed"
+        self.add_module(self.embed, embed)
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, time_channels)
 
@@ -212,8 +217,11 @@ class OpenAIUNet(nn.Module):
 
     def activations(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every block's output, in the order computed, by the names of `jddim.models.unet.UNet.activations`."""
+        told = t if self.noise_level is None else self.noise_level(t)[:, 0]
         # Angles reach 1000; the source's are float32 always.
-        time = self.time_embed(timestep_embedding(t, self.model_channels, next(self.parameters()).dtype))
+        time = self.get_submodule(self.embed)(
+            timestep_embedding(told, self.model_channels, next(self.parameters()).dtype)
+        )
         if labels is not None:
             time = time + self.label_emb(labels)
         yield "time_embed", time

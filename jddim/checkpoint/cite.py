@@ -100,6 +100,24 @@ _MONAI = Entry(
         "archivePrefix": "arXiv",
     },
 )
+_PALETTE = _paper(
+    "saharia2022palette",
+    "Chitwan Saharia and William Chan and Huiwen Chang and Chris Lee and Jonathan Ho and Tim Salimans and "
+    "David Fleet and Mohammad Norouzi",
+    "Palette: Image-to-Image Diffusion Models",
+    "{ACM SIGGRAPH} 2022 Conference Proceedings",
+    2022,
+    "2111.05826",
+)
+_PALETTE_CODE = Entry(
+    "misc",
+    "palette-pytorch",
+    {
+        "author": "Liangwei Jiang",
+        "title": "Palette-Image-to-Image-Diffusion-Models",
+        "url": "https://github.com/Janspiry/Palette-Image-to-Image-Diffusion-Models",
+    },
+)
 _JAX = Entry(
     "misc",
     "jax2018github",
@@ -161,6 +179,7 @@ def _origin(family: str | None, provenance: Mapping[str, Any]) -> tuple[list[Ent
     known = {
         **{"ho": [], "pytorch_ddpm": [_PYTORCH_DDPM], "monai": [_MONAI]},
         **{"diffusers": [_DIFFUSERS], "lucidrains": [_LUCIDRAINS]},
+        "palette": [_PALETTE, _PALETTE_CODE],
     }
     if family not in known:
         return [_DDPM], [f"nothing is known to cite for the checkpoint family {re.sub(r'[^a-zA-Z0-9_-]', '?', family)}"]

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from jddim.bulk import distributed
 from jddim.cli.options import (
+    CKPT,
+    add_ckpt,
     add_request,
+    checkpoint,
     condition_of,
     digest_of,
     fastest_batch_size,
@@ -38,7 +41,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "mnist fifty --num 50000 --steps 50\nclasses.ckpt set --num 50000 --labels balanced --format tar\n"
         "mnist fifty --num 50000 --shard 0/4    # one of four that may run at once",
     )
-    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    add_ckpt(sub)
     sub.add_argument("out", type=Path, help="a new folder, or one that the same command began")
     sub.add_argument("--num", type=int, required=True, metavar="N", help="images in the whole set")
     sub.add_argument(
@@ -105,8 +108,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _sources(sub: argparse.ArgumentParser) -> None:
-    for name, what in {"--ckpt": "the checkpoint", "--condition": "the images beside x_t"}.items():
-        sub.add_argument(name, type=Path, help=f"{what}, if not where it was when the set was made")
+    sub.add_argument("--ckpt", help=f"the checkpoint, if it is not where it was when the set was made: {CKPT}")
+    sub.add_argument("--condition", type=Path, help="the images beside x_t, if not where they were then")
 
 
 def _worker(text: str) -> tuple[int, int]:
@@ -122,7 +125,6 @@ def _worker(text: str) -> tuple[int, int]:
 def _bulk(args: argparse.Namespace) -> int:
     from jddim.bulk import run as bulk
     from jddim.bulk.manifest import BulkConfig, Manifest, check_folder, manifest_path, read_manifest
-    from jddim.checkpoint.folder import load_metadata
     from jddim.images import check_output
     from jddim.run.progress import Progress
 
@@ -139,7 +141,7 @@ def _bulk(args: argparse.Namespace) -> int:
         )
     if automatic:
         args.batch_size = read_manifest(args.out).bulk.batch_size if begun else 1
-    metadata = load_metadata(args.ckpt)
+    metadata = checkpoint(args)
     asked = request_of(args, "bulk")
     request, used = asked.settled(metadata.sampler)
     config = BulkConfig(args.num, request, args.batch_size, args.shard_size, args.format)
@@ -212,8 +214,10 @@ def _maker(manifest: Manifest, folder: Path | None, args: argparse.Namespace) ->
     from jddim.bulk import run as bulk
     from jddim.checkpoint.diff import diff_mappings
     from jddim.checkpoint.folder import load_metadata
+    from jddim.resolving import resolve
 
-    path = _found(args.ckpt, folder, manifest.checkpoint, "checkpoint", "--ckpt CKPT")
+    named = None if args.ckpt is None else resolve(args.ckpt)
+    path = _found(named, folder, manifest.checkpoint, "checkpoint", "--ckpt CKPT")
     sha256 = load_metadata(path).sha256
     if sha256 != manifest.checkpoint_sha256:
         raise ValueError(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jddim import converting
-from jddim.cli.options import add_json, print_json, say
+from jddim.cli.options import add_ckpt, add_json, checkpoint, print_json, say
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -39,7 +39,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "write a checkpoint in the format of a PyTorch source\nThe source's own loader reads the result.",
         "mnist ckpt-folder\nmnist pipeline --format diffusers",
     )
-    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    add_ckpt(sub)
     sub.add_argument("dst", type=Path, help="file or folder to write")
     sub.add_argument("--format", metavar="NAME", help="ermongroup, pesser, ...; default: where it came from")
     sub.add_argument("--overwrite", action="store_true", help="replace DST if it is a file")
@@ -98,6 +98,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _export_torch(args: argparse.Namespace) -> int:
+    checkpoint(args)
     name = converting.export_torch(args.ckpt, args.dst, args.format, overwrite=args.overwrite)
     print(f"wrote {args.dst} ({name})")
     return 0

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from jddim.cli.options import add_request, condition_of, load_for, quiet, request_of, settings_of
+from jddim.cli.options import add_ckpt, add_request, condition_of, load_for, quiet, request_of, settings_of
 from jddim.config import counted
 
 
@@ -19,7 +19,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "mnist digits.png again.png --strength 0.5\n"
         "mnist digits.png filled.png --mask white-is-new.png --steps 100 --resample 5 --jump-length 10 --eta 1",
     )
-    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    add_ckpt(sub)
     sub.add_argument("images", type=Path, help="as for jddim invert: .npy, .npz, .png, or a folder of PNGs")
     sub.add_argument("out", type=Path, help="as for jddim sample: .png, .jpg, .webp, .npz, .npy, or a folder")
     sub.add_argument(

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from jddim.cli.options import add_request, request_of
+from jddim.cli.options import add_ckpt, add_request, checkpoint, request_of
 from jddim.run.request import taken_by
 
 
@@ -20,7 +20,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "mnist mnist.jddim --steps 30\nmnist step.jddim --step\n"
         "mnist exact.jddim --platforms cpu --batch-size 16 --weights beside",
     )
-    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    add_ckpt(sub)
     sub.add_argument("out", type=Path, metavar="OUT.jddim", help="the file to write")
     sub.add_argument("--step", action="store_true", help="one DDIM step instead, for a loop of your own")
     sub.add_argument("--batch-size", type=int, metavar="B", help="compiled in (default: any, said when it is run)")
@@ -41,7 +41,6 @@ def _platforms(text: str) -> tuple[str, ...]:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from jddim.checkpoint.folder import load_metadata
     from jddim.images import check_output
 
     request = request_of(args, "export")
@@ -51,7 +50,7 @@ def _export(args: argparse.Namespace) -> int:
         raise ValueError(f"--step is DDIM's, without guidance: leave out {names}")
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
-    metadata = load_metadata(args.ckpt)
+    metadata = checkpoint(args)
     check_output(args.out, metadata.model.in_channels, formats={".jddim": "a sampler"})
 
     import jddim

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from jddim import converting
 from jddim.cli.convert import settings, source_options
-from jddim.cli.options import add_json, print_json, printable
+from jddim.cli.options import CKPT, add_ckpt, add_json, checkpoint, print_json
+from jddim.config import printable
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -31,7 +32,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "print BibTeX of the method, the software and a checkpoint",
         "> jddim.bib\nmnist > mnist.bib",
     )
-    sub.add_argument("ckpt", type=Path, nargs="?", help="a checkpoint folder; without one: the method and the software")
+    add_ckpt(sub, "?", f"{CKPT}; without one: the method and the software")
 
     sub = command(
         "info",
@@ -80,8 +81,6 @@ def _cite(args: argparse.Namespace) -> int:
 
     provenance = None
     if args.ckpt is not None:
-        from jddim.checkpoint.folder import load_metadata
-
-        provenance = load_metadata(args.ckpt).provenance
+        provenance = checkpoint(args).provenance
     print(bibtex(*citations(provenance)), end="")
     return 0

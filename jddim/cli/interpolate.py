@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jddim.cli.options import (
+    add_ckpt,
     add_request,
     check_num,
     condition_of,
@@ -28,7 +29,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "mnist line.png --images 3,7 --num 11\nmnist plane.png --images 3,7,12,20 --num 7\n"
         "mnist line.gif --images 3,7 --num 60",
     )
-    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    add_ckpt(sub)
     sub.add_argument("out", type=Path, help=".png, .jpg or .webp a picture; .npz the arrays; .gif an animation")
     sub.add_argument("--num", type=int, default=8, metavar="N", help="images on a side, ends included (default 8)")
     sub.add_argument(

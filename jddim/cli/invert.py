@@ -13,8 +13,10 @@ from typing import Any
 
 from jddim import __version__
 from jddim.cli.options import (
+    add_ckpt,
     add_json,
     add_request,
+    checkpoint,
     condition_of,
     fastest_batch_size,
     given_file,
@@ -34,7 +36,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "mnist digits.npy x_T.npy\nmnist grid.png x_T.npy --steps 100 --reconstruct again.png\n"
         "mnist folder x_T.npy --refine 5 --steps 20",
     )
-    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    add_ckpt(sub)
     sub.add_argument(
         "images",
         type=Path,
@@ -51,10 +53,9 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _invert(args: argparse.Namespace) -> int:
-    from jddim.checkpoint.folder import load_metadata
     from jddim.images import STILLS, check_output, check_sheet, load_images, save_images
 
-    metadata = load_metadata(args.ckpt)
+    metadata = checkpoint(args)
     check_output(args.out, metadata.model.in_channels, formats={".npy": "x_T, exactly"})
     if args.reconstruct is not None:
         if args.reconstruct.absolute() == args.out.absolute():

@@ -12,6 +12,7 @@ from typing import Any
 from jddim import __version__, interrupt
 from jddim.cli import (
     bulk,
+    cache,
     completion,
     convert,
     doctor,
@@ -21,6 +22,7 @@ from jddim.cli import (
     info,
     interpolate,
     invert,
+    known,
     sample,
     schedule,
     serve,
@@ -32,19 +34,20 @@ from jddim.cli.options import OneLineParser, one_line, silently, summary
 from jddim.installing import install_line
 
 GROUPS = {
-    "Start": ("info", "convert", "sample", "serve", "doctor"),
+    "Start": ("sample", "list", "info", "convert", "serve", "doctor"),
     "Sample": ("edit", "interpolate", "invert", "warmup"),
     "Research": ("schedule", "sweep", "evaluate", "train"),
     "Scale": ("bulk", "collect", "check", "reproduce", "export"),
-    "Files": ("verify", "diff", "cite", "export-torch", "completion"),
+    "Files": ("verify", "diff", "cite", "export-torch", "cache", "completion"),
 }
 """The commands as `jddim --help` shows them, and the site."""
 
 EXAMPLES = """\
 examples:
-  jddim info ckpt.pth              what the file is, and how to convert it
+  jddim sample google/ddpm-cifar10-32 a.png    64 images of a model of the hub's
+  jddim sample ckpt.pth a.png      of a PyTorch file, which is converted once
+  jddim info ckpt.pth              what the file is, and what it must be told
   jddim convert ckpt.pth mnist     a folder with the weights and their settings
-  jddim sample mnist digits.png    64 images in a grid
 
 `jddim COMMAND --help` has a command's options and examples.
 """
@@ -129,6 +132,8 @@ def _parser() -> OneLineParser:
         serve,
         schedule,
         info,
+        known,
+        cache,
     ):
         module.add(command)
     completion.add(command, commands.choices)

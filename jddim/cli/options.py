@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from jddim.config import printable
 from jddim.run.request import OWN, Request, RequestError, options, taken_by
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from jddim.checkpoint.metadata import Metadata
     from jddim.pipeline import DDIM
     from jddim.run.plan import Plan
 
@@ -128,13 +130,30 @@ class _Refused(argparse.Action):
         parser.error(f"{self.option_strings[0]} is not for {parser.prog}: {self.why}")
 
 
+CKPT = "a folder of jddim convert, a PyTorch checkpoint, a hub id (OWNER/NAME[@REVISION]), or a name of jddim list"
+
+
+def add_ckpt(sub: argparse.ArgumentParser, nargs: str | None = None, text: str = CKPT) -> None:
+    """Give a command CKPT, which `checkpoint` or `resolve` reads."""
+    sub.add_argument("ckpt", nargs=nargs, help=text)
+
+
+def checkpoint(args: argparse.Namespace) -> Metadata:
+    """The metadata of CKPT, which is a jddim folder from here on: what it names may first have to be converted."""
+    from jddim.checkpoint.folder import load_metadata
+    from jddim.resolving import resolve, to_stderr
+
+    silent = getattr(args, "quiet", False)
+    args.ckpt = resolve(args.ckpt, say=(lambda line: None) if silent else to_stderr)
+    return load_metadata(args.ckpt)
+
+
 def load_for(args: argparse.Namespace, request: Request, formats: Mapping[str, str]) -> DDIM:
     """The checkpoint, once it is known that OUT can be written."""
     import jddim
-    from jddim.checkpoint.folder import load_metadata
     from jddim.images import check_output
 
-    check_output(args.out, load_metadata(args.ckpt).model.in_channels, formats=formats)
+    check_output(args.out, checkpoint(args).model.in_channels, formats=formats)
     return jddim.load(args.ckpt, dtype=request.dtype)
 
 
@@ -218,11 +237,6 @@ def silently() -> Iterator[None]:
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), silence():
         yield
-
-
-def printable(line: str) -> str:
-    """A line that quotes a file, without the control characters that would steer a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def add_json(sub: argparse.ArgumentParser) -> None:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jddim import __version__
-from jddim.cli.options import add_request, condition_of, fastest_batch_size, given_file, read_batch_size, request_of
+from jddim.cli.options import (
+    add_ckpt,
+    add_request,
+    checkpoint,
+    condition_of,
+    fastest_batch_size,
+    given_file,
+    read_batch_size,
+    request_of,
+)
 from jddim.config import counted
 
 if TYPE_CHECKING:
@@ -25,13 +34,13 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "sample",
         _sample,
-        "sample images from a converted checkpoint",
+        "sample images from a checkpoint",
         "mnist digits.png\nmnist path.gif --num 16 --steps 50 --spacing linspace --clip\n"
         "mnist samples.npz --num 50000 --batch-size 256\n"
         "classes.ckpt 3s.png --labels 3 --guidance-scale 2 --null-label 10\n"
         "mnist exact.npy --x-T x_T.npy --noise noise.npy --eta 1",
     )
-    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    add_ckpt(sub)
     sub.add_argument(
         "out",
         type=Path,
@@ -74,11 +83,10 @@ def _sample(args: argparse.Namespace) -> int:
     if args.trajectory and not suffix:
         raise ValueError("--trajectory goes with one file, not with a folder of PNGs: give OUT a suffix")
 
-    from jddim.checkpoint.folder import load_metadata
     from jddim.files import atomic, write_array
     from jddim.images import SHEETS, check_output, check_sheet, save_images, save_picture
 
-    metadata = load_metadata(args.ckpt)
+    metadata = checkpoint(args)
     check_output(args.out, metadata.model.in_channels)
     in_terminal = args.preview == Path("-")
     if in_terminal and (not sys.stderr.isatty() or metadata.model.in_channels not in (1, 3)):

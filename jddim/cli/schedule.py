@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jddim.cli.options import add_json, print_json
+from jddim.cli.options import CKPT, add_ckpt, add_json, checkpoint, print_json
 from jddim.installing import install_line
 from jddim.run.request import SPACING_NAMES
 
@@ -31,7 +31,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--spacing quad --steps 20\nmnist --steps 10 --eta 1\n--spacing linspace --compare leading --steps 10\n"
         "--schedule cosine --steps 50 --plot cosine.png",
     )
-    sub.add_argument("ckpt", type=Path, nargs="?", help="take the schedule and defaults from a checkpoint")
+    add_ckpt(sub, "?", f"take the schedule and defaults from a checkpoint: {CKPT}")
     sub.add_argument("--schedule", default="linear", metavar="NAME", help="without a checkpoint: linear, cosine, ...")
     sub.add_argument(
         "--train-timesteps", type=int, default=1000, metavar="T", help="without a checkpoint (default 1000)"
@@ -49,14 +49,13 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 def _schedule(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from jddim.checkpoint.folder import load_metadata
     from jddim.config import SamplerConfig, ScheduleConfig
     from jddim.ddim import largest_eta, sampler_table
     from jddim.schedule import make_schedule
     from jddim.timetables import traps
 
     if args.ckpt is not None:
-        metadata = load_metadata(args.ckpt)
+        metadata = checkpoint(args)
         config, sampler = metadata.schedule, metadata.sampler
     else:
         config, sampler = ScheduleConfig(args.schedule, args.train_timesteps), SamplerConfig()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jddim.cli.options import add_request, request_of, say
+from jddim.cli.options import CKPT, add_ckpt, add_request, request_of, say
 from jddim.config import METHODS
 from jddim.installing import install_line
 
@@ -25,7 +25,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "Sliders, previews, eta strips, drawn digits (docs/serve.md). Needs jddim[web].",
         "mnist\nmnist cifar10 --port 8123 --methods ddim,dpm++2m\nmnist --host 0.0.0.0",
     )
-    sub.add_argument("ckpt", type=Path, nargs="+", help="folders written by jddim convert; each its name on the page")
+    add_ckpt(sub, "+", f"{CKPT}; each its name on the page")
     sub.add_argument("--port", type=int, default=8000, metavar="P", help="0: any that is free (default 8000)")
     sub.add_argument(
         "--host",
@@ -59,9 +59,9 @@ def _serve(args: argparse.Namespace) -> int:
             raise ValueError(f"{option} must be at least 2, got {value}")
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port must lie in 0..65535, got {args.port}")
-    names = [path.resolve().name for path in args.ckpt]
+    names = [Path(ckpt).resolve().name for ckpt in args.ckpt]
     if len(set(names)) != len(names):
-        raise ValueError(f"the folders' names must differ, they are the checkpoints' on the page: {', '.join(names)}")
+        raise ValueError(f"the checkpoints' names must differ, the page shows them: {', '.join(names)}")
     try:
         import uvicorn
 
@@ -70,9 +70,11 @@ def _serve(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"jddim serve needs {error.name}: {install_line('web')}") from error
     from jddim.checkpoint.folder import load_metadata
+    from jddim.resolving import resolve
     from jddim.serve.request import Bounds
 
-    for path in args.ckpt:
+    folders = [resolve(ckpt) for ckpt in args.ckpt]
+    for path in folders:
         config = load_metadata(path).model
         if config.in_channels not in (1, 3):
             raise ValueError(f"{path}: the page shows images of 1 or 3 channels, this one makes {config.in_channels}")
@@ -85,7 +87,7 @@ def _serve(args: argparse.Namespace) -> int:
     import jddim
 
     request = request_of(args, "serve")
-    served = {name: jddim.load(path, dtype=request.dtype) for name, path in zip(names, args.ckpt, strict=True)}
+    served = {name: jddim.load(path, dtype=request.dtype) for name, path in zip(names, folders, strict=True)}
     for ddim in served.values():
         request.sampler(ddim.sampler)  # raises what is wrong before anything is compiled
     local = loopback(args.host.lower())

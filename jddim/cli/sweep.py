@@ -8,7 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jddim.cli.options import add_request, check_num, condition_of, load_for, numbers, request_of, settings_of
+from jddim.cli.options import (
+    add_ckpt,
+    add_request,
+    check_num,
+    condition_of,
+    load_for,
+    numbers,
+    request_of,
+    settings_of,
+)
 from jddim.config import counted
 
 if TYPE_CHECKING:
@@ -25,7 +34,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "mnist atlas.png --steps 10,50 --eta 0,1 --num 1000 --rows-at-once 1 --reference ../shared/data/mnist\n"
         "mnist etas.npz --num 64 --rows-at-once 4",
     )
-    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    add_ckpt(sub)
     sub.add_argument(
         "out",
         type=Path,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jddim import interrupt
-from jddim.cli.options import say
+from jddim.cli.options import CKPT, say
 from jddim.config import first_few
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "start",
         metavar="CONFIG|CKPT",
-        type=Path,
-        help="a .json with the sections model, schedule, sampler and train (docs/training.md), or a checkpoint folder",
+        help="a .json with the sections model, schedule, sampler and train (docs/training.md); or a checkpoint: "
+        f"{CKPT}",
     )
     sub.add_argument(
         "data",
@@ -124,12 +124,13 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _begin(
-    start: Path, settings: Sequence[str], classes: int | None
+    start: str, settings: Sequence[str], classes: int | None
 ) -> tuple[Task, Metadata | None, dict[str, Any] | None]:
     """What CONFIG or CKPT, --set and --classes say, and the checkpoint's metadata and parameters."""
     from jddim.checkpoint.folder import load_metadata, load_params
     from jddim.config import from_json
     from jddim.files import parse_json, read_json
+    from jddim.resolving import resolve
     from jddim.train.step import with_classes
     from jddim.train.task import Task, TrainConfig
 
@@ -142,26 +143,22 @@ def _begin(
             told[name] = parse_json(value)
         except ValueError:
             told[name] = value
-    if not start.exists():
-        raise ValueError(f"there is no configuration and no checkpoint at {start}")
-    if start.is_dir():
-        parent = load_metadata(start)
+    if not start.endswith(".json"):
+        folder = resolve(start)
+        parent = load_metadata(folder)
         train = from_json(TrainConfig, told)
-        model, params = parent.model, load_params(start, parent)
+        model, params = parent.model, load_params(folder, parent)
         if classes is not None:
             model, params = with_classes(model, params, classes, null_label=train.null_label, seed=train.seed)
         return Task(model, parent.schedule, parent.sampler, train), parent, params
     if classes is not None:
         raise ValueError("--classes is for a checkpoint; a configuration has num_classes in its section model")
     try:
-        data = read_json(start)
+        data = read_json(Path(start))
         if not isinstance(data, dict):
             raise ValueError("it holds no object")
     except ValueError as error:
-        raise ValueError(
-            f"{start} is neither a checkpoint folder nor a configuration in JSON ({error}); if it is a PyTorch "
-            f"checkpoint, convert it first: jddim convert {start} CKPT"
-        ) from error
+        raise ValueError(f"{start} is no configuration in JSON ({error})") from error
     section = data.get("train", {})
     if told and isinstance(section, dict):
         data = {**data, "train": {**section, **told}}

@@ -6,9 +6,8 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from jddim.cli.options import add_request, request_of
+from jddim.cli.options import add_ckpt, add_request, checkpoint, request_of
 from jddim.config import counted
 
 
@@ -20,7 +19,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "compile what `jddim sample` with the same options will run",
         "mnist\nmnist --num 256 --steps 50 --eta 0.5",
     )
-    sub.add_argument("ckpt", type=Path, help="a folder written by jddim convert")
+    add_ckpt(sub)
     sub.add_argument("--num", type=int, default=64, metavar="N", help="images a call, as sample's (default 64)")
     sub.add_argument("--batch-size", type=int, default=64, metavar="B", help="as sample's (default 64)")
     add_request(sub, "warmup")
@@ -38,6 +37,7 @@ def _warmup(args: argparse.Namespace) -> int:
         raise ValueError("compiled programs are not kept here, so there is nothing to warm: see jddim doctor")
     started = time.perf_counter()
     request = request_of(args, "warmup")
+    checkpoint(args)
     ddim = jddim.load(args.ckpt, dtype=request.dtype)
     config = ddim.model.config
     inputs = Inputs(jax.random.key(0))

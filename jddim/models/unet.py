@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.config import UNetConfig, size_problems
+from jddim.config import BY_TABLE, UNetConfig, size_problems
 from jddim.models.layers import (
     Attention,
     Downsample,
@@ -228,9 +228,12 @@ class UNet(nnx.Module):
         dtype = at_least_float32(self.dtype)
         if isinstance(self.time_proj, FourierFeatures):
             return self.time_proj(t, dtype)
-        if self.time_proj is not None:
-            return self.time_proj(t)
         c = self.config
+        if self.time_proj is not None:
+            t = self.time_proj(t)
+            if c.time_embedding == "learned":
+                return t
+            t = t[:, 0]
         return timestep_embedding(
             t, c.channels, dtype, cosine_first=c.cosine_first, shift=c.frequency_shift, divide_last=c.divide_last
         )
@@ -240,9 +243,10 @@ def _time_projection(config: UNetConfig, rngs: nnx.Rngs) -> FourierFeatures | nn
     """What turns t into the time MLP's input; None: the sinusoid, which has no parameters."""
     if config.time_embedding == "fourier":
         return FourierFeatures(config.channels, rngs=rngs)
-    if config.time_embedding == "learned":
+    if config.time_embedding in BY_TABLE:
         assert config.num_timesteps is not None
-        return nnx.Embed(config.num_timesteps, config.channels, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
+        width = config.channels if config.time_embedding == "learned" else 1
+        return nnx.Embed(config.num_timesteps, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
     return None
 
 

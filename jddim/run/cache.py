@@ -1,7 +1,8 @@
-"""The command line's cache of compiled programs: jax's own, kept in the user's cache folder.
+"""The cache: converted checkpoints, and the command line's compiled programs, in one folder of the user's.
 
-Chosen through jax's environment variables, before jax is imported: what the user has set there stays, and
-`JDDIM_CACHE=` (empty) goes without. The library never does this: there the program around it decides.
+That folder is `JDDIM_CACHE`, or jddim in the user's cache folder; `JDDIM_CACHE=` (empty) goes without.
+The programs are in jax's own cache, chosen through jax's environment variables, before jax is imported: what the user
+has set there stays. The library never does this: there the program around it decides.
 """
 
 from __future__ import annotations
@@ -17,17 +18,33 @@ LARGEST = 2**30
 """Bytes; with a limit jax drops the entries used longest ago, and takes a lock for each one read or written."""
 
 
-def folder() -> Path | None:
-    """Where the programs are kept: `JDDIM_CACHE`, or jddim in the user's cache folder; None: nowhere.
+PROGRAMS = "jaxlib-"
+"""How the folders of programs begin."""
 
-    One for each version of jaxlib and each kind of processor: XLA's programs for a CPU run where they were made.
-    """
+
+def root() -> Path | None:
+    """The cache's folder, or None: there is none."""
     chosen = os.environ.get("JDDIM_CACHE")
     if chosen == "":
         return None
     home = Path("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
     base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or home) / "jddim"
-    return base.expanduser() / f"jaxlib-{metadata.version('jaxlib')}-{processor()}"
+    return base.expanduser().absolute()
+
+
+def checkpoints() -> Path | None:
+    """Where converted checkpoints are kept: `jddim.resolving` writes them."""
+    base = root()
+    return None if base is None else base / "checkpoints"
+
+
+def folder() -> Path | None:
+    """Where the programs are kept.
+
+    One for each version of jaxlib and each kind of processor: XLA's programs for a CPU run where they were made.
+    """
+    base = root()
+    return None if base is None else base / f"{PROGRAMS}{metadata.version('jaxlib')}-{processor()}"
 
 
 def use() -> Path | None:

@@ -33,11 +33,13 @@ class Guidance(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What inpainting keeps. known: `(b, h, w, c)`; keep: `(h, w, 1)`; noise: x_T, which the known pixels carry."""
+    """What inpainting keeps. known: `(b, h, w, c)`; keep: `(h, w, 1)`; noise: x_T, which the known pixels carry, or
+    None where they are clean in every x_t.
+    """
 
     known: Array
     keep: Array
-    noise: Array
+    noise: Array | None
 
 
 class Given(NamedTuple):

@@ -202,7 +202,8 @@ class Part:
             guidance = plan.guidance(batch.of(inputs.guidance_scale))  # type: ignore[arg-type]
         if inputs.mask is not None:
             assert inputs.images is not None
-            kept = Kept(batch.of(inputs.images), jnp.asarray(keep_of(inputs.mask)), self.x_T)
+            noise = None if plan.sampler.clean_known else self.x_T
+            kept = Kept(batch.of(inputs.images), jnp.asarray(keep_of(inputs.mask)), noise)
         return Given(
             batch.of(inputs.eta),  # type: ignore[arg-type]
             keys if draws else None,
@@ -222,7 +223,9 @@ class Part:
         elif x is not None and plan.inputs.mask is None:  # image to image: the images, noised to where the rows begin
             x = add_noise(self.batch.of(x), self.x_T, plan.rows.alpha_t[0], plan.rows.sigma_t[0])
         else:
-            x = self.x_T
+            x, kept = self.x_T, self.given.kept
+            if kept is not None and kept.noise is None:
+                x = kept.keep * kept.known + (1 - kept.keep) * x
         state = _fresh(x) if trajectory_every is None else init_state(x, plan.rows, trajectory_every)
         return state._replace(memory=plan.program.method.memory(plan.rows, x))
 
@@ -255,7 +258,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     dtype, method = np.dtype(at_least_float32(model.dtype)), _method(request, inputs)
     key = as_key(inputs.key)
     inputs = inputs._replace(key=key)
-    problems: Problems = _edit_problems(request, inputs, method)
+    problems: Problems = _edit_problems(request, inputs, method, ddim.sampler)
     try:
         sampler = request.sampler(ddim.sampler)
     except RequestError as error:
@@ -468,7 +471,7 @@ def _eta_of_none(method: Method, request: Request, eta: ArrayLike) -> Problems:
     return [("eta", f"inversion is deterministic, so eta must be 0, got {eta}: added noise cannot be undone")]
 
 
-def _edit_problems(request: Request, inputs: Inputs, method: Method) -> Problems:
+def _edit_problems(request: Request, inputs: Inputs, method: Method, sampler: SamplerConfig) -> Problems:
     """What is wrong with the options of editing."""
     told = None
     if request.strength is not None and (inputs.images is None or inputs.mask is not None):
@@ -481,6 +484,11 @@ def _edit_problems(request: Request, inputs: Inputs, method: Method) -> Problems
         told = (
             "jump_length",
             f"jump_length is of resampling: give resample too, at least 2, got jump_length={request.jump_length}",
+        )
+    elif request.resample > 1 and sampler.clean_known:
+        told = (
+            "resample",
+            "resample is of known pixels that are noised; this network takes them clean, at every step: leave it out",
         )
     elif request.resample > 1 and method.remembers:
         told = (

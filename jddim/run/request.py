@@ -366,7 +366,7 @@ class Request:
         sampler: as `sampler` returns it; num_steps: of the table.
         """
         asked = {o.name: getattr(self, o.name) for o in taken_by(command) if not o.convention and o.name != "steps"}
-        used = dataclasses.asdict(sampler) | {"num_steps": num_steps}
+        used = to_json(sampler) | {"num_steps": num_steps}
         return used | {name: value for name, value in asked.items() if value is not None or name not in used}
 
     def to_json(self) -> dict[str, Any]:

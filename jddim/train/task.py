@@ -163,6 +163,8 @@ class Task:
             problems.append(
                 "a network that is given an image beside x_t is not trained here: condition_channels must be 0"
             )
+        if getattr(model, "time_embedding", None) == "noise_level":
+            problems.append("a network that is told the noise level in place of t is sampled, but not trained here")
         if self.sampler.self_condition:
             problems.append("self-conditioned networks are sampled, but not trained here")
         if model.class_embedding not in (None, "learned"):

@@ -23,19 +23,21 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [*a{i - 1}, *a{i - 1}
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.yml", "T: " + "9" * 5000, "a number of 5000 digits"),
-        ("c.yml", "T: 9223372036854775808", "a number of 19 digits"),
-        ("c.yml", "T: 1" + ":59" * 50, "a number of 151 digits"),  # YAML 1.1 has numbers to base 60
-        ("c.yml", "[" * 3000, "is not YAML"),
-        ("c.yml", "a: !!bool maybe", "is not YAML"),
-        ("c.yml", "a: !!timestamp never", "is not YAML"),
+        ("c.yml", "T: " + "9" * 5000, "a whole number of 5000 digits"),
+        ("c.yml", "T: 18446744073709551616", "a whole number of 20 digits"),
+        ("c.yml", "T: 0x10000000000000000", "a whole number of 20 digits"),
+        ("c.yml", "T: 1" + ":59" * 50, "a whole number of 151 digits"),  # YAML 1.1 has numbers to base 60
+        ("c.yml", "[" * 3000, "cannot be read as YAML"),
+        ("c.yml", "a: !!bool maybe", "cannot be read as YAML"),
+        ("c.yml", "a: !!timestamp never", "cannot be read as YAML"),
         ("c.yml", "a: !!python/object/apply:os.system [touch it-ran]", "never runs code from a config"),
-        ("c.yml", "a: &a [*a]", "is not YAML"),
+        ("c.yml", "a: &a [*a]", "cannot be read as YAML"),
         ("c.yml", BOMB, "hold more than the file"),
         ("c.yml", MERGES, "a merge key"),
-        ("c.json", '{"T": 18446744073709551615}', "a number of 20 digits"),
-        ("c.json", "[" * 100_000, "is not JSON"),
-        ("c.json", '{"T": ' + "9" * 5000 + "}", "is not JSON"),
+        ("c.json", '{"T": 18446744073709551616}', "a whole number of 20 digits"),
+        ("c.json", '{"T": 1, "T": 2}', "a name occurs twice"),
+        ("c.json", "[" * 100_000, "cannot be read as JSON"),
+        ("c.json", '{"T": ' + "9" * 5000 + "}", "cannot be read as JSON"),
     ],
 )
 def test_a_config_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -44,6 +46,11 @@ def test_a_config_is_refused(tmp_path: Path, name: str, text: str, message: str)
         _read_config(tmp_path / name)
     assert message in str(caught.value)
     assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_an_absl_flagfile_is_read_wherever_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / "flagfile.txt").write_bytes(b"--T=1000\r\n--train\r\n--attn=1\n--attn=2")
+    assert _read_config(tmp_path / "flagfile.txt") == {"T": "1000", "train": True, "attn": ["1", "2"]}
 
 
 @pytest.mark.parametrize("name", ["../a.bin", "/a.bin", "a/b.bin", "a" * 300, ".hidden", "", ["a"] * 1000])

@@ -14,9 +14,9 @@ import tiny
 from safetensors.numpy import save_file
 
 from convert.conversion import describe
-from convert.families.ho import source_shapes
+from jddim.checkpoint.folder import load_metadata
 from jddim.cli.main import main
-from jddim.config import UNetConfig
+from jddim.config import ScheduleConfig, UNetConfig
 
 pytestmark = pytest.mark.unoptimised
 
@@ -28,7 +28,12 @@ def command(lines: list[str], out: Path, **filled: str) -> list[str] | None:
         return None
     words = shlex.split(given.removeprefix("convert it:"))[1:]
     filled["DST"] = str(out)
+    words = [f"{key}={UNTOLD[key]}" if (key := word.removesuffix("=VALUE")) != word else word for word in words]
     return [*("=".join(filled.get(part, part) for part in word.split("=")) for word in words), "--no-verify"]
+
+
+UNTOLD = {"beta_schedule": "quad", "beta_start": "1e-3", "beta_end": "0.03", "num_diffusion_timesteps": "70"}
+UNTOLD |= {"rescaled": "true"}
 
 
 # Ho's SMALL at 32 groups cannot be; a network that 32 divides asks for its size alone.
@@ -42,6 +47,7 @@ WIDE = UNetConfig((6, 10), 1, 1, channels=32, channel_mults=(1,), num_res_blocks
         (tiny.arrays, {}, ["image_size=SIDE", "norm_groups=N"]),
         (tiny.arrays, {"image_size": "6x10"}, ["norm_groups=N"]),
         (tiny.arrays, tiny.SETTINGS, []),
+        (tiny.arrays, tiny.SETTINGS | UNTOLD, []),
     ],
 )
 def test_the_command_works_once_what_it_asks_for_is_filled_in(
@@ -54,18 +60,11 @@ def test_the_command_works_once_what_it_asks_for_is_filled_in(
     assert words is not None
     assert bool(asked) is any(line.startswith("  needs") for line in lines)
     assert all(any(line.endswith(part) or f"{part} " in line for line in lines) for part in asked)
+    assert any(line.startswith("  untold      beta_schedule, ") for line in lines) is ("beta_end" not in told)
     assert main(words) == 0
-
-
-def test_presets_that_fit_are_offered_and_work(tmp_path: Path) -> None:
-    sides = {"image_size": (32, 32), "in_channels": 3, "out_channels": 3, "channels": 128}
-    config = UNetConfig(**sides, channel_mults=(1, 2, 2, 2), num_res_blocks=2, attention_levels=(1,))
-    state = {name: np.zeros(shape, np.float16) for name, shape in source_shapes(config).items()}
-    save_file(state, tmp_path / "a.safetensors")
-    lines = describe(tmp_path / "a.safetensors")
-    assert "  presets     the tensors agree with --preset cifar10" in lines
-    assert lines[-1].endswith("DST --preset cifar10")
-    assert any(line.startswith("  assumed") for line in describe(tmp_path / "a.safetensors", preset="cifar10"))
+    metadata = load_metadata(tmp_path / "out")
+    assert metadata.schedule == ScheduleConfig("scaled_linear", 70, 1e-3, 0.03)
+    assert not any("beta" in fact or "rescaled" in fact for fact in metadata.provenance["assumed"])
 
 
 @pytest.mark.parametrize(

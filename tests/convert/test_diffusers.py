@@ -21,7 +21,6 @@ torch = pytest.importorskip("torch", reason="the reference and the writers need 
 from safetensors.numpy import save_file  # noqa: E402
 
 import jddim  # noqa: E402
-from convert import hub  # noqa: E402
 from convert.conversion import convert, describe, verify  # noqa: E402
 from convert.engine import ConversionError, UnsettledError  # noqa: E402
 from convert.export import export  # noqa: E402
@@ -33,6 +32,7 @@ from convert.writers import state_shapes  # noqa: E402
 from jddim.checkpoint.metadata import Metadata  # noqa: E402
 from jddim.cli.main import main  # noqa: E402
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, to_json  # noqa: E402
+from jddim.converting import hub_id  # noqa: E402
 from jddim.installing import install_line  # noqa: E402
 from jddim.schedule import make_schedule  # noqa: E402
 
@@ -333,10 +333,12 @@ def test_a_hub_id_comes_from_the_cache_and_is_recorded(
     assert (source["hub_id"], source["commit"]) == ("someone/tiny", COMMIT)
     assert metadata.sampler.variance == "fixed_large"
     assert verify(tmp_path / "out", "someone/tiny").first_bad is None
-    assert find("someone/tiny", revision=COMMIT).commit == COMMIT
+    assert find("someone/tiny", revision=COMMIT).commit == find(f"someone/tiny@{COMMIT}").commit == COMMIT
     assert describe("someone/tiny", revision=COMMIT)[-1].endswith(f"someone/tiny DST --revision {COMMIT}")
     for src, revision, message in (
-        ("someone/else", None, "no such file or folder: someone/else, and as a hub id it cannot be had"),
+        ("someone/else", None, "no such file or folder: someone/else, and as a hub id it cannot be had: it is not in "),
+        ("someone/else", None, "the hub's cache, and HF_HUB_OFFLINE is set, so it is not fetched"),
+        (f"someone/tiny@{COMMIT}", "v2", "says a revision, so no --revision v2"),
         ("someone/tiny", "v2", "as a hub id at revision v2 it cannot be had"),
         (str(cache), "v2", "--revision v2 goes with a hub id"),
     ):
@@ -377,9 +379,11 @@ def test_what_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_may_be_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert hub.is_id("google/ddpm-cifar10-32")
-    for path in ("model", "a/b/c", "/a/b", "../b", "runs/model", "google/model.safetensors", "a/../b", "a/"):
-        assert not hub.is_id(path), path
+    assert hub_id("google/ddpm-cifar10-32") == ("google/ddpm-cifar10-32", None)
+    assert hub_id("google/ddpm-cifar10-32@refs/pr/1") == ("google/ddpm-cifar10-32", "refs/pr/1")
+    for path in ("model", "a/b/c", "/a/b", "../b", "runs/model", "google/model.safetensors", "a/../b", "a/", "a/b@"):
+        assert hub_id(path) is None, path
+    assert hub_id("runs/model", here=True) is not None
     with pytest.raises(ConversionError, match="no such file: runs/model"):
         find("runs/model")
 
@@ -577,61 +581,8 @@ def test_all_that_is_wrong_comes_in_one_message() -> None:
 
 # -- without config.json ----------------------------------------------------------------------------------------------
 
-# As their config.json on the hub, in diffusers' training script and in its course say: name -> what no tensor tells
-# (as --set takes it), and what they do.
-ATTENTION_AT_16 = {
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-}
-SIX_LEVELS = {
-    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
-    "block_out_channels": [128, 128, 256, 256, 512, 512],
-}
-OF_HO = {"attention_head_dim": "None", "norm_eps": "1e-6", "flip_sin_to_cos": "false", "freq_shift": "1"}
-OF_HO |= {"downsample_padding": "0"}
-PUBLISHED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
-    "ddpm-cifar10-32": (
-        {"sample_size": "32", **OF_HO},
-        {"block_out_channels": [128, 256, 256, 256], **ATTENTION_AT_16},
-    ),
-    "ddpm-cat-256": ({"sample_size": "256", **OF_HO}, SIX_LEVELS),
-    "the training script": ({"sample_size": "64", "attention_head_dim": "8"}, SIX_LEVELS),
-    "the course's butterflies": (
-        {"sample_size": "32", "attention_head_dim": "8"},
-        {
-            "block_out_channels": [64, 128, 128, 256],
-            "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-            "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
-        },
-    ),
-    "the course's MNIST with classes": (
-        {"sample_size": "28", "attention_head_dim": "8"},
-        {
-            **{"in_channels": 1, "out_channels": 1, "block_out_channels": [32, 64, 64], "num_class_embeds": 10},
-            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-            "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-        },
-    ),
-    "spectrograms": (
-        {"sample_size": "64x256", "attention_head_dim": "8"},
-        {**SIX_LEVELS, "in_channels": 1, "out_channels": 1},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_tensors_of_a_published_network_tell_its_config(name: str) -> None:
-    told, rest = PUBLISHED[name]
-    config = {key: configs.literal(value) for key, value in told.items()} | rest
-    config["sample_size"] = [64, 256] if told["sample_size"] == "64x256" else config["sample_size"]
-    expected = configs.unet_config(configs.read_configs({"unet": config}, {}))
-    shapes = state_shapes(lambda: family.reference(expected))
-    state = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
-    assert family.plan(state, {}, told).model == expected
-    with pytest.raises(UnsettledError) as caught:
-        family.plan(state, {}, {})
-    assert caught.value.asks == ("sample_size=SIDE", "attention_head_dim=N")
+UNTOLD = "center_input_sample freq_shift flip_sin_to_cos mid_block_scale_factor downsample_padding act_fn norm_eps"
+TRAINED = "num_train_timesteps beta_start beta_end beta_schedule prediction_type"
 
 
 def test_a_bare_state_dict_converts_with_what_info_asks_for(tmp_path: Path) -> None:
@@ -639,8 +590,9 @@ def test_a_bare_state_dict_converts_with_what_info_asks_for(tmp_path: Path) -> N
     write_scheduler(tmp_path / "pipeline" / "scheduler")
     bare = Path(shutil.copy(path, tmp_path / "model.safetensors"))
     lines = describe(bare)
-    asked = "--set sample_size=SIDE --set attention_head_dim=N --set norm_num_groups=N"
-    assert lines[-1] == f"convert it:   jddim convert {bare} DST {asked}"
+    asked = ["sample_size=SIDE", "attention_head_dim=N", "norm_num_groups=N"]
+    asked += [f"{key}=VALUE" for key in (*UNTOLD.split(), *TRAINED.split())]
+    assert lines[-1] == " ".join([f"convert it:   jddim convert {bare} DST", *(f"--set {ask}" for ask in asked)])
     wrapped = tmp_path / "last.ckpt"
     state = {f"model.unet.{key}": torch.from_numpy(value) for key, value in tensors().items()}
     torch.save({"state_dict": state, "epoch": 3}, wrapped)

@@ -10,6 +10,7 @@ import pytest
 from convert.engine import ConversionError
 from convert.families import diffusers_config, ho, lucidrains, openai
 from convert.families.values import (
+    asking,
     integer,
     is_integer,
     literal,
@@ -115,6 +116,11 @@ def test_what_was_not_told_is_settled_and_assumed() -> None:
     settle = settling({"eta": 0.5}, assumed)
     assert (settle("eta", 0.0, "the paper's"), settle("steps", 50, "the README's")) == (0.5, 50)
     assert assumed == ["steps = 50 (the README's)"]
+
+
+def test_what_was_not_told_is_asked_for() -> None:
+    assert asking(("a", "b", "c"), {"b": 1}) == ("a=VALUE", "c=VALUE")
+    assert asking(("a", "b", "c"), {"b": 1}, {"c=SIDE": "the size"}) == ("c=SIDE", "a=VALUE")
 
 
 @pytest.mark.parametrize("family", [ho, lucidrains, openai])

@@ -127,7 +127,10 @@ def test_resampling_blocks_and_no_classes_are_told_by_the_tensors() -> None:
 def test_what_the_tensors_do_not_tell_is_asked_for() -> None:
     with pytest.raises(UnsettledError) as asked:
         monai.plan(state(), None, {})
-    assert asked.value.asks == ("image_size=SIDE", "num_head_channels=N", "norm_num_groups=N")
+    required = ("image_size=SIDE", "num_head_channels=N", "norm_num_groups=N")
+    assert asked.value.asks[:3] == required
+    untold = ("norm_eps", "num_train_timesteps", "schedule", "beta_start", "beta_end", "prediction_type")
+    assert asked.value.asks[3:] == tuple(f"{key}=VALUE" for key in untold)
     assert "do not divide the widths [4, 8]" in str(asked.value)
 
 

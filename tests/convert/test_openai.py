@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ torch = pytest.importorskip("torch", reason="the OpenAI networks are built in to
 from convert.conversion import convert, describe, verify  # noqa: E402
 from convert.engine import ConversionError, UnsettledError  # noqa: E402
 from convert.export import export  # noqa: E402
-from convert.families import Source, openai  # noqa: E402
-from convert.families.openai import PRESETS, SETTINGS, infer, placed, plan, read_settings, write_openai  # noqa: E402
+from convert.families import openai  # noqa: E402
+from convert.families.openai import SETTINGS, infer, placed, plan, read_settings, write_openai  # noqa: E402
 from convert.recognition import as_asked, recognise  # noqa: E402
 from convert.reference.openai_unet import OpenAIUNet  # noqa: E402
 from convert.reference.unet import redraw_  # noqa: E402
@@ -61,81 +60,6 @@ def shapes(**network: Any) -> dict[str, np.ndarray]:
 
 def small_shapes(**changes: Any) -> dict[str, np.ndarray]:
     return shapes(**(SMALL | changes))
-
-
-# -- the published models ---------------------------------------------------------------------------------------------
-
-WIDTHS = {  # what the sources' create_model makes of the image size
-    32: (1, 2, 2, 2),
-    64: (1, 2, 3, 4),
-    128: (1, 1, 2, 3, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-}
-# guided-diffusion's model card and improved-diffusion's file names, in millions.
-MILLIONS = {
-    "guided-64": 295.9,
-    "guided-128": 421.5,
-    "guided-256": 553.8,
-    "guided-256-uncond": 552.8,
-    "guided-512": 559.0,
-    "guided-64-256-upsampler": 311.8,  # no card says how many the two upsamplers have: these are by their flags
-    "guided-128-512-upsampler": 308.8,
-    "guided-lsun": 552.8,
-    "improved-cifar10": 52.5,
-    "improved-cifar10-vlb": 52.5,
-    "improved-imagenet64-uncond": 121.1,
-    "improved-imagenet64-uncond-vlb": 121.1,
-    "improved-imagenet64-cond": 273.0,
-    "improved-lsun-bedroom": 113.7,
-}
-
-
-def published(flags: Mapping[str, str]) -> dict[str, Any]:
-    """The network that the sources' scripts build from flags."""
-    side, channels = int(flags.get("image_size") or flags["large_size"]), int(flags["num_channels"])
-    upsampler = "small_size" in flags
-    widths = [int(mult * channels) for mult in WIDTHS[256 if upsampler else side]]  # sr_create_model's of 512 too
-    head_channels = int(flags.get("num_head_channels", -1))
-    heads = [int(flags["num_heads"]) if head_channels == -1 else width // head_channels for width in widths]
-    factors = [side // int(resolution) for resolution in flags["attention_resolutions"].split(",")]
-    return {
-        "in_channels": 6 if upsampler else 3,
-        "out_channels": 6 if flags["learn_sigma"] == "True" else 3,
-        "model_channels": channels,
-        "widths": widths,
-        "num_res_blocks": int(flags["num_res_blocks"]),
-        "attention_levels": [level for level in range(len(widths)) if 2**level in factors],
-        "heads": heads,
-        "heads_up": heads,
-        "resample": "resnet" if flags.get("resblock_updown") == "True" else "conv",
-        "scale_shift": flags["use_scale_shift_norm"] == "True",
-        "num_classes": 1000 if flags["class_cond"] == "True" else None,
-    }
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_the_published_network_and_leaves_nothing_to_assume(name: str) -> None:
-    tensors = shapes(**published(PRESETS[name]))
-    assert round(sum(value.size for value in tensors.values()) / 1e6, 1) == MILLIONS[name]
-    made = plan(tensors, None, PRESETS[name])
-    assert made.assumed == ("norm_groups = 32 (fixed in both sources)",)
-    assert made.model.channel_mults == tuple(
-        width / made.model.channels for width in published(PRESETS[name])["widths"]
-    )
-    assert made.model.condition_channels == (3 if "upsampler" in name else 0)
-    assert (made.model.in_channels, made.model.out_channels) == (3, 6)
-    assert made.sampler.variance == "learned_range"
-    rescaled = PRESETS[name]["rescale_timesteps"] == "True"
-    assert made.sampler.timestep_scale == (0.25 if rescaled else 1)
-    assert made.reference_options == {"use_new_attention_order": name == "guided-64"}
-
-
-def test_presets_that_contradict_the_tensors_are_not_offered() -> None:
-    from convert.conversion import _fitting_presets
-
-    source = Source(shapes(**published(PRESETS["guided-256-uncond"])), "unstated")
-    assert _fitting_presets(openai.FAMILY, source, None, {}) == ["guided-256-uncond", "guided-lsun"]
 
 
 def test_the_flags_that_the_sources_have() -> None:
@@ -197,7 +121,7 @@ def test_six_channels_on_both_sides_are_what_one_says() -> None:
     six = small_shapes(in_channels=6, out_channels=6)
     with pytest.raises(UnsettledError, match=r"an upsampler of 3 .* or a network of 6-channel images") as caught:
         plan(six, None, FLAGS)
-    assert caught.value.asks == ("small_size=SIDE",)
+    assert caught.value.asks[0] == "small_size=SIDE"
     learned = plan(six, None, FLAGS | {"small_size": "4"})
     assert (learned.model.in_channels, learned.model.condition_channels, learned.model.out_channels) == (3, 3, 6)
     assert learned.sampler.variance == "learned_range"
@@ -250,6 +174,8 @@ def test_defaults_of_the_sources_are_listed_as_assumed() -> None:
     assert facts == [
         "diffusion_steps = 1000",
         "norm_groups = 32",
+        "num_head_channels = -1",
+        "num_heads_upsample = -1",
         "use_new_attention_order = False",
         "noise_schedule = linear",
         "predict_xstart = False",
@@ -257,7 +183,19 @@ def test_defaults_of_the_sources_are_listed_as_assumed() -> None:
     ]
     assert (made.sampler.spacing, made.sampler.rederive_eps, made.sampler.clip) == ("openai_ddim", True, True)
     one_head = plan(small_shapes(heads=(1, 1), heads_up=(1, 1)), None, FLAGS | {"num_heads": "1"})
-    assert not any("attention_order" in fact for fact in one_head.assumed)  # it makes no difference
+    assert not any("attention_order" in fact for fact in (*one_head.assumed, *one_head.asks))  # it makes no difference
+
+
+def test_flags_that_a_default_stands_for_are_asked_for() -> None:
+    asks = "num_head_channels num_heads_upsample use_new_attention_order diffusion_steps noise_schedule"
+    asks += " rescale_timesteps predict_xstart"
+    assert plan(small_shapes(), None, FLAGS).asks == tuple(f"{key}=VALUE" for key in asks.split())
+    told = FLAGS | {"num_head_channels": "16", "diffusion_steps": "1000", "use_new_attention_order": "False"}
+    assert plan(small_shapes(), None, told).asks == ("noise_schedule=VALUE", "predict_xstart=VALUE")
+    with pytest.raises(UnsettledError) as caught:
+        plan(small_shapes(), None, {"image_size": "6x10", "num_head_channels": "-1", "diffusion_steps": "1000"})
+    assert caught.value.asks[:3] == ("num_heads=N", "num_heads_upsample=VALUE", "use_new_attention_order=VALUE")
+    assert "rescale_timesteps=VALUE" not in caught.value.asks
 
 
 def test_flags_that_contradict_the_tensors_are_all_named() -> None:
@@ -385,8 +323,8 @@ def test_convert_verify_and_info(tmp_path: Path) -> None:
     flags = FLAGS | {"use_new_attention_order": "True", "diffusion_steps": "4000", "rescale_timesteps": "True"}
 
     lines = "\n".join(describe(file))
-    assert "--set image_size=" in lines
-    assert "--set rescale_timesteps" not in lines
+    assert "--set image_size=SIDE --set num_heads=N --set num_head_channels=VALUE" in lines
+    assert "rescale_timesteps, predict_xstart: no tensor tells these" in lines
     lines = "\n".join(describe(file, None, flags | {"dropout": "0.1"}))
     assert "note        dropout: of training only" in lines
     assert "weights     ema, step 300" in lines

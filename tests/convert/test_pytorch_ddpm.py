@@ -111,7 +111,7 @@ def test_contradictions_are_in_one_report() -> None:
         planned(state(), {"var_type": "learned"}, chmult="1")
     with pytest.raises(UnsettledError, match=r"give the run's flagfile\.txt by --config") as asked:
         pytorch_ddpm.plan(state(), None, {"norm_groups": "2"})
-    assert asked.value.asks == ("img_size=SIDE",)
+    assert asked.value.asks == ("img_size=SIDE", "beta_1=VALUE", "beta_T=VALUE", "mean_type=VALUE")
     with pytest.raises(UnsettledError, match=r"32 groups of a norm, .* do not divide 8 times \[1, 2\]"):
         pytorch_ddpm.plan(state(), None, {"img_size": "6x10"})
     wide = state() | {"head.weight": np.zeros((8, 4, 3, 3), np.float32)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -18,7 +19,7 @@ import named
 from lucidrains_files import COSINE, diffusion, draw
 
 from convert.engine import ConversionError, fill
-from convert.families import FAMILIES, Source, diffusers, monai, openai, pytorch_ddpm
+from convert.families import FAMILIES, Source, diffusers, monai, openai, palette, pytorch_ddpm
 from convert.families import diffusers_config as configs
 from convert.recognition import as_asked, recognise
 from convert.writers import state_shapes
@@ -48,6 +49,10 @@ MONAI = UNetConfig(
     **{"image_size": (6, 10), "in_channels": 1, "out_channels": 1, "channels": 6, "channel_mults": (1,)},
     **{"num_res_blocks": 1, "attention_levels": (0,), "norm_groups": 2},
 )
+PALETTE = dataclasses.replace(
+    OPENAI, condition_channels=2, condition_first=True, time_embedding="noise_level", num_timesteps=7
+)
+SCHEDULE = {"schedule": "linear", "n_timestep": "7", "linear_start": "0.01", "linear_end": "0.3"}
 MONAIS = {"image_size": "6x10", "num_head_channels": "3", "norm_num_groups": "2"}
 FLAGS = {"image_size": "6x10", "num_heads": "2", "norm_groups": "2"}
 
@@ -62,11 +67,17 @@ def diffusers_state(seed: int) -> State:
     return drawn(diffusers, configs.unet_config(configs.read_configs({"unet": DIFFUSERS}, {})), seed)
 
 
+def palette_state(seed: int) -> State:
+    drawn_state = drawn(palette, PALETTE, seed, use_new_attention_order=False)
+    return {name: value for name, value in drawn_state.items() if name != "noise_level.weight"}  # the schedule's
+
+
 # name of a case -> the family, a state dict by seed, the config and settings that its plan needs
 CASES: dict[str, tuple[str, Callable[[int], State], Any, dict[str, str]]] = {
     "ho": ("ho", lambda seed: tiny.arrays(seed=seed), None, tiny.SETTINGS),
     "diffusers": ("diffusers", diffusers_state, {"unet": DIFFUSERS}, {}),
     "openai": ("openai", lambda seed: drawn(openai, OPENAI, seed, use_new_attention_order=False), None, FLAGS),
+    "palette": ("palette", palette_state, None, FLAGS | SCHEDULE),
     "pytorch_ddpm": (
         "pytorch_ddpm",
         lambda seed: named.state_dict(pytorch_ddpm, PYTORCH_DDPM, seed),
@@ -373,7 +384,7 @@ def test_wrappers_within_wrappers_come_to_an_end() -> None:
 
 
 FOREIGN = {
-    "denoise_fn.cond_embed.0.weight denoise_fn.input_blocks.0.0.weight": "is a Palette network",
+    "denoise_fn.cond_embed.0.weight denoise_fn.input_blocks.0.0.weight": "has a cond_embed as Palette's networks have",
     "denoise_fn.noise_level_mlp.1.weight denoise_fn.downs.0.weight": "is an SR3 network",
     "x_embedder.proj.weight blocks.0.adaLN_modulation.1.weight": "is a diffusion transformer",
     "pos_embed.proj.weight transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight": "is a diffusion transf",

@@ -2,7 +2,9 @@
 
     python tests/parity/make_source_golden.py pytorch_ddpm CHECKOUT    # w86763777/pytorch-ddpm at f804ccb
     python tests/parity/make_source_golden.py monai CHECKOUT CHECKOUT  # MONAI at d388d1c, GenerativeModels at 7428fce
-    python tests/parity/make_source_golden.py openai CHECKOUT             # CompVis/latent-diffusion at a506df5
+    python tests/parity/make_source_golden.py openai CHECKOUT CHECKOUT    # CompVis/latent-diffusion at a506df5,
+                                                                          # openai/guided-diffusion at 22e0df8
+    python tests/parity/make_source_golden.py palette CHECKOUT            # Janspiry/Palette-... at 136b29f
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
@@ -12,12 +14,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from source_cases import ETA, GOLDEN, SOURCES, STEPS, SourceCase, drawn, images
+from source_cases import ETA, GOLDEN, INPAINTER, SOURCES, STEPS, UPSAMPLER, SourceCase, drawn, images, mask_of
 
 NOT_OF_THE_SCHEDULER = ("image_size", "num_head_channels", "norm_num_groups")
 
@@ -81,17 +84,67 @@ def monai(name: str, case: SourceCase) -> dict[str, Any]:
     return found
 
 
-def latent_diffusion(name: str, case: SourceCase) -> dict[str, Any]:
+def openai(name: str, case: SourceCase) -> dict[str, Any]:
+    return super_resolution(case) if name == UPSAMPLER else latent_diffusion(case)
+
+
+def super_resolution(case: SourceCase) -> dict[str, Any]:
+    from guided_diffusion.script_util import create_gaussian_diffusion
+    from guided_diffusion.unet import SuperResModel
+
+    network, shapes = redrawn(SuperResModel(**case.network))
+    x_t, labels = nchw(images(case, len(case.t), seed=1)), torch.tensor(case.labels)
+    found = {"shapes": shapes, "eps": network(x_t[:, :3], torch.tensor(case.t), low_res=x_t[:, 3:], y=labels)}
+    told = {key: case.settings[key] for key in ("noise_schedule", "timestep_respacing")}
+    diffusion = create_gaussian_diffusion(steps=int(case.settings["diffusion_steps"]), learn_sigma=True, **told)
+    x_T, beside = nchw(images(case, 2, seed=2)).chunk(2, dim=1)
+    how = {"noise": x_T, "device": "cpu", "model_kwargs": {"low_res": beside[:, :, ::2, ::2], "y": labels}}
+    for run, loop in (
+        ("ancestral", partial(diffusion.p_sample_loop, **how)),
+        ("DDIM, eta 0", partial(diffusion.ddim_sample_loop, **how, eta=0.0)),
+        ("DDIM", partial(diffusion.ddim_sample_loop, **how, eta=ETA)),
+    ):
+        noise = iter(nchw(images(case, diffusion.num_timesteps, 2, seed=3)[..., :3]))
+        torch.randn_like = lambda x, noise=noise: next(noise)
+        found[run] = loop(network, x_T.shape)
+    return found
+
+
+def latent_diffusion(case: SourceCase) -> dict[str, Any]:
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     network, shapes = redrawn(UNetModel(**case.network))
     return {"shapes": shapes, "eps": network(nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t))}
 
 
+def palette(name: str, case: SourceCase) -> dict[str, Any]:
+    from models.network import Network
+
+    beta_schedule = {key: yaml.safe_load(case.settings[key]) for key in ("schedule", "n_timestep")}
+    beta_schedule |= {key: float(case.settings[key]) for key in ("linear_start", "linear_end")}
+    whole = Network(case.network, {"test": beta_schedule}, "guided_diffusion")
+    whole.set_new_noise_schedule(torch.device("cpu"), "test")
+    network, shapes = redrawn(whole.denoise_fn)
+    levels = whole.gammas[list(case.t)]
+    found = {"shapes": shapes, "eps": network(nchw(images(case, len(case.t), seed=1)), levels)}
+    beside, x_T = nchw(images(case, 2, seed=2)).chunk(2, dim=1)
+    mask, y_0 = nchw(np.broadcast_to(mask_of(case), (2, *case.size, 1))), beside.clamp(-1, 1)
+    masked = y_0 * (1 - mask) + mask * x_T
+    for run, condition, options in (
+        ("restoration", beside, {"y_t": x_T}),
+        *([("inpainting", masked, {"y_t": masked, "y_0": y_0, "mask": mask})] if name == INPAINTER else []),
+    ):
+        noise = iter(nchw(images(case, beta_schedule["n_timestep"], 2, seed=3)[..., : x_T.shape[1]]))
+        torch.randn_like = lambda x, noise=noise: next(noise)
+        found[run], _ = whole.restoration(condition, **options)
+    return found
+
+
 MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "pytorch_ddpm": pytorch_ddpm,
-    "openai": latent_diffusion,
+    "openai": openai,
     "monai": monai,
+    "palette": palette,
 }
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from convert.families import FAMILIES, Plan
 from jddim.models.building import abstract_model, flat_params
 
 STEPS, ETA = 7, 0.6  # of the runs by DDIM
+INPAINTER = "residual resampling"
+UPSAMPLER = "guided-diffusion's SuperResModel"
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -60,6 +62,38 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
             (6, 10),
             3,
             (0, 7, 999),
+        ),
+        UPSAMPLER: SourceCase(
+            {"image_size": 8, "in_channels": 3, "out_channels": 6, "model_channels": 32, "channel_mult": (1, 2)}
+            | {"num_res_blocks": 1, "attention_resolutions": [2], "num_head_channels": 32, "num_classes": 5}
+            | {"use_scale_shift_norm": True, "resblock_updown": True},
+            {"large_size": "6x10", "small_size": "3x5", "num_head_channels": "32", "rescale_timesteps": "False"}
+            | {"diffusion_steps": "40", "noise_schedule": "linear", "timestep_respacing": "ddim8"},
+            (6, 10),
+            6,
+            (0, 39),
+            (4, 0),
+        ),
+    },
+    "palette": {
+        INPAINTER: SourceCase(
+            {"image_size": 8, "in_channel": 6, "out_channel": 3, "inner_channel": 32, "channel_mults": [1, 2]}
+            | {"res_blocks": 1, "attn_res": [2, 16], "num_head_channels": 16},
+            {"image_size": "6x10", "num_head_channels": "16", "schedule": "linear"}
+            | {"n_timestep": "11", "linear_start": "1e-3", "linear_end": "0.5"},
+            (6, 10),
+            6,
+            (0, 4, 10),
+        ),
+        "convolutions, new order": SourceCase(
+            {"image_size": 8, "in_channel": 4, "out_channel": 2, "inner_channel": 32, "channel_mults": [1, 1, 2]}
+            | {"res_blocks": 2, "attn_res": [1], "num_heads": 2, "use_new_attention_order": True}
+            | {"use_scale_shift_norm": False, "resblock_updown": False},
+            {"image_size": "8x12", "num_heads": "2", "use_new_attention_order": "true", "schedule": "quad"}
+            | {"n_timestep": "9", "linear_start": "1e-3", "linear_end": "0.6"},
+            (8, 12),
+            4,
+            (8, 3),
         ),
     },
     "monai": {
@@ -106,6 +140,11 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def images(case: SourceCase, *leading: int, seed: int) -> np.ndarray:
     """Standard normal numbers `(*leading, h, w, c)`."""
     return np.random.default_rng(seed).standard_normal((*leading, *case.size, case.channels), np.float32)
+
+
+def mask_of(case: SourceCase) -> np.ndarray:
+    """Zeros and ones `(h, w, 1)`, 1 where an image is made anew."""
+    return (np.random.default_rng(4).random((*case.size, 1)) < 0.5).astype(np.float32)
 
 
 def golden(source: str) -> dict[str, np.ndarray]:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import diffusers_cases as cases
 import numpy as np
 import pytest
 from in_float64 import errors_in_float64
+from real_configs import DIFFUSERS
+
+PUBLISHED = {
+    name: config
+    for name, row in DIFFUSERS.items()
+    for config in row.files.values()
+    if config.get("_class_name") == "UNet2DModel"
+}
 
 
 @pytest.mark.parametrize("name", cases.IN_FLOAT32)
@@ -39,3 +50,12 @@ def test_the_tensors_alone_tell_what_the_config_does(name: str) -> None:
     told = {key: "None" if value == "none" else value for key, value in told.items()}
     found = cases.family.plan(state, {}, told | cases.AVOID_ZERO).model
     assert found == cases.family.plan(state, {"unet": contents}, cases.AVOID_ZERO).model
+
+
+@pytest.mark.parametrize(("name", "config"), PUBLISHED.items())
+def test_published_networks_have_the_names_and_shapes_that_the_table_gives_them(
+    name: str, config: Mapping[str, Any]
+) -> None:
+    with cases.torch.device("meta"):
+        state = cases.diffusers.UNet2DModel.from_config(dict(config)).state_dict()
+    assert {key: tuple(value.shape) for key, value in state.items()} == DIFFUSERS[name].shapes()

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from source_cases import ETA, SOURCES, STEPS, converted, golden, images
+from source_cases import ETA, INPAINTER, SOURCES, STEPS, UPSAMPLER, converted, golden, images, mask_of
 
 from jddim.ddim import sampler_table, step_table
 from jddim.models.building import build_model
+from jddim.pipeline import DDIM
+from jddim.run import batches
+from jddim.run import plan as planning
+from jddim.run.request import Request
 from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import make_schedule
 from jddim.timesteps import make_timesteps
@@ -53,6 +57,50 @@ def test_pytorch_ddpms_sampler(var_type: str) -> None:
     )
     x_0 = run(build_model(plan.model, params), images(case, 2, seed=2), images(case, T, 2, seed=3))
     assert error(x_0, golden("pytorch_ddpm")[f"one block/{var_type}"]) <= 1e-4
+
+
+def test_guided_diffusions_upsampler_samples_as_its_loops_do() -> None:
+    """Given a smaller image beside x_t, with labels and a learned variance."""
+    case = SOURCES["openai"][UPSAMPLER]
+    plan, params = converted("openai", UPSAMPLER)
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    x_T, beside = np.split(images(case, 2, seed=2), 2, axis=-1)
+    given = {"labels": np.array(case.labels), "condition": beside[:, ::2, ::2]}
+    noise = images(case, plan.sampler.num_steps, 2, seed=3)[..., :3]
+    for run, options in (
+        ("ancestral", {"method": "ddpm"}),
+        ("DDIM, eta 0", {"eta": 0.0}),
+        ("DDIM", {"eta": ETA}),
+    ):
+        x_0 = ddim.sample(x_T=x_T, noise=noise, **given, **options)
+        assert error(x_0, golden("openai")[f"{UPSAMPLER}/{run}"]) <= 1e-4  # measured 8e-6
+
+
+@pytest.mark.parametrize("name", SOURCES["palette"])
+def test_palettes_restoration_is_what_sampling_does_by_default(name: str) -> None:
+    case = SOURCES["palette"][name]
+    plan, params = converted("palette", name)
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    beside, x_T = np.split(images(case, 2, seed=2), 2, axis=-1)
+    noise = images(case, int(case.settings["n_timestep"]), 2, seed=3)[..., : x_T.shape[-1]]
+    x_0 = ddim.sample(x_T=x_T, condition=beside, noise=noise)
+    assert error(x_0, golden("palette")[f"{name}/restoration"]) <= 1e-4  # measured 3e-6
+
+
+def test_palettes_inpainting_keeps_what_is_known_clean() -> None:
+    """In each x_t, the first one too, which its condition is as well."""
+    case, name = SOURCES["palette"][INPAINTER], f"{INPAINTER}/inpainting"
+    plan, params = converted("palette", INPAINTER)
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    known, x_T = np.split(images(case, 2, seed=2), 2, axis=-1)
+    noise = images(case, int(case.settings["n_timestep"]), 2, seed=3)[..., : x_T.shape[-1]]
+    known, mask = known.clip(-1, 1), mask_of(case)
+    inputs = planning.Inputs(images=known, mask=2 * mask - 1, x_T=x_T, noise=noise)
+    inputs = inputs._replace(condition=known * (1 - mask) + mask * x_T)
+    filled, _ = batches.run(planning.plan(ddim, Request(), inputs))
+    assert error(filled, golden("palette")[name]) <= 1e-4  # measured 3e-6
+    with pytest.raises(ValueError, match="resample is of known pixels that are noised; this network takes them clean"):
+        planning.plan(ddim, Request(resample=2), inputs).check("edit")
 
 
 @pytest.mark.parametrize("name", [name for name, case in SOURCES["monai"].items() if case.labels is not None])

@@ -1,0 +1,97 @@
+"""`jddim cache`: what is kept of converted checkpoints and compiled programs, and emptying it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jddim.cli.options import add_json, print_json
+from jddim.config import counted, printable
+from jddim.run import cache
+
+
+def add(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Define the command. command: `(name, run, text, examples)` -> its parser."""
+    sub = command(
+        "cache",
+        _cache,
+        "list what is kept of checkpoints and programs, or remove it\n"
+        "They are in JDDIM_CACHE, or jddim in the user's cache folder; all can be made again.",
+        "\n--empty\n--empty checkpoints",
+    )
+    sub.add_argument(
+        "--empty", nargs="?", const="all", choices=("checkpoints", "programs", "all"), help="remove them (default all)"
+    )
+    add_json(sub)
+
+
+def _cache(args: argparse.Namespace) -> int:
+    from jddim.files import remove
+
+    root = cache.root()
+    kept = [] if root is None else _entries(root)
+    removed = [entry for entry in kept if args.empty in ("all", entry["kind"])]
+    for entry in removed:
+        remove(Path(entry["folder"]))
+    if root is not None and args.empty in ("all", "checkpoints"):
+        _sweep(root / "checkpoints")
+    if args.json:
+        left = [entry for entry in kept if entry not in removed]
+        print_json({"folder": None if root is None else str(root), "removed": removed, "kept": left})
+    elif root is None:
+        print("no cache: JDDIM_CACHE is empty")
+    else:
+        shown = removed if args.empty else kept
+        for entry in shown:
+            print(printable(f"{entry['bytes'] / 1e6:>9.1f} MB  {Path(entry['folder']).name}{_from(entry)}"))
+        total = sum(entry["bytes"] for entry in shown) / 1e6
+        print(f"{'removed: ' if args.empty else ''}{counted(len(shown), 'folder')}, {total:.1f} MB in {root}")
+    return 0
+
+
+def _entries(root: Path) -> list[dict[str, Any]]:
+    """The folders of the cache: their kind, size and, of a checkpoint, what it was converted from."""
+    found = []
+    for kind, place, pattern in (
+        ("checkpoints", root / "checkpoints", "[!.]*"),
+        ("programs", root, f"{cache.PROGRAMS}*"),
+    ):
+        for folder in sorted(place.glob(pattern)) if place.is_dir() else ():
+            size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+            found.append({"kind": kind, "folder": str(folder), "bytes": size, "from": _source(kind, folder)})
+    return found
+
+
+def _sweep(place: Path) -> None:
+    """Remove receipts, and what killed processes left; what a living one works on is locked, and stays."""
+    from jddim.files import lock, remove
+
+    for path in place.glob(".*"):
+        held = os.open(path, os.O_RDONLY)
+        try:
+            if lock(held):
+                remove(path)
+        finally:
+            os.close(held)
+
+
+def _source(kind: str, folder: Path) -> str | None:
+    """What a checkpoint was converted from, as its metadata says; None: it cannot be told."""
+    if kind == "programs":
+        return None
+    from jddim.checkpoint.folder import CheckpointError, load_metadata
+
+    try:
+        source = load_metadata(folder).provenance.get("source", {})
+    except CheckpointError:
+        return None
+    return " ".join(filter(None, (source.get("hub_id"), source.get("file"), source.get("commit"))))
+
+
+def _from(entry: dict[str, Any]) -> str:
+    if entry["kind"] == "programs":
+        return "  compiled programs"
+    return f"  from {entry['from']}" if entry["from"] else "  damaged"

@@ -1,0 +1,68 @@
+"""jddim.known: the table of published checkpoints, and `jddim list`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+
+import pytest
+
+import jddim
+from jddim import converting
+from jddim.cli.main import main
+from jddim.schedule import SCHEDULES
+
+pytestmark = pytest.mark.quick
+
+
+def test_each_row_is_whole() -> None:
+    assert isinstance(jddim.presets, tuple)
+    assert len({each.name for each in jddim.presets}) == len(jddim.presets)
+    for each in jddim.presets:
+        assert each.schedule in SCHEDULES
+        assert each.prediction == "epsilon"
+        assert (each.fid is None) == (each.fid_from == "")
+        assert each.variance in ("", "fixed_small", "fixed_large", "learned_range")
+        on_hub = converting.hub_id(each.name) is not None
+        assert on_hub == (each.file == each.options == each.origin == "")
+        assert bool(each.advice) == (bool(each.refused) or not on_hub)
+        assert each.licence or each.refused
+
+
+def test_what_is_told_of_a_file_is_what_its_preset_says() -> None:
+    families = pytest.importorskip(
+        "convert.families", reason="it reads YAML: pip install 'jddim[convert-core]'"
+    ).FAMILIES
+    named = set()
+    for each in jddim.presets:
+        assert each.refused or each.family in families
+        if not each.options.startswith("--preset "):
+            continue
+        preset = shlex.split(each.options)[1]
+        named.add(preset)
+        told = families[each.family].presets[preset]
+        assert each.image_size == int(told.get("large_size") or told["image_size"])
+        assert each.train_timesteps == int(told.get("diffusion_steps") or told["num_diffusion_timesteps"])
+        assert each.schedule == (told.get("noise_schedule") or told["beta_schedule"])
+        assert each.classes == (1000 if told.get("class_cond") == "True" else 0)
+        if "var_type" in told:
+            assert each.variance == {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}[told["var_type"]]
+    published = {name for family in families.values() for name in family.presets}
+    assert published - named == {"celebahq"}  # of which no PyTorch file is published
+
+
+def test_the_list(capsys: pytest.CaptureFixture[str], fails) -> None:
+    assert main(["list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == len(jddim.presets) + 2
+    assert all(len(line) <= 120 for line in listed)
+    assert "google/ddpm-cifar10-32" in listed[1]
+    assert "3.17" in listed[1]
+    assert main(["list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [dataclasses.asdict(each) for each in jddim.presets]
+    assert main(["list", "guided-256"]) == 0
+    assert "jddim convert 256x256_diffusion.pt DST --preset guided-256, and name DST" in capsys.readouterr().out
+    assert main(["list", "google/ddpm-cifar10-32"]) == 0
+    assert capsys.readouterr().out.endswith("  get it        jddim sample google/ddpm-cifar10-32 out.png\n")
+    assert "no published checkpoint is known as guided-265 (did you mean 'guided-256'?)" in fails("list", "guided-265")

@@ -1,0 +1,284 @@
+"""jddim.resolving: what names a checkpoint becomes a folder, converted once, and never half."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+pytest.importorskip("safetensors", reason="the sources here are such files: pip install 'jddim[convert-core]'")
+
+from safetensors.numpy import save_file
+
+import jddim
+from jddim import converting, resolving
+from jddim.checkpoint.folder import CheckpointError, load_metadata
+from jddim.cli import warmup
+from jddim.cli.main import main
+from jddim.config import UNetConfig
+from jddim.files import open_lock
+from jddim.resolving import resolve
+from jddim.run import cache
+
+pytestmark = pytest.mark.unoptimised
+
+CONFIG: UNetConfig = tiny.small_config(channel_mults=(1,), attention_levels=(0,))
+TOLD = "image_size: 6x10\nnorm_groups: 4\n"
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of its own, beside which a test works in `here`."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("JDDIM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "checkpoints"
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is converted, without verification, which is tried elsewhere."""
+    done: list[str] = []
+    real = converting.convert
+
+    def convert(src: Any, *args: Any, **options: Any) -> Any:
+        done.append(str(src))
+        return real(src, *args, **options, verify=False)
+
+    monkeypatch.setattr(converting, "convert", convert)
+    monkeypatch.setattr("convert.verify.can_verify", lambda: False)
+    return done
+
+
+def write(path: Path, seed: int = 1) -> Path:
+    """A PyTorch source that needs to be told nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tiny.arrays(CONFIG, seed), path)
+    (path.parent / "config.yml").write_text(TOLD)
+    return path
+
+
+def test_a_source_is_converted_once(kept: Path, conversions: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(Path("run/model.safetensors"))
+    ddim = jddim.load(source)
+    assert ddim.model.config == CONFIG
+    told = capsys.readouterr()
+    (folder,) = kept.glob("[!.]*")
+    assert told.out == ""
+    assert told.err.startswith(f"run/model.safetensors is converted once, into {folder}\n")
+    assert "\n  config: run/config.yml (found)\n" in told.err
+    assert "\n  assumed: norm_eps = 1e-06 (" in told.err
+    assert jddim.load("run/model.safetensors").metadata == ddim.metadata
+    assert capsys.readouterr().err == (
+        f"run/model.safetensors: converted before, {folder} (not verified: PyTorch is not installed)\n"
+    )
+    shutil.copytree("run", "elsewhere/run")  # of the same contents and names
+    assert resolve("elsewhere/run/model.safetensors") == resolve(source.absolute()) == folder
+    assert conversions == ["run/model.safetensors"]
+
+
+def test_other_bytes_configs_and_options_are_other_entries(kept: Path, conversions: list[str]) -> None:
+    source = write(Path("run/model.safetensors"))
+    folders = [resolve(source)]
+    folders.append(resolve(source, settings={"eta": 0.5}))
+    Path("run/config.yml").write_text(TOLD + "beta_end: 0.01\n")
+    folders.append(resolve(source))
+    write(source, seed=2)
+    folders.append(resolve(source))
+    renamed = shutil.copy(source, "run/ema_model.safetensors")  # whose name says what it holds
+    folders.append(resolve(renamed))
+    assert len(set(folders)) == len(conversions) == len(folders)
+    found = [load_metadata(folder) for folder in folders]
+    assert [each.sampler.eta for each in found] == [0, 0.5, 0, 0, 0]
+    assert [each.schedule.beta_end for each in found] == [0.02, 0.02, 0.01, 0.02, 0.02]
+    assert len({each.params_sha256 for each in found}) == 2
+    assert [each.provenance["weights"] for each in found[3:]] == ["unstated", "ema"]
+
+
+def test_a_damaged_entry_is_made_anew_or_refused(
+    kept: Path, conversions: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(Path("run/model.safetensors"))
+    folder = resolve(source)
+    for content in (b"", (folder / "metadata/metadata").read_bytes()[:-30]):
+        (folder / "metadata/metadata").write_bytes(content)
+        capsys.readouterr()
+        assert resolve(source) == folder
+        assert capsys.readouterr().err.startswith("note: the copy in the cache is damaged, and made anew: ")
+    assert len(conversions) == 3
+    for path in [path for path in (folder / "params").rglob("*") if path.is_file()]:
+        content = bytearray(path.read_bytes() or b"x")
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="it is removed, and the same call makes it anew"):
+        jddim.load(source)
+    assert not folder.exists()
+    assert jddim.load(source).metadata is not None
+    assert len(conversions) == 4
+    (tiny.write_checkpoint(Path("mine")) / "metadata/metadata").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="metadata cannot be read"):
+        jddim.load("mine")  # which lies outside the cache, and stays
+    assert Path("mine").is_dir()
+
+
+def test_of_two_at_once_one_converts(kept: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, folders, lines = write(Path("run/model.safetensors")), [], []
+    begun, convert = threading.Event(), converting.convert
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        begun.set()
+        time.sleep(0.3)
+        return convert(*args, **options)
+
+    monkeypatch.setattr(converting, "convert", slowly)
+    first = threading.Thread(target=lambda: folders.append(resolve(source)))
+    first.start()
+    assert begun.wait(30)
+    folders.append(resolve(source, say=lines.append))
+    first.join()
+    assert folders[0] == folders[1]
+    assert lines[0] == "another process is converting the same: waiting for it"
+    assert len(conversions) == 1
+    assert [path.name for path in kept.iterdir()] == [folders[0].name]  # no lock is left
+
+
+def test_large_files_are_read_once(kept: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind))
+    monkeypatch.setattr(resolving, "LARGE", 100)
+    source = write(Path("run/model.safetensors"))
+    found = converting.locate(source)
+
+    kept.mkdir(parents=True)
+    first = resolving._key(found, {}, kept)
+    assert len(read) == 2  # just written, so no receipt
+    old = time.time() - 60
+    os.utime(source, (old, old))
+    keys = {first, resolving._key(found, {}, kept)}
+    read.clear()
+    keys.add(resolving._key(found, {}, kept))
+    assert len(read) == 1  # the config, which is small
+    assert len(keys) == 1
+    (receipt,) = (kept / ".receipts").iterdir()
+    receipt.write_text("nonsense")
+    read.clear()
+    assert {resolving._key(found, {}, kept)} == keys
+    assert len(read) == 2
+    write(source, seed=2)
+    os.utime(source, (old + 1, old + 1))
+    assert resolving._key(found, {}, kept) not in keys
+
+
+def test_what_lies_here_comes_first_and_that_is_said(
+    kept: Path, conversions: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(Path("google/ddpm-cifar10-32/model.safetensors"))
+    metadata = load_metadata(resolve("google/ddpm-cifar10-32"))
+    assert "hub_id" not in metadata.provenance["source"]
+    told = capsys.readouterr().err
+    assert "note: google/ddpm-cifar10-32 is a path here, so the published checkpoint of that name is not asked " in told
+    assert "note: google/ddpm-cifar10-32 is a path here, so the hub is not asked\n" in told
+    mine = tiny.write_checkpoint(Path("guided-256"))
+    assert resolve("guided-256") == mine
+    assert capsys.readouterr().err.startswith("note: guided-256 is a path here")
+    with pytest.raises(TypeError, match="wieghts"):
+        jddim.load("guided-256", wieghts="ema")
+    with pytest.raises(CheckpointError, match="guided-256 is converted already, so it takes no weights or preset"):
+        resolve("guided-256", weights="ema", preset="guided-256")
+
+
+def test_without_a_place_to_keep_it_the_command_is_said(
+    kept: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(Path("run/model.safetensors"))
+    monkeypatch.setenv("JDDIM_CACHE", "")
+    with pytest.raises(CheckpointError, match=r"JDDIM_CACHE is empty\): jddim convert run/model.safetensors DST, then"):
+        resolve(source)
+    Path("file").touch()
+    monkeypatch.setenv("JDDIM_CACHE", "file")
+    with pytest.raises(CheckpointError, match=r"the cache cannot keep the result .*JDDIM_CACHE names another folder"):
+        resolve(source)
+    assert resolve(tiny.write_checkpoint(Path("mine"))) == Path("mine")
+    assert conversions == []
+
+
+def test_what_was_not_verified_is_verified_where_it_can_be(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="verifying needs torch: pip install 'jddim[convert]'")
+    from convert import verify
+
+    source, lines = write(Path("run/model.safetensors")), []
+    with monkeypatch.context() as without:
+        without.setattr(verify, "can_verify", lambda: False)
+        folder = resolve(source, say=lines.append)
+        assert any("NOT VERIFIED: PyTorch is not installed" in line for line in lines)
+        before = load_metadata(folder)
+    assert resolve(source, say=lines.append) == folder
+    assert any("made without PyTorch, which is here" in line for line in lines)
+    after = load_metadata(folder)
+    assert after.params_sha256 == before.params_sha256
+    assert after.provenance["verification"]["output_error"] < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "guided-256",
+            "256x256_diffusion.pt, of openai/guided-diffusion; then jddim convert 256x256_diffusion.pt DST ",
+        ),
+        ("facebook/DiT-XL-2-256", "jddim does not read facebook/DiT-XL-2-256: a transformer of latents"),
+        ("guided-265", "no checkpoint at guided-265; did you mean guided-256?"),
+        ("absent", "no checkpoint at absent\n"),
+    ],
+)
+def test_names_that_are_no_files(kept: Path, fails: Callable[..., str], name: str, said: str) -> None:
+    assert said in fails("sample", name, "a.png")
+    assert ("no such file" if said.startswith("no ") else said) in fails("info", name)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("sample X a.png", "sweep X a.png", "interpolate X a.png", "edit X a.npy a.png --strength 0.5"),
+        *("invert X a.npy x.npy", "bulk X set --num 3", "serve X", "export X a.jddim", "warmup X", "schedule X"),
+        *("cite X", "export-torch X a", "train X data out"),
+    ],
+)
+def test_every_command_takes_whatever_names_a_checkpoint(
+    kept: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(warmup, "_kept", lambda: True)
+    assert "lsun_bedroom.pt, of openai/guided-diffusion" in fails(*command.replace("X", "guided-lsun-bedroom").split())
+
+
+def test_the_cache_is_listed_and_emptied(
+    kept: Path, conversions: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = resolve(write(Path("run/model.safetensors")))
+    programs = kept.parent / f"{cache.PROGRAMS}1"
+    programs.mkdir()
+    (programs / "a-cache").write_bytes(bytes(10**6))
+    (kept / ".dead.lock").touch()
+    capsys.readouterr()
+    assert main(["cache"]) == 0
+    listed = capsys.readouterr().out
+    assert f"{folder.name}  from model.safetensors\n" in listed
+    assert f"1.0 MB  {programs.name}  compiled programs\n" in listed
+    assert main(["cache", "--empty", "programs"]) == 0
+    assert (programs.exists(), folder.exists()) == (False, True)
+    with open_lock(kept / ".busy.lock") as busy:
+        assert resolving.lock(busy)
+        assert main(["cache", "--empty", "--json"]) == 0
+        assert [path.name for path in kept.iterdir()] == [".busy.lock"]
+    monkeypatch.setenv("JDDIM_CACHE", "")
+    assert main(["cache", "--empty"]) == 0
+    assert capsys.readouterr().out.endswith("no cache: JDDIM_CACHE is empty\n")
