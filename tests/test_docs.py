@@ -14,12 +14,14 @@ import pytest
 
 import jddim
 from jddim import config
+from jddim.cli.main import GROUPS
 
 pytestmark = pytest.mark.quick
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 INDEX = (DOCS / "index.md").read_text()
+PAGES = sorted(DOCS.rglob("*.md"))
 PUBLIC = (
     "ddim",
     "sampling",
@@ -35,7 +37,7 @@ PUBLIC = (
 
 
 def test_each_page_is_in_one_toctree_and_nothing_else_is() -> None:
-    blocks = re.findall(r"```\{toctree\}\n(.*?)```", INDEX, re.S)
+    blocks = [block for page in PAGES for block in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.S)]
     listed = [line for block in blocks for line in block.splitlines() if line and not line.startswith(":")]
     there = [
         str(path.relative_to(DOCS).with_suffix(""))
@@ -53,17 +55,37 @@ def test_the_index_names_each_section_of_the_site() -> None:
 
 
 def test_the_reference_has_what_is_public_and_nothing_else() -> None:
-    text = (DOCS / "reference.md").read_text()
-    listed = re.findall(r"automodule:: ([\w.]+)", text)
-    assert listed == [*(f"jddim.{name}" for name in PUBLIC), "jddim.config"]
+    pages = {path.stem: path.read_text() for path in (DOCS / "reference").glob("*.md")}
+    assert pages.keys() == {"jddim", *PUBLIC, "config"}
+    for name in (*PUBLIC, "config"):
+        assert re.findall(r"automodule:: ([\w.]+)", pages[name]) == [f"jddim.{name}"]
+    listed = re.findall(r"\]\(reference/(\w+)\.md\)", (DOCS / "reference.md").read_text())
+    assert listed == ["jddim", *PUBLIC, "config"]
+    text = pages["jddim"]
     alone = re.findall(r"auto(?:class|data|function):: jddim\.(\w+)", text)
     elsewhere = [name for name, module in jddim._HOME.items() if module not in (*PUBLIC, "config")]
     assert sorted(alone) == sorted(elsewhere)  # each flat name is described once
-    shown = re.search(r"jddim.config\n   :members: (.*)", text)[1].split(", ")
+    rows = re.findall(r"^\| \[jddim\.(\w+)\]\((\w+)\.md\) \| (.*) \|$", text, re.M)
+    assert all(module == page for module, page, _ in rows)
+    named = {name: module for module, _, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert named == {name: module for name, module in jddim._HOME.items() if name not in elsewhere}
+    shown = re.search(r"jddim.config\n   :members: (.*)", pages["config"])[1].split(", ")
     assert shown == [name for name, value in vars(config).items() if dataclasses.is_dataclass(value)]
 
 
-PYTHON = [ROOT / "README.md", *DOCS.rglob("*.md"), DOCS / "notebooks" / "first_sampler.py"]
+def test_the_pages_of_commands_are_the_groups_of_commands() -> None:
+    pages = {path.stem: path.read_text() for path in (DOCS / "commands").glob("*.md")}
+    assert {re.search(r"jddim-commands:: (\w+)", text)[1]: name for name, text in pages.items()} == {
+        group: group.lower() for group in GROUPS
+    }
+
+
+def test_the_first_pages_command_is_the_readmes() -> None:
+    (line,) = re.findall(r"```sh\n(.*)\n```", INDEX)
+    assert f"\n{line}  #" in (ROOT / "README.md").read_text()
+
+
+PYTHON = [ROOT / "README.md", *PAGES, DOCS / "notebooks" / "first_sampler.py"]
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))

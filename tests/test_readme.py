@@ -40,6 +40,9 @@ def test_the_readmes_commands_and_python_run(tmp_path: Path, monkeypatch: pytest
     assert found["x_0"].shape == (16, 28, 28, 1)  # as its comment says
     assert found["sweep"].shape == (5, 2, 28, 28, 1)
     assert bool(jax.numpy.isfinite(found["sweep"]).all())
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "index.md").read_text(), re.S)
+    exec(block, found)
+    assert found["ddim"].model.config.image_size == (28, 28)
 
 
 def test_the_readmes_scripts_are_there_and_ci_runs_its_tests() -> None:

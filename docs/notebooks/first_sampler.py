@@ -23,7 +23,8 @@ ROOT = next(path for path in [Path.cwd(), *Path.cwd().parents] if (path / "scrip
 
 # %%
 folder = Path(tempfile.mkdtemp()) / "mnist"
-jddim.convert(ROOT / "scripts/assets/mnist-ddpm/ckpt.pth", folder, verify=False, say=print)  # True needs torch
+source = ROOT / "scripts/assets/mnist-ddpm/ckpt.pth"
+converted = jddim.convert(source, folder, verify=False, say=print)  # True needs torch
 
 # %%
 ddim = jddim.load(folder)
