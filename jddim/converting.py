@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from jddim.checkpoint.card import ALL_ZERO
 from jddim.installing import install_line
 
 if TYPE_CHECKING:  # it imports jax, which the command line must not wait for
@@ -99,6 +98,8 @@ class Verification:
         }
 
     def __str__(self) -> str:
+        from jddim.checkpoint.card import ALL_ZERO
+
         width = max(map(len, self.blocks))
         lines = [f"{'block':<{width}}  error / scale"]
         for name, error in self.blocks.items():

@@ -115,6 +115,12 @@ def atomic(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
             raise
 
 
+def check_free(path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Raise FileExistsError if there is something at `path`, and it may not be overwritten."""
+    if not overwrite and os.path.lexists(path):
+        raise FileExistsError(f"{path} exists; choose another name, or pass --overwrite")
+
+
 @contextlib.contextmanager
 def replacing(target: Path, may_replace: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """A path for a new folder, which takes the place of `target` once it is whole; until then `target` is as it was.

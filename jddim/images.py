@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
-from jddim.files import atomic, beside, open_regular, parse_json, read_arrays, write_array
+from jddim.files import atomic, beside, check_free, open_regular, parse_json, read_arrays, write_array
 
 SHEETS = {".png": "exact", ".jpg": "quality 95", ".jpeg": "quality 95", ".webp": "lossless"}
 """Suffixes of a picture, such as a grid, and how its pixels are kept."""
@@ -293,10 +293,13 @@ def settings_of(image: Image.Image) -> dict[str, Any]:
     return settings
 
 
-def check_output(path: str | os.PathLike[str], channels: int, *, formats: Mapping[str, str] = FORMATS) -> None:
+def check_output(
+    path: str | os.PathLike[str], channels: int, *, formats: Mapping[str, str] = FORMATS, overwrite: bool = False
+) -> None:
     """Raise ValueError or OSError if samples of `channels` channels cannot be written to `path`.
 
-    formats: the suffixes allowed, and what each stands for. To be called before sampling.
+    formats: the suffixes allowed, and what each stands for. overwrite: a file that is there may be replaced, never a
+    folder. To be called before sampling.
     Numbered PNGs are only written into a folder that is new or empty.
     """
     target, suffix = Path(path), _suffix(path, formats)
@@ -304,6 +307,8 @@ def check_output(path: str | os.PathLike[str], channels: int, *, formats: Mappin
         raise ValueError(f"{path}: pictures need 1 or 3 channels, the samples have {channels}; write .npz or .npy")
     if suffix and target.is_dir():
         raise IsADirectoryError(f"{path} is a folder")
+    if suffix:
+        check_free(path, overwrite=overwrite)
     if not suffix and target.exists():
         if not target.is_dir():
             raise FileExistsError(f"{path} is a file; give its format as a suffix, or name a folder")

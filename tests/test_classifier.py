@@ -260,20 +260,22 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ["edit", str(ckpt), images, str(picture), "--strength", "1"],
         ["interpolate", str(ckpt), str(picture), "--num", "3"],
     ):
-        assert main([*command, *given]) == 0
+        assert main([*command, *given, "--overwrite"]) == 0
         said = read_metadata(picture)
         assert said["classifier"] == {"file": "clf", "sha256": digest}
         assert said["classifier_scale"] == 3.0
     up = ["invert", str(ckpt), images, str(tmp_path / "up.npy"), "--reconstruct", str(picture)]
-    assert main([*up, *given[:-2]]) == 0
+    assert main([*up, *given[:-2], "--overwrite"]) == 0
     assert read_metadata(picture)["classifier"]["sha256"] == digest
     np.testing.assert_array_equal(np.load(tmp_path / "up.npy"), ddim.invert(np.load(images), steps=2, **options))
     capsys.readouterr()
-    assert main(["sample", str(ckpt), str(picture), "--num", "3", "--batch-size", "auto", *given]) == 1
+    assert main(["sample", str(ckpt), str(tmp_path / "c.png"), "--num", "3", "--batch-size", "auto", *given]) == 1
     assert "--batch-size auto tries the network alone, without a classifier" in capsys.readouterr().err
-    assert main(["sample", str(ckpt), str(picture), "--num", "3", *given[:2]]) == 1
+    assert main(["sample", str(ckpt), str(tmp_path / "c.png"), "--num", "3", *given[:2]]) == 1
     assert "--classifier-scale is needed beside a classifier, 1 for instance" in capsys.readouterr().err
-    assert main(["sample", str(ckpt), str(picture), "--num", "3", "--classifier", str(ckpt), *given[2:]]) == 1
+    assert (
+        main(["sample", str(ckpt), str(tmp_path / "c.png"), "--num", "3", "--classifier", str(ckpt), *given[2:]]) == 1
+    )
     assert f"{ckpt} is no classifier, but a network to sample" in capsys.readouterr().err
     for command, why in (("bulk", "one checkpoint"), ("sweep", "one checkpoint"), ("export", "has one network")):
         for option in (given[:2], given[2:4]):

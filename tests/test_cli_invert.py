@@ -71,7 +71,10 @@ def test_the_way_back_is_samples_and_its_errors_are_printed(
     np.testing.assert_allclose(printed, [*errors, errors.mean()], rtol=1e-3)  # four digits are printed
     assert errors.max() > 1e-6
     capsys.readouterr()
-    assert main([*words, "--reconstruct", str(tmp_path / "again.npy"), "--batch-size", "auto", "--json"]) == 0
+    assert (
+        main([*words, "--reconstruct", str(tmp_path / "again.npy"), "--batch-size", "auto", "--json", "--overwrite"])
+        == 0
+    )
     told = capsys.readouterr()
     found = json.loads(told.out)
     assert "batch size" in told.err  # progress, which is no part of the document

@@ -90,7 +90,7 @@ def test_a_spacing_that_makes_another_number_of_steps_says_so(
 ) -> None:
     sampled(conditional, tmp_path, "--labels", "3", "--spacing", "uniform", "--steps", "3")  # range(0, 1000, 333)
     assert "note: uniform spacing makes 4 steps of 3" in capsys.readouterr().out
-    sampled(conditional, tmp_path, "--labels", "3", "--spacing", "uniform", "--steps", "4")
+    sampled(conditional, tmp_path, "--labels", "3", "--spacing", "uniform", "--steps", "4", "--overwrite")
     assert "note" not in capsys.readouterr().out
 
 
@@ -156,10 +156,15 @@ def test_quiet_prints_nothing_but_mistakes(
     words = ["sample", str(conditional), str(tmp_path / "out.png"), "--labels", "3", "--steps", "3", "--num", "2", "-q"]
     assert main(words) == 0
     assert capsys.readouterr() == ("", "")
-    assert "quiet" not in images.read_metadata(tmp_path / "out.png")
-    assert main([*words, "--eta", "-1"]) == 1
+    assert not {"quiet", "overwrite"} & images.read_metadata(tmp_path / "out.png").keys()
+    before = (tmp_path / "out.png").read_bytes()
+    assert main([*words, "--seed", "1"]) == 1
+    assert "out.png exists; choose another name, or pass --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out.png").read_bytes() == before
+    assert main([*words, "--overwrite", "--eta", "-1"]) == 1
     assert "--eta must be" in capsys.readouterr().err
-    assert main([word for word in words if word != "-q"]) == 0
+    assert main([*words[:-1], "--overwrite", "--seed", "1"]) == 0
+    assert (tmp_path / "out.png").read_bytes() != before
     told = capsys.readouterr()
     assert "2 images in 4 ddim steps" in told.out
     assert "compiling 4 steps" in told.err

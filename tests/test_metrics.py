@@ -196,7 +196,7 @@ def test_evaluate_by_features_made_elsewhere(tmp_path: Path, capsys: pytest.Capt
     expected = frechet_distance(Moments.of(made), Moments.of(real))
     for reference, more in (("real.npy", {"kernel_distance", "precision"}), ("stats.npz", set())):
         words = ["evaluate", str(tmp_path / "made.npy"), "--reference", str(tmp_path / reference)]
-        assert main([*words, "--features", "pool3", "--json", str(tmp_path / "f.json")]) == 0
+        assert main([*words, "--features", "pool3", "--json", str(tmp_path / "f.json"), "--overwrite"]) == 0
         figures = json.loads((tmp_path / "f.json").read_text())
         assert figures["frechet_distance"] == pytest.approx(expected, rel=1e-5)  # made is float32
         assert more <= figures.keys()

@@ -16,6 +16,7 @@ from jddim.bulk import distributed
 from jddim.cli.options import (
     CKPT,
     add_ckpt,
+    add_overwrite,
     add_request,
     checkpoint,
     condition_of,
@@ -28,6 +29,9 @@ from jddim.cli.options import (
 from jddim.config import counted, first_few
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from jddim.bulk.manifest import Manifest
     from jddim.bulk.run import Make
 
@@ -83,6 +87,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     sub.add_argument("folders", type=Path, nargs="+", metavar="OUT", help="the set's folder, or its workers' folders")
     sub.add_argument("target", type=Path, metavar="samples.npz", help="arr_0 uint8 NHWC; arr_1 labels, if any")
+    add_overwrite(sub)
 
     sub = command(
         "check",
@@ -104,6 +109,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("source", type=Path, metavar="OUT|FILE.png", help="a folder of jddim bulk, or one of its PNGs")
     sub.add_argument("--index", type=int, metavar="I", help="which image of the folder")
     sub.add_argument("--out", type=Path, metavar="FILE.png", help="write it there as well")
+    add_overwrite(sub)
     _sources(sub)
 
 
@@ -150,7 +156,8 @@ def _bulk(args: argparse.Namespace) -> int:
     else:
         check_folder(args.out)
         # Another worker may be looking at the folder now: what is tried must look like a part of a shard.
-        check_output(args.out / ("shard-.npz" if args.format == "npz" else "shard-.png"), metadata.model.in_channels)
+        probe = args.out / ("shard-.npz" if args.format == "npz" else "shard-.png")
+        check_output(probe, metadata.model.in_channels, overwrite=True)
 
     import jax
 
@@ -184,7 +191,12 @@ def _bulk(args: argparse.Namespace) -> int:
         else:  # between segments, signals are heard: a batch may take minutes
             make = bulk.sampler(ddim, config, condition, on_segment=lambda now: jax.block_until_ready(now.x_t))
         labels = functools.partial(bulk.labels_of, ddim, config)
-        done = bulk.run(args.out, manifest, make, labels, worker=args.shard, say=say, made=bar.add)
+
+        def told(first: int) -> NDArray[np.uint8]:
+            bar.compiling()
+            return make(first)
+
+        done = bulk.run(args.out, manifest, told, labels, worker=args.shard, say=say, made=bar.add)
     seconds = time.perf_counter() - started
     if args.distributed is not None:
         distributed.wait_for_all()  # or the first to end would end the others
@@ -250,7 +262,9 @@ def _found(given: Path | None, folder: Path | None, there: str | None, what: str
 
 def _collect(args: argparse.Namespace) -> int:
     from jddim.bulk import collecting
+    from jddim.files import check_free
 
+    check_free(args.target, overwrite=args.overwrite)
     if args.target.suffix.lower() != ".npz":
         raise ValueError(f"{args.target}: the evaluators' file ends in .npz")
     num, doubles = collecting.collect(args.folders, args.target)
@@ -307,7 +321,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         else:
             folder = None
     if args.out is not None:
-        check_output(args.out, pixels.shape[-1], formats={".png": "exact"})
+        check_output(args.out, pixels.shape[-1], formats={".png": "exact"}, overwrite=args.overwrite)
     make, elsewhere = _maker(manifest, folder, args)
     keep = None
     if args.out is not None:

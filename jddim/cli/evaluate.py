@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jddim.cli.options import print_json
+from jddim.cli.options import add_overwrite, print_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +50,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="FILE",
         help="write the figures there, to many digits; without FILE: print them as one JSON document instead",
     )
+    add_overwrite(sub)
 
 
 def digit_features(path: Path) -> np.ndarray:
@@ -91,7 +92,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from jddim.evaluate import metrics, mnist_cnn
 
     if args.json not in (None, STDOUT):
-        images.check_output(args.json, 1, formats={".json": "the figures"})
+        images.check_output(args.json, 1, formats={".json": "the figures"}, overwrite=args.overwrite)
     made: Any
     real: Any
     if args.features is None:

@@ -51,7 +51,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     metadata = checkpoint(args)
-    check_output(args.out, metadata.model.in_channels, formats={".jddim": "a sampler"})
+    check_output(args.out, metadata.model.in_channels, formats={".jddim": "a sampler"}, overwrite=args.overwrite)
 
     import jddim
     from jddim.scale import export

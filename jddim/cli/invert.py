@@ -58,11 +58,12 @@ def _invert(args: argparse.Namespace) -> int:
     from jddim.images import STILLS, check_output, check_sheet, load_images, save_images
 
     metadata = checkpoint(args)
-    check_output(args.out, metadata.model.in_channels, formats={".npy": "x_T, exactly"})
+    channels, overwrite = metadata.model.in_channels, args.overwrite
+    check_output(args.out, channels, formats={".npy": "x_T, exactly"}, overwrite=overwrite)
     if args.reconstruct is not None:
         if args.reconstruct.absolute() == args.out.absolute():
             raise ValueError(f"--reconstruct {args.reconstruct} is OUT as well: name two files")
-        check_output(args.reconstruct, metadata.model.in_channels, formats=STILLS)
+        check_output(args.reconstruct, channels, formats=STILLS, overwrite=overwrite)
     images = load_images(args.images, metadata.model.image_size)
     if args.reconstruct is not None:
         check_sheet(args.reconstruct, len(images), images.shape[1:3])

@@ -32,6 +32,8 @@ def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None
     told: help in place of a field's. An option that has been defined before is left as it is. --condition and
     --classifier, which name files, are added here too.
     """
+    if command not in ("serve", "bulk", "warmup"):  # which name no file, or go on with what is there
+        add_overwrite(sub)
     if command != "serve":
         quiet = "print nothing but errors and warnings"
         sub.add_argument("-q", "--quiet", action="store_true", help=quiet)
@@ -156,6 +158,11 @@ class _Refused(argparse.Action):
         parser.error(f"{self.option_strings[0]} is not for {parser.prog}: {self.why}")
 
 
+def add_overwrite(sub: argparse.ArgumentParser) -> None:
+    """Give a command --overwrite, for the files that it writes."""
+    sub.add_argument("--overwrite", action="store_true", help="replace files that are there, never folders")
+
+
 CKPT = "a folder of jddim convert, a PyTorch checkpoint, a hub id (OWNER/NAME[@REVISION]), or a name of jddim list"
 
 
@@ -179,7 +186,7 @@ def load_for(args: argparse.Namespace, request: Request, formats: Mapping[str, s
     import jddim
     from jddim.images import check_output
 
-    check_output(args.out, checkpoint(args).model.in_channels, formats=formats)
+    check_output(args.out, checkpoint(args).model.in_channels, formats=formats, overwrite=args.overwrite)
     return jddim.load(args.ckpt, dtype=request.dtype)
 
 
@@ -188,7 +195,7 @@ def settings_of(args: argparse.Namespace, request: Request, ddim: DDIM, planned:
     from jddim import __version__
 
     assert ddim.metadata is not None
-    names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out", "quiet"}
+    names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out", "quiet", "overwrite"}
     own = {n: v.name if isinstance(v, Path) else v for n, v in vars(args).items() if n not in names}
     if own.pop("condition", None) is not None:
         own["condition"] = given_file(args.condition)

@@ -90,13 +90,13 @@ def _sample(args: argparse.Namespace) -> int:
     from jddim.images import SHEETS, check_output, check_sheet, save_images, save_picture
 
     metadata = checkpoint(args)
-    check_output(args.out, metadata.model.in_channels)
+    check_output(args.out, metadata.model.in_channels, overwrite=args.overwrite)
     in_terminal = args.preview == Path("-")
     if in_terminal and (not sys.stderr.isatty() or metadata.model.in_channels not in (1, 3)):
         why = "stderr is no terminal" if not sys.stderr.isatty() else "pictures have 1 or 3 channels"
         raise ValueError(f"--preview - draws in the terminal, but {why}; name a FILE.png, or leave it out")
     if args.preview is not None and not in_terminal:
-        check_output(args.preview, metadata.model.in_channels, formats=SHEETS)
+        check_output(args.preview, metadata.model.in_channels, formats=SHEETS, overwrite=args.overwrite)
 
     import jax
     import numpy as np

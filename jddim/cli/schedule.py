@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jddim.cli.options import CKPT, add_ckpt, add_json, checkpoint, print_json
+from jddim.cli.options import CKPT, add_ckpt, add_json, add_overwrite, checkpoint, print_json
 from jddim.installing import install_line
 from jddim.run.request import SPACING_NAMES
 
@@ -43,6 +43,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--compare", metavar="NAME", help="another spacing's table beside it: what the paper does, what diffusers does"
     )
     sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it (needs jddim[plot])")
+    add_overwrite(sub)
     add_json(sub)
 
 
@@ -73,6 +74,10 @@ def _schedule(args: argparse.Namespace) -> int:
         raise ValueError(f"--eta must be a number >= 0, got {args.eta}")
     if args.eta > (limit := largest_eta(table)):
         raise ValueError(f"--eta {args.eta:g} is too large for this table: at most {limit:.4g}")
+    if args.plot is not None:
+        from jddim.files import check_free
+
+        check_free(args.plot, overwrite=args.overwrite)
     if args.plot is not None and args.plot.suffix.lower() not in PLOTS:
         raise ValueError(f"--plot {args.plot}: end it in {', '.join(PLOTS)}")
     if args.plot is not None and find_spec("matplotlib") is None:

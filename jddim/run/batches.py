@@ -54,6 +54,7 @@ def run(
     images: list[Array] = []
     trajectories: list[Trajectory] = []
     with Progress(num, f"{rows.num_steps} steps", shown=False if inside else progress) as bar:
+        bar.compiling()
         for low in range(0, num, size):
             batch = Batch(low, min(size, num - low), size)
             part, kept = plan.part(batch), []

@@ -36,10 +36,10 @@ def place() -> str:
 
 
 class Progress:
-    """`with Progress(num_images, "30 steps") as progress: progress.add(images_done)`.
+    """`with Progress(num_images, "30 steps") as progress:`; then `compiling()`, and `add(images)` as they are done.
 
-    shown: whether; None: in a notebook or at a terminal alone. Until the first `add` it says that the program is
-    compiling; images/s and time left start after it.
+    shown: whether; None: in a notebook or at a terminal alone. What is added before `compiling` was found, not made:
+    images/s and time left start at the first `add` after it.
     """
 
     def __init__(self, num_images: int, label: str = "", *, shown: bool | None = True):
@@ -48,42 +48,49 @@ class Progress:
         self._place = place()
         self.shown = shown is not False and not _silent.get() and (shown is True or self._place != "lines")
         self._done = 0.0
+        self._begun = False
         self._bar: Any = None
-        self._started = self._last = 0.0  # at the first `add`, and at the line before
+        self._started = self._last = 0.0  # at the first image made, and at the line before
         self._first = 0.0
 
     def __enter__(self) -> Progress:
-        if self.shown and self._place != "notebook":
-            what = f"compiling {self.label}, or reading what was compiled before ..."
-            print(what, end="\r" if self._place == "terminal" else "\n", file=sys.stderr, flush=True)
-        elif self.shown:
+        return self
+
+    def compiling(self) -> None:
+        """Say that the first program is made now, unless it has been said."""
+        if self._begun or not self.shown:
+            return
+        self._begun = True
+        if self._place == "notebook":
             self._bar = self._new_bar()
             self._bar.set_postfix_str("compiling ...")
-        return self
+        else:
+            what = f"compiling {self.label}, or reading what was compiled before ..."
+            print(what, end="\r" if self._place == "terminal" else "\n", file=sys.stderr, flush=True)
 
     def add(self, images: float) -> None:
         """Count images done; a segment of k of S steps over b images counts b * k / S."""
         self._done += images
-        if not self.shown:
+        if not self._begun:
             return
         if self._place == "lines":
             self._line()
         elif self._bar is None:
-            self._bar = self._new_bar(initial=self._done)
+            self._bar = self._new_bar()
         else:
             self._bar.set_postfix_str("", refresh=False)
             self._bar.update(images)
 
-    def _new_bar(self, **more: Any) -> Any:
+    def _new_bar(self) -> Any:
         from tqdm.auto import tqdm
 
         return tqdm(
             total=self.num_images,
+            initial=self._done,
             desc=self.label,
             unit="image",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
             file=sys.stderr,
-            **more,
         )
 
     def _line(self) -> None:
