@@ -28,6 +28,7 @@ from jddim.scale.sharding import Sharded, make_mesh
 from jddim.schedule import linear_schedule
 from jddim.train.task import Task
 
+pytestmark = pytest.mark.unoptimised
 NUM, SIZE = 3, (6, 10)
 BESIDE = jax.random.uniform(jax.random.key(1), (NUM, *SIZE, 2), minval=-1)
 X_T = jax.random.normal(jax.random.key(2), (NUM, *SIZE, 1))

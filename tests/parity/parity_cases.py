@@ -236,6 +236,8 @@ UNET_SAMPLER_CASES = _ids(
         SamplerCase(300, 300, 1.0, "clip", False),
     ]
 )
+# T is data, which the sampler's cases vary in float64: of the network's, those of one T are enough there.
+FLOAT64_NETWORK_CASES = {name: case for name, case in UNET_SAMPLER_CASES.items() if case.T == 300 and case.S < 300}
 # alpha_bar begins at 2.4e-9 here, so float32 knows the first x0_hat only to 20 000 roundings, on either side.
 COSINE_CASES = _ids(SamplerCase(1000, S, eta, clip, False, "cosine") for S in (3, 30) for eta in ETAS for clip in CLIPS)
 

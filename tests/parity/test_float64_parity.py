@@ -22,7 +22,7 @@ def errors() -> dict[str, dict[str, float]]:
         *(("unet", name) for name in cases.UNET_CASES),
         *(("openai", name) for name in openai_cases.OPENAI_CASES),
         *(("sampler", name) for name in cases.SAMPLER_CASES),
-        *(("network", name) for name in cases.UNET_SAMPLER_CASES),
+        *(("network", name) for name in cases.FLOAT64_NETWORK_CASES),
         *(("ancestral", name) for name in cases.ANCESTRAL_CASES),
         *(("cosine", name) for name in cases.COSINE_CASES),
         *(("eta 1 is ancestral", f"T {T}") for T in (300, 1000)),
