@@ -384,19 +384,21 @@ class DDIM:
     ) -> Denoiser:
         """`denoise(x_t, t)`, the network as the loops of `jddim.sampling`, `jddim.editing` and the like take it.
 
-        labels: `(b,)`, for a network with classes. condition, guidance_scale, null_label: as in `sample`; the scale may
-        also be a function of t (`jddim.guidance`). A learned variance is left out. Closes over the weights: under
-        `jit`, pass the model to the jitted function and call this on `dataclasses.replace(ddim, model=model)`, or every
-        weight becomes a constant of the program.
+        labels: `(b,)` or one for all, for a network with classes. condition, guidance_scale, null_label: as in
+        `sample`; the scale may also be a function of t (`jddim.guidance`). A learned variance is left out. Closes over
+        the weights: under `jit`, pass the model to the jitted function and call this on
+        `dataclasses.replace(ddim, model=model)`, or every weight becomes a constant of the program.
         Raises ValueError if labels, condition or guidance are not this network's.
         """
+        one = labels is not None and np.ndim(labels) == 0
         labels = None if labels is None else jnp.asarray(labels)
-        num = 1 if labels is None or labels.ndim == 0 else labels.shape[0]
+        num = 1 if labels is None or one else labels.shape[0]
         config, c = self.model.config, self.sampler
         scale = 1.0 if callable(guidance_scale) else guidance_scale
         if guidance_scale is not None and null_label is None:
             null_label = self.null_label
-        problems = label_problems(config, labels, num) + guidance_problems(config, scale, null_label, num)
+        problems = label_problems(config, labels[None] if one else labels, num)  # type: ignore[index]
+        problems += guidance_problems(config, scale, null_label, num)
         beside = None if condition is None else jnp.asarray(condition)
         lead = (num, *config.image_size)
         if beside is not None and beside.ndim == 4:

@@ -77,6 +77,8 @@ def test_the_way_back_is_samples_and_its_errors_are_printed(
     )
     told = capsys.readouterr()
     found = json.loads(told.out)
+    assert main([*words, "--json", "--quiet", "--overwrite"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 3
     assert "batch size" in told.err  # progress, which is no part of the document
     np.testing.assert_allclose(found["errors"], errors, rtol=1e-5)
     assert (found["x_T"], found["images"]) == (str(tmp_path / "x_T.npy"), 3)

@@ -25,6 +25,7 @@ from jddim.models.building import build_model, flat_params
 from jddim.pipeline import DDIM
 from jddim.run.request import Request
 from jddim.scale.sharding import Sharded, make_mesh
+from jddim.scale.sweeping import sweep
 from jddim.schedule import linear_schedule
 from jddim.train.task import Task
 
@@ -148,6 +149,10 @@ def test_what_is_missing_or_too_much_is_said() -> None:
         ddim.denoiser(condition=jnp.ones((2, 3, 5, 2)))(X_T, jnp.zeros(NUM))
     with pytest.raises(ValueError, match=r"condition must have shape \(3, 6, 10, 2\), got \(2, 6, 10, 2\)"):
         Sharded(ddim, make_mesh()).sample(0, NUM, condition=BESIDE[:2])
+    with pytest.raises(ValueError, match=r"condition must be float32, got float64: give condition.astype"):
+        Sharded(ddim, make_mesh()).sample(0, NUM, condition=np.asarray(BESIDE, np.float64))
+    with pytest.raises(ValueError, match=r"sweep: condition must have shape \(2, 6, 10, 2\), got \(3, 6, 10, 2\)"):
+        sweep(ddim, 0, 2, [0.5], condition=BESIDE)
     plain = ddim_of(config(condition_channels=0))
     with pytest.raises(ValueError, match="is given no image beside x_t: leave condition out"):
         plain.sample(0, NUM, condition=BESIDE)
@@ -236,7 +241,10 @@ def test_a_set_and_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main([*make[:3], "--num", "5", *make[5:]]) == 1
     assert "--condition holds 3 images: give 5, or one for all" in capsys.readouterr().err
     assert main(make[:-2]) == 1
-    assert "--condition is needed" in capsys.readouterr().err
+    assert "--condition is needed, an image of 2 channels for each: (3, 6, 10, 2)" in capsys.readouterr().err
+    np.save(tmp_path / "nan.npy", BESIDE.at[2, 1, 3, 1].set(jnp.nan))
+    assert main([*make[:-1], str(tmp_path / "nan.npy")]) == 1
+    assert "--condition holds a NaN or infinity, first at (2, 1, 3, 1)" in capsys.readouterr().err
     assert not out.exists()
     assert main(make) == 0
     pixels = np.stack([np.asarray(Image.open(file)) for file in sorted(out.glob("*/*.png"))])

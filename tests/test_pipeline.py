@@ -250,16 +250,25 @@ def test_one_t_and_one_label_are_every_samples() -> None:
     chex.assert_trees_all_equal(lucidrains(x_t, 7), lucidrains(x_t, jnp.full(3, 7)))
 
 
+def test_without_stderr_images_are_made(ddim: jddim.DDIM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    assert ddim.sample(0).shape == (1, *SIZE, 2)
+
+
 def test_tensors_are_answered_with_the_line_that_converts_them(ddim: jddim.DDIM) -> None:
     torch = pytest.importorskip("torch")
     x_T = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 2, *SIZE), np.float32))
     noise = torch.zeros((7, 3, 2, *SIZE))
-    with pytest.raises(
-        ValueError, match=r"got torch's Tensor: give x_T\.permute\(0, 2, 3, 1\)\.numpy\(force=True\)"
-    ) as e:
+    with pytest.raises(ValueError, match=r"got torch's Tensor: give x_T\.permute\(0, 2, 3, 1\)\.float\(\)\.numpy") as e:
         ddim.sample(x_T=x_T, noise=noise, eta=0.5)
-    assert "give noise.permute(0, 1, 3, 4, 2).numpy(force=True)" in str(e.value)
-    converted = x_T.permute(0, 2, 3, 1).numpy(force=True)
+    assert "give noise.permute(0, 1, 3, 4, 2).float().numpy(force=True)" in str(e.value)
+    converted = x_T.permute(0, 2, 3, 1).float().numpy(force=True)
+    with pytest.raises(ValueError, match=r"give x_T\.float\(\)\.numpy\(force=True\)"):  # channels last already
+        ddim.sample(x_T=torch.zeros((3, *SIZE, 2), dtype=torch.bfloat16), eta=0)
+    with pytest.raises(
+        ValueError, match=r"labels must be one for all or one an image, got torch's Tensor: give labels"
+    ):
+        toy(SEVEN, class_embedding="learned", num_classes=5).sample(0, labels=torch.ones(2, device="meta").long())
     assert ddim.sample(x_T=converted, eta=0).shape == (3, *SIZE, 2)
     with pytest.raises(ValueError, match=r"images must be .* give images\.permute\(0, 2, 3, 1\)"):
         ddim.invert(x_T)

@@ -74,7 +74,7 @@ def test_what_a_sweep_refuses(ddim: jddim.DDIM) -> None:
         sweep(ddim, KEY, 3, ETAS, labels=labels, rows_at_once=0)
     with pytest.raises(ValueError, match="keeps no trajectory"):
         sweep(ddim, KEY, 3, ETAS, labels=labels, trajectory_every=1)
-    with pytest.raises(ValueError, match="sample: this network is class-conditional"):
+    with pytest.raises(ValueError, match="sweep: this network is class-conditional"):
         sweep(ddim, KEY, 3, ETAS)
 
 

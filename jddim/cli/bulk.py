@@ -160,14 +160,20 @@ def _bulk(args: argparse.Namespace) -> int:
         check_output(probe, metadata.model.in_channels, overwrite=True)
 
     import jax
+    import numpy as np
 
     import jddim
     from jddim.run import plan
+    from jddim.run.problems import condition_problems
+    from jddim.run.request import RequestError
 
     ddim = dataclasses.replace(jddim.load(args.ckpt, dtype=request.dtype), sampler=used)
     condition = condition_of(args.condition, asked.image_size or metadata.model.image_size)
     if condition is not None and len(condition) not in (1, args.num):
         raise ValueError(f"--condition holds {counted(len(condition), 'image')}: give {args.num}, or one for all")
+    shape = (args.num if condition is None else len(condition), *(asked.image_size or metadata.model.image_size))
+    if problems := condition_problems(metadata.model, condition, shape, np.float32):
+        raise RequestError(problems, "bulk")
     first = plan.Inputs(jax.random.key(asked.seed), condition=None if condition is None else condition[:1])
     plan.plan(ddim, asked, first, 1, args.batch_size).check("bulk")  # raises before anything is written
     if automatic and not begun:

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. A user's mistake is one line on stderr and status 1 (2: bad options)."""
     try:
         args = _parser().parse_args(argv)
-        with silently() if getattr(args, "quiet", False) else contextlib.nullcontext():
+        quiet, document = getattr(args, "quiet", False), getattr(args, "json", False)
+        with silently(document=document) if quiet else contextlib.nullcontext():
             status: int = args.run(args)
         return status
     except BrokenPipeError:  # the reader of our output (head, less) has gone

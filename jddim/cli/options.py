@@ -268,11 +268,11 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def silently() -> Iterator[None]:
-    """What a command prints to stdout goes nowhere, and it shows no progress: --quiet."""
+def silently(*, document: bool) -> Iterator[None]:
+    """What a command prints to stdout goes nowhere, unless that is a --json document, and it shows no progress."""
     from jddim.run.progress import silence
 
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), silence():
+    with open(os.devnull, "w") as nowhere, silence(), contextlib.redirect_stdout(sys.stdout if document else nowhere):
         yield
 
 

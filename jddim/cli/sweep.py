@@ -110,7 +110,7 @@ def _sweep(args: argparse.Namespace) -> int:
         )
         asked = (ddim, key, args.num, args.eta)
         if as_atlas:
-            made.append(atlas.survey(*asked, S, distance=distance, **options))
+            made.append(atlas.survey(*asked, S, distance=distance, progress=True, **options))
         else:
             made.append(np.asarray(sweep(*asked, steps=S, progress=True, **options)))
     settings = settings_of(args, request, ddim, planned[0], "sweep") | {"steps": steps}

@@ -31,6 +31,7 @@ from jddim.run.compiling import Bound, is_traced
 from jddim.run.methods import Classified, Given, Guidance, Inversion, Kept, Method
 from jddim.run.problems import (
     array_problems,
+    as_numpy,
     batch_size_problems,
     channels_first,
     classifier_problems,
@@ -38,6 +39,7 @@ from jddim.run.problems import (
     eta_problems,
     guidance_problems,
     key_problems,
+    kind_of,
     label_problems,
     mask_problems,
     network_problems,
@@ -290,8 +292,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
 
     given = inputs.x_T if inputs.images is None else inputs.images
     if num is None:
-        one_each = (x for x in (given, inputs.labels, inputs.condition) if x is not None and np.ndim(x))
-        first = next(one_each, None)
+        first = next((x for x in (given, inputs.labels, inputs.condition) if x is not None and np.ndim(x)), None)
         num = 1 if first is None else np.shape(first)[0]
         if first is None and batch_size is not None:
             problems.append(("num", "num must be given beside batch_size, which is how many are made at a time"))
@@ -329,17 +330,16 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     weight = inputs.classifier_scale if inputs.classifier_scale is not None else request.classifier_scale
     if not method.takes_eta and asked_eta is not None:
         problems += _eta_of_none(method, request, asked_eta)
-    labels = inputs.labels if isinstance(inputs.labels, Array) or inputs.labels is None else np.asarray(inputs.labels)
+    labels, wrong = one_each(inputs.labels, num)
+    problems += wrong
     if not num_problems(num):
-        if labels is not None and labels.ndim == 0:
-            labels = np.broadcast_to(labels, num) if isinstance(labels, np.ndarray) else jnp.broadcast_to(labels, num)
         if inputs.numbers is None:
             problems += start_problems(request.start, num)
         numbers = inputs.numbers if inputs.numbers is not None else _numbers(request.start, num)
         if labels is None and request.labels is not None:
             labels, wrong = labels_of(ddim, request, numbers, classifier)
             problems += wrong
-        if request.labels is None or labels is not None:
+        if not wrong and (request.labels is None or labels is not None):
             problems += label_problems(config, labels, num, classifier)
         rows_of_noise = (rows.num_steps, *((2,) if resampled else ()), num, *shape)
         if isinstance(method, Inversion):
@@ -446,6 +446,21 @@ def labels_of(
         return None, [("labels", f"labels must lie in 0..{classes - 1}, got {shown}")]
     places = np.arange(num) if "," in text else np.asarray(numbers).astype(np.int64)
     return np.array(each, np.int32)[places % len(each)], []
+
+
+def one_each(labels: ArrayLike | None, num: int) -> tuple[Array | np.ndarray | None, Problems]:
+    """Labels as an array, of one for all `(num,)`; and what is wrong with them."""
+    if labels is None or isinstance(labels, Array):
+        held: Array | np.ndarray | None = labels
+    else:
+        try:
+            held = np.asarray(labels)
+        except (TypeError, ValueError, RuntimeError):  # a tensor on a GPU, lists of several lengths
+            told = f"labels must be one for all or one an image, got {kind_of(labels)}"
+            return None, [("labels", f"{told}: give {as_numpy('labels', labels)}")]
+    if held is not None and held.ndim == 0 and not num_problems(num):
+        held = (np if isinstance(held, np.ndarray) else jnp).broadcast_to(held, num)
+    return held, []
 
 
 def classes_in_turn(ddim: Source, request: Request, classifier: ClassifierConfig | None = None) -> list[int]:

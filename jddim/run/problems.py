@@ -83,7 +83,8 @@ def array_problems(
     if array is None:
         return []
     if not isinstance(array, (Array, np.ndarray)):
-        return [(name, f"{name} must be an array of jax or NumPy, got {kind_of(array)}: give {as_numpy(name, array)}")]
+        how = as_numpy(name, array, expected[-1])
+        return [(name, f"{name} must be an array of jax or NumPy, got {kind_of(array)}: give {how}")]
     problems: Problems = []
     if np.shape(array) != expected:
         of_steps = "" if steps is None else f", one row for each of {steps} steps"
@@ -93,7 +94,8 @@ def array_problems(
             problems.append((name, told))
     elif array.dtype != dtype:
         wanted = jnp.dtype(dtype).name
-        how = f"{name} / 127.5 - 1 as {wanted}" if array.dtype == np.uint8 else f"{name}.astype('{wanted}')"
+        pictures = array.dtype == np.uint8 and name in ("images", "condition")
+        how = f"{name} / 127.5 - 1 as {wanted}" if pictures else f"{name}.astype('{wanted}')"
         problems.append((name, f"{name} must be {wanted}, got {array.dtype}: give {how}"))
     elif not isinstance(array, jax.core.Tracer) and not _all_finite(array):
         where = tuple(int(i) for i in np.argwhere(~np.isfinite(np.asarray(array)))[0])
@@ -109,12 +111,14 @@ def kind_of(value: object) -> str:
     return f"a {name}" if module == "builtins" else f"{module}'s {name}"
 
 
-def as_numpy(name: str, value: object) -> str:
-    """How an argument of this name, a PyTorch tensor mostly, becomes an array with channels last."""
+def as_numpy(name: str, value: object, channels: int | None = None) -> str:
+    """How an argument of this name, a PyTorch tensor mostly, becomes an array; with channels last, if it has any."""
     if not kind_of(value).startswith("torch's"):
         return f"numpy.asarray({name}, dtype='float32')"
-    order = {4: ".permute(0, 2, 3, 1)", 5: ".permute(0, 1, 3, 4, 2)"}.get(np.ndim(value), "")  # type: ignore[arg-type]
-    return f"{name}{order}.numpy(force=True)"
+    shape = tuple(value.shape)  # type: ignore[attr-defined]
+    last = channels is not None and len(shape) > 3 and shape[-3] == channels != shape[-1]
+    order = {4: ".permute(0, 2, 3, 1)", 5: ".permute(0, 1, 3, 4, 2)"}.get(len(shape), "") if last else ""
+    return f"{name}{order}{'.float()' if channels is not None else ''}.numpy(force=True)"
 
 
 def mask_problems(mask: Array | np.ndarray | None, shape: tuple[int, int, int]) -> Problems:

@@ -32,7 +32,7 @@ def place() -> str:
     shell = None if ipython is None else ipython.get_ipython()
     if shell is not None and hasattr(shell, "kernel"):
         return "notebook"
-    return "terminal" if sys.stderr.isatty() else "lines"
+    return "terminal" if sys.stderr is not None and sys.stderr.isatty() else "lines"
 
 
 class Progress:

@@ -55,6 +55,7 @@ def survey(
     made = np.asarray(sweep(ddim, key, num, np.asarray(etas), steps=steps, rows_at_once=rows_at_once, **options))
     again = np.asarray(etas)[: rows_at_once or len(etas)]
     start = time.perf_counter()
+    options["progress"] = False
     jax.block_until_ready(sweep(ddim, key, num, again, steps=steps, rows_at_once=rows_at_once, **options))
     seconds = (time.perf_counter() - start) / (len(again) * num)
     distances = None if distance is None else [distance(images) for images in made]

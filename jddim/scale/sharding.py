@@ -28,7 +28,7 @@ from jddim.models.layers import at_least_float32
 from jddim.pipeline import DDIM
 from jddim.run.batches import run as run_plan
 from jddim.run.compiling import compiler_options, faster, kind_of
-from jddim.run.plan import Images, Inputs, as_key, labels_of, plan
+from jddim.run.plan import Images, Inputs, as_key, labels_of, one_each, plan
 from jddim.run.problems import condition_problems, label_problems
 from jddim.run.request import Request, RequestError, check_names, taken_by
 
@@ -150,13 +150,13 @@ class Sharded:
             labels, problems = labels_of(self.ddim, request, np.concatenate([np.arange(f, f + size) for f in firsts]))
             if problems:
                 raise RequestError(problems, "sample")
-        rows = None if labels is None else jnp.asarray(labels)
-        config, beside = self.ddim.model.config, None if condition is None else jnp.asarray(condition)
+        config, (held, problems) = self.ddim.model.config, one_each(labels, num)
         shape = (num, *(request.image_size or config.image_size))
-        problems = label_problems(config, rows, num)
-        problems += condition_problems(config, beside, shape, at_least_float32(self.ddim.model.dtype))
+        problems = problems or label_problems(config, held, num)
+        problems += condition_problems(config, condition, shape, at_least_float32(self.ddim.model.dtype))
         if problems:
             raise RequestError(problems, "sample")
+        rows, beside = (None if x is None else jnp.asarray(x) for x in (held, condition))
         asked = dataclasses.replace(request, labels=None, seed=0, start=0)
         run = self._program(num, rows is not None, asked, batch_size, beside is not None)
         images: Array = run(self.ddim.model, as_key(key), jnp.asarray(firsts, jnp.uint32), rows, beside)

@@ -42,17 +42,16 @@ def sweep(
     Raises ValueError on what `sample` would, and FloatingPointError naming the etas if an image is not finite.
     """
     etas = np.asarray(etas, float)
-    table = ddim.table(steps, spacing)
     if etas.ndim != 1 or not etas.size:
         raise ValueError(f"etas must be a list of numbers, got {etas}")
     if rows_at_once is not None and rows_at_once < 1:
         raise ValueError(f"rows_at_once must be at least 1, got {rows_at_once}")
     if options.get("trajectory_every") is not None:
         raise ValueError("a sweep keeps no trajectory: call sample at each eta")
-    if problems := eta_problems(etas, len(etas), table):
+    asked = {**options, "steps": steps, "spacing": spacing, "start": start}
+    if problems := eta_problems(etas, len(etas), ddim.table(steps, spacing)):
         raise RequestError(problems, "sweep")
-    if num is None:
-        num = len(options["x_T"]) if options.get("x_T") is not None else 0
+    num = ddim._plan("sweep", key, num, {**asked, "eta": float(etas.max())}).check("sweep").num
     rows = min(rows_at_once or len(etas), len(etas))
     key = as_key(key)
     keys = None if key is None else sample_keys(key, num, start) if key.ndim == 0 else key
