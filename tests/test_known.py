@@ -63,6 +63,7 @@ def test_the_list(capsys: pytest.CaptureFixture[str], fails) -> None:
     assert len(listed) == len(jddim.presets) + 2
     assert all(len(line) <= 120 for line in listed)
     assert "google/ddpm-cifar10-32" in listed[1]
+    assert listed[-1] == "jddim list NAME says how to get one"
     assert "3.17" in listed[1]
     assert main(["list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [dataclasses.asdict(each) for each in jddim.presets]
