@@ -96,8 +96,8 @@ def _converted(name: str, say: Callable[[str], None], told: Told) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         key = _key(found, told, root)
         new = root / f"{re.sub(r'[^A-Za-z0-9-]+', '-', found.name)[:60]}-{key}"
-        same = (entry for entry in cache.found("checkpoints") if entry.name.endswith(f"-{key}"))
-        folder = next(same, new)  # of the same contents, under another name
+        alike = (path for path in root.glob(f"*-{key}") if cache.kind(path) == "checkpoints")
+        folder = next(alike, new)  # of the same contents, under another name
         if _usable(folder, name, say):
             return folder
         with _alone(root / f".{key}.lock", say):

@@ -7,6 +7,7 @@ has set there stays. The library never does this: there the program around it de
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -51,7 +52,8 @@ def kind(path: Path) -> str | None:
             return "left"
         return "checkpoints" if re.fullmatch(_CHECKPOINT, path.name) and _is_folder(path) else None
     if path.parent == root() and _PROGRAMS.fullmatch(path.name) and _is_folder(path):
-        return "programs" if all(_PROGRAM.fullmatch(name) for name in os.listdir(path)) else None
+        with contextlib.suppress(OSError):
+            return "programs" if all(_PROGRAM.fullmatch(name) for name in os.listdir(path)) else None
     return None
 
 
