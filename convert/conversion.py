@@ -21,7 +21,7 @@ from jddim.checkpoint.card import ALL_ZERO
 from jddim.checkpoint.folder import CheckpointError, check_destination, load_params, load_recorded, save_checkpoint
 from jddim.checkpoint.metadata import ClassifierMetadata, Metadata
 from jddim.config import ClassifierConfig, did_you_mean, to_json
-from jddim.converting import Located, Paths, UnsettledError, Verification, hub_id
+from jddim.converting import Located, Paths, UnsettledError, Verification, Warns
 from jddim.files import MOST_JSON, parse_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
 
@@ -71,8 +71,6 @@ def convert(
     family, source, plan = opened.family, opened.source, opened.plan
     with refusing(src):
         params = _params(family, source, plan)
-    if origin.hub_id is None and hub_id(os.fspath(src), here=True) is not None:
-        say(f"note: {src} is a path here, so the hub is not asked")
     for line in opened.lines:
         say(line)
     say(f"  {len(params)} parameters filled, {sum(p.size for p in params.values()):,} numbers")
@@ -80,7 +78,7 @@ def convert(
     figure: dict[str, Any] = {"skipped": True}
     if verify and not verification.can_verify():
         figure["reason"] = "PyTorch is not installed"
-        say(f"  NOT VERIFIED: PyTorch is not installed; where it is, run: jddim verify {dst} {src}")
+        say(Warns(f"  NOT VERIFIED: PyTorch is not installed; where it is, run: jddim verify {dst} {src}"))
     elif verify:
         result = _verify(family, source, plan, params)
         if result.first_bad is not None:
@@ -92,7 +90,7 @@ def convert(
             f"  verified: largest error {result.output_error:.1e} of the output's scale, against PyTorch {result.torch}"
         )
         if result.all_zero:
-            say(f"  WARNING: {ALL_ZERO}")
+            say(Warns(f"  WARNING: {ALL_ZERO}"))
         figure = result.to_json()
     else:
         say("  not verified (--no-verify), and recorded as such")
@@ -284,7 +282,7 @@ def _open(
         *([f"  told, not checked by the file: {_pairs(plan.unchecked, told)}"] if plan.unchecked else []),
         *(f"  ignored: {name}: {reason}" for name, reason in plan.ignored.items()),
         *(f"  note: {note}" for note in plan.notes),
-        *(f"  WARNING: {warning}" for warning in plan.warnings),
+        *(Warns(f"  WARNING: {warning}") for warning in plan.warnings),
     ]
     return _Opened(family, source, plan, files, told, tuple(lines))
 

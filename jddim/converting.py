@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from jddim.installing import install_line
+from jddim.known import published
 
 if TYPE_CHECKING:  # it imports jax, which the command line must not wait for
     from jddim.checkpoint.metadata import ClassifierMetadata, Metadata
@@ -46,6 +47,10 @@ class UnsettledError(ConversionError):
     def __init__(self, said: str, asks: Iterable[str], options: Iterable[str] = ()):
         super().__init__(said)
         self.asks, self.options, self.command = tuple(asks), tuple(options), ""
+
+
+class Warns(str):
+    """A line for `say` that warns: it is shown where other lines are not wanted."""
 
 
 class Told(TypedDict, total=False):
@@ -137,7 +142,7 @@ def convert(
     revision: branch, tag or commit of a hub id. license: the weights', recorded; no file tells it. verify: run both
     networks on the same inputs and refuse where a block differs by more than 1e-4 of its scale; where PyTorch is not
     installed it is not done, which `say` is told and the metadata records. overwrite: replace `dst` if it is a jddim
-    checkpoint. say: is given what is found, line by line; `print`, say.
+    checkpoint. say: is given what is found, line by line, a `Warns` where it warns; `print`, say.
 
     Returns the metadata written: the configs of model, schedule and sampler (a classifier's has the model's alone), and
     in `provenance` the source, all that was assumed and the verification's figures.
@@ -150,7 +155,7 @@ def convert(
         src,
         dst,
         config=config,
-        settings=_as_text(settings),
+        settings=as_text(settings),
         preset=preset,
         weights=weights,
         variant=variant,
@@ -210,7 +215,7 @@ def info(
     described: list[str] = _part("conversion").describe(
         path,
         config=config,
-        settings=_as_text(settings),
+        settings=as_text(settings),
         preset=preset,
         weights=weights,
         variant=variant,
@@ -292,18 +297,37 @@ def locate(
 def hub_id(src: str, *, here: bool = False) -> tuple[str, str | None] | None:
     """The hub id and revision of OWNER/NAME or OWNER/NAME@REVISION; None for what names a file, if anything.
 
-    A weights file is none, nor, unless `here`, is what lies or would lie in a folder that exists.
+    A weights file is none. Nor, unless `here`, is a name without a revision of which OWNER is a folder here, except for
+    the names of `jddim.presets`. Whether anything lies here under the whole name is for the caller to see.
     """
     match = re.fullmatch(r"(([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*))(?:@([\w./-]+))?", src)
-    if match is None or match[3].endswith(_FILES) or (not here and Path(match[2]).exists()):
+    if match is None or match[3].endswith(_FILES) or src.endswith(_FILES):
+        return None
+    if not (here or match[4] or published(match[1])) and Path(match[2]).exists():
         return None
     return match[1], match[4]
+
+
+def not_asked(src: str) -> str:
+    """Why the hub is not asked for what is no path, in words that follow an error's; "" where that is plain."""
+    if hub_id(src) is not None or hub_id(src, here=True) is None:
+        return ""
+    return f"; {src.partition('/')[0]} is a folder here, so the hub is not asked (it is for {src}@main)"
+
+
+def shadowed(src: str) -> str:
+    """A note where a path here has the name of what would be fetched; "" elsewhere."""
+    known = published(src)
+    if hub_id(src) is None or (known is not None and known.refused) or not Path(src).exists():
+        return ""
+    return f"note: {src} is a path here, so the hub is not asked"
 
 
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yml", ".yaml")
 
 
-def _as_text(settings: Settings | None) -> dict[str, str]:
+def as_text(settings: Settings | None) -> dict[str, str]:
+    """Settings as `--set` takes them."""
     return {key: str(value) for key, value in (settings or {}).items()}
 
 

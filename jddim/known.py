@@ -11,8 +11,9 @@ class Preset:
 
     name: what `jddim.load` takes: a hub id, or a name for a file that is downloaded by hand. family: of
     `jddim convert`. image_size: the side, in pixels. classes: 0 where there are none. licence: the one that the source
-    states. schedule, train_timesteps, prediction, variance: what it was trained with, and the variance of its ancestral
-    sampler, as in `jddim.ScheduleConfig` and `jddim.SamplerConfig`. fid: what `fid_from` reports, of its own sampler.
+    states. schedule, train_timesteps, prediction, variance: what it was trained with (Palette's: what its source
+    samples by), and the variance of its ancestral sampler, as in `jddim.ScheduleConfig` and `jddim.SamplerConfig`.
+    fid: what `fid_from` reports, of its own sampler.
     file, origin: of one that is no hub id: the file's name, and who publishes it. options: `jddim convert`'s for it.
     refused: why jddim does not read it.
     """
@@ -90,6 +91,17 @@ def _openai(
     )
 
 
+def _palette(preset: str, epoch: int) -> Preset:
+    """Of which the README publishes the weights."""
+    return Preset(
+        *(preset, "palette", 256, 0, "MIT"),
+        variance="fixed_small",
+        file=f"{epoch}_Network.pth",
+        origin="Janspiry/Palette-Image-to-Image-Diffusion-Models",
+        options=f"--preset {preset}",
+    )
+
+
 _GUIDED = f"{_ADM}'s README, with its classifier"
 _UNGUIDED = f"{_ADM}'s README"
 _HYBRID, _IMPROVED = "arXiv:2102.09672", ("cosine", 4000)
@@ -131,6 +143,8 @@ presets: tuple[Preset, ...] = (
     _openai("improved-imagenet64-uncond-vlb", "imagenet64_uncond_vlb_100M_1500K.pt", 64, trained=_IMPROVED),
     _openai("improved-imagenet64-cond", "imagenet64_cond_270M_250K.pt", 64, 1000, trained=_IMPROVED),
     _openai("improved-lsun-bedroom", "lsun_uncond_100M_2400K_bs64.pt", 256),
+    _palette("inpainting_celebahq", 200),
+    _palette("inpainting_places2", 16),
     Preset(
         "CompVis/ldm-celebahq-256", "diffusers", 256, 0, "", refused="it makes latents, for which jddim has no decoder"
     ),

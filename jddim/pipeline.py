@@ -126,7 +126,7 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, **told
     ValueError for another dtype.
     """
     _check_dtype(dtype)
-    metadata, params = _held(path, told, load_metadata)
+    metadata, params = _held(path, told, "load", load_metadata)
     model = build_model(metadata.model, params, dtype)
     return DDIM(model, make_schedule(metadata.schedule), metadata.sampler, metadata)
 
@@ -140,19 +140,22 @@ def load_classifier(
     `load`.
     """
     _check_dtype(dtype)
-    metadata, params = _held(path, told, load_classifier_metadata)
+    metadata, params = _held(path, told, "load_classifier", load_classifier_metadata)
     model: Any = build_model(metadata.model, params, dtype)
     assert isinstance(model, Classifier)
     return model
 
 
 def _held(
-    path: str | os.PathLike[str], told: Told, metadata_of: Callable[[Path], Recorded]
+    path: str | os.PathLike[str], told: Told, of: str, metadata_of: Callable[[Path, object], Recorded]
 ) -> tuple[Recorded, Mapping[str, np.ndarray]]:
-    """The metadata and parameters of what names a checkpoint. A copy in the cache whose parameters are damaged goes."""
-    check_names(told, [*Told.__annotations__], "load")
+    """The metadata and parameters of what names a checkpoint. A copy in the cache whose parameters are damaged goes.
+
+    of: the function that is called.
+    """
+    check_names(told, [*Told.__annotations__], of)
     folder = resolve(path, **told)
-    metadata = metadata_of(folder)
+    metadata = metadata_of(folder, path)
     try:
         return metadata, load_params(folder, metadata)
     except CheckpointError as error:

@@ -1,8 +1,8 @@
 """Whatever names a checkpoint becomes a jddim folder: a PyTorch source is converted once, into the cache.
 
 An entry's key is made of the bytes and names of all files that its conversion may read, of what was told, of the hub's
-commit and of jddim's version. To compute it, large files are read once: a receipt keeps a file's digest for as long as
-its path, size, time and inode stay.
+commit and of jddim's version; it is computed before the conversion and after it. To compute it, large files are read
+once: a receipt keeps a file's digest for as long as its path, size, time and inode stay.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Unpack
 
 from jddim import __version__, converting
 from jddim.config import printable
-from jddim.converting import Located, Told, UnsettledError
+from jddim.converting import Located, Told, UnsettledError, Warns, as_text
 from jddim.files import atomic, lock, open_lock, open_regular, recover, remove
 from jddim.known import presets, published
-from jddim.run import cache
+from jddim.run import cache, progress
 
 LARGE = 2**20
 """Bytes of a file from which on a receipt is kept of its digest."""
@@ -34,8 +34,13 @@ FRESH = 2.0
 
 
 def to_stderr(line: str) -> None:
-    """Print a line of what is found."""
-    print(printable(line), file=sys.stderr, flush=True)
+    """Print a line of what is found; under `progress.silence` only if it warns."""
+    if isinstance(line, Warns) or not progress.silent():
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+_made: set[Path] = set()
+"""The entries that this process took for other names."""
 
 
 def resolve(src: str | os.PathLike[str], say: Callable[[str], None] = to_stderr, **told: Unpack[Told]) -> Path:
@@ -53,22 +58,24 @@ def resolve(src: str | os.PathLike[str], say: Callable[[str], None] = to_stderr,
     name, path = os.fspath(src), Path(src)
     if not os.path.lexists(path):
         recover(path.absolute())
-    there, known = path.exists(), published(name)
-    if there and known is not None:
-        say(f"note: {name} is a path here, so the published checkpoint of that name is not asked for")
+    if note := converting.shadowed(name):
+        say(note)
     if (path / "metadata").is_dir() or (path / "params").is_dir():
         if given := [option for option, value in told.items() if value is not None]:
             raise CheckpointError(f"{name} is converted already, so it takes no {' or '.join(given)}")
         return path
-    if not there and known is None and converting.hub_id(name) is None:
+    if not path.exists() and published(name) is None and converting.hub_id(name) is None:
         near = difflib.get_close_matches(name, [each.name for each in presets], 1)
-        raise CheckpointError(f"no checkpoint at {name}" + (f"; did you mean {near[0]}?" if near else ""))
-    return _converted(name, say, told)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise CheckpointError(f"no checkpoint at {name}{converting.not_asked(name)}{meant}")
+    folder = _converted(name, say, told)
+    _made.add(folder)
+    return folder
 
 
 def forget(folder: Path) -> bool:
-    """Remove a folder if it is an entry of the cache: whether it was."""
-    if folder.parent != cache.checkpoints():
+    """Remove a folder if it is an entry of the cache that was taken for another name: whether it was."""
+    if folder not in _made or cache.kind(folder) != "checkpoints":
         return False
     remove(folder)
     return True
@@ -89,12 +96,23 @@ def _converted(name: str, say: Callable[[str], None], told: Told) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         key = _key(found, told, root)
         new = root / f"{re.sub(r'[^A-Za-z0-9-]+', '-', found.name)[:60]}-{key}"
-        folder = next(root.glob(f"[!.]*-{key}"), new)  # of the same contents, under another name
+        alike = (path for path in root.glob(f"*-{key}") if cache.kind(path) == "checkpoints")
+        folder = next(alike, new)  # of the same contents, under another name
         if _usable(folder, name, say):
             return folder
         with _alone(root / f".{key}.lock", say):
             if not _usable(folder, name, say, alone=True):  # by now
                 _convert(name, found, folder, say, told)
+                same = False
+                with contextlib.suppress(OSError, converting.ConversionError):  # it is gone
+                    again = found if found.hub_id is not None else converting.locate(name, **where)  # type: ignore[arg-type]
+                    same = _key(again, told, root) == key
+                if not same:
+                    remove(folder)
+                    raise CheckpointError(
+                        f"{name} changed while it was converted, so the result is not kept; the same call converts it "
+                        "again"
+                    )
     except OSError as error:
         if error.filename is None or not Path(error.filename).is_relative_to(root):
             raise
@@ -136,7 +154,7 @@ def _usable(folder: Path, name: str, say: Callable[[str], None], *, alone: bool 
         checked = load_recorded(folder).provenance.get("verification", {})
     except CheckpointError as error:
         if alone:
-            say(f"note: the copy in the cache is damaged, and made anew: {error}")
+            say(Warns(f"note: the copy in the cache is damaged, and made anew: {error}"))
             remove(folder)
         return False
     unverified = checked.get("skipped") is True
@@ -144,12 +162,14 @@ def _usable(folder: Path, name: str, say: Callable[[str], None], *, alone: bool 
         if alone:
             say("note: the copy in the cache was made without PyTorch, which is here: it is made anew, and verified")
         return False
-    say(f"{name}: converted before, {folder}" + (" (not verified: PyTorch is not installed)" if unverified else ""))
+    before = f"{name}: converted before, {folder}"
+    say(Warns(f"{before} (not verified: PyTorch is not installed)") if unverified else before)
     return True
 
 
 def _key(found: Located, told: Told, root: Path) -> str:
-    options = [str(told.get(option)) for option in ("settings", "preset", "weights", "variant")]
+    settings = sorted(as_text(told.get("settings")).items())
+    options = [settings, *(told.get(option) for option in ("preset", "weights", "variant"))]
     # The names of a file and its folder say what is in it: ema_x/model-1.ckpt.
     files = [[*file.absolute().parts[-2:], _sha256(file, root)] for file in found.files]
     facts = [__version__, found.hub_id, found.commit, options, files]
@@ -168,7 +188,7 @@ def _sha256(file: Path, root: Path) -> str:
                     return kept
         digest = hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]  # BinaryIO has no readinto
     if seen.st_size >= LARGE and time.time() - seen.st_mtime > FRESH:
-        with atomic(receipt) as staging:
+        with contextlib.suppress(OSError), atomic(receipt) as staging:  # the receipt saves time, no more
             staging.write_text(digest)
     return digest
 

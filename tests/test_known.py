@@ -43,13 +43,18 @@ def test_what_is_told_of_a_file_is_what_its_preset_says() -> None:
         named.add(preset)
         told = families[each.family].presets[preset]
         assert each.image_size == int(told.get("large_size") or told["image_size"])
-        assert each.train_timesteps == int(told.get("diffusion_steps") or told["num_diffusion_timesteps"])
-        assert each.schedule == (told.get("noise_schedule") or told["beta_schedule"])
+        counts, schedules = (
+            ("diffusion_steps", "num_diffusion_timesteps", "n_timestep"),
+            ("noise_schedule", "beta_schedule", "schedule"),
+        )
+        assert [each.train_timesteps] == [int(told[name]) for name in counts if name in told]
+        assert [each.schedule] == [told[name] for name in schedules if name in told]
         assert each.classes == (1000 if told.get("class_cond") == "True" else 0)
         if "var_type" in told:
             assert each.variance == {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}[told["var_type"]]
     published = {name for family in families.values() for name in family.presets}
-    assert published - named == {"celebahq"}  # of which no PyTorch file is published
+    # of which no PyTorch file is published
+    assert published - named == {"celebahq", "uncropping_places2", "colorization_mirflickr25k"}
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str], fails) -> None:
@@ -58,6 +63,7 @@ def test_the_list(capsys: pytest.CaptureFixture[str], fails) -> None:
     assert len(listed) == len(jddim.presets) + 2
     assert all(len(line) <= 120 for line in listed)
     assert "google/ddpm-cifar10-32" in listed[1]
+    assert listed[-1] == "jddim list NAME says how to get one"
     assert "3.17" in listed[1]
     assert main(["list", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [dataclasses.asdict(each) for each in jddim.presets]

@@ -26,7 +26,7 @@ from jddim.cli.main import main
 from jddim.config import UNetConfig
 from jddim.files import open_lock
 from jddim.resolving import resolve
-from jddim.run import cache
+from jddim.run import cache, progress
 
 pytestmark = pytest.mark.unoptimised
 
@@ -40,7 +40,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("JDDIM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "checkpoints"
+    return tmp_path / "cache" / "jddim-checkpoints"
 
 
 @pytest.fixture
@@ -185,11 +185,11 @@ def test_what_lies_here_comes_first_and_that_is_said(
     metadata = load_metadata(resolve("google/ddpm-cifar10-32"))
     assert "hub_id" not in metadata.provenance["source"]
     told = capsys.readouterr().err
-    assert "note: google/ddpm-cifar10-32 is a path here, so the published checkpoint of that name is not asked " in told
-    assert "note: google/ddpm-cifar10-32 is a path here, so the hub is not asked\n" in told
+    assert told.count("is a path here") == 1
+    assert told.startswith("note: google/ddpm-cifar10-32 is a path here, so the hub is not asked\n")
     mine = tiny.write_checkpoint(Path("guided-256"))
     assert resolve("guided-256") == mine
-    assert capsys.readouterr().err.startswith("note: guided-256 is a path here")
+    assert capsys.readouterr().err == ""  # for it is never fetched
     with pytest.raises(TypeError, match="wieghts"):
         jddim.load("guided-256", wieghts="ema")
     with pytest.raises(CheckpointError, match="guided-256 is converted already, so it takes no weights or preset"):
@@ -219,7 +219,8 @@ def test_what_was_not_verified_is_verified_where_it_can_be(kept: Path, monkeypat
     with monkeypatch.context() as without:
         without.setattr(verify, "can_verify", lambda: False)
         folder = resolve(source, say=lines.append)
-        assert any("NOT VERIFIED: PyTorch is not installed" in line for line in lines)
+        (warning,) = [line for line in lines if isinstance(line, converting.Warns)]
+        assert "NOT VERIFIED: PyTorch is not installed" in warning
         before = load_metadata(folder)
     assert resolve(source, say=lines.append) == folder
     assert any("made without PyTorch, which is here" in line for line in lines)
@@ -264,10 +265,10 @@ def test_the_cache_is_listed_and_emptied(
     kept: Path, conversions: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = resolve(write(Path("run/model.safetensors")))
-    programs = kept.parent / f"{cache.PROGRAMS}1"
+    programs = kept.parent / "jaxlib-0.1-0123abcd"
     programs.mkdir()
     (programs / "a-cache").write_bytes(bytes(10**6))
-    (kept / ".dead.lock").touch()
+    (kept / f".{'d' * 16}.lock").touch()
     capsys.readouterr()
     assert main(["cache"]) == 0
     listed = capsys.readouterr().out
@@ -275,10 +276,114 @@ def test_the_cache_is_listed_and_emptied(
     assert f"1.0 MB  {programs.name}  compiled programs\n" in listed
     assert main(["cache", "--empty", "programs"]) == 0
     assert (programs.exists(), folder.exists()) == (False, True)
-    with open_lock(kept / ".busy.lock") as busy:
+    with open_lock(kept / f".{'b' * 16}.lock") as busy:
         assert resolving.lock(busy)
         assert main(["cache", "--empty", "--json"]) == 0
-        assert [path.name for path in kept.iterdir()] == [".busy.lock"]
+        assert [path.name for path in kept.iterdir()] == [f".{'b' * 16}.lock"]
     monkeypatch.setenv("JDDIM_CACHE", "")
     assert main(["cache", "--empty"]) == 0
     assert capsys.readouterr().out.endswith("no cache: JDDIM_CACHE is empty\n")
+
+
+def test_what_is_not_the_caches_stays(kept: Path, conversions: list[str]) -> None:
+    folder = resolve(write(Path("run/model.safetensors")))
+    own = [
+        *("checkpoints/run1/ckpt.pth", "checkpoints/.git/HEAD", "jaxlib-0.1/setup.py", "jaxlib-0.1-0123abcd/README"),
+        *("jddim-checkpoints/mine/ckpt.pth", "jddim-checkpoints/.git/HEAD", f"checkpoints/{folder.name}/ckpt.pth"),
+    ]
+    for file in [kept.parent / name for name in own]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (kept / f"x-{'0' * 16}").symlink_to(Path.cwd())
+    for place in (kept / "damaged", kept / f"y-{'1' * 16}"):  # one by an entry's name, but named itself
+        tiny.write_checkpoint(place)
+        for file in (place / "params").rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"x")
+        with pytest.raises(CheckpointError, match="convert the checkpoint again"):
+            jddim.load(place)
+        assert place.is_dir()
+    assert cache.found("checkpoints") == [folder, kept / f"y-{'1' * 16}"]
+    assert main(["cache", "--empty"]) == 0
+    assert cache.found("checkpoints", "programs", "left") == []
+    assert all((kept.parent / name).exists() for name in [*own, "jddim-checkpoints/damaged/params"])
+    assert Path("run/model.safetensors").exists()
+
+
+def test_beside_a_living_process(kept: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "found", lambda *kinds: [kept / ".gone.lock"] if kinds == ("left",) else [])
+    assert main(["cache", "--empty"]) == 0
+
+    def gone(path: Path) -> Path:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(resolving, "atomic", gone)
+    monkeypatch.setattr(resolving, "LARGE", 1)
+    source = write(Path("run/model.safetensors"))
+    os.utime(source, (1e9, 1e9))
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert resolving._sha256(source, kept) == digest
+
+
+@pytest.mark.parametrize("change", [lambda source: write(source, seed=2), Path.unlink], ids=["other", "gone"])
+def test_a_source_that_changes_meanwhile_is_not_kept(
+    kept: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]
+) -> None:
+    source, convert = write(Path("run/model.safetensors")), converting.convert
+
+    def beside(*args: Any, **options: Any) -> Any:
+        metadata = convert(*args, **options)
+        change(source)
+        return metadata
+
+    monkeypatch.setattr(converting, "convert", beside)
+    with pytest.raises(CheckpointError, match=r"model.safetensors changed while it"):
+        resolve(source)
+    assert list(kept.iterdir()) == []
+
+
+def test_the_key_does_not_depend_on_spelling(kept: Path) -> None:
+    found = converting.locate(write(Path("run/model.safetensors")))
+    told = [{"norm_groups": 4, "eta": 0.5}, {"eta": "0.5", "norm_groups": "4"}, {"eta": "0.5", "norm_groups": "2"}]
+    first, same, other = [resolving._key(found, {"settings": each}, kept) for each in told]
+    assert first == same != other
+
+
+def test_ids_beside_a_folder_of_the_owner(kept: Path, fails: Callable[..., str]) -> None:
+    Path("google").mkdir()
+    assert converting.hub_id("google/ddpm-cifar10-32") == ("google/ddpm-cifar10-32", None)
+    assert converting.hub_id("google/mine@main") == ("google/mine", "main")
+    assert converting.hub_id("google/mine") == converting.hub_id("google/mine@2.pt") is None
+    said = "google/mine; google is a folder here, so the hub is not asked (it is for google/mine@main)"
+    assert f"no checkpoint at {said}" in fails("sample", "google/mine", "a.png")
+    assert f"no such file: {said}" in fails("info", "google/mine")
+
+
+def test_under_silence_only_warnings_are_said(
+    kept: Path, conversions: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(Path("run/model.safetensors"))
+    with progress.silence():
+        folder = resolve(source)
+        assert capsys.readouterr().err == ""
+        resolve(source)
+        assert capsys.readouterr().err.endswith("(not verified: PyTorch is not installed)\n")
+        (folder / "metadata/metadata").write_bytes(b"")
+        resolve(source)
+        assert capsys.readouterr().err.startswith("note: the copy in the cache is damaged, and made anew: ")
+        resolving.to_stderr("a line")
+    assert capsys.readouterr().err == ""
+
+
+def test_errors_name_what_was_given(
+    kept: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(Path("run/model.safetensors"))
+    monkeypatch.setattr(converting, "convert", lambda src, folder, **_: tiny.write_classifier(folder))
+    for _ in range(2):  # made, and made before
+        with pytest.raises(CheckpointError, match=r"^run/model\.safetensors is a classifier.* --classifier run/model"):
+            jddim.load(source)
+    capsys.readouterr()
+    assert "jddim: error: run/model.safetensors is a classifier" in fails("sample", source, "a.png", "-q")
+    with pytest.raises(TypeError, match=r"load_classifier\(\) takes no 'licence'"):
+        jddim.load_classifier(source, licence=3)

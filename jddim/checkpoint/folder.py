@@ -121,25 +121,26 @@ def _is_ours(target: Path) -> bool:
         return False
 
 
-def load_metadata(path: str | os.PathLike[str]) -> Metadata:
+def load_metadata(path: str | os.PathLike[str], named: object = None) -> Metadata:
     """The metadata of the checkpoint folder of a network to sample, without its parameters.
 
     Raises CheckpointError if the folder is absent, incomplete, edited, or written by a newer jddim, or a classifier's.
+    named: what the folder was made from, which the user knows it by.
     """
     metadata = load_recorded(path)
     if isinstance(metadata, ClassifierMetadata):
         raise CheckpointError(
-            f"{path} is a classifier, which is not sampled but guides: jddim sample CKPT OUT --labels LABELS "
-            f"--classifier {path} --classifier-scale 1 (jddim.load_classifier)"
+            f"{named or path} is a classifier, which is not sampled but guides: jddim sample CKPT OUT --labels LABELS "
+            f"--classifier {named or path} --classifier-scale 1 (jddim.load_classifier)"
         )
     return metadata
 
 
-def load_classifier_metadata(path: str | os.PathLike[str]) -> ClassifierMetadata:
+def load_classifier_metadata(path: str | os.PathLike[str], named: object = None) -> ClassifierMetadata:
     """As `load_metadata`, of a classifier, and only of one."""
     metadata = load_recorded(path)
     if isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path} is no classifier, but a network to sample: {metadata.model.summary}")
+        raise CheckpointError(f"{named or path} is no classifier, but a network to sample: {metadata.model.summary}")
     return metadata
 
 

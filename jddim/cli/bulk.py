@@ -236,7 +236,7 @@ def _maker(manifest: Manifest, folder: Path | None, args: argparse.Namespace) ->
 
     named = None if args.ckpt is None else resolve(args.ckpt)
     path = _found(named, folder, manifest.checkpoint, "checkpoint", "--ckpt CKPT")
-    sha256 = load_metadata(path).sha256
+    sha256 = load_metadata(path, args.ckpt).sha256
     if sha256 != manifest.checkpoint_sha256:
         raise ValueError(
             f"{path} is another checkpoint: its SHA-256 is {sha256[:12]}..., the images were made with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +33,12 @@ def _cache(args: argparse.Namespace) -> int:
     from jddim.files import remove
 
     root = cache.root()
-    kept = [] if root is None else _entries(root)
+    kept = _entries()
     removed = [entry for entry in kept if args.empty in ("all", entry["kind"])]
     for entry in removed:
         remove(Path(entry["folder"]))
-    if root is not None and args.empty in ("all", "checkpoints"):
-        _sweep(root / "checkpoints")
+    if args.empty in ("all", "checkpoints"):
+        _sweep()
     if args.json:
         left = [entry for entry in kept if entry not in removed]
         print_json({"folder": None if root is None else str(root), "removed": removed, "kept": left})
@@ -52,30 +53,38 @@ def _cache(args: argparse.Namespace) -> int:
     return 0
 
 
-def _entries(root: Path) -> list[dict[str, Any]]:
+def _entries() -> list[dict[str, Any]]:
     """The folders of the cache: their kind, size and, of a checkpoint, what it was converted from."""
-    found = []
-    for kind, place, pattern in (
-        ("checkpoints", root / "checkpoints", "[!.]*"),
-        ("programs", root, f"{cache.PROGRAMS}*"),
-    ):
-        for folder in sorted(place.glob(pattern)) if place.is_dir() else ():
-            size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
-            found.append({"kind": kind, "folder": str(folder), "bytes": size, "from": _source(kind, folder)})
-    return found
+    return [
+        {
+            "kind": kind,
+            "folder": str(folder),
+            "bytes": sum(map(_size, folder.rglob("*"))),
+            "from": _source(kind, folder),
+        }
+        for kind in ("checkpoints", "programs")
+        for folder in cache.found(kind)
+    ]
 
 
-def _sweep(place: Path) -> None:
+def _size(path: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):  # a living process removes some
+        return path.lstat().st_size if path.is_file() else 0
+    return 0
+
+
+def _sweep() -> None:
     """Remove receipts, and what killed processes left; what a living one works on is locked, and stays."""
     from jddim.files import lock, remove
 
-    for path in place.glob(".*"):
-        held = os.open(path, os.O_RDONLY)
-        try:
-            if lock(held):
-                remove(path)
-        finally:
-            os.close(held)
+    for path in cache.found("left"):
+        with contextlib.suppress(FileNotFoundError):  # a living process is done with it
+            held = os.open(path, os.O_RDONLY)
+            try:
+                if lock(held):
+                    remove(path)
+            finally:
+                os.close(held)
 
 
 def _source(kind: str, folder: Path) -> str | None:

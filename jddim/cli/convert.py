@@ -80,6 +80,8 @@ def source_options(sub: argparse.ArgumentParser) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    if note := converting.shadowed(args.src):
+        say(note)
     converting.convert(
         args.src,
         args.dst,

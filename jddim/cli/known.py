@@ -42,7 +42,7 @@ def _list(args: argparse.Namespace) -> int:
         for each in found:
             if each.refused:
                 print(f"not read: {each.name}: {each.refused}")
-        print("jddim sample NAME out.png samples one; jddim list NAME says more")
+        print("jddim list NAME says how to get one")
     return 0
 
 

@@ -100,9 +100,11 @@ def classifier_of(args: argparse.Namespace, request: Request) -> Classifier | No
     if args.classifier is None:
         return None
     import jddim
+    from jddim.checkpoint.folder import load_classifier_metadata
     from jddim.resolving import resolve
 
-    args.classifier = resolve(args.classifier)
+    named, args.classifier = args.classifier, resolve(args.classifier)
+    load_classifier_metadata(args.classifier, named)
     return jddim.load_classifier(args.classifier, dtype=request.dtype)
 
 
@@ -174,11 +176,10 @@ def add_ckpt(sub: argparse.ArgumentParser, nargs: str | None = None, text: str =
 def checkpoint(args: argparse.Namespace) -> Metadata:
     """The metadata of CKPT, which is a jddim folder from here on: what it names may first have to be converted."""
     from jddim.checkpoint.folder import load_metadata
-    from jddim.resolving import resolve, to_stderr
+    from jddim.resolving import resolve
 
-    silent = getattr(args, "quiet", False)
-    args.ckpt = resolve(args.ckpt, say=(lambda line: None) if silent else to_stderr)
-    return load_metadata(args.ckpt)
+    named, args.ckpt = args.ckpt, resolve(args.ckpt)
+    return load_metadata(args.ckpt, named)
 
 
 def load_for(args: argparse.Namespace, request: Request, formats: Mapping[str, str]) -> DDIM:

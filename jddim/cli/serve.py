@@ -74,8 +74,8 @@ def _serve(args: argparse.Namespace) -> int:
     from jddim.serve.request import Bounds
 
     folders = [resolve(ckpt) for ckpt in args.ckpt]
-    for path in folders:
-        config = load_metadata(path).model
+    for named, path in zip(args.ckpt, folders, strict=True):
+        config = load_metadata(path, named).model
         if config.in_channels not in (1, 3):
             raise ValueError(f"{path}: the page shows images of 1 or 3 channels, this one makes {config.in_channels}")
         if config.condition_channels:

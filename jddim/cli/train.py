@@ -145,7 +145,7 @@ def _begin(
             told[name] = value
     if not start.endswith(".json"):
         folder = resolve(start)
-        parent = load_metadata(folder)
+        parent = load_metadata(folder, start)
         train = from_json(TrainConfig, told)
         model, params = parent.model, load_params(folder, parent)
         if classes is not None:

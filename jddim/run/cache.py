@@ -7,9 +7,11 @@ has set there stays. The library never does this: there the program around it de
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -17,9 +19,10 @@ from pathlib import Path
 LARGEST = 2**30
 """Bytes; with a limit jax drops the entries used longest ago, and takes a lock for each one read or written."""
 
-
-PROGRAMS = "jaxlib-"
-"""How the folders of programs begin."""
+_CHECKPOINT = r"[A-Za-z0-9-]*-[0-9a-f]{16}"
+_LEFT = re.compile(rf"\.(receipts|[0-9a-f]{{16}}\.lock|{_CHECKPOINT}\.[0-9a-f]{{8}}\.tmp)")
+_PROGRAMS = re.compile(r"jaxlib-.+-[0-9a-f]{8}")
+_PROGRAM = re.compile(r".+-(cache|atime)|\.lockfile|xla_gpu_.+")  # jax's names
 
 
 def root() -> Path | None:
@@ -35,7 +38,34 @@ def root() -> Path | None:
 def checkpoints() -> Path | None:
     """Where converted checkpoints are kept: `jddim.resolving` writes them."""
     base = root()
-    return None if base is None else base / "checkpoints"
+    return None if base is None else base / "jddim-checkpoints"
+
+
+def kind(path: Path) -> str | None:
+    """What a path of the cache is; None: not the cache's, though it may lie there, and nothing here removes it.
+
+    By its place and name, "checkpoints" or "left" (receipts, locks, what is not whole); by its contents too,
+    "programs".
+    """
+    if path.parent == checkpoints():
+        if _LEFT.fullmatch(path.name):
+            return "left"
+        return "checkpoints" if re.fullmatch(_CHECKPOINT, path.name) and _is_folder(path) else None
+    if path.parent == root() and _PROGRAMS.fullmatch(path.name) and _is_folder(path):
+        with contextlib.suppress(OSError):
+            return "programs" if all(_PROGRAM.fullmatch(name) for name in os.listdir(path)) else None
+    return None
+
+
+def found(*kinds: str) -> list[Path]:
+    """The paths of the cache that are of these kinds."""
+    base, place = root(), checkpoints()
+    there = [] if base is None or place is None else [*base.glob("*"), *place.glob("*")]
+    return [path for path in sorted(there) if kind(path) in kinds]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def folder() -> Path | None:
@@ -44,7 +74,7 @@ def folder() -> Path | None:
     One for each version of jaxlib and each kind of processor: XLA's programs for a CPU run where they were made.
     """
     base = root()
-    return None if base is None else base / f"{PROGRAMS}{metadata.version('jaxlib')}-{processor()}"
+    return None if base is None else base / f"jaxlib-{metadata.version('jaxlib')}-{processor()}"
 
 
 def use() -> Path | None:

@@ -26,6 +26,11 @@ def silence() -> Iterator[None]:
         _silent.reset(before)
 
 
+def silent() -> bool:
+    """Whether this runs inside `silence`."""
+    return _silent.get()
+
+
 def place() -> str:
     """Where stderr is read: in a "notebook", at a "terminal", or later, in "lines"."""
     ipython = sys.modules.get("IPython")
@@ -46,7 +51,7 @@ class Progress:
         self.num_images = num_images
         self.label = label
         self._place = place()
-        self.shown = shown is not False and not _silent.get() and (shown is True or self._place != "lines")
+        self.shown = shown is not False and not silent() and (shown is True or self._place != "lines")
         self._done = 0.0
         self._begun = False
         self._bar: Any = None
