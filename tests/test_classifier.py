@@ -18,6 +18,7 @@ import jddim
 from jddim import guidance, sampling
 from jddim.checkpoint.folder import CheckpointError, load_metadata
 from jddim.cli.main import main
+from jddim.cli.options import CKPT
 from jddim.config import ClassifierConfig, SamplerConfig, from_json, to_json
 from jddim.images import read_metadata
 from jddim.models import MODELS
@@ -271,6 +272,12 @@ def test_its_checkpoint(tmp_path: Path) -> None:
     stored.write_text(stored.read_text().replace('"num_classes": 4', '"num_classes": true'))
     with pytest.raises(CheckpointError, match=r"metadata is damaged or edited .*num_classes must be int, got True"):
         load_metadata(path)
+
+
+def test_the_help_says_what_names_a_classifier(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    assert f"with --classifier-scale; {CKPT}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
