@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jddim.checkpoint.folder import load_metadata, load_params
+from jddim.checkpoint.folder import load_params, load_recorded
+from jddim.checkpoint.metadata import ClassifierMetadata
 from jddim.config import did_you_mean
 from jddim.files import atomic
 
@@ -34,7 +35,9 @@ def export(
     Raises ConversionError if the format is unknown, cannot hold the model, or `dst` exists (without `overwrite`, which
     replaces a file, never a folder); nothing is then written.
     """
-    metadata = load_metadata(ckpt)
+    metadata = load_recorded(ckpt)
+    if isinstance(metadata, ClassifierMetadata):
+        raise ConversionError(f"{ckpt} is a classifier, which no format here holds: it is not written back to PyTorch")
     known = formats()
     if format is None:
         own = FAMILIES[metadata.provenance["family"]].formats if metadata.provenance.get("family") in FAMILIES else {}

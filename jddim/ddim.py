@@ -178,6 +178,12 @@ def predict_eps(x_t: Array, x0: Array, alpha_t: ArrayLike, sigma_t: ArrayLike) -
     return (x_t - per_sample(alpha_t, x_t) * x0) / per_sample(sigma_t, x_t)
 
 
+def rederive_eps(x_t: Array, x0: Array, eps: Array, alpha_t: ArrayLike, sigma_t: ArrayLike) -> Array:
+    """`predict_eps` of scalars, and eps as it is where sigma_t = 0, the clean image, which implies none."""
+    clean = jnp.asarray(sigma_t) == 0
+    return jnp.where(clean, eps, predict_eps(x_t, x0, alpha_t, jnp.where(clean, 1, sigma_t)))
+
+
 def predict_both(
     output: Array, x_t: Array, alpha_t: ArrayLike, sigma_t: ArrayLike, prediction_type: str = "epsilon"
 ) -> tuple[Array, Array]:

@@ -84,6 +84,7 @@ class InpaintOptions(SampleOptions, total=False):
 
     resample: int
     jump_length: int
+    clean_known: bool
 
 
 @overload
@@ -118,6 +119,7 @@ def inpaint_loop(
     eta: ArrayLike = 0.0,
     resample: int = 1,
     jump_length: int = 1,
+    clean_known: bool = False,
     key: Array | None = None,
     noise: Array | None = None,
     prediction_type: str = "epsilon",
@@ -135,12 +137,15 @@ def inpaint_loop(
     resampling (arXiv:2201.09865, Algorithm 1; its jump_n_sample): every jump_length steps the sampler goes back as many
     and takes them again, r times in all, with fresh noise throughout, which lets the two parts agree; r times the
     evaluations. A key is needed, or noise `(N, 2, b, h, w, c)`, N the rows of `repaint_table`.
+    clean_known: the known pixels are not noised, for a network that saw them clean in every x_t (Palette); resample 1.
     The other arguments and the result are `jddim.sampling.sample_loop`'s. Raises ValueError on shapes that do not fit.
     """
     if known.shape != x_T.shape:
         raise ValueError(f"known must have x_T's shape {x_T.shape}, got {known.shape}")
     if resample < 1:
         raise ValueError(f"resample must be at least 1, got {resample}")
+    if resample > 1 and clean_known:
+        raise ValueError(f"resample is of known pixels that are noised, so not beside clean_known, got {resample}")
     if resample == 1 and jump_length != 1:
         raise ValueError(f"jump_length is of resampling: give resample too, at least 2, got jump_length={jump_length}")
     check_prediction(table, prediction_type)
@@ -152,9 +157,13 @@ def inpaint_loop(
         rederive_eps=rederive_eps,
     )
     if resample == 1:
-        edit, draws, deterministic = keep_known(update, known, keep, x_T), None, is_zero(eta)
+        kept = keep_known(update, known, keep, None if clean_known else x_T)
+        edit, draws, deterministic = kept, None, is_zero(eta)
     else:
         edit, draws, deterministic = repaint(update, known, keep), 2, False
+    if clean_known:
+        keep = _mask(keep, known)
+        x_T = keep * known + (1 - keep) * x_T
     return update_loop(
         denoise,
         edit,

@@ -144,9 +144,8 @@ def invert_update(
         x0, eps = ddim.predict_both(output, x, alpha, sigma, prediction_type)
         if limit is not None:
             x0 = limit(x0)
-            if rederive_eps:  # of the clean image, sigma = 0, nothing is left to re-derive eps from
-                clean = jnp.asarray(sigma) == 0
-                eps = jnp.where(clean, eps, ddim.predict_eps(x, x0, alpha, jnp.where(clean, 1, sigma)))
+            if rederive_eps:
+                eps = ddim.rederive_eps(x, x0, eps, alpha, sigma)
         return x0, eps
 
     def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ import html
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jddim.checkpoint import card
-from jddim.checkpoint.folder import CheckpointError, load_classifier_metadata, load_metadata, load_params
-from jddim.checkpoint.metadata import ClassifierMetadata, Metadata
+from jddim.checkpoint.folder import CheckpointError, M, load_classifier_metadata, load_metadata, load_params
+from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, type_problems
 from jddim.converting import Told
 from jddim.curve import alpha_bar_curve
@@ -104,8 +104,6 @@ class Conventions(TypedDict, total=False):
     clean_known: bool
 
 
-Recorded = TypeVar("Recorded", Metadata, ClassifierMetadata)
-
 RUN = ("batch_size", "progress", "on_segment")
 """How a plan is run; no part of what is asked for."""
 
@@ -147,8 +145,8 @@ def load_classifier(
 
 
 def _held(
-    path: str | os.PathLike[str], told: Told, of: str, metadata_of: Callable[[Path, object], Recorded]
-) -> tuple[Recorded, Mapping[str, np.ndarray]]:
+    path: str | os.PathLike[str], told: Told, of: str, metadata_of: Callable[[Path, object], M]
+) -> tuple[M, Mapping[str, np.ndarray]]:
     """The metadata and parameters of what names a checkpoint. A copy in the cache whose parameters are damaged goes.
 
     of: the function that is called.
@@ -419,7 +417,8 @@ class DDIM:
     def conventions(self, dtype: DTypeLike = np.float32) -> dict[str, Any]:
         """The checkpoint's conventions as keyword arguments of `sample_loop`, and of `inpaint_loop` and `invert_loop`.
 
-        invert_loop takes no self_condition, which is among them for a network that needs it alone.
+        invert_loop takes no self_condition, which is among them for a network that needs it alone. inpaint_loop needs
+        the sampler's clean_known beside them, which the other two do not take.
         """
         options: dict[str, Any] = {
             "prediction_type": self.sampler.prediction_type,

@@ -18,9 +18,12 @@ import jddim
 from jddim import guidance, sampling
 from jddim.checkpoint.folder import CheckpointError, load_metadata
 from jddim.cli.main import main
+from jddim.cli.options import CKPT
 from jddim.config import ClassifierConfig, SamplerConfig, from_json, to_json
 from jddim.images import read_metadata
 from jddim.models import MODELS
+from jddim.run.plan import Inputs, plan
+from jddim.run.request import Request
 from jddim.scale.sharding import Sharded, make_mesh
 from jddim.schedule import linear_schedule, zero_terminal_snr
 from jddim.train.task import Task
@@ -94,19 +97,17 @@ def test_in_batches_and_under_transformations() -> None:
 
 
 def test_beside_classifier_free_guidance() -> None:
-    """The gradient is added to what the other guidance predicts."""
+    """The gradient is added to what the other guidance predicts. A null label that is told is none of the classes."""
     ddim = ddim_of(class_embedding="learned", num_classes=5, sampler={"clip": False})
     pair = {"guidance_scale": 2.0, "null_label": 4}
-    # 5 classes of which none is recorded as null: the classifier's have to be as many
-    classifier: Any = random_model(classifier_config(num_classes=5))
 
     def run(model: Any, classifier: Any) -> jax.Array:
         denoise = guidance.classifier_free(guidance.label_pair(model, jnp.asarray(LABELS), 4), 2.0)
         gradient = guidance.label_gradient(classifier, jnp.asarray(LABELS), 3.0)
         return sampling.sample_loop(guidance.classifier_guided(denoise, gradient, ddim.schedule), X_T, ddim.table())
 
-    made = ddim.sample(x_T=X_T, eta=0.0, labels=LABELS, classifier=classifier, classifier_scale=3.0, **pair)
-    chex.assert_trees_all_close(made, jax.jit(run)(ddim.model, classifier), atol=1e-3, rtol=1e-3)
+    made = ddim.sample(x_T=X_T, eta=0.0, labels=LABELS, classifier=CLASSIFIER, classifier_scale=3.0, **pair)
+    chex.assert_trees_all_close(made, jax.jit(run)(ddim.model, CLASSIFIER), atol=1e-3, rtol=1e-3)
 
 
 def test_a_solver_is_guided_too() -> None:
@@ -126,6 +127,39 @@ def test_editing_and_inverting_are_guided_too() -> None:
     assert jnp.abs(ddim.edit(images, 0, strength=0.6, eta=0.0, **given) - plain).max() > 1e-3
     x_T = ddim.invert(images, refine=20, **given)
     chex.assert_trees_all_close(ddim.sample(x_T=x_T, eta=0.0, **given), images, atol=1e-2)
+
+
+@pytest.mark.parametrize(("convention", "clip"), [("paper", False), ("diffusers", True)])
+def test_inversion_reads_a_prediction_at_the_rows_noise(convention: str, clip: bool) -> None:
+    """Which may be another t's than the one that is asked, and none at all: a classifier of no weight does nothing."""
+    ddim = ddim_of(sampler={"clip": clip, "prediction_type": "v_prediction", "rederive_eps": True})
+    given: dict[str, Any] = {"convention": convention, "refine": 1}
+    guided: dict[str, Any] = {"labels": LABELS, "classifier": CLASSIFIER, "classifier_scale": 0.0}
+    images = jnp.clip(X_T, -1, 1)
+    plain = ddim.invert(images, **given)
+    chex.assert_trees_all_close(ddim.invert(images, **guided, **given), plain, atol=1e-4)  # another program
+    guided["classifier_scale"] = 9.0
+    assert jnp.abs(ddim.invert(images, **guided, **given) - plain).max() > 1e-3
+
+
+def test_the_conventions_used_say_that_eps_is_rederived() -> None:
+    """Where x0 is limited, and by DDIM; to ask for it is to ask for what happens."""
+    inputs = Inputs(key=0, labels=LABELS, classifier=CLASSIFIER, classifier_scale=1.0)
+    for asked, used in (
+        (Request(clip=True), True),
+        (Request(threshold=(0.9, 2.0), rederive_eps=True), True),
+        (Request(clip=False), False),
+        (Request(clip=False, rederive_eps=False), False),
+        (Request(clip=True, method="dpm++2m"), False),
+    ):
+        assert plan(ddim_of(), asked, inputs).check("sample").sampler.rederive_eps is used
+
+
+def test_labels_are_not_judged_by_what_is_no_classifier() -> None:
+    for labels in ({"labels": LABELS}, {}):
+        with pytest.raises(ValueError, match="got function") as caught:
+            ddim_of().sample(0, NUM, classifier=lambda x_t, t: x_t, classifier_scale=1.0, **labels)
+        assert "labels" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +182,7 @@ def test_editing_and_inverting_are_guided_too() -> None:
         ({}, {"labels": LABELS, "image_size": (8, 8)}, "classifier looks at images of 6x10x1, these are 8x8x1"),
         ({"in_channels": 2, "out_channels": 2}, {"labels": LABELS}, "at images of 6x10x1, these are 6x10x2"),
         ({}, {"labels": LABELS, "method": "ddpm"}, r"condition_mean\), which is not built here: take method ddim"),
-        ({}, {"labels": LABELS, "rederive_eps": False}, "rederive_eps goes without a classifier"),
+        ({}, {"labels": LABELS, "rederive_eps": False}, "rederive_eps is not False beside a classifier"),
         (
             CLASSES,
             {"labels": LABELS, "guidance": "cfg++", "guidance_scale": 0.5, "null_label": 3},
@@ -238,6 +272,12 @@ def test_its_checkpoint(tmp_path: Path) -> None:
     stored.write_text(stored.read_text().replace('"num_classes": 4', '"num_classes": true'))
     with pytest.raises(CheckpointError, match=r"metadata is damaged or edited .*num_classes must be int, got True"):
         load_metadata(path)
+
+
+def test_the_help_says_what_names_a_classifier(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    assert f"with --classifier-scale; {CKPT}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,6 +195,8 @@ def test_what_inpainting_refuses() -> None:
         editing.inpaint_loop(denoise, x_T, TABLE, x_T, KEEP, resample=0)
     with pytest.raises(ValueError, match=r"jump_length lie in 1..6, below the 7 steps of this table, got 2 and 7"):
         editing.inpaint_loop(denoise, x_T, TABLE, x_T, KEEP, resample=2, jump_length=7, key=KEY)
+    with pytest.raises(ValueError, match="resample is of known pixels that are noised, so not beside clean_known"):
+        editing.inpaint_loop(denoise, x_T, TABLE, x_T, KEEP, resample=2, clean_known=True, key=KEY)
     with pytest.raises(ValueError, match="jump_length is of resampling: give resample too"):
         editing.inpaint_loop(denoise, x_T, TABLE, x_T, KEEP, jump_length=2)
     with pytest.raises(ValueError, match="give either key or noise"):

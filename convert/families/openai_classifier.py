@@ -19,7 +19,7 @@ from ..rules import Fused, Rules
 from . import openai
 from .base import Family, Plan, Source
 from .tensors import Tensors, check_tensors, common_size
-from .values import integer, literal, parse, sections, settling, sides, whole
+from .values import integer, literal, not_read, parse, sections, settling, sides, whole
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -136,7 +136,7 @@ def _layout(tensors: Tensors, told: Mapping[str, Any]) -> _Layout:
 
 def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:
     """The classifier of these tensors, and what is assumed. It has no schedule: that is the guided network's."""
-    filed, _, problems = sections(config, SETTINGS)
+    filed, unread, problems = sections(config, SETTINGS)
     spelled = {key: literal(value) for key, value in given.items()}
     told, refused = parse({"config": filed, "--set": spelled}, _PARSERS)
     refuse(problems + refused)
@@ -167,7 +167,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         )
     untold = ("num_head_channels", "norm_groups", *(() if attention else ("image_size",)))
     unchecked = tuple(key for key in given if key in untold)
-    return Plan(model, None, None, rules(model), {}, tuple(assumed), unchecked=unchecked)
+    notes = tuple(not_read(unread))
+    return Plan(model, None, None, rules(model), {}, tuple(assumed), notes, unchecked=unchecked)
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

@@ -88,9 +88,10 @@ SETTINGS = {
 }
 # what tells the schedule -> how it is asked for
 _SCHEDULE = {
-    **{"schedule": "schedule=linear", "n_timestep": "n_timestep=N"},
+    **{"schedule": "schedule=NAME", "n_timestep": "n_timestep=N"},
     **{"linear_start": "linear_start=BETA", "linear_end": "linear_end=BETA"},
 }
+_ENDS = ("linear_start", "linear_end")
 _SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "cosine"}
 
 
@@ -148,26 +149,28 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         missing["num_head_channels=N"] = (
             "how attention is split into heads: --set num_head_channels=32 (the source's configs)"
         )
-    ends = () if told.get("schedule") == "cosine" else ("linear_start", "linear_end")
+    ends = () if told.get("schedule") == "cosine" else _ENDS
+    used, instead = ("schedule", "n_timestep", *ends), ""
     if own is None or told.keys() & _SCHEDULE.keys():
-        wanted = [name for name in ("schedule", "n_timestep", *ends) if name not in told]
+        wanted = [name for name in used if name not in told]
         missing |= {_SCHEDULE[name]: f"{name} of the schedule to sample by" for name in wanted}
+        if wanted and own is not None:
+            instead = f", or leave {', '.join(_SCHEDULE)} out together: the file's gammas are a schedule too"
     asks = () if problems else missing
     if missing:
-        problems.append(
-            f"the tensors do not tell {'; nor '.join(missing.values())}; give the run's config.json by --config"
-        )
+        untold = f"the tensors do not tell {'; nor '.join(missing.values())}"
+        problems.append(f"{untold}; give the run's config.json by --config{instead}")
     refuse(problems, asks)
 
     assumed: list[str] = []
     settle = settling(told, assumed)
     model = openai.model_of(told, found, settle("norm_groups", 32, "fixed in the source"))
     new_order = told.get("use_new_attention_order", False)
-    asked = [] if "schedule" in told else list(_SCHEDULE)
+    asked = []
     if any(count > 1 for count in openai.head_counts(model)):  # with one head, the orders are the same
         asked.append("use_new_attention_order")
         settle("use_new_attention_order", False, "the source's default")
-    notes = []
+    notes = [f"{end} is not used: the schedule is cosine" for end in _ENDS if end in told and end not in ends]
     if "schedule" in told:
         schedule = checked(
             ScheduleConfig(_SCHEDULES[told["schedule"]], told["n_timestep"], *(told[end] for end in ends))
@@ -200,7 +203,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         asks=asking(asked, told),
         unchecked=openai.unchecked(told, given, True),
         reference_options={"use_new_attention_order": new_order},
-        wording=Wording({name: str(told[name]) for name in _SCHEDULE if name in told} or {"gammas": _said(schedule)}),
+        wording=Wording({name: str(told[name]) for name in used if name in told} or {"gammas": _said(schedule)}),
         implied={"noise_level.weight": levels.astype(np.float32)[:, None]},
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jddim import converting
-from jddim.cli.options import add_ckpt, add_json, checkpoint, print_json, say
+from jddim.cli.options import add_ckpt, add_json, print_json, say
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -100,8 +100,9 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _export_torch(args: argparse.Namespace) -> int:
-    checkpoint(args)
-    name = converting.export_torch(args.ckpt, args.dst, args.format, overwrite=args.overwrite)
+    from jddim.resolving import resolve
+
+    name = converting.export_torch(resolve(args.ckpt), args.dst, args.format, overwrite=args.overwrite)
     print(f"wrote {args.dst} ({name})")
     return 0
 

@@ -40,7 +40,7 @@ def add_request(sub: argparse.ArgumentParser, command: str, **told: str) -> None
     condition = (
         "for a network that is given an image beside x_t: one for each, or one for all; .npy, .npz, .png, a folder"
     )
-    classifier = "a folder written by jddim convert of a classifier, which leads to --labels; with --classifier-scale"
+    classifier = f"a classifier, which leads to --labels; with --classifier-scale; {CKPT}"
     for flag, text, metavar, reasons in (
         ("--condition", condition, "FILE", WITHOUT_CONDITION),
         ("--classifier", classifier, "CKPT", ONE_NETWORK),

@@ -308,7 +308,16 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     asked_eta = inputs.eta if inputs.eta is not None else request.eta
     eta = 0.0 if not method.takes_eta else sampler.eta if asked_eta is None else asked_eta
     scale = inputs.guidance_scale if inputs.guidance_scale is not None else request.guidance_scale
-    null_label = request.null_label if request.null_label is not None or scale is None else ddim.null_label
+    own_null = request.null_label if request.null_label is not None else ddim.null_label
+    null_label = request.null_label if scale is None else own_null
+    unfit = inputs.classifier is not None and not isinstance(inputs.classifier, Classifier)
+    if unfit:
+        told = f"classifier must be what jddim.load_classifier returns, got {type(inputs.classifier).__name__}"
+        problems.append(("classifier", told))
+    classifier = inputs.classifier.config if isinstance(inputs.classifier, Classifier) else None
+    rederives = classifier is not None and method.rederives_eps and bool(limits(sampler, dtype))
+    if rederives:
+        sampler = dataclasses.replace(sampler, rederive_eps=True)
     program = Program(
         method=method,
         prediction_type=sampler.prediction_type,
@@ -322,11 +331,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
 
     problems += network_problems(config, sampler, (height, width)) + num_problems(num)
     problems += sampler_problems(sampler, table) + batch_size_problems(batch_size)
-    problems += _unused(request, program, classified=inputs.classifier is not None)
-    if inputs.classifier is not None and not isinstance(inputs.classifier, Classifier):
-        told = f"classifier must be what jddim.load_classifier returns, got {type(inputs.classifier).__name__}"
-        problems, inputs = [*problems, ("classifier", told)], inputs._replace(classifier=None, classifier_scale=None)
-    classifier = None if inputs.classifier is None else inputs.classifier.config
+    problems += _unused(request, program, rederives=rederives)
     weight = inputs.classifier_scale if inputs.classifier_scale is not None else request.classifier_scale
     if not method.takes_eta and asked_eta is not None:
         problems += _eta_of_none(method, request, asked_eta)
@@ -336,10 +341,10 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         if inputs.numbers is None:
             problems += start_problems(request.start, num)
         numbers = inputs.numbers if inputs.numbers is not None else _numbers(request.start, num)
-        if labels is None and request.labels is not None:
+        if labels is None and request.labels is not None and not unfit:
             labels, wrong = labels_of(ddim, request, numbers, classifier)
             problems += wrong
-        if not wrong and (request.labels is None or labels is not None):
+        if not wrong and not unfit and (request.labels is None or labels is not None):
             problems += label_problems(config, labels, num, classifier)
         rows_of_noise = (rows.num_steps, *((2,) if resampled else ()), num, *shape)
         if isinstance(method, Inversion):
@@ -374,8 +379,8 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         problems += classifier_problems(
             config,
             classifier,
-            weight,
-            ddim.null_label,
+            None if unfit else weight,
+            own_null,
             num,
             shape=shape,
             table=table,
@@ -549,16 +554,16 @@ def _edit_problems(request: Request, inputs: Inputs, method: Method, sampler: Sa
     return [] if told is None else [told]
 
 
-def _unused(request: Request, program: Program, *, classified: bool) -> Problems:
-    """What is asked of a method that has no use for it. classified: whether a classifier guides."""
+def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
+    """What is asked of a method that has no use for it. rederives: a classifier guides, and x0 is limited."""
     problems: Problems = []
     if request.variance is not None and not program.method.takes_variance:
         problems.append(("variance", f"variance is for method ddpm, not for {request.method!r}: leave it out"))
     if request.rederive_eps and (program.guidance == CFG_PLUS_PLUS or not program.method.rederives_eps):
         who = "guidance cfg++" if program.guidance == CFG_PLUS_PLUS else f"method {request.method!r}"
         problems.append(("rederive_eps", f"rederive_eps is DDIM's; {who} re-derives none: leave it out"))
-    elif request.rederive_eps is not None and classified:
-        told = "rederive_eps goes without a classifier, whose eps is always taken from the limited x0: leave it out"
+    elif request.rederive_eps is False and rederives:
+        told = "rederive_eps is not False beside a classifier, whose eps is taken from the limited x0: leave it out"
         problems.append(("rederive_eps", told))
     return problems
 

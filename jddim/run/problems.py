@@ -232,8 +232,8 @@ def classifier_problems(
 ) -> Problems:
     """What is wrong with guiding a network with this config by a classifier, if there is one.
 
-    null_label: the network's, as recorded. shape: of the images. takes_variance: of the method. kind: of the other
-    guidance.
+    null_label: the network's, as told or recorded. shape: of the images. takes_variance: of the method. kind: of the
+    other guidance.
     """
     if classifier is None:
         told = "classifier_scale is of a classifier: give classifier too, or leave it out"

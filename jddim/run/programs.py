@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jddim.config import PREDICTION_TYPES, VARIANCES, did_you_mean
+from jddim.ddim import predict_both, rederive_eps
 from jddim.denoisers import with_condition, with_labels, with_scaled_time, with_self_condition, without_variance
 from jddim.editing import keep_known, repaint
 from jddim.guidance import (
@@ -28,7 +29,7 @@ from jddim.models.layers import cast_kernels
 from jddim.run import request
 from jddim.run.compiling import Jit
 from jddim.run.methods import Classified, Given, Guidance, Method
-from jddim.sampling import Denoiser, State, initial_noise, numbered_keys, update_steps
+from jddim.sampling import Denoiser, State, Update, initial_noise, limiter, numbered_keys, update_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +80,10 @@ def segment(
     # What is constant (in a caller's jit, on a mesh, in an export) would be folded, and round otherwise.
     state, rows, given = lax.optimization_barrier((state, rows, given))
     denoise = network_denoiser(cast_kernels(model), program, given.labels, given.guidance, given.condition)
-    if given.classifier is not None:
-        denoise = _classified(denoise, program, given.classifier, given.limits)
-        given, program = given._replace(limits={}), dataclasses.replace(program, prediction_type="epsilon")
-    update = program.method.update(denoise, given, program)
+    if given.classifier is None:
+        update = program.method.update(denoise, given, program)
+    else:
+        update = _classified(denoise, given, given.classifier, program)
     if given.kept is not None:
         known, keep, noise = given.kept
         update = repaint(update, known, keep) if program.resampled else keep_known(update, known, keep, noise)
@@ -124,14 +125,31 @@ def network_denoiser(
     return with_self_condition(denoise) if program.self_condition else denoise
 
 
-def _classified(denoise: Denoiser, program: Program, classifier: Classified, limits: dict[str, Any]) -> Denoiser:
-    """A denoiser of eps, whose x0 has been limited before the gradient and is not again: OpenAI's condition_score."""
+def _classified(denoise: Denoiser, given: Given, classifier: Classified, program: Program) -> Update:
+    """The method's step from a guided eps, whose x0 is limited before the gradient and not again: condition_score.
+
+    x_t has the row's alpha and sigma, which in inversion may be another t's than the one that is asked; what a step
+    asks for again has its t's own. The gradient has the sigma of the t that is asked.
+    """
     logits: Denoiser = cast_kernels(classifier.model)
     if program.timestep_scale != 1:
         logits = with_scaled_time(logits, program.timestep_scale)
     gradient = label_gradient(logits, classifier.labels, classifier.scale)
+    kind, limits = program.prediction_type, given.limits
+    limit = limiter(limits.get("clip_range"), limits.get("threshold"))
     columns = classifier.alpha, classifier.sigma
-    return classifier_guided(denoise, gradient, columns, prediction_type=program.prediction_type, **limits)
+    again = classifier_guided(denoise, gradient, columns, prediction_type=kind, **limits)
+    of_eps = dataclasses.replace(program, prediction_type="epsilon")
+    update = program.method.update(again, given._replace(limits={}), of_eps)
+
+    def guided(x_t: jax.Array, output: jax.Array, noise: jax.Array, row: Any, *memory: Any) -> Any:
+        x0, eps = predict_both(output, x_t, row.alpha_t, row.sigma_t, kind)
+        if limit is not None:
+            eps = rederive_eps(x_t, limit(x0), eps, row.alpha_t, row.sigma_t)
+        t = jax.numpy.broadcast_to(row.t, x_t.shape[:1])
+        return update(x_t, eps - classifier.sigma[row.t] * gradient(x_t, t), noise, row, *memory)
+
+    return guided
 
 
 def _guided(denoise: Denoiser, labels: jax.Array, guidance: Guidance, kind: str | None) -> Denoiser:

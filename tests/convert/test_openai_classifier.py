@@ -192,11 +192,17 @@ def test_every_other_door_says_what_it_is_for(converted: Path, fails: Any, tmp_p
         ["export", converted, tmp_path / "e.jddim"],
         ["schedule", converted],
         ["train", converted, tmp_path, tmp_path / "trained"],
-        ["export-torch", converted, tmp_path / "again.pt"],
     ):
         assert f"{converted} is a classifier, which is not sampled but guides: jddim sample CKPT OUT" in fails(*command)
     with pytest.raises(CheckpointError, match="is a classifier, which is not sampled but guides"):
         load_metadata(converted)
+    told = f"{converted} is a classifier, which no format here holds: it is not written back to PyTorch"
+    assert told in fails("export-torch", converted, tmp_path / "again.pt")
+
+
+def test_what_a_config_says_beside_it_is_listed() -> None:
+    made = plan(shapes(), {"image_size": [6, 10], "num_head_channels": 32, "microbatch": 3}, {})
+    assert made.notes == ("config: not read: microbatch",)
 
 
 def test_the_family_is_asked_before_the_unets() -> None:

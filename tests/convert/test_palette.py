@@ -9,6 +9,7 @@ from typing import Any
 import named
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from convert.conversion import convert, describe
 from convert.engine import ConversionError, UnsettledError, fill
@@ -113,6 +114,7 @@ def test_without_a_config_the_schedule_is_the_files_and_that_is_said() -> None:
     plan = planned()
     assert plan.schedule == ScheduleConfig("linear", 20, 1e-6, 0.01)
     assert plan.sampler.num_steps == 20
+    assert not [ask for ask in plan.asks if ask.partition("=")[0] in TEST]  # which the gammas tell
     assert "the schedule to sample by is that of the file's gammas (T = 20, beta 1e-06 to 0.01" in plan.assumed[-1]
     warm = np.append(np.linspace(1e-4, 0.1, 3), np.full(8, 0.1))  # the source's warmup and const have no name here
     found = make_schedule(planned(warm).schedule)
@@ -121,17 +123,31 @@ def test_without_a_config_the_schedule_is_the_files_and_that_is_said() -> None:
     assert not [note for note in same.notes if "gammas" in note]
     cosine = planned(None, schedule="cosine", n_timestep="7")
     assert cosine.schedule == ScheduleConfig("cosine", 7)
+    unused = planned(None, schedule="cosine", n_timestep="7", linear_end="0.1")
+    assert unused.wording.schedule == {"schedule": "cosine", "n_timestep": "7"}
+    assert "linear_end is not used: the schedule is cosine" in unused.notes
     with pytest.raises(UnsettledError, match="schedule of the schedule to sample by; nor n_timestep") as asked:
         planned(None)
-    assert asked.value.asks == ("schedule=linear", "n_timestep=N", "linear_start=BETA", "linear_end=BETA")
+    assert asked.value.asks == ("schedule=NAME", "n_timestep=N", "linear_start=BETA", "linear_end=BETA")
     with pytest.raises(UnsettledError, match="linear_end of the schedule to sample by; give the run's config") as asked:
         planned(n_timestep="5", schedule="quad", linear_start="0.1")
     assert asked.value.asks == ("linear_end=BETA",)
+    together = "config, or leave schedule, n_timestep, linear_start, linear_end out together: the file's gammas"
+    with pytest.raises(UnsettledError, match=together):
+        planned(linear_end="0.1")
     with np.errstate(divide="ignore"), pytest.raises(ConversionError, match=r"betas must lie in \(0, 1\): 1 of 21"):
         planned(np.append(TRAIN, 1.0))  # the source's jsd ends so
     damaged = {"posterior_mean_coef1": TRAIN.reshape(4, 5), "sqrt_recipm1_gammas": TRAIN}
     with pytest.raises(ConversionError, match=r"no lists of T numbers: \(20,\), \(4, 5\)"):
         palette.plan(state() | damaged, None, SETTINGS)
+
+
+def test_what_no_setting_mends_has_no_command(tmp_path: Path) -> None:
+    for more, told in (({}, "convert it:"), ({"foreign": np.ones(3, np.float32)}, "  refused     ")):
+        save_file(state() | more, tmp_path / "a.safetensors")
+        lines = describe(tmp_path / "a.safetensors", settings=SETTINGS)
+        (said,) = [line for line in lines if line.startswith(("convert it:", "  refused     "))]
+        assert said.startswith(told)
 
 
 def test_contradictions_are_in_one_report() -> None:

@@ -118,12 +118,13 @@ class Broken:
         return cls(*children)
 
 
-@pytest.mark.parametrize("resample", [1, 2])
-def test_editing_with_a_mask_is_inpaint_loop(ddim: DDIM, resample: int) -> None:
+@pytest.mark.parametrize(("resample", "clean"), [(1, False), (2, False), (1, True)])
+def test_editing_with_a_mask_is_inpaint_loop(ddim: DDIM, resample: int, clean: bool) -> None:
+    ddim = ddim.with_sampler(clean_known=clean)
     keys = sampling.sample_keys(KEY, NUM)
     x_T = sampling.initial_noise(keys, IMAGES.shape[1:])
     keep = (1 - MASK) / 2
-    how: dict[str, Any] = {"eta": 0.6, "key": keys, "resample": resample, **ddim.conventions()}
+    how: dict[str, Any] = {"eta": 0.6, "key": keys, "resample": resample, "clean_known": clean, **ddim.conventions()}
     expected = inpaint_loop(ddim.model, x_T, ddim.table(), jnp.asarray(IMAGES), keep, **how)
     close(ddim.edit(IMAGES, KEY, mask=MASK, eta=0.6, resample=resample), expected)
 
