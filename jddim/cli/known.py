@@ -61,7 +61,7 @@ def _card(known: Preset) -> list[str]:
         "licence": known.licence or "not stated",
     }
     if not known.refused:
-        facts["trained with"] = f"{known.schedule} betas, T = {known.train_timesteps}, predicting {known.prediction}"
+        facts["schedule"] = f"{known.schedule} betas, T = {known.train_timesteps}, predicting {known.prediction}"
         facts["variance"] = known.variance or "as its config says"
     if known.fid is not None:
         facts["FID"] = f"{known.fid:g} ({known.fid_from})"

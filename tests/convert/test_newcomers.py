@@ -112,7 +112,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_hub_id_needs_one_command(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "someone/tiny", "a.png", *QUICK]) == 0
-    (folder,) = Path("cache/checkpoints").glob("[!.]*")
+    (folder,) = Path("cache/jddim-checkpoints").glob("[!.]*")
     assert folder.name.startswith("tiny-")
     told = capsys.readouterr()
     assert told.err.startswith(f"someone/tiny is converted once, into {folder.absolute()}\n")
