@@ -36,7 +36,7 @@ for package in ("starlette", "uvicorn"):
 from web_server import SMALL, events, made, post, send, serving  # noqa: E402
 
 from jddim.serve import connections  # noqa: E402
-from jddim.serve.site import Site  # noqa: E402
+from jddim.serve.site import PAGE, Site  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised
 
@@ -82,6 +82,7 @@ def test_a_run_shows_itself_until_it_is_done(port: int) -> None:
     *on_the_way, (name, data) = events(post(port, "/api/run", asked))
     assert name == "done"
     running = [said for _, said in on_the_way if said["state"] == "running" and said["done"]]
+    assert all((said["row"], said["rows"]) == (said["done"] // 2, 100) for said in running)
     assert running
     for said in running:
         assert said["total"] == data["calls"] == 200  # two groups of images
@@ -94,9 +95,20 @@ def test_a_run_shows_itself_until_it_is_done(port: int) -> None:
         np.testing.assert_array_equal(to_uint8(arrays["x_T"]), pixels(data["x_T"]))
         assert json.loads(str(arrays["settings"]))["seed"] == 3
     with Image.open(io.BytesIO(file(port, data, "images.gif"))) as gif:
-        assert 2 < gif.n_frames <= 1 + FRAMES  # x_T, and its way; Pillow merges what looks the same
+        assert 2 < gif.n_frames <= 1 + FRAMES  # its way, and the end; Pillow merges what looks the same
         assert gif.info["duration"] == 80
     assert send(port, "GET", f"/api/results/{data['id']}/mask.png").status == 404
+
+
+def test_each_step_that_was_kept_can_be_looked_at(port: int) -> None:
+    data = made(port, steps=5, num=3, label=2, seed=4)
+    assert (data["way"], data["rows"]) == ([0, 1, 2, 3, 4], 5)
+    ways = [pixels(base64.b64encode(file(port, data, f"way-{i}.png")).decode()) for i in range(5)]
+    halves = [(way[:, : SIZE[0]], way[:, SIZE[0] :]) for way in ways]
+    np.testing.assert_array_equal(halves[0][0], pixels(data["x_T"]))
+    np.testing.assert_allclose(halves[-1][1].astype(int), pixels(data["images"]), atol=1)  # the last step ends there
+    for name in ("way-5.png", "way-.png", "way-100.png", "way--1.png", "way-0.gif"):
+        assert send(port, "GET", f"/api/results/{data['id']}/{name}").status == 404
 
 
 RUNS: list[dict[str, Any]] = [
@@ -104,14 +116,15 @@ RUNS: list[dict[str, Any]] = [
     {"mode": "sample", "method": "dpm++2m", "label": 2, "spacing": "linspace"},
     {"mode": "sample", "label": 1, "guidance_scale": 1.5, "null_label": 4},
     {"mode": "strip", "label": 1},
+    {"mode": "grid", "label": 4, "columns": [2, 5]},
     {"mode": "slerp", "seed_to": 9, "label": 0},
     {"mode": "strip", "label": 3, "guidance_scale": 1.5, "null_label": 4},
     {"mode": "slerp", "seed_to": 9, "label": 2, "guidance_scale": 1.5, "null_label": 4},
     {"mode": "invert", "label": 3, "num": 1, **TEXTS},
-    {"mode": "invert", "label": "each", "eta": 0.5, **TEXTS},
+    {"mode": "invert", "label": 1, **TEXTS},
     {"mode": "inpaint", "label": 2, "eta": 0.6, **TEXTS},
 ]
-TRIED = [RUNS[0], RUNS[3], RUNS[4], RUNS[5], RUNS[9]]
+TRIED = [RUNS[0], RUNS[3], RUNS[4], RUNS[5], RUNS[6], RUNS[10]]
 """Those whose commands are run too."""
 
 
@@ -130,10 +143,10 @@ def test_what_is_copied_makes_the_images_again(
     exec(data["python"], found)
     close = {"atol": 1}  # of 255: a rounding may fall on the other side of a step
     np.testing.assert_allclose(to_uint8(found["x_0"]).astype(int), images.astype(int), **close)
-    assert read_metadata("images.png")["steps"] == 3
+    assert read_metadata("images.png")["columns"] == list(run.get("columns", []))
     assert (data["command"] is None) == (data["no_command"] is not None)
     if data["command"] is None:
-        assert run.get("eta") == 0.5  # back at other etas than 0
+        assert run["mode"] == "invert"  # of several images, of which the command makes the first
         return
     assert ("error" in data) == (run["mode"] == "invert")
     words = shlex.split(data["command"])
@@ -141,9 +154,14 @@ def test_what_is_copied_makes_the_images_again(
     cli._parser().parse_args(words)
     if run not in TRIED:  # each compiles another program
         return
+    if run["mode"] == "grid":
+        words[words.index("grid.png")] = "grid.npz"  # its arrays in place of an atlas with words in it
     assert cli.main(words) == 0
     out = {"sample": "images.png", "strip": "strip.png", "slerp": "line.png", "inpaint": "filled.png"}
-    if run["mode"] == "strip":  # with the etas written beside
+    if run["mode"] == "grid":
+        with np.load("grid.npz") as arrays:
+            again = to_uint8(arrays["x_0"].swapaxes(0, 1).reshape(-1, *SIZE, 1))  # by column, then by row
+    elif run["mode"] == "strip":  # with the etas written beside
         with Image.open(out["strip"]) as picture:
             factor = round(128 / max(SIZE))
             strip = np.asarray(picture)[..., None][:, -factor * (SIZE[1] + 4) :]
@@ -228,13 +246,13 @@ def test_no_path_reaches_the_disk(port: int, path: str) -> None:
 
 def test_the_page_needs_nothing_from_elsewhere(port: int) -> None:
     page = send(port, "GET", "/").read().decode()
-    names = ["style.css", "app.js", "stream.js", "draw.js", "plot.js"]
+    names = [name for name in PAGE if name != "index.html"]
     files = [send(port, "GET", f"/{name}").read().decode() for name in names]
     for text in [page, *files]:
         assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
         assert "https://" not in text
         assert "style=" not in text  # which the page's own policy would refuse
-    for name in names[:2]:
+    for name in ("style.css", "app.js"):
         assert f'"/{name}"' in page
 
 

@@ -23,10 +23,19 @@ from jddim.pipeline import DDIM
 from jddim.run.methods import find
 from jddim.run.plan import Inputs, Plan, classes_in_turn, plan
 from jddim.run.request import Option, Request, options, taken_by
-from jddim.scale.stepping import Between, Inverted, Run, Stepping
+from jddim.scale.stepping import Between, Inverted, Run, Stepping, Swept
 from jddim.timesteps import SPACINGS
 
-MODES = ("sample", "strip", "slerp", "invert", "inpaint")
+MODES = ("sample", "strip", "grid", "slerp", "invert", "inpaint")
+MANY_LABELS = ("sample", "inpaint")
+"""Modes whose images may have a label each; in the others it would hide what they show."""
+COLUMNS = 6
+"""Numbers of steps that a grid compares at most."""
+GOOD_SCALE = 3.0
+"""What the page begins with of a checkpoint that records a null label: of the scales 0 to 4, the one at which a
+classifier recognises most of what was asked of scripts/assets/mnist-guided (docs/training.md)."""
+GOOD_CFG_PLUS_PLUS = 0.6
+"""The same of cfg++, whose scale lies in 0..1; arXiv:2406.08070 has most of its figures at it."""
 REFINE = 1
 """More evaluations a step of inversion (`jddim.inversion.invert_loop`); part of its compiled program."""
 
@@ -51,10 +60,10 @@ class Bounds:
 class Asked:
     """A run of the page. `parse` makes it of JSON, where the request's fields stand beside the others.
 
-    mode: "sample"; "strip", one x_T at `num` etas from 0 to 1; "slerp", `num` noises from the seed's first to
-    `seed_to`'s; "invert", `picture` to its x_T and back at `num` etas from 0 to eta; "inpaint", `picture` made anew
-    where `mask` is white. label: one for all images, or "each": 0, 1, 2, ... over and over, the null label left out.
-    picture: uint8 `(h, w, c)`; mask: uint8 `(h, w, 1)`; as bytes, so that requests compare.
+    mode: "sample"; "strip", one x_T at `num` etas from 0 to 1; "grid", the same in each number of steps of `columns`;
+    "slerp", `num` noises from the seed's first to `seed_to`'s; "invert", `picture` to its x_T and back at `num` etas
+    from 0 to 1; "inpaint", `picture` made anew where `mask` is white. label: one for all images, or in `MANY_LABELS`
+    "each": 0, 1, 2, ... over and over, the null label left out. num: images; of a grid, its rows. picture: uint8 `(h, w, c)`; mask: uint8 `(h, w, 1)`; as bytes, so that requests compare.
     """
 
     checkpoint: str
@@ -62,6 +71,7 @@ class Asked:
     mode: str = "sample"
     seed_to: int = 1
     num: int = 4
+    columns: tuple[int, ...] = ()
     label: int | str | None = None
     picture: bytes | None = None
     mask: bytes | None = None
@@ -74,7 +84,7 @@ class Asked:
     @property
     def settings(self) -> dict[str, Any]:
         """All but the pictures, as JSON."""
-        own = {name: getattr(self, name) for name in ("checkpoint", "mode", "seed_to", "num", "label")}
+        own = {name: getattr(self, name) for name in ("checkpoint", "mode", "seed_to", "num", "columns", "label")}
         asked = {o.name: getattr(self.request, o.name) for o in taken_by("page")}
         return {**own, **asked, **self.request.asked()}
 
@@ -156,9 +166,11 @@ def parse(
     asked |= {name: value for name, value in _plain_fields(data, problems).items() if value is not None}
     own: dict[str, Any] = {
         "seed_to": number("seed_to", 0, 2**32 - 1, 1),
-        "num": number("num", 2 if mode in ("strip", "slerp") else 1, bounds.num, min(4, bounds.num)),
+        "num": number("num", 2 if mode in ("strip", "grid", "slerp") else 1, bounds.num, min(4, bounds.num)),
     }
-    label, guided = _classes(data, ddim, number, problems)
+    if mode == "grid":
+        own["columns"] = _columns(data, min(bounds.steps, T), problems)
+    label, guided = _classes(data, ddim, mode, number, problems)
     if mode in ("invert", "inpaint"):
         own["picture"] = _pixels(data, "picture", (*config.image_size, config.in_channels), problems)
     if mode == "inpaint":
@@ -172,8 +184,17 @@ def parse(
     if not guided:
         start = dataclasses.replace(start, guidance=None, guidance_rescale=None, guidance_interval=None)
     request = Asked(checkpoint, dataclasses.replace(start, **asked, **guided), mode, label=label, **own)
-    _check_table(ddim, request.request, bounds)
+    for steps in own.get("columns") or [request.request.steps]:
+        _check_table(ddim, dataclasses.replace(request.request, steps=steps), bounds)
     return request
+
+
+def _columns(data: Mapping[str, Any], most: int, problems: dict[str, str]) -> tuple[int, ...]:
+    value = data.get("columns")
+    if isinstance(value, list) and 1 <= len(value) <= COLUMNS and all(type(n) is int and 1 <= n <= most for n in value):
+        return tuple(value)
+    problems["columns"] = f"must be 1 to {COLUMNS} whole numbers in 1..{most}, got {_shown(value)}"
+    return ()
 
 
 def _plain_fields(data: Mapping[str, Any], problems: dict[str, str]) -> dict[str, Any]:
@@ -210,10 +231,8 @@ def labels_of(request: Asked, classes: Sequence[int]) -> NDArray[np.int32] | Non
 
 def etas_of(request: Asked) -> Any:
     """Eta of each image, or of all; None: the method takes none."""
-    if request.mode == "strip":
+    if request.mode in ("strip", "grid", "invert"):
         return np.linspace(0, 1, request.num)
-    if request.mode == "invert":
-        return np.linspace(0, request.request.eta or 0.0, request.num)
     return 0.0 if request.mode == "slerp" else request.request.eta
 
 
@@ -236,7 +255,7 @@ def run_of(asked: Asked, ddim: DDIM) -> Run:
     request, num, mode = dataclasses.replace(asked.request, eta=None), asked.num, asked.mode
     key = jax.random.key(request.seed)
 
-    def planned(**arrays: Any) -> Plan:
+    def planned(request: Request = request, **arrays: Any) -> Plan:
         inputs = Inputs(key, labels=labels, eta=etas_of(asked), **arrays)
         return _granted(plan(ddim, request, inputs, num))
 
@@ -244,8 +263,11 @@ def run_of(asked: Asked, ddim: DDIM) -> Run:
         if mode == "inpaint":
             pictures = np.repeat(picture_of(asked, ddim)[None], num, axis=0)
             return Stepping(planned(images=pictures, mask=mask_of(asked, ddim)))
-        if mode == "strip":
-            return Stepping(planned(numbers=np.zeros(num, np.uint32)))
+        if mode in ("strip", "grid"):
+            rows = asked.columns or (request.steps,)
+            same = np.zeros(num, np.uint32)
+            plans = [planned(dataclasses.replace(request, steps=steps), numbers=same) for steps in rows]
+            return Stepping(plans[0]) if mode == "strip" else Swept(plans)
         if mode == "sample":
             return Stepping(planned())
         steps = planned().rows.num_steps  # raises what is wrong before the first part is made
@@ -281,7 +303,7 @@ def _check_table(ddim: DDIM, request: Request, bounds: Bounds) -> None:
 
 
 def _classes(
-    data: Mapping[str, Any], ddim: DDIM, number: Any, problems: dict[str, str]
+    data: Mapping[str, Any], ddim: DDIM, mode: str, number: Any, problems: dict[str, str]
 ) -> tuple[int | str | None, dict[str, Any]]:
     """The label; guidance_scale and null_label."""
     classes = ddim.model.config.num_classes
@@ -289,7 +311,8 @@ def _classes(
         names = ("label", "guidance_scale", "null_label")
         problems |= {name: "this network has no classes" for name in names if data.get(name) is not None}
         return None, {}
-    label = "each" if data.get("label") == "each" else number("label", 0, classes - 1, 0)
+    many = data.get("label") == "each" and mode in MANY_LABELS
+    label = "each" if many else number("label", 0, classes - 1, 0)
     if data.get("guidance_scale") is None:
         return label, {}
     scale = number("guidance_scale", 0, 100, 1.0, whole=False)

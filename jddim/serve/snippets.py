@@ -40,6 +40,16 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
                 f"keys = jnp.stack([jddim.sample_keys(jax.random.key({request.seed}), 1)[0]] * {num})  # one x_T",
                 f"x_0 = ddim.sample(keys, {num}, {_listed(how)})",
             ]
+        case "grid":
+            head.insert(1, "import jax.numpy as jnp")
+            how["eta"] = f"jnp.linspace(0, 1, {num})"
+            how.pop("steps")
+            cells = (-1, *size, ddim.model.config.in_channels)
+            body = [
+                f"keys = jnp.stack([jddim.sample_keys(jax.random.key({request.seed}), 1)[0]] * {num})  # one x_T",
+                f"columns = [ddim.sample(keys, {num}, steps=S, {_listed(how)}) for S in {list(asked.columns)}]",
+                f"x_0 = jnp.stack(columns, axis=1).reshape{cells}",
+            ]
         case "slerp":
             head.append("from jddim.editing import slerp_line")
             how["eta"] = "0.0"
@@ -54,8 +64,8 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
             head.append("from jddim.images import load_images")
             up = {name: value for name, value in how.items() if name not in ("eta", "variance")}
             if "labels" in up:
-                up["labels"] = f"[{classes_in_turn(ddim, asked.request)[0] if asked.label == 'each' else asked.label}]"
-            how["eta"] = f"jnp.linspace(0, {request.eta!r}, {num})"
+                up["labels"] = f"[{asked.label}]"
+            how["eta"] = f"jnp.linspace(0, 1, {num})"
             body = [
                 f'picture = load_images("picture.png", {size})',
                 f"x_T = ddim.invert(picture, refine={REFINE}, {_listed(up)})",
@@ -80,20 +90,17 @@ def command(asked: Asked, ddim: DDIM, path: str) -> tuple[str | None, str | None
     if asked.label is not None:
         request = dataclasses.replace(request, labels="balanced" if asked.label == "each" else str(asked.label))
     match asked.mode:
-        case "strip":
-            if asked.label == "each":
-                return None, "the rows of jddim sweep have the same labels; Python can give each image its own"
+        case "strip" | "grid":
             etas = ",".join(f"{i / (num - 1):.9g}" for i in range(num))
-            name, words = "sweep", ["strip.png", "--eta", etas, "--num", "1", "--steps", str(request.steps)]
+            steps = ",".join(map(str, asked.columns or [request.steps]))
+            name, words = "sweep", [f"{asked.mode}.png", "--eta", etas, "--num", "1", "--steps", steps]
         case "slerp":
             request = dataclasses.replace(request, seed=0, eta=None)
             seeds = f"{asked.request.seed},{asked.seed_to}"
             name, words = "interpolate", ["line.png", "--seeds", seeds, "--num", str(num)]
         case "invert":
-            if num > 1 and request.eta:
-                return None, "jddim invert leads back at eta 0 alone; Python at any"
-            if asked.label == "each":
-                request = dataclasses.replace(request, labels=str(classes_in_turn(ddim, asked.request)[0]))
+            if num > 1:
+                return None, "jddim invert leads back to one image, at eta 0; ask for 1 image, or take the Python"
             words = ["picture.png", "x_T.npy", "--refine", str(REFINE), "--reconstruct", "again.png"]
             name = "invert"
         case "inpaint":
