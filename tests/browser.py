@@ -39,6 +39,7 @@ class Browser:
 
     def __init__(self, profile: Path):
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        options += ["--force-prefers-reduced-motion"]
         options += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--force-device-scale-factor=1"]
         (low_theirs, self._write), (self._read, low_answers) = os.pipe(), os.pipe()
         theirs, answers = (fcntl.fcntl(low, fcntl.F_DUPFD, 100) for low in (low_theirs, low_answers))  # not 3, not 4
@@ -130,7 +131,7 @@ class Tab:
         self.wait(lambda: self.js("document.readyState === 'complete' && !window.before"))
 
     def wait(self, condition: Callable[[], Any], said: Callable[[], str] = lambda: "") -> Any:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not (found := condition()):
             assert time.monotonic() < deadline, said()
             time.sleep(0.02)
@@ -158,7 +159,9 @@ class Tab:
         """Left, top, width and height in the window, once it is scrolled there."""
         found = json.dumps(selector)
         at = f"(() => {{ const one = document.querySelector({found}); one.scrollIntoView({{block: 'center'}});"
-        return tuple(self.js(f"{at} const b = one.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; }})()"))
+        return tuple(
+            self.js(f"{at} const b = one.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; }})()")
+        )
 
     def click(self, selector: str) -> None:
         """By the mouse, in the middle of what must be seen and not be covered."""
@@ -173,11 +176,15 @@ class Tab:
 
     def drag(self, points: list[tuple[float, float]]) -> None:
         """The mouse pressed at the first point, moved over the others, let go."""
-        self._mouse("mouseMoved", points[0], 0)
+        self.hover(points[0])
         self._mouse("mousePressed", points[0], 1)
         for point in points[1:]:
             self._mouse("mouseMoved", point, 1)
         self._mouse("mouseReleased", points[-1], 0)
+
+    def hover(self, at: tuple[float, float]) -> None:
+        """The mouse there, not pressed."""
+        self._mouse("mouseMoved", at, 0)
 
     def _mouse(self, kind: str, at: tuple[float, float], buttons: int) -> None:
         how = {"button": "none" if kind == "mouseMoved" and not buttons else "left", "buttons": buttons}
@@ -198,7 +205,9 @@ class Tab:
 
     def type(self, selector: str, text: str) -> None:
         """In place of what stands there; "" empties it."""
-        self.js(f"(() => {{ const one = document.querySelector({json.dumps(selector)}); one.focus(); one.select(); }})()")
+        self.js(
+            f"(() => {{ const one = document.querySelector({json.dumps(selector)}); one.focus(); one.select(); }})()"
+        )
         if text:
             self.call("Input.insertText", text=text)
         else:
@@ -208,7 +217,7 @@ class Tab:
         """An option of a select, whose list is the system's own and not to be clicked."""
         options = self.js(f"[...document.querySelector({json.dumps(selector)}).options].map((one) => one.value)")
         assert value in options, (value, options)
-        change = "one.dispatchEvent(new Event('input', {bubbles: true})); one.dispatchEvent(new Event('change', {bubbles: true}))"
+        change = "for (const kind of ['input', 'change']) one.dispatchEvent(new Event(kind, {bubbles: true}))"
         find = f"const one = document.querySelector({json.dumps(selector)})"
         self.js(f"(() => {{ {find}; one.value = {json.dumps(value)}; {change}; }})()")
 
@@ -221,9 +230,7 @@ class Tab:
     def screen(self, width: int, height: int = 900) -> None:
         """A window of that size; a narrow one is a telephone's, with touch."""
         phone = width < 500
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
 
     def scheme(self, name: str) -> None:

@@ -92,7 +92,9 @@ def write_checkpoint(
         for name, leaf in flat_params(abstract_model(config)).items()
     }
     own = {"spacing": "uniform", "num_steps": 5, "clip": False, "prediction_type": prediction_type} | (sampler or {})
-    metadata = Metadata(config, ScheduleConfig(), SamplerConfig(**own), {"family": "ho", "source": {}} | (provenance or {}))
+    metadata = Metadata(
+        config, ScheduleConfig(), SamplerConfig(**own), {"family": "ho", "source": {}} | (provenance or {})
+    )
     save_checkpoint(path, params, metadata)
     return path
 

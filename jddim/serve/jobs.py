@@ -28,7 +28,7 @@ FRAMES = 24
 """Steps of its way whose pictures a run keeps."""
 
 REST = 2.0
-"""Seconds without a call before anything is compiled that nobody waits for: between two moves of a slider there are less."""
+"""Seconds without a call before anything is compiled that nobody waits for: more than between two moves of a slider."""
 
 Key = tuple[str, str, bool]
 """Of a program: the checkpoint, the method or what else is done, whether there is guidance."""

@@ -62,8 +62,9 @@ class Asked:
 
     mode: "sample"; "strip", one x_T at `num` etas from 0 to 1; "grid", the same in each number of steps of `columns`;
     "slerp", `num` noises from the seed's first to `seed_to`'s; "invert", `picture` to its x_T and back at `num` etas
-    from 0 to 1; "inpaint", `picture` made anew where `mask` is white. label: one for all images, or in `MANY_LABELS`
-    "each": 0, 1, 2, ... over and over, the null label left out. num: images; of a grid, its rows. picture: uint8 `(h, w, c)`; mask: uint8 `(h, w, 1)`; as bytes, so that requests compare.
+    from 0 to 1; "inpaint", `picture` made anew where `mask` is white. num: images; of a grid, its rows. label: one for
+    all images, or in `MANY_LABELS` "each": 0, 1, 2, ... over and over, the null label left out. picture: uint8
+    `(h, w, c)`; mask: uint8 `(h, w, 1)`; as bytes, so that requests compare.
     """
 
     checkpoint: str

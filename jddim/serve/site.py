@@ -45,7 +45,6 @@ from jddim.scale.stepping import Inverted, Run
 from jddim.serve import snippets
 from jddim.serve.jobs import Busy, Frame, Job, Key, Queue, status
 from jddim.serve.request import (
-    COLUMNS,
     GOOD_CFG_PLUS_PLUS,
     GOOD_SCALE,
     GUIDED,
@@ -201,7 +200,7 @@ class Site:
             {
                 "version": __version__,
                 "checkpoints": [self._about(name, ddim) for name, ddim in self.served.items()],
-                "bounds": dataclasses.asdict(self.bounds) | {"columns": COLUMNS},
+                "bounds": dataclasses.asdict(self.bounds),
                 "fields": fields(),
                 "many_labels": MANY_LABELS,
                 "compiling": {"done": len(self.compiled) + len(self.refused), "total": self.total, "now": self.now},
