@@ -171,6 +171,33 @@ def test_what_is_copied_makes_the_images_again(
     np.testing.assert_allclose(again.astype(int), images.astype(int), **close)
 
 
+def test_a_picture_beside_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = np.random.default_rng(6).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    text = base64.b64encode(beside.tobytes()).decode()
+    path = write_checkpoint(tmp_path / "beside", condition_channels=3, **SMALL)
+    monkeypatch.chdir(tmp_path)
+    with serving({"beside": path}, needed=lambda key: key[1] in ("ddim", "invert", "inpaint")) as (_, port):
+        refused = post(port, "/api/run", {"steps": 3})
+        assert json.loads(refused.read())["fields"] == {"condition": "must be 6x10x3 bytes in base64, got nothing"}
+        for mode in ("sample", "grid", "invert", "inpaint"):
+            asked = {"mode": mode, "steps": 3, "num": 2, "columns": [2, 3], "condition": text, **TEXTS}
+            data = made(port, **asked)
+            for name in data["files"]:
+                (tmp_path / name).write_bytes(file(port, data, name))
+            found: dict[str, Any] = {}
+            exec(data["python"], found)
+            images = pixels(data["images"]).astype(int)
+            np.testing.assert_allclose(to_uint8(found["x_0"]).astype(int), images, atol=1)
+            if mode == "sample":
+                other = made(port, **asked | {"condition": base64.b64encode(bytes(180)).decode()})
+                assert np.abs(images - pixels(other["images"])).max() > 10
+                words = shlex.split(data["command"])
+                assert "--condition" in words
+                assert cli.main([word.replace("images.png", "images.npz") for word in words[1:]]) == 0
+                with np.load("images.npz") as arrays:
+                    np.testing.assert_allclose(arrays["arr_0"].astype(int), images, atol=1)
+
+
 def test_the_timetable(port: int) -> None:
     said = json.loads(post(port, "/api/table", {"steps": 4, "spacing": "linspace", "eta": 1, "label": 0}).read())
     assert said["visited"] == [999, 749, 499, 249]

@@ -105,6 +105,7 @@ def test_the_null_label_is_the_recorded_one(served: dict[str, DDIM]) -> None:
         ({"checkpoint": "classes", "guidance_scale": 101, "null_label": 4}, {"guidance_scale": "0..100"}),
         ({"checkpoint": "classes", "guidance_scale": 1}, {"null_label": "0..4, got nothing"}),
         ({"checkpoint": "classes", "guidance_scale": 1, "null_label": 5}, {"null_label": "0..4"}),
+        ({"condition": FLAT}, {"condition": "given no picture beside x_t"}),
         ({"mode": "invert"}, {"picture": "6x10x1 bytes in base64, got nothing"}),
         ({"mode": "invert", "picture": "AAAA"}, {"picture": "got 3"}),
         ({"mode": "invert", "picture": "%"}, {"picture": "in base64"}),

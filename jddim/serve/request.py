@@ -64,7 +64,8 @@ class Asked:
     "slerp", `num` noises from the seed's first to `seed_to`'s; "invert", `picture` to its x_T and back at `num` etas
     from 0 to 1; "inpaint", `picture` made anew where `mask` is white. num: images; of a grid, its rows. label: one for
     all images, or in `MANY_LABELS` "each": 0, 1, 2, ... over and over, the null label left out. picture: uint8
-    `(h, w, c)`; mask: uint8 `(h, w, 1)`; as bytes, so that requests compare.
+    `(h, w, c)`; mask: uint8 `(h, w, 1)`; condition: uint8 `(h, w, channels)`, in [-1, 1] beside each x_t of a network
+    that is given one. Pictures are bytes, so that requests compare.
     """
 
     checkpoint: str
@@ -76,6 +77,7 @@ class Asked:
     label: int | str | None = None
     picture: bytes | None = None
     mask: bytes | None = None
+    condition: bytes | None = None
 
     @property
     def guided(self) -> bool:
@@ -178,6 +180,10 @@ def parse(
         own["mask"] = _pixels(data, "mask", (*config.image_size, 1), problems)
         if own["mask"] is not None and not any(own["mask"]):
             problems["mask"] = "is empty: paint where the picture is to be made anew"
+    if config.condition_channels:
+        own["condition"] = _pixels(data, "condition", (*config.image_size, config.condition_channels), problems)
+    elif data.get("condition") is not None:
+        problems["condition"] = "this network is given no picture beside x_t"
     if mode == "invert" and ddim.sampler.self_condition:
         problems["mode"] = "this network is self-conditioned, and cannot be inverted"
     if problems:
@@ -250,6 +256,15 @@ def mask_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
     return from_uint8(pixels)
 
 
+def condition_of(asked: Asked, ddim: DDIM, num: int) -> NDArray[np.float32] | None:
+    """The picture beside each of `num` x_t, `(num, h, w, channels)` in [-1, 1]."""
+    if asked.condition is None:
+        return None
+    config = ddim.model.config
+    pixels = np.frombuffer(asked.condition, np.uint8).reshape(*config.image_size, config.condition_channels)
+    return np.repeat(from_uint8(pixels)[None], num, axis=0)
+
+
 def run_of(asked: Asked, ddim: DDIM) -> Run:
     """The run of a request. Raises Refused for what only the plan tells."""
     labels = labels_of(asked, classes_in_turn(ddim, asked.request))
@@ -257,7 +272,8 @@ def run_of(asked: Asked, ddim: DDIM) -> Run:
     key = jax.random.key(request.seed)
 
     def planned(request: Request = request, **arrays: Any) -> Plan:
-        inputs = Inputs(key, labels=labels, eta=etas_of(asked), **arrays)
+        beside = condition_of(asked, ddim, num)
+        inputs = Inputs(key, labels=labels, eta=etas_of(asked), condition=beside, **arrays)
         return _granted(plan(ddim, request, inputs, num))
 
     try:
@@ -275,8 +291,9 @@ def run_of(asked: Asked, ddim: DDIM) -> Run:
         if mode == "slerp":
             return Between(ddim, num, (request.seed, asked.seed_to), steps, lambda x_T: planned(x_T=x_T))
         up = dataclasses.replace(request, refine=REFINE)
-        images = Inputs(images=picture_of(asked, ddim)[None], labels=None if labels is None else labels[:1])
-        return Inverted(_granted(plan(ddim, up, images)), num, steps, lambda x_T: planned(x_T=x_T))
+        one = None if labels is None else labels[:1]
+        inputs = Inputs(images=picture_of(asked, ddim)[None], labels=one, condition=condition_of(asked, ddim, 1))
+        return Inverted(_granted(plan(ddim, up, inputs)), num, steps, lambda x_T: planned(x_T=x_T))
     except ValueError as error:
         if isinstance(error, Refused):
             raise

@@ -127,7 +127,8 @@ class Site:
         self.refused: dict[Key, str] = {}
         self._kept: collections.OrderedDict[str, Result] = collections.OrderedDict()
         self._lock = threading.Lock()
-        pixels = max(h * w * (c + 1) for h, w, c in map(_shape, self.served.values()))
+        shapes = [(*_shape(ddim), ddim.model.config.condition_channels) for ddim in self.served.values()]
+        pixels = max(h * w * (c + 1 + beside) for h, w, c, beside in shapes)
         self.most_bytes = 2 * pixels + 2**14
 
     # -- programs -----------------------------------------------------------------------------------------------------
@@ -142,6 +143,8 @@ class Site:
             for guided in [False] if classes is None else [False, True]:  # guidance is between classes
                 how: dict[str, Any] = {"checkpoint": name, "steps": 2, "num": 1}
                 how |= GUIDED if guided else {}
+                if (beside := ddim.model.config.condition_channels) > 0:
+                    how["condition"] = base64.b64encode(bytes(math.prod(_shape(ddim)[:2]) * beside)).decode()
                 asked: dict[str, Any] = {method: {"method": method} for method in self.methods[name]}
                 asked["inpaint"] = {"mode": "inpaint", "picture": picture, "mask": mask}
                 if not ddim.sampler.self_condition:
@@ -216,6 +219,7 @@ class Site:
             "height": height,
             "width": width,
             "channels": channels,
+            "condition_channels": ddim.model.config.condition_channels,
             "classes": ddim.model.config.num_classes,
             "null_label": ddim.null_label,
             "guidance_scale": GOOD_CFG_PLUS_PLUS if self.start.guidance == CFG_PLUS_PLUS else GOOD_SCALE,
@@ -320,6 +324,7 @@ class Site:
         files = ["images.png", "images.npz", *(["images.gif"] if job.frames else [])]
         files += ["picture.png"] if request.picture is not None else []
         files += ["mask.png"] if request.mask is not None else []
+        files += ["condition.png"] if request.condition is not None else []
         said = {
             "id": name,
             "seconds": round(job.seconds, 3),
@@ -472,6 +477,13 @@ def _gif(result: Result) -> bytes | None:
     return encode_gif([grid(frame) for frame in frames], result.settings)
 
 
+def _condition(result: Result) -> bytes | None:
+    if result.request.condition is None:
+        return None
+    pixels = np.frombuffer(result.request.condition, np.uint8)
+    return encode_png(pixels.reshape(*result.images.shape[1:3], -1), {})
+
+
 def _way(i: int, result: Result) -> bytes | None:
     """Of the i-th step that was kept, all x_t side by side, and below them the x0_hat."""
     if i >= len(result.frames):
@@ -508,6 +520,7 @@ FILES: dict[str, Callable[[Result], bytes | None]] = {
     "images.gif": _gif,
     "picture.png": _picture,
     "mask.png": _mask,
+    "condition.png": _condition,
 }
 
 

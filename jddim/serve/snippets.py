@@ -1,7 +1,7 @@
 """What is on the page as Python, and as a command: both make its images again, up to rounding.
 
-Pictures and masks are the page's downloads, picture.png and mask.png. A command that lacks an option that was used is
-not written; what it lacks is said instead.
+Pictures are the page's downloads: picture.png, mask.png and condition.png. A command that lacks an option that was used
+is not written; what it lacks is said instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
         how["labels"] = f"[{label} for i in range({num})]"
     elif asked.label is not None:
         how["labels"] = f"[{asked.label}] * {num}"
-    head = ["import jax", "import jddim"]
+    head, beside = ["import jax", "import jddim"], []
+    if asked.condition is not None:
+        head = ["import jax", "import jax.numpy as jnp", "import jddim", "from jddim.images import load_images"]
+        beside = [f'beside = load_images("condition.png", {size})']
+        how["condition"] = f"jnp.repeat(beside, {num}, axis=0)"
     dtype = f", dtype={json.dumps(request.dtype)}" if "dtype" in request.asked() else ""
     load = f"ddim = jddim.load({json.dumps(path)}{dtype})"
     match asked.mode:
@@ -63,8 +67,8 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
             head.insert(1, "import jax.numpy as jnp")
             head.append("from jddim.images import load_images")
             up = {name: value for name, value in how.items() if name not in ("eta", "variance")}
-            if "labels" in up:
-                up["labels"] = f"[{asked.label}]"
+            up |= {"labels": f"[{asked.label}]"} if "labels" in up else {}
+            up |= {"condition": "beside"} if beside else {}
             how["eta"] = f"jnp.linspace(0, 1, {num})"
             body = [
                 f'picture = load_images("picture.png", {size})',
@@ -81,7 +85,7 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
             ]
         case _:
             body = [f"x_0 = ddim.sample(jax.random.key({request.seed}), {num}, {_listed(how)})"]
-    return "\n".join([*head, "", load, *body]) + "\n"
+    return "\n".join([*dict.fromkeys(head), "", load, *beside, *body]) + "\n"
 
 
 def command(asked: Asked, ddim: DDIM, path: str) -> tuple[str | None, str | None]:
@@ -107,6 +111,7 @@ def command(asked: Asked, ddim: DDIM, path: str) -> tuple[str | None, str | None
             name, words = "edit", ["picture.png", "filled.png", "--mask", "mask.png"]
         case _:
             name, words = "sample", ["images.png", "--num", str(num)]
+    words += ["--condition", "condition.png"] if asked.condition is not None else []
     return shlex.join(["jddim", name, path, *words, *request.words(name)]), None
 
 

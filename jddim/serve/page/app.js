@@ -10,7 +10,7 @@ const NUMBERS = ["steps", "eta", "num", "seed", "seed_to", "guidance_scale", "nu
 const CHOICES = ["checkpoint", "method", "spacing"];
 const CHECKS = ["lock", "live", "guided"];
 let FIELDS = ["steps", "eta", "num", "seed", "seed_to", "guidance_scale", "null_label", "method", "label", "spacing",
-  "columns", "picture", "mask", "request"];
+  "columns", "picture", "mask", "condition", "request"];
 const MODES = {
   sample: "Images of a seed. Image i depends on the seed and i alone, so that the first four of sixteen are these four.",
   strip: "One noise, sampled with eta from 0 to 1: how much the noise that the steps add decides.",
@@ -24,6 +24,7 @@ let about, current, running, table, tableRun, timer;
 let label = "each"; // the one chosen last, also where a mode does not offer it
 let runs = 0;
 const pad = new Pad($("pad"), () => changed());
+const beside = new Pad($("beside-pad"), () => changed()); // what some networks are given beside the noise
 
 function mode() {
   return document.querySelector("input[name=mode]:checked").value;
@@ -137,6 +138,10 @@ function offer() {
   if (invert.disabled && invert.checked) document.querySelector("input[name=mode][value=sample]").checked = true;
   pad.shape(current.height, current.width, current.channels, current.name);
   $("colour-label").hidden = current.channels === 1;
+  const given = current.condition_channels;
+  $("beside").hidden = given === 0;
+  $("beside-colour-label").hidden = given === 1;
+  if (given) beside.shape(current.height, current.width, given, `beside ${current.name}`);
 }
 
 // Guidance as is good for this checkpoint: on where it is known what meant no label in training.
@@ -218,6 +223,7 @@ function columns() {
 function withPicture(data) {
   if (data.mode === "invert" || data.mode === "inpaint") data.picture = toBase64(pad.picture);
   if (data.mode === "inpaint") data.mask = toBase64(pad.mask);
+  if (current.condition_channels) data.condition = toBase64(beside.picture);
   return data;
 }
 
@@ -363,6 +369,7 @@ async function open(made) {
   restore();
   arrange();
   if (made.asked.picture) pad.put(made.asked.picture, made.asked.mask);
+  if (made.asked.condition) beside.put(made.asked.condition);
   complain();
   await show(made);
   compare(made);
@@ -392,11 +399,13 @@ function changed(wait = 200) {
   stale(true);
   halt();
   clearTimeout(timer);
-  const blank = (mode() === "invert" && pad.empty) || (mode() === "inpaint" && !pad.mask.some((value) => value));
+  const blank = (current.condition_channels > 0 && beside.empty && "Choose or draw the picture beside the noise first.")
+    || (mode() === "invert" && pad.empty && "Draw a picture first.")
+    || (mode() === "inpaint" && !pad.mask.some((value) => value) && "Paint a mask first.");
   if (!$("live").checked || blank) {
     plot();
     running?.abort();
-    $("said").textContent = !blank ? "Changed: press Run." : mode() === "invert" ? "Draw a picture first." : "Paint a mask first.";
+    $("said").textContent = blank || "Changed: press Run.";
     return;
   }
   timer = setTimeout(run, wait);
@@ -459,19 +468,27 @@ function listen() {
   $("drop").addEventListener("click", () => keep(null));
   $("tools").addEventListener("change", (event) => (pad.tool = event.target.value));
   $("brush").addEventListener("input", () => (pad.radius = Number($("brush").value)));
-  $("colour").addEventListener("input", () => {
-    pad.colour = [1, 3, 5].map((i) => parseInt($("colour").value.slice(i, i + 2), 16));
-  });
+  for (const [id, one] of [["colour", pad], ["beside-colour", beside]]) {
+    $(id).addEventListener("input", () => (one.colour = [1, 3, 5].map((i) => parseInt($(id).value.slice(i, i + 2), 16))));
+  }
   $("clear").addEventListener("click", () => pad.clear());
   $("negative").addEventListener("click", () => pad.negative());
-  $("file").addEventListener("change", () => picture($("file").files[0]));
-  addEventListener("paste", (event) => picture(event.clipboardData.files[0]));
-  for (const name of ["dragover", "drop"]) {
-    $("drawing").addEventListener(name, (event) => {
+  $("beside-clear").addEventListener("click", () => beside.clear());
+  for (const [place, input, one] of [["drawing", "file", pad], ["beside", "beside-file", beside]]) {
+    $(input).addEventListener("change", async () => {
+      await picture($(input).files[0], one);
+      $(input).value = "";
+    });
+    $(place).addEventListener("dragover", (event) => event.preventDefault());
+    $(place).addEventListener("drop", (event) => {
       event.preventDefault();
-      if (name === "drop") picture(event.dataTransfer.files[0]);
+      picture(event.dataTransfer.files[0], one);
     });
   }
+  addEventListener("paste", (event) => {
+    const one = [pad, beside].find(({ canvas }) => canvas.checkVisibility());
+    if (one) picture(event.clipboardData.files[0], one);
+  });
   keys(moved);
   $("half").addEventListener("click", () => pad.maskHalf());
   for (const button of document.querySelectorAll("[data-copy]")) {
@@ -489,15 +506,15 @@ function listen() {
 }
 
 // A picture of one's own, cut to the pad's shape and drawn there.
-async function picture(file) {
-  if (!file || $("drawing").hidden) return;
+async function picture(file, one) {
+  if (!file) return;
+  const place = $(one === pad ? "picture-problem" : "condition-problem");
   try {
-    await pad.load(file);
-    $("picture-problem").textContent = "";
+    await one.load(file);
+    place.textContent = "";
   } catch (error) {
-    $("picture-problem").textContent = `${file.name}: ${error.message}`;
+    place.textContent = `${file.name}: ${error.message}`;
   }
-  $("file").value = "";
 }
 
 // Letters and digits act unless something is being typed or drawn; a switch turns them off.

@@ -60,7 +60,7 @@ export async function compare(made) {
   const names = [...new Set([...Object.keys(kept.asked), ...Object.keys(made.asked)])];
   const said = (value) => (value === undefined ? "none" : String(value).length > 24 ? "another" : String(value));
   const changes = names.filter((name) => JSON.stringify(kept.asked[name]) !== JSON.stringify(made.asked[name]))
-    .map((name) => (["picture", "mask"].includes(name) ? `another ${name}`
+    .map((name) => (["picture", "mask", "condition"].includes(name) ? `another ${name}`
       : `${name.replaceAll("_", " ")} ${said(kept.asked[name])} → ${said(made.asked[name])}`));
   const [before, after] = await Promise.all([kept, made].map(async (run) => levels(await decoded(png(run.images)))));
   let far = "";
