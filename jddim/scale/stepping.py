@@ -158,10 +158,15 @@ class Inverted:
 
 
 class Between:
-    """Sampling from noises between the first images of two seeds: `jddim.editing.slerp_line`. then: plans the rest."""
+    """Sampling from noises between the first images of two seeds, or of four, the corners of a square by row.
 
-    def __init__(self, ddim: DDIM, num: int, seeds: tuple[int, int], steps: int, then: Callable[[Floats], Plan]):
-        self.ddim, self.num, self.seeds, self.then = ddim, num, seeds, then
+    at: how far down and across each noise lies, `(num, 2)`, as `jddim.editing.slerp_grid` has them; of two seeds the
+    way across, as `slerp_line` has it. then: plans the rest.
+    """
+
+    def __init__(self, ddim: DDIM, seeds: Sequence[int], at: Floats, steps: int, then: Callable[[Floats], Plan]):
+        self.ddim, self.seeds, self.at, self.then = ddim, seeds, at, then
+        self.num = num = len(at)
         self.sampling: Stepping | None = None
         self.rows = steps
         self.done, self.total = 0, steps * -(-num // GROUP)
@@ -183,9 +188,13 @@ class Between:
         ends = [
             draw_noise(draw_keys(jax.random.key(seed), numbers), shape, np.dtype(np.float32)) for seed in self.seeds
         ]
-        fractions = np.resize(np.linspace(0, 1, self.num, dtype=np.float32), -(-self.num // GROUP) * GROUP)
-        line = [_slerp(ends[0], ends[1], fractions[low : low + GROUP]) for low in range(0, self.num, GROUP)]
-        return np.concatenate([np.asarray(x) for x in line])[: self.num]
+        at = np.resize(self.at, (-(-self.num // GROUP) * GROUP, 2))
+        made = []
+        for low in range(0, len(at), GROUP):
+            down, across = at[low : low + GROUP].T
+            left, right = ends if len(ends) == 2 else [_slerp(ends[i], ends[i + 2], down) for i in (0, 1)]
+            made.append(np.asarray(_slerp(left, right, across)))
+        return np.concatenate(made)[: self.num]
 
     def x_t(self) -> Floats:
         """As of `Stepping`."""

@@ -26,7 +26,7 @@ from jddim.run.request import Option, Request, options, taken_by
 from jddim.scale.stepping import Between, Inverted, Run, Stepping, Swept
 from jddim.timesteps import SPACINGS
 
-MODES = ("sample", "strip", "grid", "slerp", "invert", "inpaint")
+MODES = ("sample", "strip", "grid", "slerp", "corners", "invert", "inpaint")
 MANY_LABELS = ("sample", "inpaint")
 """Modes whose images may have a label each; in the others it would hide what they show."""
 COLUMNS = 6
@@ -61,11 +61,12 @@ class Asked:
     """A run of the page. `parse` makes it of JSON, where the request's fields stand beside the others.
 
     mode: "sample"; "strip", one x_T at `num` etas from 0 to 1; "grid", the same in each number of steps of `columns`;
-    "slerp", `num` noises from the seed's first to `seed_to`'s; "invert", `picture` to its x_T and back at `num` etas
-    from 0 to 1; "inpaint", `picture` made anew where `mask` is white. num: images; of a grid, its rows. label: one for
-    all images, or in `MANY_LABELS` "each": 0, 1, 2, ... over and over, the null label left out. picture: uint8
-    `(h, w, c)`; mask: uint8 `(h, w, 1)`; condition: uint8 `(h, w, channels)`, in [-1, 1] beside each x_t of a network
-    that is given one. Pictures are bytes, so that requests compare.
+    "slerp", `num` noises from the seed's first to `seed_to`'s; "corners", the noise that lies `at` (down, across) in
+    the square of the seeds `corners`, given by row; "invert", `picture` to its x_T and back at `num` etas from 0 to 1;
+    "inpaint", `picture` made anew where `mask` is white. num: images; of a grid, its rows. label: one for all images,
+    or in `MANY_LABELS` "each": 0, 1, 2, ... over and over, the null label left out. picture: uint8 `(h, w, c)`; mask:
+    uint8 `(h, w, 1)`; condition: uint8 `(h, w, channels)`, in [-1, 1] beside each x_t of a network that is given one.
+    Pictures are bytes, so that requests compare.
     """
 
     checkpoint: str
@@ -74,6 +75,8 @@ class Asked:
     seed_to: int = 1
     num: int = 4
     columns: tuple[int, ...] = ()
+    corners: tuple[int, ...] = ()
+    at: tuple[float, ...] = ()
     label: int | str | None = None
     picture: bytes | None = None
     mask: bytes | None = None
@@ -87,7 +90,10 @@ class Asked:
     @property
     def settings(self) -> dict[str, Any]:
         """All but the pictures, as JSON."""
-        own = {name: getattr(self, name) for name in ("checkpoint", "mode", "seed_to", "num", "columns", "label")}
+        own = {
+            name: getattr(self, name)
+            for name in ("checkpoint", "mode", "seed_to", "num", "columns", "corners", "at", "label")
+        }
         asked = {o.name: getattr(self.request, o.name) for o in taken_by("page")}
         return {**own, **asked, **self.request.asked()}
 
@@ -167,12 +173,16 @@ def parse(
     if not find(method).takes_eta and asked.pop("eta"):
         problems["eta"] = f"eta is DDIM's; method {method} takes none: 0, got {_shown(data.get('eta'))}"
     asked |= {name: value for name, value in _plain_fields(data, problems).items() if value is not None}
+    least = 2 if mode in ("strip", "grid", "slerp") else 1
     own: dict[str, Any] = {
         "seed_to": number("seed_to", 0, 2**32 - 1, 1),
-        "num": number("num", 2 if mode in ("strip", "grid", "slerp") else 1, bounds.num, min(4, bounds.num)),
+        "num": 1 if mode == "corners" else number("num", least, bounds.num, min(4, bounds.num)),
     }
     if mode == "grid":
-        own["columns"] = _columns(data, min(bounds.steps, T), problems)
+        own["columns"] = _listed(data, "columns", int, (1, COLUMNS), (1, min(bounds.steps, T)), problems)
+    if mode == "corners":
+        own["corners"] = _listed(data, "corners", int, (4, 4), (0, 2**32 - 1), problems)
+        own["at"] = _listed(data, "at", float, (2, 2), (0, 1), problems)
     label, guided = _classes(data, ddim, mode, number, problems)
     if mode in ("invert", "inpaint"):
         own["picture"] = _pixels(data, "picture", (*config.image_size, config.in_channels), problems)
@@ -196,11 +206,23 @@ def parse(
     return request
 
 
-def _columns(data: Mapping[str, Any], most: int, problems: dict[str, str]) -> tuple[int, ...]:
-    value = data.get("columns")
-    if isinstance(value, list) and 1 <= len(value) <= COLUMNS and all(type(n) is int and 1 <= n <= most for n in value):
-        return tuple(value)
-    problems["columns"] = f"must be 1 to {COLUMNS} whole numbers in 1..{most}, got {_shown(value)}"
+def _listed(
+    data: Mapping[str, Any],
+    name: str,
+    kind: type[int] | type[float],
+    lengths: tuple[int, int],
+    ends: tuple[int, int],
+    problems: dict[str, str],
+) -> tuple[Any, ...]:
+    """A list of numbers. lengths, ends: how many and how large they are, at least and at most."""
+    value = data.get(name)
+    kinds = (int,) if kind is int else (int, float)
+    found = value if isinstance(value, list) and lengths[0] <= len(value) <= lengths[1] else []
+    if found and all(type(n) in kinds and ends[0] <= n <= ends[1] for n in found):
+        return tuple(map(kind, found))
+    many = lengths[0] if lengths[0] == lengths[1] else f"{lengths[0]} to {lengths[1]}"
+    what = "whole numbers" if kind is int else "numbers"
+    problems[name] = f"must be {many} {what} in {ends[0]}..{ends[1]}, got {_shown(value)}"
     return ()
 
 
@@ -240,7 +262,7 @@ def etas_of(request: Asked) -> Any:
     """Eta of each image, or of all; None: the method takes none."""
     if request.mode in ("strip", "grid", "invert"):
         return np.linspace(0, 1, request.num)
-    return 0.0 if request.mode == "slerp" else request.request.eta
+    return 0.0 if request.mode in ("slerp", "corners") else request.request.eta
 
 
 def picture_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
@@ -288,8 +310,10 @@ def run_of(asked: Asked, ddim: DDIM) -> Run:
         if mode == "sample":
             return Stepping(planned())
         steps = planned().rows.num_steps  # raises what is wrong before the first part is made
-        if mode == "slerp":
-            return Between(ddim, num, (request.seed, asked.seed_to), steps, lambda x_T: planned(x_T=x_T))
+        if mode in ("slerp", "corners"):
+            seeds = asked.corners or (request.seed, asked.seed_to)
+            at = np.array(asked.at or [(0, i / (num - 1)) for i in range(num)], np.float32).reshape(num, 2)
+            return Between(ddim, seeds, at, steps, lambda x_T: planned(x_T=x_T))
         up = dataclasses.replace(request, refine=REFINE)
         one = None if labels is None else labels[:1]
         inputs = Inputs(images=picture_of(asked, ddim)[None], labels=one, condition=condition_of(asked, ddim, 1))

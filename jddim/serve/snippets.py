@@ -63,6 +63,17 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
                 f"a, b = (jddim.initial_noise(key, {shape})[0] for key in keys)",
                 f"x_0 = ddim.sample(x_T=slerp_line(a, b, {num}), {_listed(how)})",
             ]
+        case "corners":
+            head.append("from jddim.editing import slerp")
+            how["eta"] = "0.0"
+            shape = (*size, ddim.model.config.in_channels)
+            down, across = (float(f"{x:.9g}") for x in asked.at)
+            body = [
+                f"keys = [jddim.sample_keys(jax.random.key(seed), 1) for seed in {asked.corners}]",
+                f"a, b, c, d = (jddim.initial_noise(key, {shape}) for key in keys)  # by row",
+                f"x_T = slerp(slerp(a, c, {down}), slerp(b, d, {down}), {across})",
+                f"x_0 = ddim.sample(x_T=x_T, {_listed(how)})",
+            ]
         case "invert":
             head.insert(1, "import jax.numpy as jnp")
             head.append("from jddim.images import load_images")
@@ -102,6 +113,8 @@ def command(asked: Asked, ddim: DDIM, path: str) -> tuple[str | None, str | None
             request = dataclasses.replace(request, seed=0, eta=None)
             seeds = f"{asked.request.seed},{asked.seed_to}"
             name, words = "interpolate", ["line.png", "--seeds", seeds, "--num", str(num)]
+        case "corners":
+            return None, "jddim interpolate --seeds A,B,C,D draws the whole square; the Python draws the point"
         case "invert":
             if num > 1:
                 return None, "jddim invert leads back to one image, at eta 0; ask for 1 image, or take the Python"

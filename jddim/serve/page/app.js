@@ -10,17 +10,19 @@ const NUMBERS = ["steps", "eta", "num", "seed", "seed_to", "guidance_scale", "nu
 const CHOICES = ["checkpoint", "method", "spacing"];
 const CHECKS = ["lock", "live", "guided"];
 let FIELDS = ["steps", "eta", "num", "seed", "seed_to", "guidance_scale", "null_label", "method", "label", "spacing",
-  "columns", "picture", "mask", "condition", "request"];
+  "columns", "corners", "at", "picture", "mask", "condition", "request"];
 const MODES = {
   sample: "Images of a seed. Image i depends on the seed and i alone, so that the first four of sixteen are these four.",
   strip: "One noise, sampled with eta from 0 to 1: how much the noise that the steps add decides.",
   grid: "One noise in every cell. Down: eta from 0 to 1. Across: the numbers of steps.",
   slerp: "From one seed's first noise to another's, along the sphere that noise lies on, at eta 0.",
+  corners: "One image from the noise between four seeds' first noises, at eta 0. Drag the point.",
   invert: "Draw, or choose a picture. It is led back to the noise it could come from, and sampled from there again: "
     + "the first image at eta 0, which gives the picture back, the last at eta 1.",
   inpaint: "Draw, or choose a picture, and paint a mask. What lies under the mask is made anew, the rest is kept.",
 };
 let about, current, running, table, tableRun, timer;
+let behind = false; // the point was dragged on during the run
 let label = "each"; // the one chosen last, also where a mode does not offer it
 let runs = 0;
 const pad = new Pad($("pad"), () => changed());
@@ -89,7 +91,7 @@ function save() {
   const state = new URLSearchParams({ mode: mode() });
   for (const name of [...NUMBERS, ...CHOICES]) if ($(name).value !== "") state.set(name, $(name).value);
   if (current.classes !== null) state.set("label", label);
-  state.set("columns", $("columns").value);
+  for (const name of ["columns", "corners", "across", "down"]) state.set(name, $(name).value);
   for (const name of CHECKS) state.set(name, $(name).checked ? "1" : "0");
   for (const control of about.fields.flatMap(controlsOf)) if (control.value !== "") state.set(control.id, control.value);
   history.replaceState(null, "", `#${state}`);
@@ -111,7 +113,7 @@ function restore() {
     $(name).value = state.get(name);
     if ($(name).value === "") $(name).value = before; // of another checkpoint
   }
-  if (state.has("columns")) $("columns").value = state.get("columns");
+  for (const name of ["columns", "corners", "across", "down"]) if (state.has(name)) $(name).value = state.get(name);
   for (const name of CHECKS) if (state.has(name)) $(name).checked = state.get(name) === "1";
   for (const control of about.fields.flatMap(controlsOf)) control.value = state.get(control.id) ?? "";
 }
@@ -183,6 +185,12 @@ function arrange() {
   $("about-mode").textContent = MODES[now];
   pad.draw();
   for (const name of ["steps", "eta", "num", "guidance_scale"]) $(`${name}-slider`).value = $(name).value;
+  place();
+}
+
+function place() {
+  $("point").style.left = `${100 * $("across").value}%`;
+  $("point").style.top = `${100 * $("down").value}%`;
 }
 
 // -- requests ----------------------------------------------------------------------------------------------------
@@ -201,7 +209,11 @@ function asked() {
   const data = { checkpoint: current.name, mode: now, spacing: $("spacing").value, ...listed() };
   data.method = now === "sample" ? $("method").value : "ddim";
   for (const id of ["steps", "num", "seed"]) if (visible(id)) data[id] = typed(id);
-  if (now === "grid") data.columns = columns();
+  if (now === "grid") data.columns = listOf("columns");
+  if (now === "corners") {
+    data.corners = listOf("corners");
+    data.at = [Number($("down").value), Number($("across").value)];
+  }
   if (visible("eta") && !$("eta").disabled) data.eta = typed("eta");
   if (now === "slerp") data.seed_to = typed("seed_to");
   if (current.classes !== null) {
@@ -214,10 +226,10 @@ function asked() {
   return data;
 }
 
-// The numbers of steps, or what was typed.
-function columns() {
-  const parts = $("columns").value.split(",").map((part) => part.trim()).filter(Boolean);
-  return parts.every((part) => /^[0-9]+$/.test(part)) ? parts.map(Number) : $("columns").value;
+// The whole numbers of a field, or what was typed.
+function listOf(id) {
+  const parts = $(id).value.split(",").map((part) => part.trim()).filter(Boolean);
+  return parts.every((part) => /^[0-9]+$/.test(part)) ? parts.map(Number) : $(id).value;
 }
 
 function withPicture(data) {
@@ -314,6 +326,8 @@ async function run() {
     if (running === mine) {
       $("stop").disabled = true;
       running = null;
+      if (behind) changed(0);
+      behind = false;
     }
   }
 }
@@ -350,7 +364,7 @@ async function done(made, first, all) {
   runs += 1;
   made.captions = captions(made);
   await show(made);
-  remember(made, open);
+  if (!behind) remember(made, open);
   $("progress").value = 1;
   mark($("plot"), 1);
   const error = made.error === undefined ? "" : `; the first is ${made.error.toExponential(1)} from the picture (mean squared)`;
@@ -388,6 +402,7 @@ function captions({ mode: now, asked: data, etas, labels, columns: across }) {
     if (now === "slerp" && i === etas.length - 1) said.push(`seed ${data.seed_to}`);
     return said.join(", ");
   });
+  if (now === "corners") return [data.label === undefined ? "" : `label ${data.label}`];
   if (!across.length) return rows;
   return rows.flatMap((row) => across.map((steps) => `${row}, ${steps} step${steps > 1 ? "s" : ""}`));
 }
@@ -411,6 +426,16 @@ function changed(wait = 200) {
   timer = setTimeout(run, wait);
 }
 
+// While one drags, what is between is run as often as runs get done.
+function drag(event) {
+  const box = $("square").getBoundingClientRect();
+  $("across").value = (event.clientX - box.left) / box.width;
+  $("down").value = (event.clientY - box.top) / box.height;
+  place();
+  if (running) behind = true;
+  else changed(0);
+}
+
 function chooseTool(name) {
   pad.tool = name;
   document.querySelector(`input[name=tool][value=${name}]`).checked = true;
@@ -424,13 +449,26 @@ function listen() {
     });
     $(name).addEventListener("input", () => ($(`${name}-slider`).value = $(name).value));
   }
-  for (const name of [...NUMBERS, "columns", "method", "label", "spacing", "guided"]) {
-    $(name).addEventListener([...NUMBERS, "columns"].includes(name) ? "input" : "change", () => {
+  for (const name of [...NUMBERS, "columns", "corners", "method", "label", "spacing", "guided"]) {
+    $(name).addEventListener([...NUMBERS, "columns", "corners"].includes(name) ? "input" : "change", () => {
       if (name === "label") label = $("label").value;
       arrange();
       changed();
     });
   }
+  for (const name of ["across", "down"]) {
+    $(name).addEventListener("input", () => {
+      place();
+      changed(60);
+    });
+  }
+  $("square").addEventListener("pointerdown", (event) => {
+    $("square").setPointerCapture(event.pointerId);
+    drag(event);
+  });
+  $("square").addEventListener("pointermove", (event) => {
+    if ($("square").hasPointerCapture(event.pointerId)) drag(event);
+  });
   $("checkpoint").addEventListener("change", () => {
     current = about.checkpoints.find((one) => one.name === $("checkpoint").value);
     forget(); // of another network
@@ -595,6 +633,7 @@ async function start() {
   Object.assign($("seed"), { value: 0 });
   Object.assign($("seed_to"), { value: 1 });
   Object.assign($("columns"), { value: "5, 10, 20, 50" });
+  Object.assign($("corners"), { value: "0, 1, 2, 3" });
   $("null_label").value = "";
   restore();
   arrange();
