@@ -26,6 +26,7 @@ import jddim
 from jddim.cli import main as cli
 from jddim.config import ScheduleConfig
 from jddim.images import cut_grid, load_images, read_metadata, to_uint8
+from jddim.run.request import Request as SamplingRequest
 from jddim.schedule import make_schedule
 from jddim.serve.jobs import FRAMES
 from jddim.serve.request import Refused, parse
@@ -329,6 +330,18 @@ def test_what_a_checkpoint_has_not_is_left_out_not_waited_for(checkpoint: Path) 
     assert said[0].startswith("left out 1 of ")
     with pytest.raises(Refused, match="method: must be one of ddim; got 'heun'"):
         parse({"method": "heun", "label": 0}, site.served, site.methods, site.bounds)
+
+
+def test_the_page_begins_with_guidance_where_a_null_label_is_recorded(tmp_path: Path) -> None:
+    classes = {"class_embedding": "learned", "num_classes": 3, **SMALL}
+    trained = write_checkpoint(tmp_path / "a", provenance={"training": {"null_label": 2}}, **classes)
+    served = {"a": jddim.load(trained), "b": jddim.load(write_checkpoint(tmp_path / "b", **classes))}
+    for guidance, scale in ((None, 3.0), ("cfg++", 0.6)):
+        site = Site(served, {"a": "a", "b": "b"}, methods=["ddim"], start=SamplingRequest(guidance=guidance))
+        site.queue.close()
+        assert {key for key, _ in site.compiling[:2]} == {("a", "ddim", True), ("b", "ddim", False)}
+        about = [site._about(name, ddim) for name, ddim in served.items()]
+        assert [(one["null_label"], one["guidance_scale"]) for one in about] == [(2, scale), (None, scale)]
 
 
 @pytest.mark.timeout(60)

@@ -212,6 +212,12 @@ def test_each_control_changes_what_it_should(page: Page) -> None:
     assert "steps=5" in page.python()
     assert page.stale()
     assert page.text("said") == "Changed: press Run."
+    page.type("steps", "240")
+    page.click("run")
+    page.wait(lambda: page.text("said").endswith("of 240"))
+    before = page.done(lambda: page.type("steps", "7"))  # which the run that is being made does not have
+    assert "steps=240" in page.python()
+    assert page.stale()
     changes(lambda: page.click("run"), "steps=7")  # and draws a seed, which is not locked any more
     seed = page.value("seed")
     assert seed != "12"
@@ -587,6 +593,7 @@ def test_what_a_run_waits_for_is_said(page: Page, site: tuple[Any, str]) -> None
     site[0].compiled.remove(key)
     page.choose("method", "dpm++2m")
     page.wait(lambda: "waits for its program: about to compile. 0 s so far" in page.text("said"))
+    page.wait(lambda: "1 s so far" in page.text("said"))
     site[0].now = "ddpm (classes)"
     page.wait(lambda: "ddpm (classes), is being compiled first; then dpm++2m (classes)." in page.text("said"))
     site[0].now = "dpm++2m (classes)"

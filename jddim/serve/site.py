@@ -187,7 +187,8 @@ class Site:
                 self.say(f"left out {i} of {self.total}: {self.now}: {error}")
             self.now = ""
             self.queue.wake()
-        self.say(f"ready [{time.perf_counter() - started:.1f} s]")
+        if not left:
+            self.say(f"ready [{time.perf_counter() - started:.1f} s]")
 
     def needs(self, request: Asked) -> set[Key]:
         """The programs of a request."""
@@ -278,6 +279,7 @@ class Site:
 
     async def _events(self, request: Asked, job: Job, news: asyncio.Event) -> AsyncIterator[str]:
         said: Any = None
+        began = time.monotonic()
         try:
             while not job.finished:
                 news.clear()
@@ -286,7 +288,8 @@ class Site:
                     return
                 now = status(job, self.queue)
                 if now["state"] == "compiling":
-                    now |= {"now": self.now, "needs": [named(key) for key in sorted(job.needs - self.compiled)]}
+                    needs = [named(key) for key in sorted(job.needs - self.compiled)]
+                    now |= {"now": self.now, "needs": needs, "waited": int(time.monotonic() - began)}
                 if now != said:
                     said = dict(now)
                     if now["state"] == "running" and now["done"]:

@@ -300,7 +300,7 @@ async function run() {
         const before = table?.visited; // of this run: whatever changes it ends this loop
         await done(Object.assign(made, told, { visited: before }), first, since());
       } else if (told.state !== "running") {
-        $("said").textContent = waiting(told, Math.floor((performance.now() - pressed) / 1000));
+        $("said").textContent = waiting(told);
       } else if (told.images) {
         first ??= since();
         $("progress").value = told.done / told.total;
@@ -333,17 +333,24 @@ async function run() {
 }
 
 // Why a run has not begun.
-function waiting({ state, before, now, needs }, seconds) {
+function waiting({ state, before, now, needs, waited }) {
   if (state === "waiting") return before === 0 ? "Next in line." : `Waiting for its turn: ${before} before this one.`;
   const what = !now ? "about to compile" : needs.includes(now) ? `compiling ${now}`
     : `another program, ${now}, is being compiled first; then ${needs[0]}`;
-  return `The first run of a kind waits for its program: ${what}. ${seconds} s so far; kept for the next start.`;
+  return `The first run of a kind waits for its program: ${what}. ${waited} s so far; kept for the next start.`;
 }
 
 function going(now, { done, total, row, rows }) {
   if (!rows) return `evaluation ${done} of ${total}`;
   if (now !== "invert") return `step ${row} of ${rows}`;
   return row <= rows / 2 ? `to the noise: step ${row} of ${rows / 2}` : `and back: step ${row - rows / 2} of ${rows / 2}`;
+}
+
+// Ends the run that is being made, without a word.
+function leave() {
+  running?.abort();
+  running = null;
+  $("stop").disabled = true;
 }
 
 // -- results -----------------------------------------------------------------------------------------------------
@@ -364,6 +371,7 @@ async function done(made, first, all) {
   runs += 1;
   made.captions = captions(made);
   await show(made);
+  stale(JSON.stringify(withPicture(asked())) !== JSON.stringify(made.asked)); // changed without a run on change
   if (!behind) remember(made, open);
   $("progress").value = 1;
   mark($("plot"), 1);
@@ -377,7 +385,7 @@ const show = (made) => present(made, take);
 
 // A run of before: its settings, its pictures, and what it made.
 async function open(made) {
-  running?.abort();
+  leave();
   clearTimeout(timer);
   history.replaceState(null, "", made.state);
   restore();
@@ -419,7 +427,7 @@ function changed(wait = 200) {
     || (mode() === "inpaint" && !pad.mask.some((value) => value) && "Paint a mask first.");
   if (!$("live").checked || blank) {
     plot();
-    running?.abort();
+    if (blank) leave();
     $("said").textContent = blank || "Changed: press Run.";
     return;
   }
@@ -471,6 +479,7 @@ function listen() {
   });
   $("checkpoint").addEventListener("change", () => {
     current = about.checkpoints.find((one) => one.name === $("checkpoint").value);
+    leave();
     forget(); // of another network
     offer();
     guide();
