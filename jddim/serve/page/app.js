@@ -152,12 +152,14 @@ function guide() {
   $("guidance_scale").value = current.guidance_scale;
 }
 
-// The labels of this mode, that which means none at the end.
+// The labels of this mode, that which means none at the end; of a picture to invert, whose label nobody knows, first.
 function offerLabels(now) {
   const none = current.null_label;
   const classes = [...Array(current.classes ?? 0).keys()].filter((value) => value !== none);
+  const unlabelled = none === null ? [] : [[`${none}: no label`, none]];
   const offered = [...(about.many_labels.includes(now) ? [["each in turn", "each"]] : []),
-    ...classes.map((value) => [value, value]), ...(none === null ? [] : [[`${none}: no label`, none]])];
+    ...(now === "invert" ? unlabelled : []), ...classes.map((value) => [value, value]),
+    ...(now === "invert" ? [] : unlabelled)];
   $("label").replaceChildren(...offered.map(([text, value]) => new Option(text, value)));
   if (offered.some(([, value]) => String(value) === label)) $("label").value = label;
 }
@@ -618,8 +620,8 @@ async function copy(button, from) {
 async function watch() {
   for (;;) {
     const { done, total, now } = about.compiling;
-    $("server").textContent = done >= total ? "" : now ? `compiling in the background, ${done + 1} of ${total}: ${now}`
-      : `${total - done} of ${total} programs are still to be compiled, once nothing runs`;
+    $("server").textContent = done >= total ? "" : now ? `compiling ${done + 1} of ${total}: ${now}`
+      : `${total - done} of ${total} solvers and modes are still to be prepared, while nothing runs`;
     if (done >= total) break;
     await new Promise((resolve) => setTimeout(resolve, 700));
     const last = about;

@@ -27,7 +27,7 @@ export function remember(made, open) {
 
 function title({ asked, mode, columns }) {
   const steps = columns.length ? columns.join(", ") : asked.steps;
-  return `${mode}, ${steps} steps, ${asked.corners ? `seeds ${asked.corners.join(", ")}` : `seed ${asked.seed}`}`;
+  return `${asked.method === "ddim" ? mode : asked.method}, ${steps} steps, ${asked.corners ? `seeds ${asked.corners.join(", ")}` : `seed ${asked.seed}`}`;
 }
 
 // Its first images, four at most.
