@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from jddim.images import to_uint8
 from jddim.scale.stepping import Run
 
-AT_ONCE = 8
+AT_ONCE = 12
 """Runs that take turns; the others wait, first come, first served."""
 
 FRAMES = 24

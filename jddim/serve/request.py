@@ -35,7 +35,7 @@ GOOD_SCALE = 3.0
 """What the page begins with of a checkpoint that records a null label: of the scales 0 to 4, the one at which a
 classifier recognises most of what was asked of scripts/assets/mnist-guided (docs/training.md)."""
 GOOD_CFG_PLUS_PLUS = 0.6
-"""The same of cfg++, whose scale lies in 0..1; arXiv:2406.08070 has most of its figures at it."""
+"""The same of cfg++, whose scale lies in 0..1: that of the example in docs/research.md."""
 REFINE = 1
 """More evaluations a step of inversion (`jddim.inversion.invert_loop`); part of its compiled program."""
 

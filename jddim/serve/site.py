@@ -288,7 +288,7 @@ class Site:
                     return
                 now = status(job, self.queue)
                 if now["state"] == "compiling":
-                    needs = [named(key) for key in sorted(job.needs - self.compiled)]
+                    needs = [named(key) for key in sorted(job.needs - self.compiled or job.needs)]
                     now |= {"now": self.now, "needs": needs, "waited": int(time.monotonic() - began)}
                 if now != said:
                     said = dict(now)

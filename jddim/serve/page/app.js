@@ -260,6 +260,7 @@ function complain(fields = {}) {
   if (elsewhere.length) $("request-problem").textContent = elsewhere.join("; ");
 }
 
+// Draws the timetable, and returns the t that it visits; nothing if it is refused, or was changed meanwhile.
 async function plot() {
   tableRun?.abort();
   tableRun = new AbortController();
@@ -274,6 +275,7 @@ async function plot() {
     drawPlot($("plot"), table);
     $("notes").replaceChildren(...table.notes.map((note) => Object.assign(document.createElement("li"), { textContent: note })));
     $("notes-details").hidden = table.notes.length === 0;
+    return table.visited;
   } catch {
     // what is wrong is said where the run is asked for
   }
@@ -291,16 +293,16 @@ async function run() {
   const since = () => `${((performance.now() - pressed) / 1000).toFixed(2)} s`;
   const data = withPicture(asked());
   const made = { mode: mode(), asked: data, width: current.width, height: current.height, state: location.hash };
-  plot();
+  const visited = plot();
   try {
     for await (const { name, data: told } of events("/api/run", data, mine.signal)) {
       complain();
       if (name === "failed") throw new Error(told.error);
-      $("said").ariaLive = name === "done" || told.state !== "running" ? "polite" : "off"; // steps are not read out
+      $("said").ariaLive = told.done || told.waited ? "off" : "polite"; // steps and seconds are not read out
       if (name === "done") {
         finished = true;
-        const before = table?.visited; // of this run: whatever changes it ends this loop
-        await done(Object.assign(made, told, { visited: before }), first, since());
+        const all = since();
+        await done(Object.assign(made, told, { visited: await visited }), first, all);
       } else if (told.state !== "running") {
         $("said").textContent = waiting(told);
       } else if (told.images) {
