@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -29,7 +30,7 @@ from jddim.images import cut_grid, load_images, read_metadata, to_uint8
 from jddim.run.request import Request as SamplingRequest
 from jddim.schedule import make_schedule
 from jddim.serve.jobs import FRAMES
-from jddim.serve.request import Refused, parse
+from jddim.serve.request import Refused, parse, run_of
 
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason=f"jddim serve needs {package}: pip install 'jddim[web]'")
@@ -178,11 +179,11 @@ def test_a_picture_beside_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     text = base64.b64encode(beside.tobytes()).decode()
     path = write_checkpoint(tmp_path / "beside", condition_channels=3, **SMALL)
     monkeypatch.chdir(tmp_path)
-    with serving({"beside": path}, needed=lambda key: key[1] in ("ddim", "invert", "inpaint")) as (_, port):
+    with serving({"beside": path}, needed=lambda key: key[1] in ("ddim", "invert")) as (_, port):
         refused = post(port, "/api/run", {"steps": 3})
         assert json.loads(refused.read())["fields"] == {"condition": "must be 6x10x3 bytes in base64, got nothing"}
-        for mode in ("sample", "grid", "invert", "inpaint"):
-            asked = {"mode": mode, "steps": 3, "num": 2, "columns": [2, 3], "condition": text, **TEXTS}
+        for mode in ("sample", "invert"):
+            asked = {"mode": mode, "steps": 3, "num": 2, "condition": text, **TEXTS}
             data = made(port, **asked)
             for name in data["files"]:
                 (tmp_path / name).write_bytes(file(port, data, name))
@@ -330,6 +331,29 @@ def test_what_a_checkpoint_has_not_is_left_out_not_waited_for(checkpoint: Path) 
     assert said[0].startswith("left out 1 of ")
     with pytest.raises(Refused, match="method: must be one of ddim; got 'heun'"):
         parse({"method": "heun", "label": 0}, site.served, site.methods, site.bounds)
+
+
+def test_what_is_compiled_first_has_the_programs_of_slerp_too(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "c", image_size=(5, 7), **SMALL)  # a size that no other test compiles for
+    site = Site({"c": jddim.load(path)}, {"c": "c"}, methods=["ddim"], say=lambda line: None)
+    site.compiling = site.compiling[:1]
+    compiled: list[str] = []
+
+    def note(event: str, *_: Any, **how: Any) -> None:
+        if "backend_compile" in event:
+            compiled.append(how.get("fun_name", ""))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        site.compile()
+        assert [name for name in compiled if "slerp" in name]  # that is how it is called
+        compiled.clear()
+        run = run_of(parse({"mode": "slerp", "steps": 2}, site.served, site.methods, site.bounds), site.served["c"])
+        run.step()
+        assert not [name for name in compiled if "slerp" in name]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+        site.queue.close()
 
 
 def test_the_page_begins_with_guidance_where_a_null_label_is_recorded(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ class Site:
                 if (beside := ddim.model.config.condition_channels) > 0:
                     how["condition"] = base64.b64encode(bytes(math.prod(_shape(ddim)[:2]) * beside)).decode()
                 asked: dict[str, Any] = {method: {"method": method} for method in self.methods[name]}
+                asked["ddim"] = {"mode": "corners", "corners": [0, 1, 2, 3], "at": [0.5, 0.5]}  # slerp's program too
                 asked["inpaint"] = {"mode": "inpaint", "picture": picture, "mask": mask}
                 if not ddim.sampler.self_condition:
                     asked["invert"] = {"mode": "invert", "picture": picture}
