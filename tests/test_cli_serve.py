@@ -75,6 +75,8 @@ def test_more_mistakes(tmp_path: Path, fails: Callable[..., str], monkeypatch: p
     assert "names must differ" in fails("serve", checkpoint, checkpoint)
     wide = write_checkpoint(tmp_path / "wide", in_channels=4, out_channels=4)
     assert "1 or 3 channels, this one makes 4" in fails("serve", wide)
+    beside = write_checkpoint(tmp_path / "beside", condition_channels=2)
+    assert "draws a picture of 1 or 3 channels beside x_t, and this network is given 2" in fails("serve", beside)
     timed = write_checkpoint(tmp_path / "timed", class_embedding="timestep")
     assert "timestep embedding" in fails("serve", timed)
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -1,6 +1,7 @@
 """Sampling row by row: equal to `DDIM.sample`, with no program compiled for another S, eta, seed, label or scale.
 
-Guidance, one x_T at several etas, noises between two seeds and inverted pictures are compared in test_web.py.
+Guidance, one x_T at several etas and in several numbers of steps, noises between two seeds and four, and inverted
+pictures are compared in test_web.py.
 """
 
 from __future__ import annotations

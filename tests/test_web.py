@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,9 +27,10 @@ import jddim
 from jddim.cli import main as cli
 from jddim.config import ScheduleConfig
 from jddim.images import cut_grid, load_images, read_metadata, to_uint8
+from jddim.run.request import Request as SamplingRequest
 from jddim.schedule import make_schedule
 from jddim.serve.jobs import FRAMES
-from jddim.serve.request import Refused, parse
+from jddim.serve.request import Refused, parse, run_of
 
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason=f"jddim serve needs {package}: pip install 'jddim[web]'")
@@ -36,7 +38,7 @@ for package in ("starlette", "uvicorn"):
 from web_server import SMALL, events, made, post, send, serving  # noqa: E402
 
 from jddim.serve import connections  # noqa: E402
-from jddim.serve.site import Site  # noqa: E402
+from jddim.serve.site import PAGE, Site  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised
 
@@ -82,6 +84,7 @@ def test_a_run_shows_itself_until_it_is_done(port: int) -> None:
     *on_the_way, (name, data) = events(post(port, "/api/run", asked))
     assert name == "done"
     running = [said for _, said in on_the_way if said["state"] == "running" and said["done"]]
+    assert all((said["row"], said["rows"]) == (said["done"] // 2, 100) for said in running)
     assert running
     for said in running:
         assert said["total"] == data["calls"] == 200  # two groups of images
@@ -94,9 +97,20 @@ def test_a_run_shows_itself_until_it_is_done(port: int) -> None:
         np.testing.assert_array_equal(to_uint8(arrays["x_T"]), pixels(data["x_T"]))
         assert json.loads(str(arrays["settings"]))["seed"] == 3
     with Image.open(io.BytesIO(file(port, data, "images.gif"))) as gif:
-        assert 2 < gif.n_frames <= 1 + FRAMES  # x_T, and its way; Pillow merges what looks the same
+        assert 2 < gif.n_frames <= 1 + FRAMES  # its way, and the end; Pillow merges what looks the same
         assert gif.info["duration"] == 80
     assert send(port, "GET", f"/api/results/{data['id']}/mask.png").status == 404
+
+
+def test_each_step_that_was_kept_can_be_looked_at(port: int) -> None:
+    data = made(port, steps=5, num=3, label=2, seed=4)
+    assert (data["way"], data["rows"]) == ([0, 1, 2, 3, 4], 5)
+    ways = [pixels(base64.b64encode(file(port, data, f"way-{i}.png")).decode()) for i in range(5)]
+    halves = [(way[:, : SIZE[0]], way[:, SIZE[0] :]) for way in ways]
+    np.testing.assert_array_equal(halves[0][0], pixels(data["x_T"]))
+    np.testing.assert_allclose(halves[-1][1].astype(int), pixels(data["images"]), atol=1)  # the last step ends there
+    for name in ("way-5.png", "way-.png", "way-100.png", "way--1.png", "way-0.gif"):
+        assert send(port, "GET", f"/api/results/{data['id']}/{name}").status == 404
 
 
 RUNS: list[dict[str, Any]] = [
@@ -104,14 +118,16 @@ RUNS: list[dict[str, Any]] = [
     {"mode": "sample", "method": "dpm++2m", "label": 2, "spacing": "linspace"},
     {"mode": "sample", "label": 1, "guidance_scale": 1.5, "null_label": 4},
     {"mode": "strip", "label": 1},
+    {"mode": "grid", "label": 4, "columns": [2, 5]},
     {"mode": "slerp", "seed_to": 9, "label": 0},
+    {"mode": "corners", "corners": [3, 5, 2, 7], "at": [0.25, 0.7], "label": 0},
     {"mode": "strip", "label": 3, "guidance_scale": 1.5, "null_label": 4},
     {"mode": "slerp", "seed_to": 9, "label": 2, "guidance_scale": 1.5, "null_label": 4},
     {"mode": "invert", "label": 3, "num": 1, **TEXTS},
-    {"mode": "invert", "label": "each", "eta": 0.5, **TEXTS},
+    {"mode": "invert", "label": 1, **TEXTS},
     {"mode": "inpaint", "label": 2, "eta": 0.6, **TEXTS},
 ]
-TRIED = [RUNS[0], RUNS[3], RUNS[4], RUNS[5], RUNS[9]]
+TRIED = [RUNS[0], *RUNS[3:6], RUNS[7], RUNS[11]]
 """Those whose commands are run too."""
 
 
@@ -130,10 +146,10 @@ def test_what_is_copied_makes_the_images_again(
     exec(data["python"], found)
     close = {"atol": 1}  # of 255: a rounding may fall on the other side of a step
     np.testing.assert_allclose(to_uint8(found["x_0"]).astype(int), images.astype(int), **close)
-    assert read_metadata("images.png")["steps"] == 3
+    assert read_metadata("images.png")["columns"] == list(run.get("columns", []))
     assert (data["command"] is None) == (data["no_command"] is not None)
     if data["command"] is None:
-        assert run.get("eta") == 0.5  # back at other etas than 0
+        assert run["mode"] in ("invert", "corners")  # of several images, of which the command makes the first
         return
     assert ("error" in data) == (run["mode"] == "invert")
     words = shlex.split(data["command"])
@@ -141,9 +157,14 @@ def test_what_is_copied_makes_the_images_again(
     cli._parser().parse_args(words)
     if run not in TRIED:  # each compiles another program
         return
+    if run["mode"] == "grid":
+        words[words.index("grid.png")] = "grid.npz"  # its arrays in place of an atlas with words in it
     assert cli.main(words) == 0
     out = {"sample": "images.png", "strip": "strip.png", "slerp": "line.png", "inpaint": "filled.png"}
-    if run["mode"] == "strip":  # with the etas written beside
+    if run["mode"] == "grid":
+        with np.load("grid.npz") as arrays:
+            again = to_uint8(arrays["x_0"].swapaxes(0, 1).reshape(-1, *SIZE, 1))  # by column, then by row
+    elif run["mode"] == "strip":  # with the etas written beside
         with Image.open(out["strip"]) as picture:
             factor = round(128 / max(SIZE))
             strip = np.asarray(picture)[..., None][:, -factor * (SIZE[1] + 4) :]
@@ -151,6 +172,33 @@ def test_what_is_copied_makes_the_images_again(
     else:
         again = to_uint8(load_images(out[run["mode"]], SIZE))
     np.testing.assert_allclose(again.astype(int), images.astype(int), **close)
+
+
+def test_a_picture_beside_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = np.random.default_rng(6).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    text = base64.b64encode(beside.tobytes()).decode()
+    path = write_checkpoint(tmp_path / "beside", condition_channels=3, **SMALL)
+    monkeypatch.chdir(tmp_path)
+    with serving({"beside": path}, needed=lambda key: key[1] in ("ddim", "invert")) as (_, port):
+        refused = post(port, "/api/run", {"steps": 3})
+        assert json.loads(refused.read())["fields"] == {"condition": "must be 6x10x3 bytes in base64, got nothing"}
+        for mode in ("sample", "invert"):
+            asked = {"mode": mode, "steps": 3, "num": 2, "condition": text, **TEXTS}
+            data = made(port, **asked)
+            for name in data["files"]:
+                (tmp_path / name).write_bytes(file(port, data, name))
+            found: dict[str, Any] = {}
+            exec(data["python"], found)
+            images = pixels(data["images"]).astype(int)
+            np.testing.assert_allclose(to_uint8(found["x_0"]).astype(int), images, atol=1)
+            if mode == "sample":
+                other = made(port, **asked | {"condition": base64.b64encode(bytes(180)).decode()})
+                assert np.abs(images - pixels(other["images"])).max() > 10
+                words = shlex.split(data["command"])
+                assert "--condition" in words
+                assert cli.main([word.replace("images.png", "images.npz") for word in words[1:]]) == 0
+                with np.load("images.npz") as arrays:
+                    np.testing.assert_allclose(arrays["arr_0"].astype(int), images, atol=1)
 
 
 def test_the_timetable(port: int) -> None:
@@ -228,13 +276,13 @@ def test_no_path_reaches_the_disk(port: int, path: str) -> None:
 
 def test_the_page_needs_nothing_from_elsewhere(port: int) -> None:
     page = send(port, "GET", "/").read().decode()
-    names = ["style.css", "app.js", "stream.js", "draw.js", "plot.js"]
+    names = [name for name in PAGE if name != "index.html"]
     files = [send(port, "GET", f"/{name}").read().decode() for name in names]
     for text in [page, *files]:
         assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
         assert "https://" not in text
         assert "style=" not in text  # which the page's own policy would refuse
-    for name in names[:2]:
+    for name in ("style.css", "app.js"):
         assert f'"/{name}"' in page
 
 
@@ -283,6 +331,41 @@ def test_what_a_checkpoint_has_not_is_left_out_not_waited_for(checkpoint: Path) 
     assert said[0].startswith("left out 1 of ")
     with pytest.raises(Refused, match="method: must be one of ddim; got 'heun'"):
         parse({"method": "heun", "label": 0}, site.served, site.methods, site.bounds)
+
+
+def test_what_is_compiled_first_has_the_programs_of_slerp_too(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "c", image_size=(5, 7), **SMALL)  # a size that no other test compiles for
+    site = Site({"c": jddim.load(path)}, {"c": "c"}, methods=["ddim"], say=lambda line: None)
+    site.compiling = site.compiling[:1]
+    compiled: list[str] = []
+
+    def note(event: str, *_: Any, **how: Any) -> None:
+        if "backend_compile" in event:
+            compiled.append(how.get("fun_name", ""))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        site.compile()
+        assert [name for name in compiled if "slerp" in name]  # that is how it is called
+        compiled.clear()
+        run = run_of(parse({"mode": "slerp", "steps": 2}, site.served, site.methods, site.bounds), site.served["c"])
+        run.step()
+        assert not [name for name in compiled if "slerp" in name]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+        site.queue.close()
+
+
+def test_the_page_begins_with_guidance_where_a_null_label_is_recorded(tmp_path: Path) -> None:
+    classes = {"class_embedding": "learned", "num_classes": 3, **SMALL}
+    trained = write_checkpoint(tmp_path / "a", provenance={"training": {"null_label": 2}}, **classes)
+    served = {"a": jddim.load(trained), "b": jddim.load(write_checkpoint(tmp_path / "b", **classes))}
+    for guidance, scale in ((None, 3.0), ("cfg++", 0.6)):
+        site = Site(served, {"a": "a", "b": "b"}, methods=["ddim"], start=SamplingRequest(guidance=guidance))
+        site.queue.close()
+        assert {key for key, _ in site.compiling[:2]} == {("a", "ddim", True), ("b", "ddim", False)}
+        about = [site._about(name, ddim) for name, ddim in served.items()]
+        assert [(one["null_label"], one["guidance_scale"]) for one in about] == [(2, scale), (None, scale)]
 
 
 @pytest.mark.timeout(60)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from jddim.images import to_uint8
+from jddim.serve import jobs
 from jddim.serve.jobs import FRAMES, Busy, Job, Queue, status
 
 ZEROS = np.zeros((1, 2, 3, 1), np.float32)
@@ -19,7 +21,11 @@ class Counting:
 
     def __init__(self, name: str, total: int, calls: list[str], gate: threading.Event | None = None):
         self.name, self.total, self.calls, self.gate = name, total, calls, gate
-        self.done = 0
+        self.done, self.rows = 0, total
+
+    @property
+    def row(self) -> int:
+        return self.done
 
     def step(self) -> None:
         if self.gate is not None:
@@ -28,10 +34,12 @@ class Counting:
         self.done += 1
 
     def x_t(self) -> np.ndarray:
-        return ZEROS
+        return ZEROS + self.done / 100
 
     def x0_hat(self) -> np.ndarray:
-        return ZEROS
+        return -self.x_t()
+
+    start = noise = x_t
 
 
 @pytest.fixture
@@ -124,6 +132,53 @@ def test_frames_are_spread_over_the_way_and_bounded(queue: Queue) -> None:
         queue.submit(job)
         wait_for(lambda job=job: job.finished)
         assert len(job.frames) == min(total, FRAMES)
+        rows = [frame.row for frame in job.frames]
+        assert rows == sorted({0, *rows})
+        for frame in job.frames[1:]:  # a step's x_t, and the x0_hat that it predicts
+            np.testing.assert_array_equal(frame.x_t, to_uint8(ZEROS + frame.row / 100))
+            np.testing.assert_array_equal(frame.x0_hat, to_uint8(ZEROS - (frame.row + 1) / 100))
+
+
+def test_a_frame_is_of_a_step_that_all_images_have_made(queue: Queue) -> None:
+    class Grouped(Counting):
+        @property
+        def row(self) -> int:
+            return self.done // 3
+
+    run = Grouped("a", 15, [])
+    run.rows = 5
+    job = Job(run, quiet)
+    queue.submit(job)
+    wait_for(lambda: job.finished)
+    assert [frame.row for frame in job.frames] == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(job.frames[2].x_t, to_uint8(ZEROS + 0.06))
+    np.testing.assert_array_equal(job.frames[2].x0_hat, to_uint8(ZEROS - 0.09))
+
+
+def test_what_a_run_waits_for_is_compiled_first_and_the_rest_while_nothing_runs(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "REST", 0.3)
+    a, b, c = (("one", part, False) for part in "abc")
+    assert queue.to_compile([a, b]) == a
+    waiting = Job(Counting("w", 1, []), quiet, lambda: False, {b})
+    queue.submit(waiting)
+    assert queue.to_compile([a, b]) == b
+    waiting.cancel()
+    gate, found = threading.Event(), []
+    queue.submit(Job(Counting("r", 3, [], gate), quiet))
+    wait_for(lambda: queue.counts()["running"] == 1)
+    thread = threading.Thread(target=lambda: found.append((queue.to_compile([a, b]), time.monotonic())))
+    thread.start()
+    time.sleep(0.1)
+    assert not found
+    released = time.monotonic()
+    gate.set()
+    thread.join(20)
+    assert found[0][0] == a
+    assert found[0][1] - released >= 0.3
+    queue.close()
+    assert queue.to_compile([c]) is None
 
 
 def test_closed_it_takes_nothing() -> None:

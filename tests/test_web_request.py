@@ -19,6 +19,7 @@ from jddim.serve.request import Bounds, Refused, etas_of, fields, labels_of, mas
 from jddim.serve.snippets import command, python
 
 PICTURE = np.random.default_rng(3).integers(0, 256, (*SIZE, 1), dtype=np.uint8)
+FLAT = base64.b64encode(bytes(PICTURE.size)).decode()
 MASK = np.tile(np.array([0, 255], np.uint8), 30)
 
 
@@ -104,10 +105,24 @@ def test_the_null_label_is_the_recorded_one(served: dict[str, DDIM]) -> None:
         ({"checkpoint": "classes", "guidance_scale": 101, "null_label": 4}, {"guidance_scale": "0..100"}),
         ({"checkpoint": "classes", "guidance_scale": 1}, {"null_label": "0..4, got nothing"}),
         ({"checkpoint": "classes", "guidance_scale": 1, "null_label": 5}, {"null_label": "0..4"}),
+        ({"condition": FLAT}, {"condition": "given no picture beside x_t"}),
         ({"mode": "invert"}, {"picture": "6x10x1 bytes in base64, got nothing"}),
         ({"mode": "invert", "picture": "AAAA"}, {"picture": "got 3"}),
         ({"mode": "invert", "picture": "%"}, {"picture": "in base64"}),
-        ({"mode": "walk"}, {"mode": "one of sample, strip, slerp, invert, inpaint"}),
+        ({"mode": "walk"}, {"mode": "one of sample, strip, grid, slerp, corners, invert, inpaint"}),
+        ({"mode": "corners", "corners": [1, 2, 3], "at": [0, 1]}, {"corners": "4 whole numbers in 0..4294967295"}),
+        ({"mode": "corners", "corners": [1, 2, 3, 2**32], "at": [0, 1]}, {"corners": "got [1, 2, 3, 4294967296]"}),
+        ({"mode": "corners", "corners": [1, 2, 3, 4], "at": [0, 1.5]}, {"at": "2 numbers in 0..1, got [0, 1.5]"}),
+        ({"mode": "corners", "corners": [1, 2, 3, 4], "at": [0, float("nan")]}, {"at": "got [0, nan]"}),
+        ({"mode": "grid"}, {"columns": "1 to 6 whole numbers in 1..100, got nothing"}),
+        ({"mode": "grid", "columns": [5, 101]}, {"columns": "got [5, 101]"}),
+        ({"mode": "grid", "columns": [5, True]}, {"columns": "got [5, True]"}),
+        ({"mode": "grid", "columns": "5, x"}, {"columns": "got '5, x'"}),
+        ({"mode": "grid", "columns": [1] * 7}, {"columns": "1 to 6"}),
+        ({"mode": "grid", "columns": [5, 61], "spacing": "trailing"}, {"steps": "61"}),
+        ({"mode": "strip", "checkpoint": "classes", "label": "each"}, {"label": "0..4, got 'each'"}),
+        ({"mode": "slerp", "checkpoint": "classes", "label": "each"}, {"label": "0..4, got 'each'"}),
+        ({"mode": "invert", "checkpoint": "classes", "label": "each", "picture": FLAT}, {"label": "0..4, got 'each'"}),
         ({"spacing": "trailing", "steps": 61}, {"steps": "61"}),  # for which diffusers has no table
         ({"spacing": "uniform", "steps": 99}, {"steps": "uniform makes 100 steps"}),
         ({"step": 3}, {"'step'": "did you mean 'steps'?"}),
@@ -147,7 +162,8 @@ def test_what_a_request_means(served: dict[str, DDIM]) -> None:
     with pytest.raises(Refused, match="mask: is empty"):
         ask(served, mode="inpaint", picture=text, mask=base64.b64encode(bytes(60)).decode())
     np.testing.assert_array_equal(etas_of(ask(served, mode="strip", num=3)), [0, 0.5, 1])
-    np.testing.assert_array_equal(etas_of(ask(served, mode="invert", picture=text, num=3, eta=0.5)), [0, 0.25, 0.5])
+    np.testing.assert_array_equal(etas_of(ask(served, mode="invert", picture=text, num=3)), [0, 0.5, 1])
+    np.testing.assert_array_equal(etas_of(ask(served, mode="invert", picture=text, num=1)), [0])
     each = ask(served, checkpoint="classes", label="each", num=7)
     np.testing.assert_array_equal(labels_of(each, range(5)), [0, 1, 2, 3, 4, 0, 1])
     one = ask(served, checkpoint="classes", label=3, num=2)

@@ -69,12 +69,14 @@ def write_checkpoint(
     seed: int = 0,
     prediction_type: str = "epsilon",
     sampler: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Path:
     """A jddim checkpoint with random parameters, made without torch.
 
     edit: (dotted name, array) -> what to store instead. prediction_type: what the random network is taken to predict;
-    as eps its images reach hundreds, as v ("v_prediction") they stay about 1. sampler: other conventions.
+    as eps its images reach hundreds, as v ("v_prediction") they stay about 1. sampler: other conventions. provenance:
+    more of it.
     fields: of `small_config`, over one level with attention: what reads a checkpoint does not care, and compiling takes
     half the time.
     """
@@ -90,7 +92,9 @@ def write_checkpoint(
         for name, leaf in flat_params(abstract_model(config)).items()
     }
     own = {"spacing": "uniform", "num_steps": 5, "clip": False, "prediction_type": prediction_type} | (sampler or {})
-    metadata = Metadata(config, ScheduleConfig(), SamplerConfig(**own), {"family": "ho", "source": {}})
+    metadata = Metadata(
+        config, ScheduleConfig(), SamplerConfig(**own), {"family": "ho", "source": {}} | (provenance or {})
+    )
     save_checkpoint(path, params, metadata)
     return path
 

@@ -78,8 +78,9 @@ def _serve(args: argparse.Namespace) -> int:
         config = load_metadata(path, named).model
         if config.in_channels not in (1, 3):
             raise ValueError(f"{path}: the page shows images of 1 or 3 channels, this one makes {config.in_channels}")
-        if config.condition_channels:
-            raise ValueError(f"{path}: this network is given an image beside x_t, which the page has no place for")
+        if config.condition_channels not in (0, 1, 3):
+            told = f"a picture of 1 or 3 channels beside x_t, and this network is given {config.condition_channels}"
+            raise ValueError(f"{path}: the page draws {told}")
         if config.class_embedding not in (None, "learned"):
             raise ValueError(f"{path}: its labels are no numbers of classes ({config.class_embedding} embedding)")
     listening = _listen(args.host, args.port)

@@ -10,7 +10,7 @@ Nothing is drawn or compiled before the first `step`; each makes the next evalua
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -33,10 +33,15 @@ Floats = NDArray[np.float32]
 
 
 class Run(Protocol):
-    """Images on their way, one call after the other."""
+    """Images on their way, one call after the other. rows: steps on the way of each; 0: they differ."""
 
     done: int
     total: int
+    rows: int
+
+    @property
+    def row(self) -> int:
+        """How many steps all images have made."""
 
     def step(self) -> None:
         """Make the next of `total` calls. Raises FloatingPointError if a NaN or infinity appears at the end."""
@@ -47,8 +52,11 @@ class Run(Protocol):
     def x0_hat(self) -> Floats:
         """The clean images that each one's last call predicted, likewise."""
 
+    def start(self) -> Floats:
+        """What each began with: x_T, or the picture that is inverted."""
+
     def noise(self) -> Floats:
-        """The x_T that each began from, likewise."""
+        """The x_T that each is sampled from, likewise."""
 
 
 class Stepping:
@@ -64,7 +72,13 @@ class Stepping:
             plan.part(Batch(low, min(group, plan.num - low), group)) for low in range(0, plan.num, group)
         ]
         self.states: list[State | None] = [None] * len(self.parts)
-        self.done, self.total = 0, plan.rows.num_steps * len(self.parts)
+        self.rows = plan.rows.num_steps
+        self.done, self.total = 0, self.rows * len(self.parts)
+
+    @property
+    def row(self) -> int:
+        """How many steps all images have made."""
+        return self.done // len(self.parts)
 
     def step(self) -> None:
         """The next row for the next group."""
@@ -85,6 +99,10 @@ class Stepping:
         """The clean images that each one's last call predicted, likewise."""
         return self._seen(lambda g, state: state.x0_hat)
 
+    def start(self) -> Floats:
+        """What each began with: x_T, or the picture that is inverted."""
+        return self.noise()
+
     def noise(self) -> Floats:
         """The x_T that each began from, likewise."""
         return self._seen(lambda g, state: self.parts[g].x_T)
@@ -104,7 +122,13 @@ class Inverted:
     def __init__(self, inversion: Plan, num: int, steps: int, then: Callable[[Floats], Plan]):
         self.inversion, self.num, self.then = Stepping(inversion, 1), num, then
         self.sampling: Stepping | None = None
+        self.rows = self.inversion.total + steps
         self.done, self.total = 0, self.inversion.total + steps * -(-num // GROUP)
+
+    @property
+    def row(self) -> int:
+        """Those up, and those down of all images."""
+        return self.inversion.done + (self.sampling.row if self.sampling else 0)
 
     def step(self) -> None:
         """A row of the way up, or once that is done, of the way down."""
@@ -123,18 +147,34 @@ class Inverted:
         """The picture on its way up, and what is predicted on the way down."""
         return self.sampling.x0_hat() if self.sampling else self.x_t()
 
+    def start(self) -> Floats:
+        """The picture."""
+        picture = np.asarray(self.inversion.plan.inputs.images, np.float32)
+        return np.repeat(picture, self.num, axis=0)
+
     def noise(self) -> Floats:
         """The x_T found."""
         return self.sampling.noise() if self.sampling else self.x_t()
 
 
 class Between:
-    """Sampling from noises between the first images of two seeds: `jddim.editing.slerp_line`. then: plans the rest."""
+    """Sampling from noises between the first images of two seeds, or of four, the corners of a square by row.
 
-    def __init__(self, ddim: DDIM, num: int, seeds: tuple[int, int], steps: int, then: Callable[[Floats], Plan]):
-        self.ddim, self.num, self.seeds, self.then = ddim, num, seeds, then
+    at: how far down and across each noise lies, `(num, 2)`, as `jddim.editing.slerp_grid` has them; of two seeds the
+    way across, as `slerp_line` has it. then: plans the rest.
+    """
+
+    def __init__(self, ddim: DDIM, seeds: Sequence[int], at: Floats, steps: int, then: Callable[[Floats], Plan]):
+        self.ddim, self.seeds, self.at, self.then = ddim, seeds, at, then
+        self.num = num = len(at)
         self.sampling: Stepping | None = None
+        self.rows = steps
         self.done, self.total = 0, steps * -(-num // GROUP)
+
+    @property
+    def row(self) -> int:
+        """As of `Stepping`."""
+        return 0 if self.sampling is None else self.sampling.row
 
     def step(self) -> None:
         """The next row; before the first, the noises."""
@@ -148,9 +188,13 @@ class Between:
         ends = [
             draw_noise(draw_keys(jax.random.key(seed), numbers), shape, np.dtype(np.float32)) for seed in self.seeds
         ]
-        fractions = np.resize(np.linspace(0, 1, self.num, dtype=np.float32), -(-self.num // GROUP) * GROUP)
-        line = [_slerp(ends[0], ends[1], fractions[low : low + GROUP]) for low in range(0, self.num, GROUP)]
-        return np.concatenate([np.asarray(x) for x in line])[: self.num]
+        at = np.resize(self.at, (-(-self.num // GROUP) * GROUP, 2))
+        made = []
+        for low in range(0, len(at), GROUP):
+            down, across = at[low : low + GROUP].T
+            left, right = ends if len(ends) == 2 else [_slerp(ends[i], ends[i + 2], down) for i in (0, 1)]
+            made.append(np.asarray(_slerp(left, right, across)))
+        return np.concatenate(made)[: self.num]
 
     def x_t(self) -> Floats:
         """As of `Stepping`."""
@@ -160,6 +204,10 @@ class Between:
         """As of `Stepping`."""
         return self._seen(lambda sampling: sampling.x0_hat())
 
+    def start(self) -> Floats:
+        """As of `Stepping`."""
+        return self.noise()
+
     def noise(self) -> Floats:
         """As of `Stepping`."""
         return self._seen(lambda sampling: sampling.noise())
@@ -168,6 +216,43 @@ class Between:
         config = self.ddim.model.config
         empty = np.zeros((self.num, *config.image_size, config.in_channels), np.float32)
         return empty if self.sampling is None else of(self.sampling)
+
+
+class Swept:
+    """Plans of other numbers of steps side by side, the one that is least far always next.
+
+    Images by row: the first of each plan, then the second of each.
+    """
+
+    def __init__(self, plans: Sequence[Plan]):
+        self.columns = [Stepping(plan) for plan in plans]
+        self.done, self.total = 0, sum(column.total for column in self.columns)
+        self.rows = self.row = 0
+
+    def step(self) -> None:
+        """The next row of one plan's next group."""
+        min(self.columns, key=lambda column: column.done / column.total).step()
+        self.done += 1
+
+    def x_t(self) -> Floats:
+        """As of `Stepping`."""
+        return self._seen(Stepping.x_t)
+
+    def x0_hat(self) -> Floats:
+        """As of `Stepping`."""
+        return self._seen(Stepping.x0_hat)
+
+    def start(self) -> Floats:
+        """As of `Stepping`."""
+        return self.noise()
+
+    def noise(self) -> Floats:
+        """As of `Stepping`."""
+        return self._seen(Stepping.noise)
+
+    def _seen(self, of: Callable[[Stepping], Floats]) -> Floats:
+        by_column = np.stack([of(column) for column in self.columns], axis=1)
+        return by_column.reshape(-1, *by_column.shape[2:])
 
 
 def _row(table: Any, i: int) -> Any:

@@ -7,10 +7,12 @@ looks at how far they are, and drops them.
 from __future__ import annotations
 
 import collections
+import dataclasses
+import math
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -19,30 +21,52 @@ from numpy.typing import NDArray
 from jddim.images import to_uint8
 from jddim.scale.stepping import Run
 
-AT_ONCE = 8
+AT_ONCE = 12
 """Runs that take turns; the others wait, first come, first served."""
 
 FRAMES = 24
-"""Pictures of its way that a run keeps, for the GIF."""
+"""Steps of its way whose pictures a run keeps."""
+
+REST = 2.0
+"""Seconds without a call before anything is compiled that nobody waits for: more than between two moves of a slider."""
+
+Key = tuple[str, str, bool]
+"""Of a program: the checkpoint, the method or what else is done, whether there is guidance."""
 
 
 class Busy(Exception):
     """The queue is full, or closed."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A step of a run: its number from 0, the samples before it, and the x0_hat that it predicts of them, as uint8."""
+
+    row: int
+    x_t: NDArray[np.uint8]
+    x0_hat: NDArray[np.uint8]
+
+
 class Job:
     """A run in the queue.
 
-    ready: whether its program is compiled; it is not begun before. changed: called, from the queue's thread, when
-    something is new. error: what it failed with, None so far. frames: uint8 `(num, h, w, c)`, the samples on their way.
+    needs: its programs; ready: whether they are compiled; it is not begun before. changed: called, from the queue's
+    thread, when something is new. error: what it failed with, None so far. frames: of steps spread over its way.
     """
 
-    def __init__(self, run: Run, changed: Callable[[], None], ready: Callable[[], bool] = lambda: True):
-        self.run, self.changed, self.ready = run, changed, ready
+    def __init__(
+        self,
+        run: Run,
+        changed: Callable[[], None],
+        ready: Callable[[], bool] = lambda: True,
+        needs: Set[Key] = frozenset(),
+    ):
+        self.run, self.changed, self.ready, self.needs = run, changed, ready, needs
         self.cancelled = False
         self.finished = False
         self.error: str | None = None
-        self.frames: list[NDArray[np.uint8]] = []
+        self.frames: list[Frame] = []
+        self._before: tuple[int, NDArray[np.uint8]] | None = None
         self.started: float | None = None
         self.seconds = 0.0
 
@@ -55,9 +79,7 @@ class Job:
         if self.started is None:
             self.started = time.perf_counter()
         try:
-            self.run.step()
-            if self.run.done * FRAMES // self.run.total > (self.run.done - 1) * FRAMES // self.run.total:
-                self.frames.append(to_uint8(self.run.x_t()))
+            self._step()
             self.finished = self.run.done == self.run.total
         except Exception as error:
             known = isinstance(error, (ValueError, ArithmeticError))
@@ -67,6 +89,16 @@ class Job:
                 traceback.print_exc()
         self.seconds = time.perf_counter() - self.started
         self.changed()
+
+    def _step(self) -> None:
+        row, rows = self.run.row, self.run.rows
+        if self._before is None and rows and (row == 0 or row * FRAMES // rows > (row - 1) * FRAMES // rows):
+            self._before = row, to_uint8(self.run.x_t())
+        self.run.step()
+        if self._before is not None and self.run.row > self._before[0]:  # for all its images
+            row, x_t = self._before
+            self.frames.append(Frame(row, x_t if row else to_uint8(self.run.start()), to_uint8(self.run.x0_hat())))
+            self._before = None
 
 
 class Queue:
@@ -78,6 +110,7 @@ class Queue:
         self._waiting: list[Job] = []
         self._news = threading.Condition()
         self._closed = False
+        self._last = -math.inf
         self._thread = threading.Thread(target=self._work, name="jddim serve", daemon=True)
         self._thread.start()
 
@@ -92,7 +125,7 @@ class Queue:
             if waiting >= self.most:
                 raise Busy(f"{waiting} runs are waiting already, the most that may; try again in a while")
             self._waiting.append(job)
-            self._news.notify()
+            self._news.notify_all()
 
     def position(self, job: Job) -> int:
         """How many wait before it; -1 if it does not wait."""
@@ -109,13 +142,30 @@ class Queue:
     def wake(self) -> None:
         """Look again whether waiting jobs are ready."""
         with self._news:
-            self._news.notify()
+            self._news.notify_all()
+
+    def to_compile(self, left: Sequence[Key]) -> Key | None:
+        """Which of `left` to compile next, once it is time; None if the queue is closed.
+
+        What a job waits for is compiled at once; else the first of `left`, when nothing has run for `REST` seconds.
+        """
+        with self._news:
+            while not self._closed:
+                self._drop()
+                if wanted := [need for job in self._waiting for need in job.needs if need in left]:
+                    return wanted[0]
+                busy = bool(self._running) or any(job.ready() for job in self._waiting)
+                still = self._last + REST - time.monotonic()
+                if not busy and still <= 0:
+                    return left[0]
+                self._news.wait(None if busy else still)
+        return None
 
     def close(self) -> None:
         """Drop everything and wait for the call being made."""
         with self._news:
             self._closed = True
-            self._news.notify()
+            self._news.notify_all()
         self._thread.join(timeout=30)
 
     def _drop(self) -> None:
@@ -141,8 +191,10 @@ class Queue:
                 job.advance()
             with self._news:
                 self._running.popleft()
+                self._last = time.monotonic()
                 if not job.cancelled and not job.finished:
                     self._running.append(job)
+                self._news.notify_all()
 
 
 def status(job: Job, queue: Queue) -> dict[str, Any]:
@@ -150,4 +202,12 @@ def status(job: Job, queue: Queue) -> dict[str, Any]:
     position = queue.position(job)
     if position >= 0:
         return {"state": "waiting" if job.ready() else "compiling", "before": position}
-    return {"state": "running", "done": job.run.done, "total": job.run.total, "seconds": round(job.seconds, 3)}
+    run = job.run
+    return {
+        "state": "running",
+        "done": run.done,
+        "total": run.total,
+        "row": run.row,
+        "rows": run.rows,
+        "seconds": round(job.seconds, 3),
+    }

@@ -23,10 +23,19 @@ from jddim.pipeline import DDIM
 from jddim.run.methods import find
 from jddim.run.plan import Inputs, Plan, classes_in_turn, plan
 from jddim.run.request import Option, Request, options, taken_by
-from jddim.scale.stepping import Between, Inverted, Run, Stepping
+from jddim.scale.stepping import Between, Inverted, Run, Stepping, Swept
 from jddim.timesteps import SPACINGS
 
-MODES = ("sample", "strip", "slerp", "invert", "inpaint")
+MODES = ("sample", "strip", "grid", "slerp", "corners", "invert", "inpaint")
+MANY_LABELS = ("sample", "inpaint")
+"""Modes whose images may have a label each; in the others it would hide what they show."""
+COLUMNS = 6
+"""Numbers of steps that a grid compares at most."""
+GOOD_SCALE = 3.0
+"""What the page begins with of a checkpoint that records a null label: of the scales 0 to 4, the one at which a
+classifier recognises most of what was asked of scripts/assets/mnist-guided (docs/training.md)."""
+GOOD_CFG_PLUS_PLUS = 0.6
+"""The same of cfg++, whose scale lies in 0..1: that of the example in docs/research.md."""
 REFINE = 1
 """More evaluations a step of inversion (`jddim.inversion.invert_loop`); part of its compiled program."""
 
@@ -51,10 +60,13 @@ class Bounds:
 class Asked:
     """A run of the page. `parse` makes it of JSON, where the request's fields stand beside the others.
 
-    mode: "sample"; "strip", one x_T at `num` etas from 0 to 1; "slerp", `num` noises from the seed's first to
-    `seed_to`'s; "invert", `picture` to its x_T and back at `num` etas from 0 to eta; "inpaint", `picture` made anew
-    where `mask` is white. label: one for all images, or "each": 0, 1, 2, ... over and over, the null label left out.
-    picture: uint8 `(h, w, c)`; mask: uint8 `(h, w, 1)`; as bytes, so that requests compare.
+    mode: "sample"; "strip", one x_T at `num` etas from 0 to 1; "grid", the same in each number of steps of `columns`;
+    "slerp", `num` noises from the seed's first to `seed_to`'s; "corners", the noise that lies `at` (down, across) in
+    the square of the seeds `corners`, given by row; "invert", `picture` to its x_T and back at `num` etas from 0 to 1;
+    "inpaint", `picture` made anew where `mask` is white. num: images; of a grid, its rows. label: one for all images,
+    or in `MANY_LABELS` "each": 0, 1, 2, ... over and over, the null label left out. picture: uint8 `(h, w, c)`; mask:
+    uint8 `(h, w, 1)`; condition: uint8 `(h, w, channels)`, in [-1, 1] beside each x_t of a network that is given one.
+    Pictures are bytes, so that requests compare.
     """
 
     checkpoint: str
@@ -62,9 +74,13 @@ class Asked:
     mode: str = "sample"
     seed_to: int = 1
     num: int = 4
+    columns: tuple[int, ...] = ()
+    corners: tuple[int, ...] = ()
+    at: tuple[float, ...] = ()
     label: int | str | None = None
     picture: bytes | None = None
     mask: bytes | None = None
+    condition: bytes | None = None
 
     @property
     def guided(self) -> bool:
@@ -74,7 +90,10 @@ class Asked:
     @property
     def settings(self) -> dict[str, Any]:
         """All but the pictures, as JSON."""
-        own = {name: getattr(self, name) for name in ("checkpoint", "mode", "seed_to", "num", "label")}
+        own = {
+            name: getattr(self, name)
+            for name in ("checkpoint", "mode", "seed_to", "num", "columns", "corners", "at", "label")
+        }
         asked = {o.name: getattr(self.request, o.name) for o in taken_by("page")}
         return {**own, **asked, **self.request.asked()}
 
@@ -154,17 +173,27 @@ def parse(
     if not find(method).takes_eta and asked.pop("eta"):
         problems["eta"] = f"eta is DDIM's; method {method} takes none: 0, got {_shown(data.get('eta'))}"
     asked |= {name: value for name, value in _plain_fields(data, problems).items() if value is not None}
+    least = 2 if mode in ("strip", "grid", "slerp") else 1
     own: dict[str, Any] = {
         "seed_to": number("seed_to", 0, 2**32 - 1, 1),
-        "num": number("num", 2 if mode in ("strip", "slerp") else 1, bounds.num, min(4, bounds.num)),
+        "num": 1 if mode == "corners" else number("num", least, bounds.num, min(4, bounds.num)),
     }
-    label, guided = _classes(data, ddim, number, problems)
+    if mode == "grid":
+        own["columns"] = _listed(data, "columns", int, (1, COLUMNS), (1, min(bounds.steps, T)), problems)
+    if mode == "corners":
+        own["corners"] = _listed(data, "corners", int, (4, 4), (0, 2**32 - 1), problems)
+        own["at"] = _listed(data, "at", float, (2, 2), (0, 1), problems)
+    label, guided = _classes(data, ddim, mode, number, problems)
     if mode in ("invert", "inpaint"):
         own["picture"] = _pixels(data, "picture", (*config.image_size, config.in_channels), problems)
     if mode == "inpaint":
         own["mask"] = _pixels(data, "mask", (*config.image_size, 1), problems)
         if own["mask"] is not None and not any(own["mask"]):
             problems["mask"] = "is empty: paint where the picture is to be made anew"
+    if config.condition_channels:
+        own["condition"] = _pixels(data, "condition", (*config.image_size, config.condition_channels), problems)
+    elif data.get("condition") is not None:
+        problems["condition"] = "this network is given no picture beside x_t"
     if mode == "invert" and ddim.sampler.self_condition:
         problems["mode"] = "this network is self-conditioned, and cannot be inverted"
     if problems:
@@ -172,8 +201,29 @@ def parse(
     if not guided:
         start = dataclasses.replace(start, guidance=None, guidance_rescale=None, guidance_interval=None)
     request = Asked(checkpoint, dataclasses.replace(start, **asked, **guided), mode, label=label, **own)
-    _check_table(ddim, request.request, bounds)
+    for steps in own.get("columns") or [request.request.steps]:
+        _check_table(ddim, dataclasses.replace(request.request, steps=steps), bounds)
     return request
+
+
+def _listed(
+    data: Mapping[str, Any],
+    name: str,
+    kind: type[int] | type[float],
+    lengths: tuple[int, int],
+    ends: tuple[int, int],
+    problems: dict[str, str],
+) -> tuple[Any, ...]:
+    """A list of numbers. lengths, ends: how many and how large they are, at least and at most."""
+    value = data.get(name)
+    kinds = (int,) if kind is int else (int, float)
+    found = value if isinstance(value, list) and lengths[0] <= len(value) <= lengths[1] else []
+    if found and all(type(n) in kinds and ends[0] <= n <= ends[1] for n in found):
+        return tuple(map(kind, found))
+    many = lengths[0] if lengths[0] == lengths[1] else f"{lengths[0]} to {lengths[1]}"
+    what = "whole numbers" if kind is int else "numbers"
+    problems[name] = f"must be {many} {what} in {ends[0]}..{ends[1]}, got {_shown(value)}"
+    return ()
 
 
 def _plain_fields(data: Mapping[str, Any], problems: dict[str, str]) -> dict[str, Any]:
@@ -210,11 +260,9 @@ def labels_of(request: Asked, classes: Sequence[int]) -> NDArray[np.int32] | Non
 
 def etas_of(request: Asked) -> Any:
     """Eta of each image, or of all; None: the method takes none."""
-    if request.mode == "strip":
+    if request.mode in ("strip", "grid", "invert"):
         return np.linspace(0, 1, request.num)
-    if request.mode == "invert":
-        return np.linspace(0, request.request.eta or 0.0, request.num)
-    return 0.0 if request.mode == "slerp" else request.request.eta
+    return 0.0 if request.mode in ("slerp", "corners") else request.request.eta
 
 
 def picture_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
@@ -230,30 +278,46 @@ def mask_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
     return from_uint8(pixels)
 
 
+def condition_of(asked: Asked, ddim: DDIM, num: int) -> NDArray[np.float32] | None:
+    """The picture beside each of `num` x_t, `(num, h, w, channels)` in [-1, 1]."""
+    if asked.condition is None:
+        return None
+    config = ddim.model.config
+    pixels = np.frombuffer(asked.condition, np.uint8).reshape(*config.image_size, config.condition_channels)
+    return np.repeat(from_uint8(pixels)[None], num, axis=0)
+
+
 def run_of(asked: Asked, ddim: DDIM) -> Run:
     """The run of a request. Raises Refused for what only the plan tells."""
     labels = labels_of(asked, classes_in_turn(ddim, asked.request))
     request, num, mode = dataclasses.replace(asked.request, eta=None), asked.num, asked.mode
     key = jax.random.key(request.seed)
 
-    def planned(**arrays: Any) -> Plan:
-        inputs = Inputs(key, labels=labels, eta=etas_of(asked), **arrays)
+    def planned(request: Request = request, **arrays: Any) -> Plan:
+        beside = condition_of(asked, ddim, num)
+        inputs = Inputs(key, labels=labels, eta=etas_of(asked), condition=beside, **arrays)
         return _granted(plan(ddim, request, inputs, num))
 
     try:
         if mode == "inpaint":
             pictures = np.repeat(picture_of(asked, ddim)[None], num, axis=0)
             return Stepping(planned(images=pictures, mask=mask_of(asked, ddim)))
-        if mode == "strip":
-            return Stepping(planned(numbers=np.zeros(num, np.uint32)))
+        if mode in ("strip", "grid"):
+            rows = asked.columns or (request.steps,)
+            same = np.zeros(num, np.uint32)
+            plans = [planned(dataclasses.replace(request, steps=steps), numbers=same) for steps in rows]
+            return Stepping(plans[0]) if mode == "strip" else Swept(plans)
         if mode == "sample":
             return Stepping(planned())
         steps = planned().rows.num_steps  # raises what is wrong before the first part is made
-        if mode == "slerp":
-            return Between(ddim, num, (request.seed, asked.seed_to), steps, lambda x_T: planned(x_T=x_T))
+        if mode in ("slerp", "corners"):
+            seeds = asked.corners or (request.seed, asked.seed_to)
+            at = np.array(asked.at or [(0, i / (num - 1)) for i in range(num)], np.float32).reshape(num, 2)
+            return Between(ddim, seeds, at, steps, lambda x_T: planned(x_T=x_T))
         up = dataclasses.replace(request, refine=REFINE)
-        images = Inputs(images=picture_of(asked, ddim)[None], labels=None if labels is None else labels[:1])
-        return Inverted(_granted(plan(ddim, up, images)), num, steps, lambda x_T: planned(x_T=x_T))
+        one = None if labels is None else labels[:1]
+        inputs = Inputs(images=picture_of(asked, ddim)[None], labels=one, condition=condition_of(asked, ddim, 1))
+        return Inverted(_granted(plan(ddim, up, inputs)), num, steps, lambda x_T: planned(x_T=x_T))
     except ValueError as error:
         if isinstance(error, Refused):
             raise
@@ -281,7 +345,7 @@ def _check_table(ddim: DDIM, request: Request, bounds: Bounds) -> None:
 
 
 def _classes(
-    data: Mapping[str, Any], ddim: DDIM, number: Any, problems: dict[str, str]
+    data: Mapping[str, Any], ddim: DDIM, mode: str, number: Any, problems: dict[str, str]
 ) -> tuple[int | str | None, dict[str, Any]]:
     """The label; guidance_scale and null_label."""
     classes = ddim.model.config.num_classes
@@ -289,7 +353,8 @@ def _classes(
         names = ("label", "guidance_scale", "null_label")
         problems |= {name: "this network has no classes" for name in names if data.get(name) is not None}
         return None, {}
-    label = "each" if data.get("label") == "each" else number("label", 0, classes - 1, 0)
+    many = data.get("label") == "each" and mode in MANY_LABELS
+    label = "each" if many else number("label", 0, classes - 1, 0)
     if data.get("guidance_scale") is None:
         return label, {}
     scale = number("guidance_scale", 0, 100, 1.0, whole=False)

@@ -39,12 +39,16 @@ from jddim.images import encode_gif, encode_png, grid, to_uint8
 from jddim.inversion import reconstruction_error
 from jddim.pipeline import DDIM
 from jddim.run.plan import classes_in_turn, spacing_of
+from jddim.run.request import CFG_PLUS_PLUS
 from jddim.run.request import Request as SamplingRequest
 from jddim.scale.stepping import Inverted, Run
 from jddim.serve import snippets
-from jddim.serve.jobs import Busy, Job, Queue, status
+from jddim.serve.jobs import Busy, Frame, Job, Key, Queue, status
 from jddim.serve.request import (
+    GOOD_CFG_PLUS_PLUS,
+    GOOD_SCALE,
     GUIDED,
+    MANY_LABELS,
     Asked,
     Bounds,
     Refused,
@@ -64,7 +68,7 @@ KEPT = 256 * 2**20
 PAGE = {
     "index.html": "text/html",
     "style.css": "text/css",
-    **dict.fromkeys(("app.js", "stream.js", "draw.js", "plot.js"), "text/javascript"),
+    **dict.fromkeys(("app.js", "results.js", "gallery.js", "stream.js", "draw.js", "plot.js"), "text/javascript"),
 }
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -78,18 +82,18 @@ HEADERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run made. images: float32; x_T: what it started from; frames: uint8, its way, the end left out."""
+    """What a run made. images: float32; x_T: what it was sampled from; frames: steps of its way."""
 
     request: Asked
     settings: dict[str, Any]
     images: NDArray[np.float32]
     x_T: NDArray[np.float32]
-    frames: list[NDArray[np.uint8]]
+    frames: list[Frame]
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return self.images.nbytes + self.x_T.nbytes + sum(frame.nbytes for frame in self.frames)
+        return self.images.nbytes + self.x_T.nbytes + sum(2 * frame.x_t.nbytes for frame in self.frames)
 
 
 class Site:
@@ -115,22 +119,23 @@ class Site:
         self.offered = tuple(methods)
         self.methods = {name: list(methods) for name in served}
         self.queue = Queue(waiting)
-        self.compiled: set[tuple[str, str, bool]] = set()
-        self.compiling: list[tuple[tuple[str, str, bool], Callable[[], Any]]] = self._programs()
+        self.compiled: set[Key] = set()
+        self.compiling: list[tuple[Key, Callable[[], Any]]] = self._programs()
         self.total = len(self.compiling)
         self.now = ""
         self.stopping = False
-        self.refused: dict[tuple[str, str, bool], str] = {}
+        self.refused: dict[Key, str] = {}
         self._kept: collections.OrderedDict[str, Result] = collections.OrderedDict()
         self._lock = threading.Lock()
-        pixels = max(h * w * (c + 1) for h, w, c in map(_shape, self.served.values()))
+        shapes = [(*_shape(ddim), ddim.model.config.condition_channels) for ddim in self.served.values()]
+        pixels = max(h * w * (c + 1 + beside) for h, w, c, beside in shapes)
         self.most_bytes = 2 * pixels + 2**14
 
     # -- programs -----------------------------------------------------------------------------------------------------
 
-    def _programs(self) -> list[tuple[tuple[str, str, bool], Callable[[], Any]]]:
+    def _programs(self) -> list[tuple[Key, Callable[[], Any]]]:
         """Every program that a request can need: its key, and a run that it makes the first call of."""
-        programs: list[tuple[tuple[str, str, bool], Callable[[], Any]]] = []
+        programs: list[tuple[Key, Callable[[], Any]]] = []
         for name, ddim in self.served.items():
             classes = ddim.model.config.num_classes
             picture = base64.b64encode(bytes(math.prod(_shape(ddim)))).decode()
@@ -138,15 +143,22 @@ class Site:
             for guided in [False] if classes is None else [False, True]:  # guidance is between classes
                 how: dict[str, Any] = {"checkpoint": name, "steps": 2, "num": 1}
                 how |= GUIDED if guided else {}
+                if (beside := ddim.model.config.condition_channels) > 0:
+                    how["condition"] = base64.b64encode(bytes(math.prod(_shape(ddim)[:2]) * beside)).decode()
                 asked: dict[str, Any] = {method: {"method": method} for method in self.methods[name]}
+                asked["ddim"] = {"mode": "corners", "corners": [0, 1, 2, 3], "at": [0.5, 0.5]}  # slerp's program too
                 asked["inpaint"] = {"mode": "inpaint", "picture": picture, "mask": mask}
                 if not ddim.sampler.self_condition:
                     asked["invert"] = {"mode": "invert", "picture": picture}
                 for part, more in asked.items():
                     programs.append(((name, part, guided), partial(self._first_call, {**how, **more})))
-        # What the page begins with comes first, for every checkpoint, without guidance and with it.
         order = {"ddim": 0, "inpaint": 1, "invert": 2}
-        return sorted(programs, key=lambda program: (order.get(program[0][1], 3), program[0][2]))
+
+        def late(key: Key) -> tuple[int, bool]:
+            name, part, guided = key
+            return order.get(part, 3), guided != (self.served[name].null_label is not None)
+
+        return sorted(programs, key=lambda program: late(program[0]))  # what the page begins with comes first
 
     def _first_call(self, data: dict[str, Any]) -> Run:
         """A run of what is asked, whose first call compiles."""
@@ -154,14 +166,17 @@ class Site:
         return run_of(asked, self.served[data["checkpoint"]])
 
     def compile(self) -> None:
-        """Compile everything, one after the other; a method that a checkpoint does not take is left out from then."""
-        started = time.perf_counter()
-        for i, (key, program) in enumerate(self.compiling, 1):
-            name, method, guided = key
-            self.now = f"{method}{', guided' if guided else ''} ({name})"
+        """Compile everything, one after the other: what a run waits for, and the rest while none is made.
+
+        A method that a checkpoint does not take is left out from then.
+        """
+        started, left = time.perf_counter(), dict(self.compiling)
+        while left and (key := self.queue.to_compile([*left])) is not None:
+            name, method, _ = key
+            i, self.now = len(self.compiled) + len(self.refused) + 1, named(key)
             before = time.perf_counter()
             try:
-                run = program()
+                run = left.pop(key)()
                 run.step()
                 run.x_t()
                 self.compiled.add(key)
@@ -171,11 +186,12 @@ class Site:
                     self.methods[name].remove(method)
                 self.refused[key] = str(error)
                 self.say(f"left out {i} of {self.total}: {self.now}: {error}")
+            self.now = ""
             self.queue.wake()
-        self.now = ""
-        self.say(f"ready [{time.perf_counter() - started:.1f} s]")
+        if not left:
+            self.say(f"ready [{time.perf_counter() - started:.1f} s]")
 
-    def needs(self, request: Asked) -> set[tuple[str, str, bool]]:
+    def needs(self, request: Asked) -> set[Key]:
         """The programs of a request."""
         guided = request.guided
         parts = {"inpaint": ["inpaint"], "invert": ["invert", "ddim"]}.get(request.mode, [request.request.method])
@@ -191,6 +207,7 @@ class Site:
                 "checkpoints": [self._about(name, ddim) for name, ddim in self.served.items()],
                 "bounds": dataclasses.asdict(self.bounds),
                 "fields": fields(),
+                "many_labels": MANY_LABELS,
                 "compiling": {"done": len(self.compiled) + len(self.refused), "total": self.total, "now": self.now},
                 "queue": self.queue.counts(),
             }
@@ -204,8 +221,10 @@ class Site:
             "height": height,
             "width": width,
             "channels": channels,
+            "condition_channels": ddim.model.config.condition_channels,
             "classes": ddim.model.config.num_classes,
             "null_label": ddim.null_label,
+            "guidance_scale": GOOD_CFG_PLUS_PLUS if self.start.guidance == CFG_PLUS_PLUS else GOOD_SCALE,
             "train_timesteps": ddim.schedule.num_train_timesteps,
             "spacings": spacings(ddim),
             "methods": self.methods[name],
@@ -252,7 +271,7 @@ class Site:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(news.set)
 
-        job = Job(run, changed, lambda: needs <= self.compiled | self.refused.keys())
+        job = Job(run, changed, lambda: needs <= self.compiled | self.refused.keys(), needs)
         try:
             self.queue.submit(job)
         except Busy as error:
@@ -261,6 +280,7 @@ class Site:
 
     async def _events(self, request: Asked, job: Job, news: asyncio.Event) -> AsyncIterator[str]:
         said: Any = None
+        began = time.monotonic()
         try:
             while not job.finished:
                 news.clear()
@@ -268,6 +288,9 @@ class Site:
                     yield _event("failed", {"error": "the server was stopped"})
                     return
                 now = status(job, self.queue)
+                if now["state"] == "compiling":
+                    needs = [named(key) for key in sorted(job.needs - self.compiled or job.needs)]
+                    now |= {"now": self.now, "needs": needs, "waited": int(time.monotonic() - began)}
                 if now != said:
                     said = dict(now)
                     if now["state"] == "running" and now["done"]:
@@ -294,7 +317,7 @@ class Site:
             "jddim": __version__,
             "checkpoint_sha256": ddim.metadata.sha256 if ddim.metadata else None,
         }
-        result = Result(request, settings, run.x_t(), run.noise(), job.frames[:-1])
+        result = Result(request, settings, run.x_t(), run.noise(), job.frames)
         name = secrets.token_urlsafe(12)
         with self._lock:
             self._kept[name] = result
@@ -302,9 +325,10 @@ class Site:
                 self._kept.popitem(last=False)
         command, why = snippets.command(request, ddim, path)
         labels, etas = labels_of(request, classes_in_turn(ddim, request.request)), etas_of(request)
-        files = ["images.png", "images.npz", "images.gif"]
+        files = ["images.png", "images.npz", *(["images.gif"] if job.frames else [])]
         files += ["picture.png"] if request.picture is not None else []
         files += ["mask.png"] if request.mask is not None else []
+        files += ["condition.png"] if request.condition is not None else []
         said = {
             "id": name,
             "seconds": round(job.seconds, 3),
@@ -312,6 +336,9 @@ class Site:
             "images": _sprite(run.x_t),
             "x_T": _sprite(run.noise),
             "etas": np.broadcast_to(0.0 if etas is None else etas, (request.num,)).round(4).tolist(),
+            "columns": request.columns,
+            "way": [frame.row for frame in job.frames],
+            "rows": run.rows,
             "labels": None if labels is None else labels.tolist(),
             "python": snippets.python(request, ddim, path),
             "command": command,
@@ -327,14 +354,17 @@ class Site:
         """A file made of a result that is kept."""
         with self._lock:
             kept = self._kept.get(http.path_params["name"])
-        make = FILES.get(http.path_params["file"])
+        file = http.path_params["file"]
+        step = re.fullmatch(r"way-(\d{1,2})\.png", file)
+        make = partial(_way, int(step[1])) if step else FILES.get(file)
         if kept is None or make is None:
             return JSONResponse({"error": "no longer kept here: run it again"}, status_code=404)
         found = await asyncio.to_thread(make, kept)
         if found is None:
             return JSONResponse({"error": "this run has no such file"}, status_code=404)
-        headers = {"content-disposition": f'attachment; filename="{http.path_params["file"]}"'}
-        return Response(found, media_type="application/octet-stream", headers=headers)
+        headers = {"content-disposition": f'attachment; filename="{file}"'}
+        kind = "image/png" if step else "application/octet-stream"
+        return Response(found, media_type=kind, headers=headers)
 
     async def _asked(self, http: Request) -> Asked:
         """The request in the body. Raises Refused."""
@@ -444,9 +474,26 @@ def _npz(result: Result) -> bytes:
     return file.getvalue()
 
 
-def _gif(result: Result) -> bytes:
-    frames = [to_uint8(result.x_T), *result.frames, to_uint8(result.images)]
+def _gif(result: Result) -> bytes | None:
+    if not result.frames:
+        return None
+    frames = [*(frame.x_t for frame in result.frames), to_uint8(result.images)]
     return encode_gif([grid(frame) for frame in frames], result.settings)
+
+
+def _condition(result: Result) -> bytes | None:
+    if result.request.condition is None:
+        return None
+    pixels = np.frombuffer(result.request.condition, np.uint8)
+    return encode_png(pixels.reshape(*result.images.shape[1:3], -1), {})
+
+
+def _way(i: int, result: Result) -> bytes | None:
+    """Of the i-th step that was kept, all x_t side by side, and below them the x0_hat."""
+    if i >= len(result.frames):
+        return None
+    rows = [np.concatenate(list(images), axis=1) for images in (result.frames[i].x_t, result.frames[i].x0_hat)]
+    return encode_png(np.concatenate(rows), {})
 
 
 def _picture(result: Result) -> bytes | None:
@@ -465,12 +512,19 @@ def _mask(result: Result) -> bytes | None:
     return encode_png(np.frombuffer(result.request.mask, np.uint8).reshape(*result.images.shape[1:3], 1), {})
 
 
+def named(key: Key) -> str:
+    """A program, in words."""
+    name, part, guided = key
+    return f"{part}{', guided' if guided else ''} ({name})"
+
+
 FILES: dict[str, Callable[[Result], bytes | None]] = {
     "images.png": _png,
     "images.npz": _npz,
     "images.gif": _gif,
     "picture.png": _picture,
     "mask.png": _mask,
+    "condition.png": _condition,
 }
 
 

@@ -1,7 +1,7 @@
 """What is on the page as Python, and as a command: both make its images again, up to rounding.
 
-Pictures and masks are the page's downloads, picture.png and mask.png. A command that lacks an option that was used is
-not written; what it lacks is said instead.
+Pictures are the page's downloads: picture.png, mask.png and condition.png. A command that lacks an option that was used
+is not written; what it lacks is said instead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
         how["labels"] = f"[{label} for i in range({num})]"
     elif asked.label is not None:
         how["labels"] = f"[{asked.label}] * {num}"
-    head = ["import jax", "import jddim"]
+    head, beside = ["import jax", "import jddim"], []
+    if asked.condition is not None:
+        head = ["import jax", "import jax.numpy as jnp", "import jddim", "from jddim.images import load_images"]
+        beside = [f'beside = load_images("condition.png", {size})']
+        how["condition"] = f"jnp.repeat(beside, {num}, axis=0)"
     dtype = f", dtype={json.dumps(request.dtype)}" if "dtype" in request.asked() else ""
     load = f"ddim = jddim.load({json.dumps(path)}{dtype})"
     match asked.mode:
@@ -40,6 +44,16 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
                 f"keys = jnp.stack([jddim.sample_keys(jax.random.key({request.seed}), 1)[0]] * {num})  # one x_T",
                 f"x_0 = ddim.sample(keys, {num}, {_listed(how)})",
             ]
+        case "grid":
+            head.insert(1, "import jax.numpy as jnp")
+            how["eta"] = f"jnp.linspace(0, 1, {num})"
+            how.pop("steps")
+            cells = (-1, *size, ddim.model.config.in_channels)
+            body = [
+                f"keys = jnp.stack([jddim.sample_keys(jax.random.key({request.seed}), 1)[0]] * {num})  # one x_T",
+                f"columns = [ddim.sample(keys, {num}, steps=S, {_listed(how)}) for S in {list(asked.columns)}]",
+                f"x_0 = jnp.stack(columns, axis=1).reshape{cells}",
+            ]
         case "slerp":
             head.append("from jddim.editing import slerp_line")
             how["eta"] = "0.0"
@@ -49,13 +63,24 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
                 f"a, b = (jddim.initial_noise(key, {shape})[0] for key in keys)",
                 f"x_0 = ddim.sample(x_T=slerp_line(a, b, {num}), {_listed(how)})",
             ]
+        case "corners":
+            head.append("from jddim.editing import slerp")
+            how["eta"] = "0.0"
+            shape = (*size, ddim.model.config.in_channels)
+            down, across = (float(f"{x:.9g}") for x in asked.at)
+            body = [
+                f"keys = [jddim.sample_keys(jax.random.key(seed), 1) for seed in {asked.corners}]",
+                f"a, b, c, d = (jddim.initial_noise(key, {shape}) for key in keys)  # by row",
+                f"x_T = slerp(slerp(a, c, {down}), slerp(b, d, {down}), {across})",
+                f"x_0 = ddim.sample(x_T=x_T, {_listed(how)})",
+            ]
         case "invert":
             head.insert(1, "import jax.numpy as jnp")
             head.append("from jddim.images import load_images")
             up = {name: value for name, value in how.items() if name not in ("eta", "variance")}
-            if "labels" in up:
-                up["labels"] = f"[{classes_in_turn(ddim, asked.request)[0] if asked.label == 'each' else asked.label}]"
-            how["eta"] = f"jnp.linspace(0, {request.eta!r}, {num})"
+            up |= {"labels": f"[{asked.label}]"} if "labels" in up else {}
+            up |= {"condition": "beside"} if beside else {}
+            how["eta"] = f"jnp.linspace(0, 1, {num})"
             body = [
                 f'picture = load_images("picture.png", {size})',
                 f"x_T = ddim.invert(picture, refine={REFINE}, {_listed(up)})",
@@ -71,7 +96,7 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
             ]
         case _:
             body = [f"x_0 = ddim.sample(jax.random.key({request.seed}), {num}, {_listed(how)})"]
-    return "\n".join([*head, "", load, *body]) + "\n"
+    return "\n".join([*dict.fromkeys(head), "", load, *beside, *body]) + "\n"
 
 
 def command(asked: Asked, ddim: DDIM, path: str) -> tuple[str | None, str | None]:
@@ -80,26 +105,26 @@ def command(asked: Asked, ddim: DDIM, path: str) -> tuple[str | None, str | None
     if asked.label is not None:
         request = dataclasses.replace(request, labels="balanced" if asked.label == "each" else str(asked.label))
     match asked.mode:
-        case "strip":
-            if asked.label == "each":
-                return None, "the rows of jddim sweep have the same labels; Python can give each image its own"
+        case "strip" | "grid":
             etas = ",".join(f"{i / (num - 1):.9g}" for i in range(num))
-            name, words = "sweep", ["strip.png", "--eta", etas, "--num", "1", "--steps", str(request.steps)]
+            steps = ",".join(map(str, asked.columns or [request.steps]))
+            name, words = "sweep", [f"{asked.mode}.png", "--eta", etas, "--num", "1", "--steps", steps]
         case "slerp":
             request = dataclasses.replace(request, seed=0, eta=None)
             seeds = f"{asked.request.seed},{asked.seed_to}"
             name, words = "interpolate", ["line.png", "--seeds", seeds, "--num", str(num)]
+        case "corners":
+            return None, "jddim interpolate --seeds A,B,C,D draws the whole square; the Python draws the point"
         case "invert":
-            if num > 1 and request.eta:
-                return None, "jddim invert leads back at eta 0 alone; Python at any"
-            if asked.label == "each":
-                request = dataclasses.replace(request, labels=str(classes_in_turn(ddim, asked.request)[0]))
+            if num > 1:
+                return None, "jddim invert leads back to one image, at eta 0; ask for 1 image, or take the Python"
             words = ["picture.png", "x_T.npy", "--refine", str(REFINE), "--reconstruct", "again.png"]
             name = "invert"
         case "inpaint":
             name, words = "edit", ["picture.png", "filled.png", "--mask", "mask.png"]
         case _:
             name, words = "sample", ["images.png", "--num", str(num)]
+    words += ["--condition", "condition.png"] if asked.condition is not None else []
     return shlex.join(["jddim", name, path, *words, *request.words(name)]), None
 
 

@@ -2,24 +2,31 @@
 import { events, post } from "./stream.js";
 import { Pad, toBase64 } from "./draw.js";
 import { draw as drawPlot, mark } from "./plot.js";
+import { forget, halt, look, play, present, preview, result, stale } from "./results.js";
+import { compare, keep, remember } from "./gallery.js";
 
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["steps", "eta", "num", "seed", "seed_to", "guidance_scale", "null_label"];
-const CHOICES = ["checkpoint", "method", "label", "spacing"];
+const CHOICES = ["checkpoint", "method", "spacing"];
 const CHECKS = ["lock", "live", "guided"];
 let FIELDS = ["steps", "eta", "num", "seed", "seed_to", "guidance_scale", "null_label", "method", "label", "spacing",
-  "picture", "mask", "request"];
+  "columns", "corners", "at", "picture", "mask", "condition", "request"];
 const MODES = {
-  sample: "Images of a seed: image i depends on the seed and i alone.",
-  strip: "One x_T, with eta from 0 to 1: how much its noise decides.",
-  slerp: "From one seed's first x_T to another's along the sphere, at eta 0.",
-  invert: "A picture to the x_T it is sampled from, and back: the first at eta 0, the last at eta.",
-  inpaint: "The picture made anew where the mask lies, and kept elsewhere.",
+  sample: "Images of a seed. Image i depends on the seed and i alone, so that the first four of sixteen are these four.",
+  strip: "One noise, sampled with eta from 0 to 1: how much the noise that the steps add decides.",
+  grid: "One noise in every cell. Down: eta from 0 to 1. Across: the numbers of steps.",
+  slerp: "From one seed's first noise to another's, along the sphere that noise lies on, at eta 0.",
+  corners: "One image from the noise between four seeds' first noises, at eta 0. Drag the point.",
+  invert: "Draw, or choose a picture. It is led back to the noise it could come from, and sampled from there again: "
+    + "the first image at eta 0, which gives the picture back, the last at eta 1.",
+  inpaint: "Draw, or choose a picture, and paint a mask. What lies under the mask is made anew, the rest is kept.",
 };
-
-let about, current, running, result, table, tableRun, timer;
+let about, current, running, table, tableRun, timer;
+let behind = false; // the point was dragged on during the run
+let label = "each"; // the one chosen last, also where a mode does not offer it
 let runs = 0;
 const pad = new Pad($("pad"), () => changed());
+const beside = new Pad($("beside-pad"), () => changed()); // what some networks are given beside the noise
 
 function mode() {
   return document.querySelector("input[name=mode]:checked").value;
@@ -83,6 +90,8 @@ function listed() {
 function save() {
   const state = new URLSearchParams({ mode: mode() });
   for (const name of [...NUMBERS, ...CHOICES]) if ($(name).value !== "") state.set(name, $(name).value);
+  if (current.classes !== null) state.set("label", label);
+  for (const name of ["columns", "corners", "across", "down"]) state.set(name, $(name).value);
   for (const name of CHECKS) state.set(name, $(name).checked ? "1" : "0");
   for (const control of about.fields.flatMap(controlsOf)) if (control.value !== "") state.set(control.id, control.value);
   history.replaceState(null, "", `#${state}`);
@@ -94,6 +103,8 @@ function restore() {
   current = about.checkpoints.find((one) => one.name === wanted) ?? about.checkpoints[0];
   $("checkpoint").value = current.name;
   offer();
+  guide();
+  label = state.get("label") ?? label;
   const chosen = document.querySelector(`input[name=mode][value="${CSS.escape(state.get("mode") ?? "sample")}"]`);
   if (chosen && !chosen.disabled) chosen.checked = true;
   for (const name of [...NUMBERS, ...CHOICES.slice(1)]) {
@@ -102,6 +113,7 @@ function restore() {
     $(name).value = state.get(name);
     if ($(name).value === "") $(name).value = before; // of another checkpoint
   }
+  for (const name of ["columns", "corners", "across", "down"]) if (state.has(name)) $(name).value = state.get(name);
   for (const name of CHECKS) if (state.has(name)) $(name).checked = state.get(name) === "1";
   for (const control of about.fields.flatMap(controlsOf)) control.value = state.get(control.id) ?? "";
 }
@@ -116,29 +128,52 @@ function offer() {
   const bounds = about.bounds, T = current.train_timesteps;
   fill("method", current.methods);
   fill("spacing", current.spacings);
-  const classes = current.classes ?? 0;
-  fill("label", ["each", ...Array(classes).keys()], (value) => (value === "each" ? "each in turn" : value));
-  $("steps-slider").max = Math.min(100, bounds.steps, T);
+  $("steps-slider").max = Math.min(bounds.steps, T);
   $("num-slider").max = bounds.num;
-  if ($("null_label").value === "" || Number($("null_label").value) >= classes) {
-    $("null_label").value = current.null_label ?? "";
-  }
-  $("summary").textContent = current.summary;
+  if (Number($("null_label").value) >= (current.classes ?? 0)) $("null_label").value = "";
+  const kind = current.channels === 1 ? "grey" : "colour";
+  const classes = current.classes === null ? "" : `, of ${current.classes - (current.null_label !== null)} labels`;
+  $("summary").textContent = `${current.width} × ${current.height} ${kind} images${classes}`;
+  $("network").textContent = `The network: ${current.summary}.`;
   const invert = document.querySelector("input[name=mode][value=invert]");
   invert.disabled = !current.invertible;
   if (invert.disabled && invert.checked) document.querySelector("input[name=mode][value=sample]").checked = true;
   pad.shape(current.height, current.width, current.channels, current.name);
   $("colour-label").hidden = current.channels === 1;
+  const given = current.condition_channels;
+  $("beside").hidden = given === 0;
+  $("beside-colour-label").hidden = given === 1;
+  if (given) beside.shape(current.height, current.width, given, `beside ${current.name}`);
+}
+
+// Guidance as is good for this checkpoint: on where it is known what meant no label in training.
+function guide() {
+  $("guided").checked = current.null_label !== null;
+  $("guidance_scale").value = current.guidance_scale;
+}
+
+// The labels of this mode, that which means none at the end; of a picture to invert, whose label nobody knows, first.
+function offerLabels(now) {
+  const none = current.null_label;
+  const classes = [...Array(current.classes ?? 0).keys()].filter((value) => value !== none);
+  const unlabelled = none === null ? [] : [[`${none}: no label`, none]];
+  const offered = [...(about.many_labels.includes(now) ? [["each in turn", "each"]] : []),
+    ...(now === "invert" ? unlabelled : []), ...classes.map((value) => [value, value]),
+    ...(now === "invert" ? [] : unlabelled)];
+  $("label").replaceChildren(...offered.map(([text, value]) => new Option(text, value)));
+  if (offered.some(([, value]) => String(value) === label)) $("label").value = label;
 }
 
 // What this mode has.
 function arrange() {
   const now = mode();
+  offerLabels(now);
   for (const field of document.querySelectorAll(".field")) {
     const modes = field.dataset.modes?.split(" ") ?? [now];
     field.hidden = !modes.includes(now) || ("classes" in field.dataset && current.classes === null);
   }
-  $("null_label").closest(".field").hidden ||= !$("guided").checked;
+  $("null_label").closest(".field").hidden ||= !$("guided").checked || current.null_label !== null;
+  $("num-name").textContent = now === "grid" ? "etas, a row each" : "images";
   const ddim = now !== "sample" || $("method").value === "ddim";
   for (const id of ["eta", "eta-slider"]) $(id).disabled = !ddim;
   for (const id of ["guidance_scale", "guidance_scale-slider"]) $(id).disabled = !$("guided").checked;
@@ -147,11 +182,17 @@ function arrange() {
   for (const element of document.querySelectorAll("[data-mask]")) element.hidden = now !== "inpaint";
   if (now !== "inpaint" && pad.tool.endsWith("mask")) chooseTool("ink");
   $("pad-hint").textContent = now === "inpaint"
-    ? "Draw, then mask what is to be made anew. Keys: arrows, space, Shift and arrows."
-    : "Draw something. Keys: arrows move, space paints, Shift and arrows draw.";
+    ? "Draw, paste or choose a picture, then mask what is to be made anew. Keys: arrows, space, Shift and arrows."
+    : "Draw, paste or choose a picture. Keys: arrows move, space paints, Shift and arrows draw.";
   $("about-mode").textContent = MODES[now];
   pad.draw();
   for (const name of ["steps", "eta", "num", "guidance_scale"]) $(`${name}-slider`).value = $(name).value;
+  place();
+}
+
+function place() {
+  $("point").style.left = `${100 * $("across").value}%`;
+  $("point").style.top = `${100 * $("down").value}%`;
 }
 
 // -- requests ----------------------------------------------------------------------------------------------------
@@ -169,50 +210,72 @@ function asked() {
   const visible = (id) => !$(id).closest(".field").hidden;
   const data = { checkpoint: current.name, mode: now, spacing: $("spacing").value, ...listed() };
   data.method = now === "sample" ? $("method").value : "ddim";
-  for (const id of ["steps", "num", "seed"]) data[id] = typed(id);
+  for (const id of ["steps", "num", "seed"]) if (visible(id)) data[id] = typed(id);
+  if (now === "grid") data.columns = listOf("columns");
+  if (now === "corners") {
+    data.corners = listOf("corners");
+    data.at = [Number($("down").value), Number($("across").value)];
+  }
   if (visible("eta") && !$("eta").disabled) data.eta = typed("eta");
   if (now === "slerp") data.seed_to = typed("seed_to");
   if (current.classes !== null) {
     data.label = $("label").value === "each" ? "each" : Number($("label").value);
-    if (visible("guidance_scale") && $("guided").checked) {
+    if ($("guided").checked) {
       data.guidance_scale = typed("guidance_scale");
-      data.null_label = typed("null_label");
+      if (visible("null_label")) data.null_label = typed("null_label");
     }
   }
   return data;
 }
 
+// The whole numbers of a field, or what was typed.
+function listOf(id) {
+  const parts = $(id).value.split(",").map((part) => part.trim()).filter(Boolean);
+  return parts.every((part) => /^[0-9]+$/.test(part)) ? parts.map(Number) : $(id).value;
+}
+
 function withPicture(data) {
   if (data.mode === "invert" || data.mode === "inpaint") data.picture = toBase64(pad.picture);
   if (data.mode === "inpaint") data.mask = toBase64(pad.mask);
+  if (current.condition_channels) data.condition = toBase64(beside.picture);
   return data;
 }
+
+// A field as the page calls it.
+const called = (name) => $(`${name}-name`)?.textContent ?? name.replaceAll("_", " ");
 
 function complain(fields = {}) {
   const elsewhere = [];
   for (const name of FIELDS) {
     const place = $(`${name}-problem`);
     const hidden = place.closest(".field")?.hidden;
-    place.textContent = fields[name] && !hidden ? `${name} ${fields[name]}` : "";
+    place.textContent = fields[name] && !hidden ? `${called(name)} ${fields[name]}` : "";
     $(name)?.setAttribute?.("aria-invalid", fields[name] ? "true" : "false");
   }
   for (const [name, problem] of Object.entries(fields)) {
-    if (!FIELDS.includes(name) || $(`${name}-problem`).closest(".field")?.hidden) elsewhere.push(`${name} ${problem}`);
+    if (!FIELDS.includes(name) || $(`${name}-problem`).closest(".field")?.hidden) {
+      elsewhere.push(`${called(name)} ${problem}`);
+    }
   }
   if (elsewhere.length) $("request-problem").textContent = elsewhere.join("; ");
 }
 
+// Draws the timetable, and returns the t that it visits; nothing if it is refused, or was changed meanwhile.
 async function plot() {
   tableRun?.abort();
   tableRun = new AbortController();
   const data = asked();
-  const { checkpoint, steps, spacing } = data;
-  const wanted = { checkpoint, steps, spacing, eta: data.eta ?? 0, ...listed() };
+  const { checkpoint, spacing } = data;
+  const steps = data.steps ?? Math.max(...[data.columns].flat().map(Number).filter(Number.isFinite));
+  const wanted = { checkpoint, steps, spacing, eta: data.eta ?? (["strip", "grid", "invert"].includes(data.mode) ? 1 : 0) };
+  Object.assign(wanted, listed());
   if (data.label !== undefined) wanted.label = data.label;
   try {
     table = await post("/api/table", wanted, tableRun.signal);
     drawPlot($("plot"), table);
-    $("notes").textContent = table.notes.join("; ");
+    $("notes").replaceChildren(...table.notes.map((note) => Object.assign(document.createElement("li"), { textContent: note })));
+    $("notes-details").hidden = table.notes.length === 0;
+    return table.visited;
   } catch {
     // what is wrong is said where the run is asked for
   }
@@ -224,29 +287,30 @@ async function run() {
   running?.abort();
   const mine = (running = new AbortController());
   $("stop").disabled = false;
-  $("images").classList.add("old");
+  stale(true);
   const pressed = performance.now();
   let first = null, finished = false;
   const since = () => `${((performance.now() - pressed) / 1000).toFixed(2)} s`;
-  plot();
+  const data = withPicture(asked());
+  const made = { mode: mode(), asked: data, width: current.width, height: current.height, state: location.hash };
+  const visited = plot();
   try {
-    for await (const { name, data } of events("/api/run", withPicture(asked()), mine.signal)) {
+    for await (const { name, data: told } of events("/api/run", data, mine.signal)) {
       complain();
-      if (name === "failed") throw new Error(data.error);
+      if (name === "failed") throw new Error(told.error);
+      $("said").ariaLive = told.done || told.waited ? "off" : "polite"; // steps and seconds are not read out
       if (name === "done") {
         finished = true;
-        await done(data, first, since());
-      } else if (data.state !== "running") {
-        $("said").textContent = data.state === "compiling"
-          ? "Waiting for its program to be compiled."
-          : `Waiting: ${data.before} before this.`;
-      } else if (data.images) {
+        const all = since();
+        await done(Object.assign(made, told, { visited: await visited }), first, all);
+      } else if (told.state !== "running") {
+        $("said").textContent = waiting(told);
+      } else if (told.images) {
         first ??= since();
-        $("progress").value = data.done / data.total;
-        mark($("plot"), data.done / data.total);
-        $("said").ariaLive = "off"; // not read out: the end is
-        $("said").textContent = `evaluation ${data.done} of ${data.total}`;
-        await show(data.images);
+        $("progress").value = told.done / told.total;
+        mark($("plot"), told.done / told.total);
+        $("said").textContent = going(made.mode, told);
+        await preview(told.images, { ...made, columns: data.columns?.length ?? 0 }, take);
       }
     }
     if (!finished) throw new Error("the server broke off");
@@ -260,108 +324,128 @@ async function run() {
       if (!error.fields) $("request-problem").textContent = silent;
       $("said").textContent = "Not run.";
       $("progress").value = 0;
+      stale(true);
     }
   } finally {
     if (running === mine) {
       $("stop").disabled = true;
       running = null;
+      if (behind) changed(0);
+      behind = false;
     }
   }
 }
 
+// Why a run has not begun.
+function waiting({ state, before, now, needs, waited }) {
+  if (state === "waiting") return before === 0 ? "Next in line." : `Waiting for its turn: ${before} before this one.`;
+  const what = !now ? "about to compile" : needs.includes(now) ? `compiling ${now}`
+    : `another program, ${now}, is being compiled first; then ${needs[0]}`;
+  return `The first run of a kind waits for its program: ${what}. ${waited} s so far; kept for the next start.`;
+}
+
+function going(now, { done, total, row, rows }) {
+  if (!rows) return `evaluation ${done} of ${total}`;
+  if (now !== "invert") return `step ${row} of ${rows}`;
+  return row <= rows / 2 ? `to the noise: step ${row} of ${rows / 2}` : `and back: step ${row - rows / 2} of ${rows / 2}`;
+}
+
+// Ends the run that is being made, without a word.
+function leave() {
+  running?.abort();
+  running = null;
+  $("stop").disabled = true;
+}
+
 // -- results -----------------------------------------------------------------------------------------------------
 
-async function pixels(base64) {
-  const image = new Image();
-  image.src = `data:image/png;base64,${base64}`;
-  await image.decode();
-  return image;
-}
-
-async function show(base64, captions = []) {
-  const image = await pixels(base64);
-  const width = current.width, height = current.height, num = Math.round(image.width / width);
-  const place = $("images");
-  while (place.children.length > num) place.lastChild.remove();
-  while (place.children.length < num) place.append(tile(place.children.length));
-  [...place.children].forEach((figure, i) => {
-    const canvas = figure.querySelector("canvas");
-    Object.assign(canvas, { width, height });
-    canvas.getContext("2d").drawImage(image, i * width, 0, width, height, 0, 0, width, height);
-    const caption = captions[i] ?? "";
-    figure.querySelector("span").textContent = caption;
-    const label = `image ${i + 1} of ${num}${caption ? `, ${caption}` : ""}: draw on it`;
-    figure.setAttribute("aria-label", label);
-  });
-  place.classList.remove("old");
-}
-
-function tile(i) {
-  const button = document.createElement("button");
-  button.type = "button";
-  button.append(document.createElement("canvas"), document.createElement("span"));
-  button.addEventListener("click", () => take(i));
-  return button;
-}
-
-// Image i becomes the picture.
+// Image i, as it is shown, becomes the picture.
 function take(i) {
   const canvas = $("images").children[i].querySelector("canvas");
-  const { data } = canvas.getContext("2d").getImageData(0, 0, current.width, current.height);
-  const picture = new Uint8ClampedArray(pad.picture.length);
-  for (let p = 0; p < current.width * current.height; p++) {
-    for (let c = 0; c < current.channels; c++) picture[p * current.channels + c] = data[4 * p + c];
-  }
+  const left = canvas.width - current.width; // of a pair, the x0_hat
+  const { data } = canvas.getContext("2d").getImageData(left, 0, current.width, current.height);
   if (mode() !== "invert") document.querySelector("input[name=mode][value=inpaint]").checked = true;
   if (mode() === "inpaint") chooseTool("mask");
   arrange();
-  pad.set(picture);
+  pad.take(data);
   $("pad").focus();
 }
 
-async function done(data, first, all) {
-  result = data;
+async function done(made, first, all) {
   runs += 1;
-  const now = mode();
-  const captions = data.etas.map((eta, i) => {
-    const said = [];
-    if (now === "strip" || (now === "invert" && data.etas.length > 1)) said.push(`η ${Number(eta.toFixed(2))}`);
-    if (data.labels) said.push(`label ${data.labels[i]}`);
-    if (now === "slerp") said.push(i === 0 ? `seed ${$("seed").value}` : "");
-    if (now === "slerp" && i === data.etas.length - 1) said.push(`seed ${$("seed_to").value}`);
-    return said.filter(Boolean).join(", ");
-  });
-  result.captions = captions;
-  await show($("noise").checked ? data.x_T : data.images, captions);
+  made.captions = captions(made);
+  await show(made);
+  stale(JSON.stringify(withPicture(asked())) !== JSON.stringify(made.asked)); // changed without a run on change
+  if (!behind) remember(made, open);
   $("progress").value = 1;
   mark($("plot"), 1);
-  $("said").ariaLive = "polite";
-  const error = data.error === undefined ? "" : `; mean squared error of the first ${data.error.toExponential(1)}`;
-  $("said").textContent = `${data.etas.length} images in ${all}, the first to be seen after ${first ?? all}${error}`;
-  $("below").hidden = false;
-  $("downloads").replaceChildren("download ", ...data.files.flatMap((file) => {
-    const link = Object.assign(document.createElement("a"), { href: `/api/results/${data.id}/${file}`, textContent: file });
-    link.download = file;
-    return [link, " "];
-  }));
-  $("python").textContent = data.python;
-  $("command").textContent = data.command ?? `None: ${data.no_command}.`;
-  document.querySelector("[data-copy=command]").disabled = !data.command;
+  const error = made.error === undefined ? "" : `; the first is ${made.error.toExponential(1)} from the picture (mean squared)`;
+  const num = made.etas.length * (made.columns.length || 1);
+  $("said").textContent = `${num} image${num > 1 ? "s" : ""} in ${all}, the first preview after ${first ?? all}${error}`;
   $("results").dataset.runs = runs;
+}
+
+const show = (made) => present(made, take);
+
+// A run of before: its settings, its pictures, and what it made.
+async function open(made) {
+  leave();
+  clearTimeout(timer);
+  history.replaceState(null, "", made.state);
+  restore();
+  arrange();
+  if (made.asked.picture) pad.put(made.asked.picture, made.asked.mask);
+  if (made.asked.condition) beside.put(made.asked.condition);
+  complain();
+  await show(made);
+  compare(made);
+  plot();
+  save();
+  $("progress").value = 1;
+  $("said").textContent = "A run of before, with its settings.";
+}
+
+function captions({ mode: now, asked: data, etas, labels, columns: across }) {
+  const rows = etas.map((eta, i) => {
+    const said = [];
+    if (["strip", "grid", "invert"].includes(now) && etas.length > 1) said.push(`η ${Number(eta.toFixed(2))}`);
+    if (labels && now !== "grid") said.push(labels[i] === current.null_label ? "no label" : `label ${labels[i]}`);
+    if (now === "slerp" && i === 0) said.push(`seed ${data.seed}`);
+    if (now === "slerp" && i === etas.length - 1) said.push(`seed ${data.seed_to}`);
+    return said.join(", ");
+  });
+  if (now === "corners") return [data.label === undefined ? "" : `label ${data.label}`];
+  if (!across.length) return rows;
+  return rows.flatMap((row) => across.map((steps) => `${row}, ${steps} step${steps > 1 ? "s" : ""}`));
 }
 
 // -- controls ----------------------------------------------------------------------------------------------------
 
 function changed(wait = 200) {
   save();
+  stale(true);
+  halt();
   clearTimeout(timer);
-  const blank = (mode() === "invert" && pad.empty) || (mode() === "inpaint" && !pad.mask.some((value) => value));
+  const blank = (current.condition_channels > 0 && beside.empty && "Choose or draw the picture beside the noise first.")
+    || (mode() === "invert" && pad.empty && "Draw a picture first.")
+    || (mode() === "inpaint" && !pad.mask.some((value) => value) && "Paint a mask first.");
   if (!$("live").checked || blank) {
     plot();
-    if (blank) $("said").textContent = mode() === "invert" ? "Draw a picture first." : "Paint a mask first.";
+    if (blank) leave();
+    $("said").textContent = blank || "Changed: press Run.";
     return;
   }
   timer = setTimeout(run, wait);
+}
+
+// While one drags, what is between is run as often as runs get done.
+function drag(event) {
+  const box = $("square").getBoundingClientRect();
+  $("across").value = (event.clientX - box.left) / box.width;
+  $("down").value = (event.clientY - box.top) / box.height;
+  place();
+  if (running) behind = true;
+  else changed(0);
 }
 
 function chooseTool(name) {
@@ -377,15 +461,32 @@ function listen() {
     });
     $(name).addEventListener("input", () => ($(`${name}-slider`).value = $(name).value));
   }
-  for (const name of [...NUMBERS, "method", "label", "spacing", "guided"]) {
-    $(name).addEventListener(NUMBERS.includes(name) ? "input" : "change", () => {
+  for (const name of [...NUMBERS, "columns", "corners", "method", "label", "spacing", "guided"]) {
+    $(name).addEventListener([...NUMBERS, "columns", "corners"].includes(name) ? "input" : "change", () => {
+      if (name === "label") label = $("label").value;
       arrange();
       changed();
     });
   }
+  for (const name of ["across", "down"]) {
+    $(name).addEventListener("input", () => {
+      place();
+      changed(60);
+    });
+  }
+  $("square").addEventListener("pointerdown", (event) => {
+    $("square").setPointerCapture(event.pointerId);
+    drag(event);
+  });
+  $("square").addEventListener("pointermove", (event) => {
+    if ($("square").hasPointerCapture(event.pointerId)) drag(event);
+  });
   $("checkpoint").addEventListener("change", () => {
     current = about.checkpoints.find((one) => one.name === $("checkpoint").value);
+    leave();
+    forget(); // of another network
     offer();
+    guide();
     arrange();
     changed(0);
   });
@@ -401,15 +502,45 @@ function listen() {
     run();
   });
   $("stop").addEventListener("click", () => running?.abort());
+  const moved = async () => {
+    const part = await look(take);
+    if (part !== null && !running) mark($("plot"), part);
+  };
   $("noise").addEventListener("change", () => {
-    if (result) show($("noise").checked ? result.x_T : result.images, result.captions);
+    $("way").value = $("way").max;
+    moved();
   });
+  $("way").addEventListener("input", () => {
+    halt();
+    moved();
+  });
+  $("play").addEventListener("click", () => play(moved));
+  $("keep").addEventListener("click", () => keep(result()));
+  $("drop").addEventListener("click", () => keep(null));
   $("tools").addEventListener("change", (event) => (pad.tool = event.target.value));
   $("brush").addEventListener("input", () => (pad.radius = Number($("brush").value)));
-  $("colour").addEventListener("input", () => {
-    pad.colour = [1, 3, 5].map((i) => parseInt($("colour").value.slice(i, i + 2), 16));
-  });
+  for (const [id, one] of [["colour", pad], ["beside-colour", beside]]) {
+    $(id).addEventListener("input", () => (one.colour = [1, 3, 5].map((i) => parseInt($(id).value.slice(i, i + 2), 16))));
+  }
   $("clear").addEventListener("click", () => pad.clear());
+  $("negative").addEventListener("click", () => pad.negative());
+  $("beside-clear").addEventListener("click", () => beside.clear());
+  for (const [place, input, one] of [["drawing", "file", pad], ["beside", "beside-file", beside]]) {
+    $(input).addEventListener("change", async () => {
+      await picture($(input).files[0], one);
+      $(input).value = "";
+    });
+    $(place).addEventListener("dragover", (event) => event.preventDefault());
+    $(place).addEventListener("drop", (event) => {
+      event.preventDefault();
+      picture(event.dataTransfer.files[0], one);
+    });
+  }
+  addEventListener("paste", (event) => {
+    const one = [pad, beside].find(({ canvas }) => canvas.checkVisibility());
+    if (one) picture(event.clipboardData.files[0], one);
+  });
+  keys(moved);
   $("half").addEventListener("click", () => pad.maskHalf());
   for (const button of document.querySelectorAll("[data-copy]")) {
     button.addEventListener("click", () => copy(button, $(button.dataset.copy)));
@@ -423,6 +554,57 @@ function listen() {
     arrange();
     changed(0);
   });
+}
+
+// A picture of one's own, cut to the pad's shape and drawn there.
+async function picture(file, one) {
+  if (!file) return;
+  const place = $(one === pad ? "picture-problem" : "condition-problem");
+  try {
+    await one.load(file);
+    place.textContent = "";
+  } catch (error) {
+    place.textContent = `${file.name}: ${error.message}`;
+  }
+}
+
+// Letters and digits act unless something is being typed or drawn; a switch turns them off.
+function keys(moved) {
+  const modes = [...document.querySelectorAll("input[name=mode]")];
+  const step = (by) => {
+    if (!result()) return;
+    halt();
+    $("way").value = Number($("way").value) + by;
+    moved();
+  };
+  const list = {
+    r: ["run", () => $("run").click()],
+    s: ["stop", () => $("stop").click()],
+    l: ["lock the seed, or not", () => $("lock").click()],
+    k: ["keep this run to compare", () => !$("below").hidden && $("keep").click()],
+    p: ["play the way, or pause", () => !$("below").hidden && play(moved)],
+    ",": ["a step back", () => step(-1)],
+    ".": ["a step on", () => step(1)],
+    "?": ["these keys", () => $("keys").showModal()],
+  };
+  modes.forEach((one, i) => (list[i + 1] = [one.nextSibling.textContent, () => one.click()]));
+  $("keys-list").replaceChildren(...Object.entries(list).flatMap(([key, [what]]) => [
+    Object.assign(document.createElement("dt"), { textContent: key }),
+    Object.assign(document.createElement("dd"), { textContent: what }),
+  ]));
+  $("help").addEventListener("click", () => $("keys").showModal());
+  $("keys-close").addEventListener("click", () => $("keys").close());
+  addEventListener("keydown", (event) => {
+    document.documentElement.dataset.by = event.key === "Escape" ? "" : "keys"; // which shows the tips
+    const typing = event.target.matches("input:not([type=checkbox], [type=radio], [type=range]), select, canvas");
+    if (typing || event.ctrlKey || event.altKey || event.metaKey || $("keys").open || !$("shortcuts").checked) return;
+    const [, act] = list[event.key] ?? [];
+    if (act) {
+      event.preventDefault();
+      act();
+    }
+  });
+  addEventListener("pointerdown", () => (document.documentElement.dataset.by = "pointer"));
 }
 
 async function copy(button, from) {
@@ -440,15 +622,16 @@ async function copy(button, from) {
 async function watch() {
   for (;;) {
     const { done, total, now } = about.compiling;
-    $("server").textContent = now ? `compiling ${done + 1} of ${total}: ${now}` : "";
+    $("server").textContent = done >= total ? "" : now ? `compiling ${done + 1} of ${total}: ${now}`
+      : `${total - done} of ${total} solvers and modes are still to be prepared, while nothing runs`;
     if (done >= total) break;
-    await new Promise((resolve) => setTimeout(resolve, 500));
+    await new Promise((resolve) => setTimeout(resolve, 700));
     const last = about;
     about = await (await fetch("/api/about")).json();
     const methods = (one) => JSON.stringify(one.checkpoints.map((checkpoint) => checkpoint.methods));
     if (methods(last) !== methods(about)) {
       current = about.checkpoints.find((one) => one.name === current.name);
-      offer();
+      offer(); // the methods that are left
     }
   }
 }
@@ -462,7 +645,8 @@ async function start() {
   Object.assign($("num"), { value: Math.min(4, about.bounds.num) });
   Object.assign($("seed"), { value: 0 });
   Object.assign($("seed_to"), { value: 1 });
-  Object.assign($("guidance_scale"), { value: 2 });
+  Object.assign($("columns"), { value: "5, 10, 20, 50" });
+  Object.assign($("corners"), { value: "0, 1, 2, 3" });
   $("null_label").value = "";
   restore();
   arrange();

@@ -1,4 +1,6 @@
 // A picture of the network's own size, painted pixel by pixel, and a mask over it. Both are kept for a reload.
+const MOST = 32 * 2 ** 20; // bytes of a file
+
 export class Pad {
   constructor(canvas, changed) {
     this.canvas = canvas;
@@ -60,8 +62,43 @@ export class Pad {
     return !this.picture.some((value) => value);
   }
 
-  set(picture) {
-    this.picture.set(picture);
+  // RGBA, row by row; grey as ITU-R BT.601 weighs the colours.
+  take(data) {
+    for (let p = 0; p < this.width * this.height; p++) {
+      const [r, g, b] = data.subarray(4 * p, 4 * p + 3);
+      const levels = this.channels === 1 ? [0.299 * r + 0.587 * g + 0.114 * b] : [r, g, b];
+      this.picture.set(levels, p * this.channels);
+    }
+    this.finished();
+  }
+
+  // A file's picture, its middle in the pad's proportions. Only its pixels are ever sent.
+  async load(file) {
+    if (file.size > MOST) throw new Error("is larger than 32 MiB");
+    const whole = await createImageBitmap(file).catch(() => {
+      throw new Error("is no picture that this browser reads");
+    });
+    const scale = Math.min(whole.width / this.width, whole.height / this.height);
+    const [w, h] = [this.width * scale, this.height * scale].map((side) => Math.max(1, Math.round(side)));
+    const [x, y] = [(whole.width - w) / 2, (whole.height - h) / 2].map(Math.floor);
+    const size = { resizeWidth: this.width, resizeHeight: this.height, resizeQuality: "high" };
+    const small = await createImageBitmap(whole, x, y, w, h, size);
+    const canvas = Object.assign(document.createElement("canvas"), { width: this.width, height: this.height });
+    const context = canvas.getContext("2d");
+    context.fillRect(0, 0, this.width, this.height); // under what is transparent
+    context.drawImage(small, 0, 0);
+    this.take(context.getImageData(0, 0, this.width, this.height).data);
+  }
+
+  // What was sent before, in base64.
+  put(picture, mask) {
+    this.picture.set(fromBase64(picture));
+    if (mask) this.mask.set(fromBase64(mask));
+    this.keep();
+  }
+
+  negative() {
+    this.picture.forEach((value, i) => (this.picture[i] = 255 - value));
     this.finished();
   }
 
@@ -141,6 +178,11 @@ export class Pad {
   }
 
   finished() {
+    this.keep();
+    this.changed();
+  }
+
+  keep() {
     this.draw();
     try {
       const layers = { picture: toBase64(this.picture), mask: toBase64(this.mask) };
@@ -148,7 +190,6 @@ export class Pad {
     } catch {
       // full: then a reload begins with an empty pad
     }
-    this.changed();
   }
 }
 
