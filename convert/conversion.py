@@ -271,6 +271,12 @@ def _open(
             raise ConversionError(f"{error}; and whatever is told, {misfit}") from error
         said = f"{error}; the tensors agree with --preset {' or '.join(fitting)}" if fitting else str(error)
         raise UnsettledError(said, error.asks, words) from error
+    if untold := [ask.partition("=")[0] for ask in plan.asks]:
+        warning = (
+            f"no tensor tells {', '.join(untold)}: if the network was trained with another than what is assumed, its "
+            "samples are wrong, and a comparison of the networks does not see it"
+        )
+        plan = dataclasses.replace(plan, warnings=(*plan.warnings, warning))
     lines = [
         f"{src}: {family.title}",
         *([f"  file: {origin.choice}"] if origin.choice else []),

@@ -294,7 +294,10 @@ def summary(command: argparse.ArgumentParser) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a mistake in one line."""
+    """Reports a mistake in one line, and takes no abbreviation: --set is not --set-alpha-to-one."""
+
+    def __init__(self, **how: Any):
+        super().__init__(**{"allow_abbrev": False, **how})
 
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print the usage as well."""

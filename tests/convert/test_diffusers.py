@@ -130,8 +130,9 @@ def test_the_emas_weights_come_first_and_its_step_is_known(tmp_path: Path) -> No
     assert (metadata.provenance["weights"], metadata.provenance["step"]) == ("ema", 500)
     assert not any("beta_start" in line for line in metadata.provenance["assumed"])
     assert any(line.startswith("trained_betas = null, ") for line in metadata.provenance["assumed"])
-    (warning,) = metadata.provenance["warnings"]
+    warning, untold = metadata.provenance["warnings"]
     assert "no scheduler_config.json was found" in warning
+    assert untold.startswith("no tensor tells ")
     assert "trained with num_train_timesteps = 1000, beta_start = 0.0001, " in warning
     assert f"- WARNING: `{warning}`" in (tmp_path / "a" / "README.md").read_text()
     (line,) = (line for line in describe(run) if "WARNING" in line)
@@ -604,7 +605,9 @@ def test_a_bare_state_dict_converts_with_what_info_asks_for(tmp_path: Path) -> N
         assert found.provenance["verification"]["output_error"] <= 2e-5
         assert any("norm_eps = 1e-05" in line for line in found.provenance["assumed"])
         assert not any("block_out_channels" in line for line in found.provenance["assumed"])
-        assert len(found.provenance["warnings"]) == 1
+        _, untold = found.provenance["warnings"]
+        assert "flip_sin_to_cos, " in untold
+        assert "its samples are wrong, and a comparison of the networks does not see it" in untold
         assert found.provenance["unchecked"] == ["sample_size", "attention_head_dim", "norm_num_groups"]
         assert verify(tmp_path / src.stem, src).first_bad is None
 

@@ -135,7 +135,8 @@ def planned_by(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
     def planned_by(command: str, asked: dict[str, Any]) -> Plan:
         made.clear()
         with contextlib.suppress(Enough):
-            assert main(argv(command, folder, asked)) == 0
+            again = [] if command in ("bulk", "warmup") else ["--overwrite"]
+            assert main([*argv(command, folder, asked), *again]) == 0
         return made[0] if command == "sweep" else made[-1]
 
     return planned_by
