@@ -219,7 +219,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["sample", str(ckpt), str(tmp_path / "c.png"), "--num", "2"]) == 1
     assert "--condition is needed, an image of 2 channels for each: (2, 6, 10, 2)" in capsys.readouterr().err
     assert main(["serve", str(ckpt)]) == 1
-    assert "is given an image beside x_t, which the page has no place for" in capsys.readouterr().err
+    assert (
+        "the page draws a picture of 1 or 3 channels beside x_t, and this network is given 2" in capsys.readouterr().err
+    )
     for command in ("warmup", "export"):
         with pytest.raises(SystemExit) as caught:
             main([command, str(ckpt), *([] if command == "warmup" else [str(tmp_path / "d.png")]), *options[4:]])

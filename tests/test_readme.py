@@ -50,7 +50,7 @@ def test_the_readmes_scripts_are_there_and_ci_runs_its_tests() -> None:
     assert [name for name, _ in named] == ["scripts/demo", "scripts/test", "scripts/test"]
     assert all((ROOT / name).is_file() for name, _ in named)
     ci = (ROOT / ".ci" / "run").read_text()
-    assert re.search(r'^    tests\) section "tests \(scripts/test\)" scripts/test ', ci, re.M)
+    assert re.search(r'^ +section "tests \(scripts/test\)" scripts/test ', ci, re.M)
 
 
 def test_the_first_steps_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def test_what_is_copied_makes_the_images_again(
         return
     if run["mode"] == "grid":
         words[words.index("grid.png")] = "grid.npz"  # its arrays in place of an atlas with words in it
-    assert cli.main(words) == 0
+    assert cli.main([*words, "--overwrite"]) == 0  # beside the file of the page
     out = {"sample": "images.png", "strip": "strip.png", "slerp": "line.png", "inpaint": "filled.png"}
     if run["mode"] == "grid":
         with np.load("grid.npz") as arrays:
@@ -196,7 +196,8 @@ def test_a_picture_beside_the_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 assert np.abs(images - pixels(other["images"])).max() > 10
                 words = shlex.split(data["command"])
                 assert "--condition" in words
-                assert cli.main([word.replace("images.png", "images.npz") for word in words[1:]]) == 0
+                words = [word.replace("images.png", "images.npz") for word in words[1:]]
+                assert cli.main([*words, "--overwrite"]) == 0
                 with np.load("images.npz") as arrays:
                     np.testing.assert_allclose(arrays["arr_0"].astype(int), images, atol=1)
 
