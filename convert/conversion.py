@@ -273,8 +273,8 @@ def _open(
         raise UnsettledError(said, error.asks, words) from error
     if untold := [ask.partition("=")[0] for ask in plan.asks]:
         warning = (
-            f"no tensor tells {', '.join(untold)}: if the network was trained with another than what is assumed, its "
-            "samples are wrong, and a comparison of the networks does not see it"
+            f"no tensor tells {', '.join(untold)}: if the network was trained with other values than those assumed, "
+            "its samples are wrong, and a comparison of the networks does not see it"
         )
         plan = dataclasses.replace(plan, warnings=(*plan.warnings, warning))
     lines = [

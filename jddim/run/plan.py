@@ -36,10 +36,10 @@ from jddim.run.problems import (
     channels_first,
     classifier_problems,
     condition_problems,
+    described,
     eta_problems,
     guidance_problems,
     key_problems,
-    kind_of,
     label_problems,
     mask_problems,
     network_problems,
@@ -461,7 +461,7 @@ def one_each(labels: ArrayLike | None, num: int) -> tuple[Array | np.ndarray | N
         try:
             held = np.asarray(labels)
         except (TypeError, ValueError, RuntimeError):  # a tensor on a GPU, lists of several lengths
-            told = f"labels must be one for all or one an image, got {kind_of(labels)}"
+            told = f"labels must be one for all or one an image, got {described(labels)}"
             return None, [("labels", f"{told}: give {as_numpy('labels', labels)}")]
     if held is not None and held.ndim == 0 and not num_problems(num):
         held = (np if isinstance(held, np.ndarray) else jnp).broadcast_to(held, num)

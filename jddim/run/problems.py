@@ -69,7 +69,7 @@ def key_problems(key: Array | None, num: int, *, x_T: bool, noise: bool, needs_n
         what = "the noise of each step (eta > 0)" if x_T else "x_T"
         return [("key", f"a key is needed for {what}: jax.random.key(seed)")]
     if not (isinstance(key, Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else kind_of(key)
+        got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else described(key)
         return [("key", f"key must be jax.random.key(seed), or the seed in 0..{2**32 - 1}, got {got}")]
     if key.shape not in ((), (num,)):
         return [("key", f"key must be one key, or one per image ({num},), got shape {key.shape}")]
@@ -84,7 +84,7 @@ def array_problems(
         return []
     if not isinstance(array, (Array, np.ndarray)):
         how = as_numpy(name, array, expected[-1])
-        return [(name, f"{name} must be an array of jax or NumPy, got {kind_of(array)}: give {how}")]
+        return [(name, f"{name} must be an array of jax or NumPy, got {described(array)}: give {how}")]
     problems: Problems = []
     if np.shape(array) != expected:
         of_steps = "" if steps is None else f", one row for each of {steps} steps"
@@ -103,7 +103,7 @@ def array_problems(
     return problems
 
 
-def kind_of(value: object) -> str:
+def described(value: object) -> str:
     """What is given in place of an array or a key: a number or text itself, else its type."""
     if isinstance(value, (int, float, str, np.number)):
         return repr(value)
@@ -113,7 +113,7 @@ def kind_of(value: object) -> str:
 
 def as_numpy(name: str, value: object, channels: int | None = None) -> str:
     """How an argument of this name, a PyTorch tensor mostly, becomes an array; with channels last, if it has any."""
-    if not kind_of(value).startswith("torch's"):
+    if type(value).__module__.partition(".")[0] != "torch":
         return f"numpy.asarray({name}, dtype='float32')"
     shape = tuple(value.shape)  # type: ignore[attr-defined]
     last = channels is not None and len(shape) > 3 and shape[-3] == channels != shape[-1]
@@ -126,7 +126,9 @@ def mask_problems(mask: Array | np.ndarray | None, shape: tuple[int, int, int]) 
     if mask is None:
         return []
     if not isinstance(mask, (Array, np.ndarray)):
-        return [("mask", f"mask must be an array of jax or NumPy, got {kind_of(mask)}: give {as_numpy('mask', mask)}")]
+        return [
+            ("mask", f"mask must be an array of jax or NumPy, got {described(mask)}: give {as_numpy('mask', mask)}")
+        ]
     if np.shape(mask) not in ((*shape[:2], 1), shape):
         return [("mask", f"mask must have shape {(*shape[:2], 1)}, one for all images, got {np.shape(mask)}")]
     if isinstance(mask, jax.core.Tracer):
