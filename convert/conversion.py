@@ -18,9 +18,17 @@ import yaml
 
 import jddim
 from jddim.checkpoint.card import ALL_ZERO
-from jddim.checkpoint.folder import CheckpointError, check_destination, load_params, load_recorded, save_checkpoint
-from jddim.checkpoint.metadata import ClassifierMetadata, Metadata
-from jddim.config import ClassifierConfig, did_you_mean, to_json
+from jddim.checkpoint.folder import (
+    CheckpointError,
+    check_destination,
+    load_autoencoder_metadata,
+    load_params,
+    load_recorded,
+    part_of,
+    save_checkpoint,
+)
+from jddim.checkpoint.metadata import FIRST_STAGE, Metadata, PartMetadata
+from jddim.config import AutoencoderConfig, ClassifierConfig, did_you_mean, to_json
 from jddim.converting import Located, Paths, UnsettledError, Verification, Warns
 from jddim.files import MOST_JSON, parse_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
@@ -32,7 +40,7 @@ from .families.base import of_wiring
 from .files.pickles import plain, printable
 from .files.readers import sha256
 from .files.shards import read_weights
-from .recognition import as_asked, recognise
+from .recognition import Recognised, as_asked, recognise
 from .sources import Origin, files_read, find
 
 Say = Callable[[str], None]
@@ -49,10 +57,11 @@ def convert(
     variant: str | None = None,
     revision: str | None = None,
     license: str | None = None,
+    autoencoder: str | os.PathLike[str] | None = None,
     verify: bool = True,
     overwrite: bool = False,
     say: Say = lambda line: None,
-) -> Metadata | ClassifierMetadata:
+) -> Metadata | PartMetadata:
     """Convert a PyTorch checkpoint into a jddim checkpoint folder: `jddim.convert`, whose docstring has the arguments.
 
     Raises ConversionError or CheckpointError, each with all that is wrong; nothing is then written.
@@ -68,6 +77,31 @@ def convert(
             words = _words(config, settings or {}, preset, weights, variant, revision)
             error.command = shlex.join(["jddim", "convert", str(src), "DST", *words, *error.options])
         raise
+    stage = _first_stage(opened, autoencoder)
+    params, provenance = _converted(opened, src, dst, verify, say)
+    if license is not None:
+        provenance["license"] = license.strip()
+    plan = opened.plan
+    metadata: Metadata | PartMetadata
+    if plan.schedule is None or plan.sampler is None:
+        assert isinstance(plan.model, ClassifierConfig | AutoencoderConfig)
+        metadata = save_checkpoint(dst, params, PartMetadata(plan.model, provenance), overwrite=overwrite)
+    else:
+        sampled = Metadata(plan.model, plan.schedule, plan.sampler, provenance)
+        if stage is not None:
+            config, more, provenance["autoencoder"] = _beside(stage, dst, verify, say)
+            _check_latents(plan, config)
+            params |= {FIRST_STAGE + name: value for name, value in more.items()}
+            sampled = dataclasses.replace(sampled, autoencoder=config)
+        metadata = save_checkpoint(dst, params, sampled, overwrite=overwrite)
+    say(f"wrote {dst}")
+    return metadata
+
+
+def _converted(
+    opened: _Opened, src: object, dst: object, verify: bool, say: Say
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The parameters of what is opened, verified if asked, and their provenance."""
     family, source, plan = opened.family, opened.source, opened.plan
     with refusing(src):
         params = _params(family, source, plan)
@@ -95,12 +129,12 @@ def convert(
     else:
         say("  not verified (--no-verify), and recorded as such")
 
-    told = {key: "--set" if key in (settings or {}) else f"--preset {preset}" for key in opened.settings}
-    provenance = {
+    told = {key: "--set" if key in opened.given else f"--preset {opened.preset}" for key in opened.settings}
+    return params, {
         "family": family.name,
-        "source": origin.to_json(),
+        "source": opened.origin.to_json(),
         "config": [{"file": file.name, "sha256": sha256(file)} for file in opened.configs],
-        "preset": preset,
+        "preset": opened.preset,
         "set": dict(opened.settings),
         "weights": source.weights,
         "step": source.step,
@@ -113,18 +147,51 @@ def convert(
         "reference_options": dict(plan.reference_options),
         "verification": figure,
         "versions": _versions(),
-        **({} if license is None else {"license": license.strip()}),
         **({"taken": source.taken} if source.taken else {}),
     }
-    metadata: Metadata | ClassifierMetadata
-    if plan.schedule is None or plan.sampler is None:
-        classifier = ClassifierMetadata(of_wiring(plan.model, ClassifierConfig), provenance)
-        metadata = save_checkpoint(dst, params, classifier, overwrite=overwrite)
-    else:
-        sampled = Metadata(plan.model, plan.schedule, plan.sampler, provenance)
-        metadata = save_checkpoint(dst, params, sampled, overwrite=overwrite)
-    say(f"wrote {dst}")
-    return metadata
+
+
+def _first_stage(opened: _Opened, given: str | os.PathLike[str] | None) -> _Opened | Path | None:
+    """The first stage to put beside a network: a source of its own, what lies with the network, or a jddim folder."""
+    if given is None:
+        if opened.plan.latent and opened.stage is None:
+            raise ConversionError(
+                f"{opened.origin.file} is a network of latents, and its first stage does not lie with it; give that by "
+                "--autoencoder: a jddim checkpoint of it, its folder or its file"
+            )
+        return opened.stage
+    if opened.plan.sampler is None:
+        raise ConversionError(f"{opened.origin.file} is not sampled, so takes no --autoencoder; leave it out")
+    if (Path(given) / "metadata").is_dir():
+        return Path(given)
+    stage = _open(find(given), None, {}, None, None)
+    if not isinstance(stage.plan.model, AutoencoderConfig):
+        raise ConversionError(f"--autoencoder {given} is no first stage: {stage.family.title}")
+    return stage
+
+
+def _beside(
+    stage: _Opened | Path, dst: object, verify: bool, say: Say
+) -> tuple[AutoencoderConfig, dict[str, np.ndarray], dict[str, Any]]:
+    """A first stage's config, parameters and provenance."""
+    if isinstance(stage, Path):
+        metadata = load_autoencoder_metadata(stage)
+        params = load_params(stage, metadata)
+        if isinstance(metadata, Metadata):
+            assert metadata.autoencoder is not None
+            return metadata.autoencoder, part_of(params, FIRST_STAGE), metadata.provenance["autoencoder"]
+        return of_wiring(metadata.model, AutoencoderConfig), params, metadata.provenance
+    params, provenance = _converted(stage, stage.origin.file, dst, verify, say)
+    return of_wiring(stage.plan.model, AutoencoderConfig), params, provenance
+
+
+def _check_latents(plan: Plan, stage: AutoencoderConfig) -> None:
+    """Raise ConversionError if a network does not sample the latents of a first stage."""
+    if plan.model.in_channels != stage.latent_channels:
+        raise ConversionError(
+            f"the first stage has latents of {stage.latent_channels} channels, the network samples "
+            f"{plan.model.in_channels}: they do not belong together"
+        )
 
 
 def locate(
@@ -178,7 +245,8 @@ def describe(
     """What a PyTorch source is, what its conversion would need, and the command for it. Runs nothing in the file."""
     settings = settings or {}
     origin = find(src, weights, variant, revision)
-    family, source = _read(origin, str(src), weights)
+    found = _read(origin, str(src), weights)
+    family, source = found.family, found.source
     options = _words(config, settings, preset, weights, variant, revision)
     command = ["jddim", "convert", str(src), "DST"]
     contents, files = _configs(family, origin.file, config)
@@ -236,28 +304,53 @@ def describe(
 class _Opened:
     """A source read and understood, and lines on it.
 
-    configs: the files that it took. settings: --set's over the preset's.
+    configs: the files that it took. given: --set's settings; settings: those over the preset's. stage: the first stage
+    that lies with it.
     """
 
+    origin: Origin
     family: Family
     source: Source
     plan: Plan
     configs: tuple[Path, ...]
+    preset: str | None
+    given: Mapping[str, str]
     settings: Mapping[str, str]
     lines: tuple[str, ...]
+    stage: _Opened | None = None
 
 
-def _read(origin: Origin, name: str, weights: str | None) -> tuple[Family, Source]:
-    raw = read_weights(origin.file)
-    return recognise(raw, name, weights)
+def _read(origin: Origin, name: str, weights: str | None) -> Recognised:
+    return recognise(read_weights(origin.file), name, weights)
 
 
 def _open(
     origin: Origin, config: Paths | None, settings: Mapping[str, str], preset: str | None, weights: str | None
 ) -> _Opened:
+    found = _read(origin, str(origin.file), weights)
+    opened = _understood(found.family, found.source, origin, config, settings, preset, weights)
+    if opened.plan.sampler is None:
+        return opened
+    if found.stage is not None:
+        stage = _understood(*found.stage, origin, config, {}, None, None)
+    elif (folder := opened.family.beside(origin.file)) is not None:
+        stage = _open(find(folder), None, {}, None, None)
+    else:
+        return opened
+    return dataclasses.replace(opened, stage=stage)
+
+
+def _understood(
+    family: Family,
+    source: Source,
+    origin: Origin,
+    config: Paths | None,
+    settings: Mapping[str, str],
+    preset: str | None,
+    weights: str | None,
+) -> _Opened:
     src = origin.file
     given = _given(config)
-    family, source = _read(origin, str(src), weights)
     contents, files = _configs(family, src, config)
     source = as_asked(family.placed(source, src, contents), weights, str(src))
     try:
@@ -290,7 +383,7 @@ def _open(
         *(f"  note: {note}" for note in plan.notes),
         *(Warns(f"  WARNING: {warning}") for warning in plan.warnings),
     ]
-    return _Opened(family, source, plan, files, told, tuple(lines))
+    return _Opened(origin, family, source, plan, files, preset, settings, told, tuple(lines))
 
 
 def _with_preset(family: Family, preset: str | None, settings: Mapping[str, str]) -> Mapping[str, str]:

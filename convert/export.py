@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jddim.checkpoint.folder import load_params, load_recorded
-from jddim.checkpoint.metadata import ClassifierMetadata
+from jddim.checkpoint.metadata import PartMetadata
 from jddim.config import did_you_mean
 from jddim.files import atomic
 
@@ -36,7 +36,7 @@ def export(
     replaces a file, never a folder); nothing is then written.
     """
     metadata = load_recorded(ckpt)
-    if isinstance(metadata, ClassifierMetadata):
+    if isinstance(metadata, PartMetadata):
         raise ConversionError(f"{ckpt} is a classifier, which no format here holds: it is not written back to PyTorch")
     known = formats()
     if format is None:

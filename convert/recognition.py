@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,8 +77,16 @@ class _Place:
 _Set = tuple[_Place, Source]
 
 
-def recognise(raw: Any, name: str, weights: str | None = None) -> tuple[Family, Source]:
-    """The family of a file's contents, and the weights to take.
+class Recognised(NamedTuple):
+    """The family of a file's contents, the weights to take, and a first stage that lies beside them."""
+
+    family: Family
+    source: Source
+    stage: tuple[Family, Source] | None = None
+
+
+def recognise(raw: Any, name: str, weights: str | None = None) -> Recognised:
+    """What a file's contents are.
 
     name: the file's, for messages. weights: "ema", "raw", a place in the file (`Source.taken`, or its beginning) or
     None, which is the EMA's where there are any. Raises ConversionError, saying what the file is or has, where no
@@ -103,9 +111,15 @@ def recognise(raw: Any, name: str, weights: str | None = None) -> tuple[Family, 
             refusal = error
     if not sets:
         raise refusal
-    place, source = _chosen(sets, contents, name, weights, notes)
-    check_companions(name, place.label, (key.removesuffix(".") for step in place.beside for key in step))
-    return place.family, source
+    stages = _different([(place, source) for place, source in sets if place.family.first_stage])
+    asked = any(_is_at(place.label, weights) for place, _ in stages)
+    networks = [item for item in sets if not item[0].family.first_stage]
+    place, source = _chosen(networks if networks and not asked else stages, contents, name, weights, notes)
+    beside = [item for item in stages if item[0] is not place]
+    names = (key.removesuffix(".") for step in place.beside for key in step)
+    check_companions(name, place.label, names, handled=len(beside) == 1 or place.family.first_stage)
+    stage = (beside[0][0].family, beside[0][1]) if len(beside) == 1 and not place.family.first_stage else None
+    return Recognised(place.family, source, stage)
 
 
 def as_asked(source: Source, weights: str | None, name: str) -> Source:

@@ -97,9 +97,19 @@ def find(
 
 
 def files_read(origin: Origin) -> list[Path]:
-    """Every file that its conversion may read: the weights, and the configs that any family looks for beside them."""
+    """Every file that its conversion may read: the weights, and the configs that any family looks for beside them.
+
+    And the same of the first stage that lies with them.
+    """
     beside = (file for family in FAMILIES.values() for file in family.config_files(origin.file))
-    return [*files_of(origin.file), *dict.fromkeys(file for file in beside if file.is_file())]
+    files = [*files_of(origin.file), *dict.fromkeys(file for file in beside if file.is_file())]
+    stage = first_stage_of(origin.file)
+    return files if stage is None else [*files, *files_read(find(stage))]
+
+
+def first_stage_of(weights: Path) -> Path | None:
+    """The folder of the first stage that belongs to a weights file, where a family has one there."""
+    return next((folder for family in FAMILIES.values() if (folder := family.beside(weights)) is not None), None)
 
 
 def _in(folder: Path, weights: str | None, variant: str | None) -> Path | None:

@@ -574,6 +574,130 @@ class ClassifierConfig:
 POOLS = ("attention", "adaptive")
 
 
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """A first stage (arXiv:2112.10752): images to latents z and back. `jddim.models.autoencoder`.
+
+    image_size: (height, width) in pixels that it was trained at. in_channels, out_channels: of the images.
+    latent_channels: of z. hidden_channels: of what the encoder ends with and the decoder begins with, per mean; None:
+        latent_channels.
+    channels, channel_mults, num_res_blocks, attention_levels, mid_attention, norm_groups, norm_epsilon: as in
+        `UNetConfig`, of encoder and decoder alike; the decoder has one block a level more.
+    num_codes: the vectors of a codebook, to the nearest of which z goes before it is decoded (VQ); None: z is drawn
+        from a Gaussian, whose mean and log-variance the encoder returns (KL).
+    quant_conv, post_quant_conv: whether a 1x1 convolution follows the encoder, and comes before the decoder.
+    scaling_factor, shift_factor: the network of latents sees (z - shift_factor) * scaling_factor.
+    """
+
+    image_size: tuple[int, int]
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    hidden_channels: int | None = None
+    channels: int = 128
+    channel_mults: tuple[float, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_levels: tuple[int, ...] = ()
+    mid_attention: bool = True
+    norm_groups: int = 32
+    norm_epsilon: float = 1e-6
+    num_codes: int | None = None
+    quant_conv: bool = True
+    post_quant_conv: bool = True
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, full resolution first."""
+        return tuple(round(self.channels * mult) for mult in self.channel_mults)
+
+    @property
+    def hidden(self) -> int:
+        """Channels of the decoder's input."""
+        return self.latent_channels if self.hidden_channels is None else self.hidden_channels
+
+    @property
+    def moments(self) -> int:
+        """How many numbers the encoder returns for each of z: mean and log-variance, or z itself."""
+        return 2 if self.num_codes is None else 1
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of its input: the image's."""
+        return self.in_channels
+
+    @property
+    def condition_channels(self) -> int:
+        """0: no image is given beside it."""
+        return 0
+
+    @property
+    def condition_first(self) -> bool:
+        """Whether a condition would come first."""
+        return False
+
+    @property
+    def size_factor(self) -> int:
+        """Height and width must be multiples of it: each level but the last halves them."""
+        return 1 << (len(self.channel_mults) - 1)
+
+    @property
+    def class_embedding(self) -> str | None:
+        """None: it takes no labels."""
+        return None
+
+    @property
+    def num_classes(self) -> int | None:
+        """None: it takes no labels."""
+        return None
+
+    @property
+    def summary(self) -> str:
+        """The network in one line, for people."""
+        factor = self.size_factor
+        height, width = (side // factor for side in self.image_size)
+        kind = "a Gaussian" if self.num_codes is None else f"{self.num_codes:,} codes"
+        return (
+            f"a first stage: {self.image_size[0]}x{self.image_size[1]}x{self.in_channels} to "
+            f"{height}x{width}x{self.latent_channels}, {kind}, ch {self.channels}, "
+            f"mult {','.join(f'{mult:g}' for mult in self.channel_mults)}, scaled by {self.scaling_factor:g}"
+        )
+
+    def latent_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of z for images of (height, width)."""
+        return image_size[0] // self.size_factor, image_size[1] // self.size_factor
+
+    def __post_init__(self) -> None:
+        """Raise one ValueError that names everything wrong, and what would be right."""
+        check_bounds(self)
+        counts = ("in_channels", "out_channels", "latent_channels", "hidden", "channels", "num_res_blocks")
+        problems = [
+            f"{name.replace('hidden', 'hidden_channels')}={getattr(self, name)} must be at least 1"
+            for name in (*counts, "norm_groups")
+            if getattr(self, name) < 1
+        ]
+        levels = len(self.channel_mults)
+        if not levels or min(self.channel_mults) <= 0 or min(self.widths) < 1:
+            problems.append(f"channel_mults={self.channel_mults} must hold one positive number per level")
+        if any(not 0 <= level < levels for level in self.attention_levels):
+            problems.append(f"attention_levels={self.attention_levels} must lie in 0..{levels - 1}")
+        if self.num_codes is not None and self.num_codes < 1:
+            problems.append(f"num_codes={self.num_codes} must be at least 1, or None")
+        if not self.quant_conv and self.hidden != self.latent_channels:
+            problems.append("hidden_channels must be latent_channels without a quant_conv between them")
+        if not self.scaling_factor > 0:
+            problems.append(f"scaling_factor={self.scaling_factor} must be above 0")
+        if not problems and any(width % self.norm_groups for width in (self.channels, *self.widths)):
+            problems.append(f"every width must be a multiple of norm_groups={self.norm_groups}, got {self.widths}")
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            problems.append(f"image_size={self.image_size} must be (height, width), both at least 1")
+        elif levels:
+            problems += size_problems(self, self.image_size)
+        if problems:
+            raise ValueError("AutoencoderConfig: " + "; ".join(problems))
+
+
 def _shape(config: UNetConfig | ClassifierConfig) -> str:
     """A network's images, widths, blocks and attention, for people."""
     return (

@@ -24,7 +24,7 @@ from jddim.installing import install_line
 from jddim.known import published
 
 if TYPE_CHECKING:  # it imports jax, which the command line must not wait for
-    from jddim.checkpoint.metadata import ClassifierMetadata, Metadata
+    from jddim.checkpoint.metadata import PartMetadata, Metadata
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Settings = Mapping[str, str | int | float | bool]
@@ -127,7 +127,7 @@ def convert(
     verify: bool = True,
     overwrite: bool = False,
     say: Callable[[str], None] | None = None,
-) -> Metadata | ClassifierMetadata:
+) -> Metadata | PartMetadata:
     """Convert a PyTorch checkpoint into a jddim checkpoint folder, for `jddim.load`. Nothing in the file is run.
 
     A classifier's, of guided-diffusion, is for `jddim.load_classifier`.
@@ -151,7 +151,7 @@ def convert(
     PyTorch; CheckpointError if `dst` cannot be written. Both are ValueErrors, one message has all that is wrong, and
     nothing is then written. Raises ModuleNotFoundError where what `jddim[convert-core]` installs is missing.
     """
-    metadata: Metadata | ClassifierMetadata = _part("conversion").convert(
+    metadata: Metadata | PartMetadata = _part("conversion").convert(
         src,
         dst,
         config=config,
@@ -235,7 +235,7 @@ def recorded(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return {"checkpoint": str(path), "parameters": parameters, **metadata.written()}
 
 
-def _folder(path: str | os.PathLike[str]) -> tuple[Metadata | ClassifierMetadata, int] | None:
+def _folder(path: str | os.PathLike[str]) -> tuple[Metadata | PartMetadata, int] | None:
     """A jddim folder's metadata and its number of parameters; None for what is no such folder."""
     if not (Path(path) / "metadata").is_dir():
         return None

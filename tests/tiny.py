@@ -109,12 +109,12 @@ def classifier_config(**changes: Any) -> ClassifierConfig:
 def write_classifier(path: Path, **fields: Any) -> Path:
     """A classifier's checkpoint with random parameters. fields: of `classifier_config`."""
     from jddim.checkpoint.folder import save_checkpoint
-    from jddim.checkpoint.metadata import ClassifierMetadata
+    from jddim.checkpoint.metadata import PartMetadata
     from jddim.models.building import flat_params
 
     config = classifier_config(**fields)
     params = {name: np.asarray(value) for name, value in flat_params(random_model(config)).items()}
-    save_checkpoint(path, params, ClassifierMetadata(config, {"family": "openai_classifier", "source": {}}))
+    save_checkpoint(path, params, PartMetadata(config, {"family": "openai_classifier", "source": {}}))
     return path
 
 

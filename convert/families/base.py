@@ -63,7 +63,8 @@ class Plan:
     warnings: of that, what makes the samples wrong if it is not so. asks: the settings that neither the tensors nor the
     user told, that runs of the source differ in, and that a default stands for: KEY=VALUE (`values.asking`). unchecked:
     the settings that the user gave and that the tensors would not contradict if they were wrong; how to sample is none
-    of either. schedule, sampler: None of a classifier, whose model is a `ClassifierConfig`.
+    of either. schedule, sampler: None of a classifier and of a first stage. latent: the source says that what is sampled
+    are a first stage's latents.
     reference_options: what `Family.reference` needs beside the model's config to load these tensors; kept in the
     checkpoint's provenance, for the way back. wording: of schedule and sampler. implied: tensors that the source's
     network has the effect of, and its file not, or with other numbers in it: they take the place of the file's.
@@ -82,6 +83,7 @@ class Plan:
     reference_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     wording: Wording = Wording()
     implied: Tensors = dataclasses.field(default_factory=dict)
+    latent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,8 @@ class Family:
     preferred first. config_section: a config's contents -> which of the family's several configs it is; `plan` then
     gets them by section. placed: (source, weights file, config) -> the source with what the file's name and place tell
     of weights and step, where the file itself does not. hub_files:
-    variant or None -> the file patterns of a hub repository, those to try first first.
+    variant or None -> the file patterns of a hub repository, those to try first first. beside: weights file -> the
+    folder of the first stage that belongs to it. first_stage: it is a first stage itself.
     """
 
     name: str
@@ -122,22 +125,25 @@ class Family:
     config_section: Callable[[Mapping[str, Any]], str] | None = None
     placed: Callable[[Source, Path, Mapping[str, Any] | None], Source] = lambda source, weights, config: source
     hub_files: Callable[[str | None], Sequence[Sequence[str]]] | None = None
+    beside: Callable[[Path], Path | None] = lambda weights: None
+    first_stage: bool = False
 
 
-_FIRST_STAGES = frozenset({"vae", "vqvae", "vqmodel", "autoencoder", "first_stage", "first_stage_model"})
+FIRST_STAGES = frozenset({"vae", "vqvae", "vqmodel", "autoencoder", "first_stage", "first_stage_model"})
 _CONDITIONERS = frozenset({"cond_stage_model", "conditioner", "text_encoder", "text_encoder_2", "text_model"})
 
 
-def check_companions(what: str, network: str, beside: Iterable[str]) -> None:
-    """Raises ConversionError if what lies beside a network says that it makes latents, or takes a text's encoding.
+def check_companions(what: str, network: str, beside: Iterable[str], *, handled: bool = False) -> None:
+    """Raises ConversionError if what lies beside a network is a first stage of unknown kind, or encodes texts.
 
-    what: the file or folder, for the message. network: where in it. beside: the names of the other parts.
+    what: the file or folder, for the message. network: where in it. beside: the names of the other parts. handled: the
+    first stage among them is taken in.
     """
     names = set(beside)
-    if stages := sorted(names & _FIRST_STAGES):
+    if not handled and (stages := sorted(names & FIRST_STAGES)):
         raise ConversionError(
             f"{what} holds a network of latents ({network}) and the first stage that turns them into images "
-            f"({', '.join(stages)}), for which jddim has no decoder yet"
+            f"({', '.join(stages)}), which is none of those that jddim reads (AutoencoderKL, VQModel)"
         )
     if conditioners := sorted(names & _CONDITIONERS):
         raise ConversionError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jddim.checkpoint.metadata import Metadata
-from jddim.config import UNetConfig, did_you_mean
+from jddim.config import ModelConfig, UNetConfig, did_you_mean
 from jddim.models.building import abstract_model, flat_params
 
 from ..engine import ConversionError, refuse, shortened
@@ -24,7 +24,7 @@ from ..files.shards import INDEX
 from ..rules import Fused, Rules, source_of, target_leaves, targets_of
 from ..writers import save_safetensors, torch_tensors
 from . import diffusers_config as configs
-from .base import Family, Plan, Source, of_wiring
+from .base import FIRST_STAGES, Family, Plan, Source, of_wiring
 from .tensors import Tensors, check_tensors, common_size
 
 # -- the files --------------------------------------------------------------------------------------------------------
@@ -98,9 +98,16 @@ def config_files(weights: Path) -> Iterator[Path]:
         yield place / "model_index.json"
 
 
+def beside(weights: Path) -> Path | None:
+    """The folder of the first stage in the pipeline of a weights file, None if it has none."""
+    folder = weights.absolute().parent
+    pipeline = folder.parent if folder.name in _NETWORKS else folder
+    return next((pipeline / name for name in ("vqvae", "vae") if _weights_in(pipeline / name)), None)
+
+
 def hub_files(variant: str | None) -> Sequence[Sequence[str]]:
     """What to download of a hub repository: file patterns, tried in turn until `locate` finds weights."""
-    places = ("", "unet/")
+    places = ("", "unet/", "vqvae/", "vae/")
     small = ["model_index.json", *(f"{place}*config.json" for place in (*places, "scheduler/"))]
     infix = "" if variant is None else f".{variant}"
     plain = [
@@ -136,12 +143,18 @@ def recognise(state: Mapping[Any, Any]) -> bool:
 def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
     """The tensors, attention's under diffusers' present names."""
     check_tensors(state, file_name)
+    tensors, note = present_names(state, file_name)
+    return Source(tensors, note=note)
+
+
+def present_names(state: Mapping[Any, Any], file_name: str) -> tuple[dict[str, Any], str]:
+    """A state dict with attention's tensors under diffusers' present names, and a note if it had old ones."""
     names = {name: _present_name(str(name)) for name in state}
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise ConversionError(f"{file_name} holds, under an old and the present name, {shortened(twice)}")
     legacy = sum(old != new for old, new in names.items())
     note = f"{legacy} tensors under the names of diffusers before 0.15" if legacy else ""
-    return Source({names[name]: value for name, value in state.items()}, note=note)
+    return {names[name]: value for name, value in state.items()}, note
 
 
 def _present_name(name: str) -> str:
@@ -255,6 +268,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         unchecked=tuple(key for key in given if key in configs.UNTOLD),
         warnings=told.warnings,
         wording=configs.wording(told),
+        latent=bool(configs.parts_of((config or {}).get("pipeline") or {}) & FIRST_STAGES),
     )
 
 
@@ -264,7 +278,8 @@ _RESNET = {
     **{name: name for name in ("norm1", "conv1", "norm2", "conv2")},
     **{"time_emb_proj": "time_proj", "conv_shortcut": "shortcut"},
 }
-_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out"}
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out"}
+MIDDLE = ("mid_block.resnets.0", "mid_block.resnets.1", "mid_block.attentions.0")
 
 
 def rules(config: UNetConfig) -> Rules:
@@ -281,9 +296,10 @@ def rules(config: UNetConfig) -> Rules:
         "conv_out": "conv_out",
     }
     places = [
-        (_RESNET, "mid_block.resnets.0", "mid.block_1"),
-        (_RESNET, "mid_block.resnets.1", "mid.block_2"),
-        (_ATTENTION, "mid_block.attentions.0", "mid.attention"),
+        (names, theirs, f"mid.{ours}")
+        for names, theirs, ours in zip(
+            (_RESNET, _RESNET, ATTENTION), MIDDLE, ("block_1", "block_2", "attention"), strict=True
+        )
     ]
     last = len(config.channel_mults) - 1
     for level in range(last + 1):
@@ -293,7 +309,7 @@ def rules(config: UNetConfig) -> Rules:
         ):
             places += [
                 (_RESNET, f"{theirs}.resnets.{{j}}", f"{ours}.blocks.{{j}}"),
-                (_ATTENTION, f"{theirs}.attentions.{{j}}", f"{ours}.attentions.{{j}}"),
+                (ATTENTION, f"{theirs}.attentions.{{j}}", f"{ours}.attentions.{{j}}"),
                 (_RESNET | {"conv": "conv"}, f"{theirs}.{sampler}.0", f"{ours}.{resample}"),
             ]
     return table | {f"{a}.{x}": f"{b}.{y}" for names, a, b in places for x, y in names.items()}
@@ -309,7 +325,11 @@ def reference(config: UNetConfig) -> Any:
 
 def reference_by(config: UNetConfig, table: Rules) -> Any:
     """The same, to be loaded under the names that another source of this wiring has, by that source's rename table."""
-    module = reference(config)
+    return loaded_by(reference(config), config, rules(config), table)
+
+
+def loaded_by(module: Any, config: ModelConfig, own: Rules, table: Rules) -> Any:
+    """A torch module whose own names have the rename table `own`, to be loaded under the names of another's."""
     shapes = {name: value.shape for name, value in module.state_dict().items()}
     leaves = flat_params(abstract_model(config))
 
@@ -320,8 +340,8 @@ def reference_by(config: UNetConfig, table: Rules) -> Any:
             for target in targets_of(source, table):
                 pieces = target.split(value) if isinstance(target, Fused) else [value]
                 for leaf, piece in zip(target_leaves(target, kind, leaves), pieces, strict=False):
-                    own = source_of(leaf, rules(config))
-                    tensors[own] = piece.reshape(shapes[own])
+                    name = source_of(leaf, own)
+                    tensors[name] = piece.reshape(shapes[name])
         state.update(tensors)
 
     module.register_load_state_dict_pre_hook(renamed)
@@ -380,4 +400,5 @@ FAMILY = Family(
     config_section=configs.section,
     placed=placed,
     hub_files=hub_files,
+    beside=beside,
 )

@@ -276,6 +276,11 @@ class Told:
     asks: tuple[str, ...]
 
 
+def parts_of(pipeline: Mapping[str, Any]) -> set[str]:
+    """The parts that a pipeline's `model_index.json` says it has."""
+    return {name for name, value in pipeline.items() if isinstance(value, list) and any(value)}
+
+
 def read_configs(
     config: Mapping[str, Any] | None, given: Mapping[str, str], found: Mapping[str, Any] | None = None
 ) -> Told:
@@ -287,8 +292,7 @@ def read_configs(
     files: dict[str, dict[str, Any]] = {
         name: dict((config or {}).get(name) or {}) for name in ("unet", "scheduler", "pipeline")
     }
-    parts_there = (name for name, value in files["pipeline"].items() if isinstance(value, list) and any(value))
-    check_companions("the pipeline of model_index.json", "unet", parts_there)
+    check_companions("the pipeline of model_index.json", "unet", parts_of(files["pipeline"]), handled=True)
     problems, notes = _class_problems(files)
     refuse(problems)  # the keys are another class's
     problems += [f"unknown --set key {key!r}{did_you_mean(key, SETTINGS)}" for key in given if key not in SETTINGS]

@@ -1,7 +1,8 @@
 """jddim's checkpoints: an Orbax folder of parameters with JSON metadata beside them.
 
 The folder holds two Orbax items, `params` (a nested dict of float32 arrays) and `metadata` (JSON: model config,
-schedule, sampler defaults, where the weights came from; a classifier has no schedule and no sampler), a model card
+schedule, sampler defaults, where the weights came from; classifiers and first stages have no schedule and no sampler),
+a model card
 (`README.md`: the metadata for people, never read back), and whatever reports are put beside them (`verify.json`).
 It is written under another name and renamed when whole, and it carries digests of its own contents, so a folder
 that loads is the folder that was written.
@@ -23,8 +24,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jddim.checkpoint.card import NAME, card
-from jddim.checkpoint.metadata import FORMAT_VERSION, ClassifierMetadata, Metadata, is_classifier
+from jddim.checkpoint.metadata import FIRST_STAGE, FORMAT_VERSION, Metadata, PartMetadata, is_part
 from jddim.checkpoint.orbax import is_full_disk, orbax, quiet_orbax
+from jddim.config import AutoencoderConfig, ClassifierConfig
 from jddim.files import check_regular, open_regular, parse_json, read_json, recover, replacing
 from jddim.models.building import Params, abstract_model, check_fit, flat_params
 
@@ -35,7 +37,8 @@ class CheckpointError(ValueError):
     """A checkpoint folder that cannot be read or written, with what to do about it."""
 
 
-M = TypeVar("M", Metadata, ClassifierMetadata)
+T = TypeVar("T")
+M = TypeVar("M", Metadata, PartMetadata)
 
 
 def save_checkpoint(path: str | os.PathLike[str], params: Params, metadata: M, *, overwrite: bool = False) -> M:
@@ -47,7 +50,8 @@ def save_checkpoint(path: str | os.PathLike[str], params: Params, metadata: M, *
     target = Path(path).absolute()
     check_destination(target, overwrite=overwrite)
     metadata = dataclasses.replace(metadata, params_sha256=_digest(params))
-    check_fit(metadata.model, params)  # raises if they would not load again
+    for begins, config in metadata.networks.items():
+        check_fit(config, part_of(params, begins))  # raises if they would not load again
     try:
         type(metadata).from_json(parse_json(json.dumps(metadata.written())))
     except ValueError as error:
@@ -128,24 +132,45 @@ def load_metadata(path: str | os.PathLike[str], named: object = None) -> Metadat
     named: what the folder was made from, which the user knows it by.
     """
     metadata = load_recorded(path)
-    if isinstance(metadata, ClassifierMetadata):
-        raise CheckpointError(
-            f"{named or path} is a classifier, which is not sampled but guides: jddim sample CKPT OUT --labels LABELS "
+    if isinstance(metadata, Metadata):
+        return metadata
+    if isinstance(metadata.model, ClassifierConfig):
+        told = (
+            "a classifier, which is not sampled but guides: jddim sample CKPT OUT --labels LABELS "
             f"--classifier {named or path} --classifier-scale 1 (jddim.load_classifier)"
         )
-    return metadata
+    else:
+        told = (
+            "a first stage, which is not sampled but decodes what is: convert the network of its latents with "
+            f"--autoencoder {named or path} (jddim.load_autoencoder)"
+        )
+    raise CheckpointError(f"{named or path} is {told}")
 
 
-def load_classifier_metadata(path: str | os.PathLike[str], named: object = None) -> ClassifierMetadata:
+def load_classifier_metadata(path: str | os.PathLike[str], named: object = None) -> PartMetadata:
     """As `load_metadata`, of a classifier, and only of one."""
+    return _of_part(path, named, ClassifierConfig, "classifier")
+
+
+def load_autoencoder_metadata(path: str | os.PathLike[str], named: object = None) -> Metadata | PartMetadata:
+    """As `load_metadata`, of a first stage, or of a network that has one beside it."""
     metadata = load_recorded(path)
-    if isinstance(metadata, Metadata):
-        raise CheckpointError(f"{named or path} is no classifier, but a network to sample: {metadata.model.summary}")
+    if isinstance(metadata, Metadata) and metadata.autoencoder is not None:
+        return metadata
+    return _of_part(path, named, AutoencoderConfig, "first stage")
+
+
+def _of_part(path: str | os.PathLike[str], named: object, kind: type, noun: str) -> PartMetadata:
+    metadata = load_recorded(path)
+    if not isinstance(metadata.model, kind):
+        used = "but a network to sample: " if isinstance(metadata, Metadata) else "but "
+        raise CheckpointError(f"{named or path} is no {noun}, {used}{metadata.model.summary}")
+    assert isinstance(metadata, PartMetadata)
     return metadata
 
 
-def load_recorded(path: str | os.PathLike[str]) -> Metadata | ClassifierMetadata:
-    """As `load_metadata`, of a checkpoint folder of either kind."""
+def load_recorded(path: str | os.PathLike[str]) -> Metadata | PartMetadata:
+    """As `load_metadata`, of a checkpoint folder of any kind."""
     target = Path(path).absolute()
     if not target.exists():
         recover(target)
@@ -175,7 +200,7 @@ def load_recorded(path: str | os.PathLike[str]) -> Metadata | ClassifierMetadata
             + ("upgrade jddim" if isinstance(version, int) and version > FORMAT_VERSION else "convert it again")
         )
     try:
-        metadata = ClassifierMetadata.from_json(data) if is_classifier(data) else Metadata.from_json(data)
+        metadata = PartMetadata.from_json(data) if is_part(data) else Metadata.from_json(data)
     except ValueError as error:
         raise CheckpointError(
             f"{path}: metadata is damaged or edited ({_first_line(error)}); convert the checkpoint again"
@@ -188,14 +213,14 @@ def load_recorded(path: str | os.PathLike[str]) -> Metadata | ClassifierMetadata
     return metadata
 
 
-def load_params(path: str | os.PathLike[str], metadata: Metadata | ClassifierMetadata) -> dict[str, np.ndarray]:
+def load_params(path: str | os.PathLike[str], metadata: Metadata | PartMetadata) -> dict[str, np.ndarray]:
     """The parameters of a checkpoint folder, on the host, checked against their digest.
 
     They are restored onto a tree built from the config, so it does not matter on how many or which devices they
     were saved. Raises CheckpointError if any is missing, damaged or edited.
     """
     target = Path(path).absolute()
-    expected = flat_params(abstract_model(metadata.model))
+    expected = shapes_of(metadata)
     ocp = orbax()
     try:
         check_regular(target)
@@ -215,6 +240,22 @@ def load_params(path: str | os.PathLike[str], metadata: Metadata | ClassifierMet
             f"{path}: parameters are not those that were written (SHA-256 mismatch); convert the checkpoint again"
         )
     return params
+
+
+def shapes_of(metadata: Metadata | PartMetadata) -> dict[str, Any]:
+    """Every parameter of a checkpoint, name -> shape and dtype."""
+    return {
+        begins + name: leaf
+        for begins, config in metadata.networks.items()
+        for name, leaf in flat_params(abstract_model(config)).items()
+    }
+
+
+def part_of(params: Mapping[str, T], begins: str) -> dict[str, T]:
+    """The parameters of one of a checkpoint's networks (`Recorded.networks`), under that network's own names."""
+    if not begins:
+        return {name: value for name, value in params.items() if not name.startswith(FIRST_STAGE)}
+    return {name.removeprefix(begins): value for name, value in params.items() if name.startswith(begins)}
 
 
 def _check_stored(stored: Mapping[str, Any], expected: Mapping[str, Any], size: int) -> None:

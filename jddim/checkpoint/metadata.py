@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from jddim.config import (
+    AutoencoderConfig,
     ClassifierConfig,
     ModelConfig,
     SamplerConfig,
@@ -18,7 +19,7 @@ from jddim.config import (
     misfits,
     to_json,
 )
-from jddim.models import CLASSIFIER, MODELS, wiring_of
+from jddim.models import MODELS, PARTS, wiring_of
 
 FORMAT_VERSION = 1
 
@@ -71,7 +72,12 @@ class Provenance(TypedDict, total=False):
 
 
 class Recorded:
-    """What the metadata of checkpoints of both kinds have."""
+    """What the metadata of all kinds of checkpoints have."""
+
+    @property
+    def networks(self) -> dict[str, ModelConfig]:
+        """Every network in the checkpoint, by what its parameters' names begin with."""
+        return {"": self.model}
 
     model: ModelConfig
     provenance: dict[str, Any]
@@ -111,6 +117,7 @@ class Recorded:
 class Metadata(Recorded):
     """What a checkpoint says of itself, beside its parameters.
 
+    autoencoder: the first stage whose latents the network samples; its parameters' names begin with "autoencoder.".
     provenance: JSON of the converter's (`Provenance`): source file and SHA-256, family, EMA or raw and its step,
     versions, what was assumed, the verification figure. params_sha256 covers every parameter's name, shape and bytes.
     """
@@ -120,10 +127,17 @@ class Metadata(Recorded):
     sampler: SamplerConfig
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     params_sha256: str = ""
+    autoencoder: AutoencoderConfig | None = None
+
+    @property
+    def networks(self) -> dict[str, ModelConfig]:
+        """The network, and the first stage where there is one."""
+        return super().networks | ({} if self.autoencoder is None else {FIRST_STAGE: self.autoencoder})
 
     def conventions(self) -> dict[str, Any]:
-        """Schedule and sampler."""
-        return {"schedule": to_json(self.schedule), "sampler": to_json(self.sampler)}
+        """Schedule and sampler, and the first stage where there is one."""
+        stage = {} if self.autoencoder is None else {"autoencoder": to_json(self.autoencoder)}
+        return {"schedule": to_json(self.schedule), "sampler": to_json(self.sampler), **stage}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Metadata:
@@ -137,34 +151,40 @@ class Metadata(Recorded):
             sampler=from_json(SamplerConfig, data["sampler"]),
             provenance=data["provenance"],
             params_sha256=data["params_sha256"],
+            autoencoder=from_json(AutoencoderConfig, data["autoencoder"]) if "autoencoder" in data else None,
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassifierMetadata(Recorded):
-    """What a classifier's checkpoint says of itself. It is not sampled, so it has neither schedule nor sampler."""
+FIRST_STAGE = "autoencoder."
+"""What the names of a first stage's parameters begin with, beside a network's."""
 
-    model: ClassifierConfig
+
+@dataclasses.dataclass(frozen=True)
+class PartMetadata(Recorded):
+    """What the checkpoint of a classifier or a first stage says of itself. It has neither schedule nor sampler."""
+
+    model: ClassifierConfig | AutoencoderConfig
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     params_sha256: str = ""
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> ClassifierMetadata:
-        """As `Metadata.from_json`, for data that `is_classifier`."""
+    def from_json(data: Mapping[str, Any]) -> PartMetadata:
+        """As `Metadata.from_json`, for data that `is_part`."""
         model = _checked(data)
-        del model["type"]
-        return ClassifierMetadata(from_json(ClassifierConfig, model), data["provenance"], data["params_sha256"])
+        kind = PARTS[model.pop("type")][0]
+        return PartMetadata(from_json(kind, model), data["provenance"], data["params_sha256"])
 
 
-def is_classifier(data: Mapping[str, Any]) -> bool:
-    """Whether the JSON of metadata is a classifier's."""
+def is_part(data: Mapping[str, Any]) -> bool:
+    """Whether the JSON of metadata is of a network that is not sampled."""
     model = data.get("model")
-    return isinstance(model, dict) and model.get("type") == CLASSIFIER
+    return isinstance(model, dict) and model.get("type") in [*PARTS]
 
 
 def _checked(data: Mapping[str, Any], *sections: str) -> dict[str, Any]:
     """The section model, if it, `sections` and the rest are there and of their types. Raises ValueError if not."""
     parts: dict[str, type] = {**dict.fromkeys(("model", *sections, "provenance"), dict), "params_sha256": str}
+    parts |= {"autoencoder": dict} if sections and "autoencoder" in data else {}
     problems = [
         f"{name} is missing or no {kind.__name__}" for name, kind in parts.items() if type(data.get(name)) is not kind
     ]

@@ -9,7 +9,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.config import ClassifierConfig, LucidrainsConfig, ModelConfig, UNetConfig
+from jddim.config import AutoencoderConfig, ClassifierConfig, LucidrainsConfig, ModelConfig, UNetConfig
+from jddim.models.autoencoder import Autoencoder
 from jddim.models.classifier import Classifier
 from jddim.models.lucidrains import LucidrainsUNet
 from jddim.models.unet import UNet
@@ -40,17 +41,19 @@ MODELS: dict[str, tuple[type[Any], type[Any]]] = {
     "unet": (UNetConfig, UNet),
     "lucidrains": (LucidrainsConfig, LucidrainsUNet),
 }
-CLASSIFIER = "classifier"
-"""The name of the one wiring that is not sampled, but guides what is."""
-_WIRINGS = MODELS | {CLASSIFIER: (ClassifierConfig, Classifier)}
+PARTS: dict[str, tuple[type[Any], type[Any]]] = {
+    "classifier": (ClassifierConfig, Classifier),
+    "autoencoder": (AutoencoderConfig, Autoencoder),
+}
+"""The wirings that are not sampled: what guides, and what makes images of latents."""
 
 
 def build(config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | Keys) -> Network:
     """The network that `config` describes, with fresh parameters. rngs: `nnx.Rngs`, or what has its `params()`."""
-    network: Network = _WIRINGS[wiring_of(config)][1](config, dtype=dtype, rngs=rngs)
+    network: Network = (MODELS | PARTS)[wiring_of(config)][1](config, dtype=dtype, rngs=rngs)
     return network
 
 
 def wiring_of(config: ModelConfig) -> str:
-    """The name that the config's wiring has in MODELS; or CLASSIFIER."""
-    return next(name for name, (cls, _) in _WIRINGS.items() if cls is type(config))
+    """The name that the config's wiring has in MODELS or PARTS."""
+    return next(name for name, (cls, _) in (MODELS | PARTS).items() if cls is type(config))

@@ -175,8 +175,9 @@ class TimeMLP(nnx.Module):
 class ResBlock(nnx.Module):
     """norm, act, conv, time, norm, act, conv, + shortcut: `(b, h, w, in)`, `(b, time)` -> `(b, h', w', out)`.
 
-    Time is added before the second norm, or scales and shifts its output. resample: "down" halves and "up" doubles
-    both branches after the first activation (h', w'); None keeps the size. scale: what the sum is divided by.
+    Time is added before the second norm, or scales and shifts its output; time_channels None: no time comes in.
+    resample: "down" halves and "up" doubles both branches after the first activation (h', w'); None keeps the size.
+    scale: what the sum is divided by.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class ResBlock(nnx.Module):
         channels_in: int,
         channels_out: int,
         *,
-        time_channels: int,
+        time_channels: int | None,
         groups: int,
         epsilon: float,
         conv_shortcut: bool = False,
@@ -201,7 +202,11 @@ class ResBlock(nnx.Module):
         self.scale = scale
         self.norm1 = group_norm(channels_in, groups, epsilon, dtype=dtype, rngs=rngs)
         self.conv1 = conv(channels_in, channels_out, 3, dtype=dtype, rngs=rngs)
-        self.time_proj = linear(time_channels, (1 + scale_shift) * channels_out, dtype=dtype, rngs=rngs)
+        self.time_proj = (
+            None
+            if time_channels is None
+            else linear(time_channels, (1 + scale_shift) * channels_out, dtype=dtype, rngs=rngs)
+        )
         self.norm2 = group_norm(channels_out, groups, epsilon, dtype=dtype, rngs=rngs)
         self.conv2 = conv(channels_out, channels_out, 3, dtype=dtype, rngs=rngs)
         self.shortcut = (
@@ -210,19 +215,21 @@ class ResBlock(nnx.Module):
             else conv(channels_in, channels_out, 3 if conv_shortcut else 1, dtype=dtype, rngs=rngs)
         )
 
-    def __call__(self, x: Array, time: Array) -> Array:
+    def __call__(self, x: Array, time: Array | None = None) -> Array:
         act = ACTIVATIONS[self.activation]
         h = act(self.norm1(x))
         if self.resample is not None:
             resize = average_pool if self.resample == "down" else nearest
             h, x = resize(h), resize(x)
         h = self.conv1(h)
-        time = self.time_proj(act(time))[:, None, None, :]
-        if self.scale_shift:
-            scale, shift = jnp.split(time, 2, axis=-1)
+        assert (self.time_proj is None) == (time is None)
+        if self.time_proj is None or time is None:
+            h = self.norm2(h)
+        elif self.scale_shift:
+            scale, shift = jnp.split(self.time_proj(act(time))[:, None, None, :], 2, axis=-1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
-            h = self.norm2(h + time)
+            h = self.norm2(h + self.time_proj(act(time))[:, None, None, :])
         h = self.conv2(act(h))
         return _divided(h + (x if self.shortcut is None else self.shortcut(x)), self.scale)
 
