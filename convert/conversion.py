@@ -89,10 +89,10 @@ def convert(
     else:
         sampled = Metadata(plan.model, plan.schedule, plan.sampler, provenance)
         if stage is not None:
-            config, more, provenance["autoencoder"] = _beside(stage, dst, verify, say)
-            _check_latents(plan, config)
+            decoder, more, provenance["autoencoder"] = _beside(stage, dst, verify, say)
+            _check_latents(plan, decoder)
             params |= {FIRST_STAGE + name: value for name, value in more.items()}
-            sampled = dataclasses.replace(sampled, autoencoder=config)
+            sampled = dataclasses.replace(sampled, autoencoder=decoder)
         metadata = save_checkpoint(dst, params, sampled, overwrite=overwrite)
     say(f"wrote {dst}")
     return metadata

@@ -116,8 +116,8 @@ def recognise(raw: Any, name: str, weights: str | None = None) -> Recognised:
     networks = [item for item in sets if not item[0].family.first_stage]
     place, source = _chosen(networks if networks and not asked else stages, contents, name, weights, notes)
     beside = [item for item in stages if item[0] is not place]
-    names = (key.removesuffix(".") for step in place.beside for key in step)
-    check_companions(name, place.label, names, handled=len(beside) == 1 or place.family.first_stage)
+    names_beside = (key.removesuffix(".") for step in place.beside for key in step)
+    check_companions(name, place.label, names_beside, handled=len(beside) == 1 or place.family.first_stage)
     stage = (beside[0][0].family, beside[0][1]) if len(beside) == 1 and not place.family.first_stage else None
     return Recognised(place.family, source, stage)
 

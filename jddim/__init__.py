@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; the tables below say t
     from jddim.pipeline import DDIM as DDIM
     from jddim.pipeline import Preview as Preview
     from jddim.pipeline import load as load
+    from jddim.pipeline import load_autoencoder as load_autoencoder
     from jddim.pipeline import load_classifier as load_classifier
     from jddim.sampling import Trajectory as Trajectory
     from jddim.sampling import ancestral_loop as ancestral_loop
@@ -73,7 +74,7 @@ _HOME = {
         "inversion": "invert_loop",
         "known": "Preset presets",
         "models.unet": "UNet",
-        "pipeline": "DDIM Preview load load_classifier",
+        "pipeline": "DDIM Preview load load_autoencoder load_classifier",
         "sampling": "Trajectory ancestral_loop initial_noise sample_keys sample_loop",
         "schedule": "NoiseSchedule cosine_schedule from_betas linear_schedule scaled_linear_schedule sigmoid_schedule",
         "timesteps": "linspace_timesteps make_timesteps quad_timesteps uniform_timesteps",

@@ -24,7 +24,7 @@ from jddim.installing import install_line
 from jddim.known import published
 
 if TYPE_CHECKING:  # it imports jax, which the command line must not wait for
-    from jddim.checkpoint.metadata import PartMetadata, Metadata
+    from jddim.checkpoint.metadata import Metadata, PartMetadata
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Settings = Mapping[str, str | int | float | bool]

@@ -7,7 +7,7 @@ import html
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,29 +16,38 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jddim.checkpoint import card
-from jddim.checkpoint.folder import CheckpointError, M, load_classifier_metadata, load_metadata, load_params
-from jddim.checkpoint.metadata import Metadata
-from jddim.config import SamplerConfig, type_problems
+from jddim.checkpoint.folder import (
+    CheckpointError,
+    load_autoencoder_metadata,
+    load_classifier_metadata,
+    load_metadata,
+    load_params,
+    part_of,
+)
+from jddim.checkpoint.metadata import FIRST_STAGE, Metadata, PartMetadata
+from jddim.config import AutoencoderConfig, SamplerConfig, type_problems
 from jddim.converting import Told
 from jddim.curve import alpha_bar_curve
 from jddim.ddim import StepTable, sampler_table
 from jddim.guidance import Scale
 from jddim.models import Network
+from jddim.models.autoencoder import Autoencoder
 from jddim.models.building import build_model
 from jddim.models.classifier import Classifier
 from jddim.models.layers import at_least_float32
 from jddim.resolving import forget, resolve
 from jddim.run.batches import Preview, run
 from jddim.run.methods import Guidance, find
-from jddim.run.plan import Inputs, Plan, limits, plan
+from jddim.run.plan import Inputs, Plan, as_key, limits, plan
 from jddim.run.problems import condition_problems, guidance_problems, label_problems
-from jddim.run.programs import Program, network_denoiser
+from jddim.run.programs import Program, by_parts, decode, encode, network_denoiser
 from jddim.run.request import Request, RequestError, check_names
 from jddim.sampling import Denoiser, Trajectory
 from jddim.schedule import NoiseSchedule, make_schedule
 from jddim.solvers import Solver
 
 Images = Array | np.ndarray
+R = TypeVar("R", bound=Metadata | PartMetadata)
 
 
 class Common(TypedDict, total=False):
@@ -74,6 +83,7 @@ class EditOptions(Common, total=False):
     variance: str | None
     noise: Images | None
     start: int
+    decode_batch: int
 
 
 class SampleOptions(EditOptions, total=False):
@@ -81,6 +91,7 @@ class SampleOptions(EditOptions, total=False):
 
     x_T: Images | None
     image_size: tuple[int, int] | None
+    latents: bool
     on_segment: Callable[[Preview], object] | None
 
 
@@ -125,8 +136,9 @@ def load(path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, **told
     """
     _check_dtype(dtype)
     metadata, params = _held(path, told, "load", load_metadata)
-    model = build_model(metadata.model, params, dtype)
-    return DDIM(model, make_schedule(metadata.schedule), metadata.sampler, metadata)
+    model = build_model(metadata.model, part_of(params, ""), dtype)
+    stage: Any = metadata.autoencoder and build_model(metadata.autoencoder, part_of(params, FIRST_STAGE), dtype)
+    return DDIM(model, make_schedule(metadata.schedule), metadata.sampler, metadata, stage)
 
 
 def load_classifier(
@@ -144,9 +156,25 @@ def load_classifier(
     return model
 
 
+def load_autoencoder(
+    path: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32, **told: Unpack[Told]
+) -> Autoencoder:
+    """A first stage: `encode(images)` -> z, `decode(z)` -> images; a checkpoint's own, or the one beside a network.
+
+    The arguments, and what raises: as in `load`.
+    """
+    _check_dtype(dtype)
+    metadata, params = _held(path, told, "load_autoencoder", load_autoencoder_metadata)
+    config = metadata.autoencoder if isinstance(metadata, Metadata) else metadata.model
+    assert isinstance(config, AutoencoderConfig)
+    model: Any = build_model(config, part_of(params, FIRST_STAGE if isinstance(metadata, Metadata) else ""), dtype)
+    assert isinstance(model, Autoencoder)
+    return model
+
+
 def _held(
-    path: str | os.PathLike[str], told: Told, of: str, metadata_of: Callable[[Path, object], M]
-) -> tuple[M, Mapping[str, np.ndarray]]:
+    path: str | os.PathLike[str], told: Told, of: str, metadata_of: Callable[[Path, object], R]
+) -> tuple[R, Mapping[str, np.ndarray]]:
     """The metadata and parameters of what names a checkpoint. A copy in the cache whose parameters are damaged goes.
 
     of: the function that is called.
@@ -175,19 +203,22 @@ class DDIM:
     """A diffusion model with everything that sampling it needs. Replace a part with `dataclasses.replace`.
 
     model: `model(x_t, t) -> eps`, a pytree. schedule: what it was trained with. sampler: the source's conventions,
-    the defaults of `sample`. metadata: the checkpoint's own, None for a model built in memory.
+    the defaults of `sample`. metadata: the checkpoint's own, None for a model built in memory. autoencoder: the first
+    stage whose latents the model samples, None for a model of images.
     """
 
     model: Network
     schedule: NoiseSchedule
     sampler: SamplerConfig
     metadata: Metadata | None = None
+    autoencoder: Autoencoder | None = None
 
     def __repr__(self) -> str:
         """One line."""
         count = sum(leaf.size for leaf in jax.tree.leaves(self.model))
         used = self.sampler
         source = "" if self.metadata is None else f", {self.metadata.provenance.get('family', 'jddim')}"
+        source += "" if self.autoencoder is None else f"; latents of {self.autoencoder.config.summary}"
         return (
             f"DDIM({self.model.config.summary}; {count:,} parameters; T = {self.schedule.num_train_timesteps}; "
             f"{used.spacing}, {used.num_steps} steps, predicts {used.prediction_type}{source})"
@@ -289,7 +320,9 @@ class DDIM:
             times: a scalar or one value an image. labels are then needed for a network without classes, too. x0 is
             limited before the gradient is added, and not again (OpenAI's condition_score). Not for method "ddpm".
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
-        image_size: (height, width) other than the checkpoint's. batch_size: images per compiled call, default all.
+        image_size: (height, width) in pixels, other than the checkpoint's. latents: of a checkpoint with a first stage,
+            z `(num, h / f, w / f, c)` in place of images, as x_T and noise are always, and a trajectory. decode_batch:
+            how many latents are decoded at a time; 1 by default. batch_size: images per compiled call, default all.
         progress: a bar on stderr, in a notebook or at a terminal alone by default; True: elsewhere a line every 10 s.
             Then Ctrl-C is heard between segments.
         on_segment: called with a `Preview` after each segment, of which a batch has eight or more (or as many as it has
@@ -374,6 +407,29 @@ class DDIM:
             raise RequestError(problems, of)
         inputs = Inputs(key=key, **given, **arrays)
         return plan(self, dataclasses.replace(request, **solver), inputs, num, options.get("batch_size"))
+
+    def decode(self, z: Images, *, decode_batch: int = 1) -> Array:
+        """Images `(n, h, w, c)` float32, nominally in [-1, 1], of latents z `(n, h / f, w / f, c')`.
+
+        decode_batch: how many at a time, which does not change the images but for rounding. Raises ValueError for z of
+        another shape, and for a checkpoint without a first stage.
+        """
+        z = jnp.asarray(z)
+        return by_parts(decode.bound(self._first_stage("decode")), z, decode_batch)
+
+    def encode(self, images: Images, key: Array | int | None = None) -> Array:
+        """Latents z `(n, h / f, w / f, c')` of images `(n, h, w, c)` float32 in [-1, 1].
+
+        key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`; None: its mean. Raises ValueError
+        for images of another shape, a key where nothing is drawn, and for a checkpoint without a first stage.
+        """
+        stage, images = self._first_stage("encode"), jnp.asarray(images)
+        return by_parts(encode.bound(stage), images, 1) if key is None else stage.encode(images, as_key(key))
+
+    def _first_stage(self, of: str) -> Autoencoder:
+        if self.autoencoder is None:
+            raise ValueError(f"{of}: this checkpoint has no first stage: its network makes images")
+        return self.autoencoder
 
     def denoiser(
         self,

@@ -18,8 +18,22 @@ from ..rules import Rules, parts_of, targets_of
 from . import diffusers
 from .base import Family, Plan, Source
 from .tensors import Tensors, check_tensors, common_size
-from .values import asking, boolean, integer, integers, literal, not_read, number, one_of, parse, positive, settling
-from .values import sides, whole
+from .values import (
+    asking,
+    boolean,
+    integer,
+    integers,
+    is_integer,
+    literal,
+    not_read,
+    number,
+    one_of,
+    parse,
+    positive,
+    settling,
+    sides,
+    whole,
+)
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -40,7 +54,9 @@ def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
     if halves := [half for half in ("encoder", "decoder") if not any(name.startswith(f"{half}.") for name in names)]:
         raise ConversionError(f"{file_name} has a first stage's names, but no {halves[0]}; is the file whole?")
     if five := [str(name) for name, value in state.items() if value.ndim == 5]:
-        raise ConversionError(f"{file_name} is a first stage of video: {five[0]} has 3-D kernels; jddim's are of images")
+        raise ConversionError(
+            f"{file_name} is a first stage of video: {five[0]} has 3-D kernels; jddim's are of images"
+        )
     tensors, note = diffusers.present_names(state, file_name)
     return Source(tensors, note=note)
 
@@ -65,7 +81,9 @@ def _class_in(config: Path) -> list[str]:
 def _levels(tensors: Tensors) -> tuple[int, bool]:
     """How many levels there are, and whether the names are CompVis'."""
     compvis = any(re.match(_COMPVIS, name) for name in tensors)
-    pattern = r"(encoder\.down|decoder\.up)\.(\d{1,4})\." if compvis else r"(encoder\.down|decoder\.up)_blocks\.(\d{1,4})\."
+    pattern = (
+        r"(encoder\.down|decoder\.up)\.(\d{1,4})\." if compvis else r"(encoder\.down|decoder\.up)_blocks\.(\d{1,4})\."
+    )
     found: dict[str, set[int]] = {}
     for name in tensors:
         if at := re.match(pattern, name):
@@ -86,7 +104,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     and not as another network.
     """
     levels, compvis = _levels(tensors)
-    table = rules(levels, compvis=compvis)
+    table = _table(levels, compvis=compvis)
     own: dict[str, Any] = {}
     for name, value in tensors.items():
         module, _, kind = name.rpartition(".")
@@ -169,7 +187,7 @@ _PARSERS = {
 }
 _CHECKED = tuple(key for key, told in SETTINGS.items() if "checked" in told)
 _UNTOLD = ("scaling_factor", "shift_factor", "norm_num_groups", "sample_size")
-_KINDS = {"AutoencoderKL": "DownEncoderBlock2D", "VQModel": "DownEncoderBlock2D"}
+_KINDS = ("AutoencoderKL", "VQModel")
 _PLAIN = {
     "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
     "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
@@ -181,7 +199,7 @@ def _filed(config: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str],
     """The settings of diffusers' `config.json` or CompVis' YAML; the keys that are not read; what is refused."""
     entries: Mapping[str, Any] = config or {}
     if isinstance(params := _inner(entries, "model", "params"), Mapping):
-        return *_of_compvis(params), []
+        return _of_compvis(params), [], []
     problems = []
     kind = entries.get("_class_name")
     if kind is not None and kind not in _KINDS:
@@ -204,17 +222,16 @@ def _inner(entries: Any, *keys: str) -> Any:
     return entries
 
 
-def _of_compvis(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _of_compvis(params: Mapping[str, Any]) -> dict[str, Any]:
     """A first stage's own config, or what one of the whole model says of it, under diffusers' names."""
     whole_model = isinstance(params.get("first_stage_config"), Mapping)
-    own = _inner(params, "first_stage_config", "params") if whole_model else params
-    own = own if isinstance(own, Mapping) else {}
-    shape = own.get("ddconfig") if isinstance(own.get("ddconfig"), Mapping) else {}
-    assert isinstance(shape, Mapping)
+    own = _mapping(_inner(params, "first_stage_config", "params") if whole_model else params)
+    shape = _mapping(own.get("ddconfig"))
     names = {"resolution": "sample_size", "num_res_blocks": "layers_per_block", "out_ch": "out_channels"}
     names |= {"in_channels": "in_channels", "z_channels": "latent_channels"}
     told = {ours: shape[theirs] for theirs, ours in names.items() if theirs in shape}
-    if is_list(mults := shape.get("ch_mult")) and isinstance(width := shape.get("ch"), int):
+    mults, width = shape.get("ch_mult"), shape.get("ch")
+    if isinstance(mults, list) and all(map(is_integer, [*mults, width])):
         told["block_out_channels"] = [width * mult for mult in mults]
     if "embed_dim" in own:
         told["vq_embed_dim"] = own["embed_dim"]
@@ -222,12 +239,11 @@ def _of_compvis(params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         told["num_vq_embeddings"] = own["n_embed"]
     if whole_model and not params.get("scale_by_std"):
         told["scaling_factor"] = params.get("scale_factor", 1.0)  # LatentDiffusion's default
-    return told, []
+    return told
 
 
-def is_list(value: Any) -> bool:
-    """Whether it is a list of whole numbers."""
-    return isinstance(value, list) and all(isinstance(each, int) for each in value)
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:
@@ -261,10 +277,14 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         )
     untold = () if problems else asking(_UNTOLD, told, missing)
     refuse([*problems, *missing.values()], untold if missing else ())
-    scaling = settle("scaling_factor", 1.0, "a VQModel's z is not scaled (arXiv:2112.10752), whatever diffusers' default")
+    scaling = settle(
+        "scaling_factor", 1.0, "a VQModel's z is not scaled (arXiv:2112.10752), whatever diffusers' default"
+    )
     with refusing("the tensors and settings make no valid first stage"):
         model = AutoencoderConfig(
-            image_size=settle("sample_size", (32 * factor, 32 * factor), "that of 32x32 latents; any multiple is taken"),
+            image_size=settle(
+                "sample_size", (32 * factor, 32 * factor), "that of 32x32 latents; any multiple is taken"
+            ),
             in_channels=found["in_channels"],
             out_channels=found["out_channels"],
             latent_channels=found["vq_embed_dim"],
@@ -282,10 +302,13 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             shift_factor=told.get("shift_factor", 0.0),
         )
     ignored = {"scale_factor": "how z is scaled"} if "scale_factor" in tensors else {}
-    for prefix, why in (("loss.", "of training: the loss and its discriminator"), ("model_ema.", "of training: an EMA")):
+    for prefix, why in (
+        ("loss.", "of training: the loss and its discriminator"),
+        ("model_ema.", "of training: an EMA"),
+    ):
         ignored |= {name: why for name in tensors if name.startswith(prefix)}
     return Plan(
-        *(model, None, None, rules(found["levels"], compvis=found["compvis"]), ignored),
+        *(model, None, None, rules(model, compvis=found["compvis"]), ignored),
         tuple(assumed),
         tuple(not_read(unread)),
         asks=asking(("norm_num_groups",), told),
@@ -299,7 +322,12 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
 _RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
 
 
-def rules(levels: int, *, compvis: bool) -> Rules:
+def rules(config: AutoencoderConfig, *, compvis: bool) -> Rules:
+    """The rename table."""
+    return _table(len(config.channel_mults), compvis=compvis)
+
+
+def _table(levels: int, *, compvis: bool) -> Rules:
     """The rename table. diffusers counts the decoder's levels from the lowest resolution up."""
     table = {name: name for name in ("quant_conv", "post_quant_conv")} | {"quantize.embedding": "codes"}
     resnet = _RESNET | {"nin_shortcut" if compvis else "conv_shortcut": "shortcut"}
@@ -348,9 +376,9 @@ def reference(config: AutoencoderConfig, *, compvis: bool) -> Any:
         quant_conv=config.quant_conv,
         post_quant_conv=config.post_quant_conv,
     )
-    levels = len(config.widths)
-    own, table = rules(levels, compvis=True), rules(levels, compvis=False)
-    return module if compvis else diffusers.loaded_by(module, config, own, table)
+    if compvis:
+        return module
+    return diffusers.loaded_by(module, config, rules(config, compvis=True), rules(config, compvis=False))
 
 
 FAMILY = Family(

@@ -4,8 +4,9 @@ Inference only: there is no dropout, and no loss.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -107,7 +108,7 @@ class _Half(nn.Module):
         """(name, output) of each part in the order computed; the last is the output."""
         h = self.conv_in(h)
         yield f"{at}.conv_in", h
-        levels = list(enumerate(self.up if self.is_up else self.down))
+        levels: list[tuple[int, Any]] = list(enumerate(getattr(self, "up" if self.is_up else "down")))
         parts = [(f"{at}.mid.{name}", part) for name, part in self.mid.named_children()]
         inside = []
         for i, level in reversed(levels) if self.is_up else levels:
@@ -122,6 +123,20 @@ class _Half(nn.Module):
             h = part(h)
             yield name, h
         yield f"{at}.conv_out", self.conv_out(F.silu(self.norm_out(h)))
+
+
+class _Codes(nn.Module):
+    """A codebook."""
+
+    def __init__(self, num: int, channels: int):
+        super().__init__()
+        self.embedding = nn.Embedding(num, channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Each pixel of z `(b, channels, h, w)` as the nearest row."""
+        codes, pixels = self.embedding.weight, z.permute(0, 2, 3, 1)
+        distances = (pixels**2).sum(-1, keepdim=True) + (codes**2).sum(1) - 2 * pixels @ codes.T
+        return codes[distances.argmin(-1)].permute(0, 3, 1, 2)
 
 
 class ReferenceAutoencoder(nn.Module):
@@ -147,25 +162,25 @@ class ReferenceAutoencoder(nn.Module):
     ):
         super().__init__()
         moments = 2 if num_codes is None else 1
-        options = {"stem": channels, "widths": widths, "attention_levels": attention_levels}
-        options |= {"mid_attention": mid_attention, "groups": groups, "eps": eps}
-        self.encoder = _Half(
-            channels_in=in_channels, channels_out=moments * hidden, blocks=num_res_blocks, up=False, **options
+        half = partial(
+            _Half,
+            stem=channels,
+            widths=widths,
+            attention_levels=attention_levels,
+            mid_attention=mid_attention,
+            groups=groups,
+            eps=eps,
         )
-        self.decoder = _Half(
-            channels_in=hidden, channels_out=out_channels, blocks=num_res_blocks + 1, up=True, **options
-        )
+        self.encoder = half(channels_in=in_channels, channels_out=moments * hidden, blocks=num_res_blocks, up=False)
+        self.decoder = half(channels_in=hidden, channels_out=out_channels, blocks=num_res_blocks + 1, up=True)
         self.quant_conv = nn.Conv2d(moments * hidden, moments * latent_channels, 1) if quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, hidden, 1) if post_quant_conv else None
         self.latent_channels = latent_channels
-        self.quantize: nn.Module | None = None
-        if num_codes is not None:
-            self.quantize = nn.Module()
-            self.quantize.embedding = nn.Embedding(num_codes, latent_channels)
+        self.quantize = None if num_codes is None else _Codes(num_codes, latent_channels)
 
     def activations(self, x: Tensor, t: Tensor | None = None, labels: None = None) -> Iterator[tuple[str, Tensor]]:
         """Images `(b, c, h, w)` there and back by the mean: (name, output) of each block in the order computed."""
-        for name, h in self.encoder.activations(x, "encoder"):  # noqa: B007  # the last is used
+        for name, h in self.encoder.activations(x, "encoder"):  # the last is used
             yield name, h
         if self.quant_conv is not None:
             h = self.quant_conv(h)
@@ -175,10 +190,7 @@ class ReferenceAutoencoder(nn.Module):
     def decoded(self, z: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The same of the way back, of z unscaled `(b, latent_channels, h, w)`."""
         if self.quantize is not None:
-            codes = self.quantize.embedding.weight
-            pixels = z.permute(0, 2, 3, 1)
-            distances = (pixels**2).sum(-1, keepdim=True) + (codes**2).sum(1) - 2 * pixels @ codes.T
-            z = codes[distances.argmin(-1)].permute(0, 3, 1, 2)
+            z = self.quantize(z)
             yield "codes", z
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)

@@ -21,9 +21,9 @@ from jddim.models.unet import Level, Middle
 
 
 class Moments(NamedTuple):
-    """The Gaussian of z at each pixel, unscaled: mean and log-variance `(b, h, w, latent_channels)`, clamped to -30..20.
+    """The Gaussian of z at each pixel, unscaled: mean and log-variance `(b, h, w, latent_channels)`, the latter clamped.
 
-    Of a VQModel the mean is all there is, and logvar is None.
+    To -30..20, as in the sources. Of a VQModel the mean is all there is, and logvar is None.
     """
 
     mean: Array
@@ -95,7 +95,7 @@ class Autoencoder(nnx.Module):
         self.codes = None if config.num_codes is None else nnx.Embed(config.num_codes, latent, rngs=rngs)
 
     def encode(self, images: Array, key: Array | None = None) -> Array:
-        """z `(b, h / f, w / f, latent_channels)` of images `(b, h, w, in_channels)` in [-1, 1].
+        """Z `(b, h / f, w / f, latent_channels)` of images `(b, h, w, in_channels)` in [-1, 1].
 
         key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`; None: its mean. A VQModel has no
         Gaussian: ValueError for a key. Raises ValueError for images of another shape, too.
@@ -111,7 +111,7 @@ class Autoencoder(nnx.Module):
         return z
 
     def moments(self, images: Array) -> Moments:
-        """The encoder's Gaussian, unscaled, for images `(b, h, w, in_channels)` in [-1, 1]. Raises ValueError as `encode`."""
+        """The encoder's Gaussian, unscaled, for images `(b, h, w, in_channels)` in [-1, 1]; what raises: as `encode`."""
         moments = _last(self._encoded(images)).astype(images.dtype)
         if self.config.num_codes is not None:
             return Moments(moments, None)

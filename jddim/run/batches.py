@@ -20,7 +20,7 @@ class Preview(NamedTuple):
     """What `sample` hands to `on_segment`: a batch on its way.
 
     start: the first image's number. done, total: evaluations taken, and in all. x_t, x0_hat: `(n, h, w, c)`, the
-    samples now, and the clean images that the last step predicted.
+    samples now, and the clean images that the last step predicted; latents of a checkpoint with a first stage.
     """
 
     start: int
@@ -53,6 +53,7 @@ def run(
     cut = [rows] if inside else segments(rows, every=trajectory_every)
     images: list[Array] = []
     trajectories: list[Trajectory] = []
+    steps = rows.num_steps + plan.decodes  # decoding counts as one more
     with Progress(num, f"{rows.num_steps} steps", shown=False if inside else progress) as bar:
         bar.compiling()
         for low in range(0, num, size):
@@ -68,12 +69,14 @@ def run(
                     kept.append((segment.t_prev[-1], state.x_t[: batch.taken], state.x0_hat[: batch.taken]))
                 if progress or bar.shown:  # between segments Ctrl-C is heard, and a NaN seen, silent or not
                     raise_if_bad(state, rows, start + low, batch.taken)
-                    bar.add(batch.taken * segment.num_steps / rows.num_steps)
+                    bar.add(batch.taken * segment.num_steps / steps)
                 if on_segment is not None:
                     x_t, x0_hat = state.x_t[: batch.taken], state.x0_hat[: batch.taken]
                     on_segment(Preview(start + low, taken, rows.num_steps, x_t, x0_hat))
             raise_if_bad(state, rows, start + low, batch.taken)
-            images.append(state.x_t[: batch.taken])
+            images.append(plan.images(state.x_t[: batch.taken]))
+            if plan.decodes:
+                bar.add(batch.taken / steps)
             if state.trajectory is not None:
                 t, x_t, x0_hat = state.trajectory
                 trajectories.append(Trajectory(t, x_t[:, : batch.taken], x0_hat[:, : batch.taken]))

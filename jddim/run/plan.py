@@ -24,6 +24,7 @@ from jddim.editing import keep_of, repaint_table, tail
 from jddim.guidance import schedule_columns
 from jddim.inversion import CONVENTIONS, check_inversion
 from jddim.models import Network
+from jddim.models.autoencoder import Autoencoder
 from jddim.models.classifier import Classifier
 from jddim.models.layers import at_least_float32
 from jddim.run import methods
@@ -41,6 +42,7 @@ from jddim.run.problems import (
     guidance_problems,
     key_problems,
     label_problems,
+    latent_problems,
     mask_problems,
     network_problems,
     num_problems,
@@ -48,7 +50,7 @@ from jddim.run.problems import (
     sampler_problems,
     start_problems,
 )
-from jddim.run.programs import Program, draw_keys, draw_noise, segment
+from jddim.run.programs import Program, by_parts, decode, draw_keys, draw_noise, encode, segment
 from jddim.run.request import CFG_PLUS_PLUS, CLASSIFIER_FREE, Problems, Request, RequestError
 from jddim.sampling import State, init_state, is_zero
 from jddim.schedule import NoiseSchedule
@@ -76,6 +78,10 @@ class Source(Protocol):
     @property
     def null_label(self) -> int | None:
         """The label that meant none in training, if that is recorded."""
+
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """The first stage whose latents the network samples; None: it samples images."""
 
 
 class Inputs(NamedTuple):
@@ -123,7 +129,8 @@ class Plan:
     """A request, settled: what is compiled, what the scan runs over, and every array that goes in.
 
     sampler: the conventions used. table: the steps asked for; rows: what the scan runs over, as the method takes them.
-    num: images, of `shape` (h, w, c) and `dtype`. inputs: with defaults filled in, eta and guidance_scale `(num,)`.
+    num: images, of `shape` (h, w, c) and `dtype`; with an autoencoder these are its latents, which it decodes, unless
+    latents are asked for, decode_batch at a time. inputs: with defaults filled in, eta and guidance_scale `(num,)`.
     null_label, rescale, interval: of the guidance. problems: (field, sentence); with any, there is nothing to run.
     """
 
@@ -142,6 +149,9 @@ class Plan:
     interval: tuple[float, float] | None
     problems: Problems
     schedule: NoiseSchedule
+    autoencoder: Autoencoder | None = None
+    decodes: bool = False
+    decode_batch: int = 1
 
     def part(self, batch: Batch) -> Part:
         """The run of one batch."""
@@ -151,6 +161,24 @@ class Plan:
     def run(self) -> Bound[State]:
         """The compiled segment with the model in it, which is flattened once."""
         return segment.bound(self.model)
+
+    def images(self, z: Array) -> Array:
+        """What the caller gets of samples `(n, h, w, c)`: they, decoded where images are asked for of latents."""
+        if self.autoencoder is None or not self.decodes:
+            return z
+        return by_parts(self._decode, z, self.decode_batch)
+
+    def latents(self, images: Array) -> Array:
+        """Images to edit or to invert as the network knows them: encoded by a first stage, or as they are."""
+        return images if self.autoencoder is None else by_parts(self._encode, images, self.decode_batch)
+
+    @functools.cached_property
+    def _decode(self) -> Bound[Array]:
+        return decode.bound(self.autoencoder)
+
+    @functools.cached_property
+    def _encode(self) -> Bound[Array]:
+        return encode.bound(self.autoencoder)
 
     @functools.cached_property
     def traced(self) -> bool:
@@ -234,9 +262,9 @@ class Part:
         """The state before the first row. trajectory_every: with buffers for a trajectory."""
         plan, x = self.plan, self.plan.inputs.images
         if isinstance(plan.program.method, Inversion):
-            x = self.batch.of(x)  # type: ignore[arg-type]
+            x = plan.latents(self.batch.of(x))  # type: ignore[arg-type]
         elif x is not None and plan.inputs.mask is None:  # image to image: the images, noised to where the rows begin
-            x = add_noise(self.batch.of(x), self.x_T, plan.rows.alpha_t[0], plan.rows.sigma_t[0])
+            x = add_noise(plan.latents(self.batch.of(x)), self.x_T, plan.rows.alpha_t[0], plan.rows.sigma_t[0])
         else:
             x, kept = self.x_T, self.given.kept
             if kept is not None and kept.noise is None:
@@ -301,10 +329,18 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         problems.append(("images", f"{told}{np.shape(inputs.images)}"))
         stand_in = np.zeros((1, *config.image_size, config.in_channels), dtype)  # so that the rest is looked at too
         inputs, given, num = inputs._replace(images=stand_in), None, 1
+    stage = None if ddim.autoencoder is None else ddim.autoencoder.config
+    factor = 1 if stage is None else stage.size_factor
     height, width = config.image_size if request.image_size is None else request.image_size
     if request.image_size is None and np.ndim(given) == 4 and not channels_first(given, config.in_channels):  # type: ignore[arg-type]
         height, width = np.shape(given)[1:3]  # type: ignore[arg-type]
+    if stage is not None and (request.image_size is not None or inputs.images is not None):  # these are in pixels
+        problems += latent_problems(stage, (height, width))
+        height, width = stage.latent_size((height, width))
     shape = (height, width, config.in_channels)
+    own_images = shape if stage is None else (factor * height, factor * width, stage.in_channels)
+    if stage is not None and inputs.mask is not None:
+        problems.append(("mask", "mask is of pixels, and this checkpoint samples latents: give strength"))
     asked_eta = inputs.eta if inputs.eta is not None else request.eta
     eta = 0.0 if not method.takes_eta else sampler.eta if asked_eta is None else asked_eta
     scale = inputs.guidance_scale if inputs.guidance_scale is not None else request.guidance_scale
@@ -331,7 +367,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
 
     problems += network_problems(config, sampler, (height, width)) + num_problems(num)
     problems += sampler_problems(sampler, table) + batch_size_problems(batch_size)
-    problems += _unused(request, program, rederives=rederives)
+    problems += _unused(request, program, rederives=rederives) + _of_latents(request, stage is not None)
     weight = inputs.classifier_scale if inputs.classifier_scale is not None else request.classifier_scale
     if not method.takes_eta and asked_eta is not None:
         problems += _eta_of_none(method, request, asked_eta)
@@ -359,7 +395,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
                 needs_noise=needs_noise,
             )
         problems += array_problems("x_T", inputs.x_T, (num, *shape), dtype)
-        problems += array_problems("images", inputs.images, (num, *shape), dtype)
+        problems += array_problems("images", inputs.images, (num, *own_images), dtype)
         problems += array_problems("noise", inputs.noise, rows_of_noise, dtype, rows.num_steps)
         problems += [] if inputs.images is None else range_problems(inputs.images)
         problems += mask_problems(inputs.mask, shape)
@@ -412,6 +448,9 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         interval=request.guidance_interval,
         problems=problems,
         schedule=ddim.schedule,
+        autoencoder=ddim.autoencoder,
+        decodes=stage is not None and not request.latents and not isinstance(method, Inversion),
+        decode_batch=request.decode_batch,
     )
 
 
@@ -566,6 +605,15 @@ def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
         told = "rederive_eps is not False beside a classifier, whose eps is taken from the limited x0: leave it out"
         problems.append(("rederive_eps", told))
     return problems
+
+
+def _of_latents(request: Request, has_stage: bool) -> Problems:
+    """What is wrong with the options on a first stage."""
+    if request.decode_batch < 1:
+        return [("decode_batch", f"decode_batch must be at least 1, got {request.decode_batch}")]
+    asked = [name for name in ("latents", "decode_batch") if name in request.asked()]
+    told = "is of a checkpoint with a first stage, of which this has none: leave it out"
+    return [] if has_stage else [(name, f"{name} {told}") for name in asked]
 
 
 def _inversion_problems(sampler: SamplerConfig, table: StepTable, request: Request) -> Problems:

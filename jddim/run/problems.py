@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.config import ClassifierConfig, ModelConfig, SamplerConfig, size_problems
+from jddim.config import AutoencoderConfig, ClassifierConfig, ModelConfig, SamplerConfig, size_problems
 from jddim.ddim import StepTable, largest_eta
 from jddim.run.request import CFG_PLUS_PLUS, Problems
 from jddim.sampling import check_prediction
@@ -33,6 +33,11 @@ def sampler_problems(sampler: SamplerConfig, table: StepTable) -> Problems:
     except ValueError as error:
         problems.append(("prediction_type", str(error)))
     return problems
+
+
+def latent_problems(stage: AutoencoderConfig, image_size: tuple[int, int]) -> Problems:
+    """What is wrong with images of (height, width) pixels for a first stage."""
+    return [("image_size", problem) for problem in size_problems(stage, image_size)]
 
 
 def network_problems(config: ModelConfig, sampler: SamplerConfig, image_size: tuple[int, int]) -> Problems:

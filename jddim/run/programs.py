@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -25,9 +26,10 @@ from jddim.guidance import (
     projected,
 )
 from jddim.models import Network
+from jddim.models.autoencoder import Autoencoder
 from jddim.models.layers import cast_kernels
 from jddim.run import request
-from jddim.run.compiling import Jit
+from jddim.run.compiling import Bound, Jit, is_traced
 from jddim.run.methods import Classified, Given, Guidance, Method
 from jddim.sampling import Denoiser, State, Update, initial_noise, limiter, numbered_keys, update_steps
 
@@ -146,7 +148,7 @@ def _classified(denoise: Denoiser, given: Given, classifier: Classified, program
         x0, eps = predict_both(output, x_t, row.alpha_t, row.sigma_t, kind)
         if limit is not None:
             eps = rederive_eps(x_t, limit(x0), eps, row.alpha_t, row.sigma_t)
-        t = jax.numpy.broadcast_to(row.t, x_t.shape[:1])
+        t = jnp.broadcast_to(row.t, x_t.shape[:1])
         return update(x_t, eps - classifier.sigma[row.t] * gradient(x_t, t), noise, row, *memory)
 
     return guided
@@ -168,7 +170,32 @@ def in_interval(scale: jax.Array, interval: tuple[jax.Array, jax.Array] | None) 
     if interval is None:
         return scale
     low, high = interval
-    return lambda t: jax.numpy.where((low <= t) & (t <= high), scale, jax.numpy.ones_like(scale))
+    return lambda t: jnp.where((low <= t) & (t <= high), scale, jnp.ones_like(scale))
+
+
+@partial(Jit, static_argnames=())
+def decode(autoencoder: Autoencoder, z: jax.Array) -> jax.Array:
+    """Images of latents. Everything that may change is an argument."""
+    return cast_kernels(autoencoder).decode(lax.optimization_barrier(z))
+
+
+@partial(Jit, static_argnames=())
+def encode(autoencoder: Autoencoder, images: jax.Array) -> jax.Array:
+    """Latents of images, by the encoder's mean."""
+    return cast_kernels(autoencoder).encode(lax.optimization_barrier(images))
+
+
+def by_parts(program: Bound[jax.Array], x: jax.Array, size: int) -> jax.Array:
+    """`decode` or `encode`, bound, of all of x, `size` at a time: in one program whatever their number.
+
+    The last part is filled up with its last image, whose copies are dropped.
+    """
+    num = x.shape[0]
+    missing = -num % size
+    x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
+    parts = x.reshape(-1, size, *x.shape[1:])
+    done = lax.map(program, parts) if is_traced([*program.leaves, x]) else jnp.stack([program(part) for part in parts])
+    return done.reshape(-1, *done.shape[2:])[:num]
 
 
 draw_keys: Callable[[jax.Array, ArrayLike], jax.Array] = jax.jit(numbered_keys)

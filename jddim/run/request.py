@@ -96,6 +96,10 @@ _ASKED_ON_THE_PAGE = {"serve": "whoever uses the page chooses it there"}
 _COMPILED = {"page": "another value is another program, and the page has those of its start: give it to jddim serve"}
 _WHEN_RUN = {"export": "it is given when the exported sampler is run"}
 _SWITCH = argparse.BooleanOptionalAction
+_DECODES = {
+    **dict.fromkeys(("sweep", "edit", "interpolate", "export", "serve", "page"), "this command takes no latents"),
+    "invert": "an x_T is of latents always",
+}
 ONE_NETWORK = {
     "bulk": "a set is of one checkpoint; give it to jddim sample",
     "sweep": "a sweep is of one checkpoint; give it to jddim sample, an eta a time",
@@ -260,6 +264,21 @@ class Request:
         type=int,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
+    )
+    latents: bool = _option(
+        False,
+        "--latents",
+        "of a checkpoint with a first stage: z, not decoded",
+        {**_DECODES, "bulk": "a set is of pictures"},
+        action="store_true",
+    )
+    decode_batch: int = _option(
+        1,
+        "--decode-batch",
+        "of a checkpoint with a first stage: how many latents are decoded at a time; default 1",
+        _DECODES,
+        type=int,
+        metavar="N",
     )
     dtype: str = _option(
         "float32", "--dtype", "of the network's computation; default float32", _COMPILED, choices=DTYPES
