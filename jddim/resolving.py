@@ -61,7 +61,8 @@ def resolve(src: str | os.PathLike[str], say: Callable[[str], None] = to_stderr,
     if note := converting.shadowed(name):
         say(note)
     if (path / "metadata").is_dir() or (path / "params").is_dir():
-        if given := [option for option, value in told.items() if value is not None]:
+        shown = {"settings": "settings (--set)"}
+        if given := [shown.get(option, option) for option, value in told.items() if value is not None]:
             raise CheckpointError(f"{name} is converted already, so it takes no {' or '.join(given)}")
         return path
     if not path.exists() and published(name) is None and converting.hub_id(name) is None:

@@ -47,7 +47,7 @@ def test_an_unknown_command(fails, word: str, said: str) -> None:
     assert "unrecognized arguments: --stepz" in fails("--stepz", status=2)
 
 
-@pytest.mark.parametrize("option", ["--set", "--step", "--cl"])  # --set-alpha-to-one, --steps, --clip and others
+@pytest.mark.parametrize("option", ["--set-alpha", "--step", "--cl"])  # --set-alpha-to-one, --steps, --clip and others
 def test_the_beginning_of_an_option_is_not_the_option(fails, option: str) -> None:
     assert f"unrecognized arguments: {option}" in fails("sample", "a", "b", option, status=2)
 

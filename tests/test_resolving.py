@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -22,14 +23,17 @@ import jddim
 from jddim import converting, resolving
 from jddim.checkpoint.folder import CheckpointError, load_metadata
 from jddim.cli import warmup
-from jddim.cli.main import main
+from jddim.cli.main import _parser, main
+from jddim.cli.options import told_of
 from jddim.config import UNetConfig
+from jddim.converting import Told
 from jddim.files import open_lock
 from jddim.resolving import resolve
 from jddim.run import cache, progress
 
 pytestmark = pytest.mark.unoptimised
 
+COMMANDS = next(a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
 CONFIG: UNetConfig = tiny.small_config(channel_mults=(1,), attention_levels=(0,))
 TOLD = "image_size: 6x10\nnorm_groups: 4\n"
 
@@ -260,6 +264,46 @@ def test_every_command_takes_whatever_names_a_checkpoint(
 ) -> None:
     monkeypatch.setattr(warmup, "_kept", lambda: True)
     assert "lsun_bedroom.pt, of openai/guided-diffusion" in fails(*command.replace("X", "guided-lsun-bedroom").split())
+
+
+OF_CKPT = [name for name, parser in COMMANDS.items() if {"ckpt", "preset"} <= {action.dest for action in parser._actions}]
+
+
+def test_every_command_with_a_checkpoint_takes_what_its_conversion_is_told() -> None:
+    assert {"sample", "bulk", "serve", "export", "schedule", "cite", "export-torch", "check"} <= {*OF_CKPT}
+    told = ["--set", "a=1", "--set", "b=c=d", "--config", "x.yml", "--preset", "p", "--weights", "raw"]
+    for name in (*OF_CKPT, "convert", "info"):
+        parser = argparse.ArgumentParser(add_help=False)
+        for action in COMMANDS[name]._actions:
+            if action.dest in {"set", *Told.__annotations__}:
+                parser._add_action(action)
+        assert told_of(parser.parse_args([*told, "--variant", "v", "--revision", "r"])) == {
+            **{"config": [Path("x.yml")], "settings": {"a": "1", "b": "c=d"}, "preset": "p", "weights": "raw"},
+            **{"variant": "v", "revision": "r"},
+        }
+
+
+def test_what_a_file_needs_may_be_said_to_any_command(
+    kept: Path, conversions: list[str], fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(Path("run/model.safetensors"))
+    Path("run/config.yml").unlink()
+    kept.mkdir(parents=True)
+    told = ["--set", "image_size=6x10", "--set", "norm_groups=4"]
+    said = fails("schedule", source)
+    assert "convert it once: jddim convert run/model.safetensors DST --set image_size=SIDE " in said
+    assert said.endswith("; or add to this command: --set image_size=SIDE --set norm_groups=N\n")
+    assert main(["schedule", str(source), *told]) == 0
+    assert main(["cite", str(source), *told]) == 0
+    assert main(["schedule", str(source), *told, "--set", "eta=0.5"]) == 0
+    assert len(conversions) == 3  # the first was refused
+    capsys.readouterr()
+    mine = tiny.write_checkpoint(Path("mine"))
+    refused = "mine is converted already, so it takes no config or settings (--set) or weights"
+    assert refused in fails("sample", mine, "a.png", *told, "--weights", "raw", "--config", "x")
+    for command in ("schedule", "cite"):
+        assert "--set: said of a PyTorch checkpoint, and no checkpoint is named" in fails(command, *told)
+    assert "--set takes KEY=VALUE, got 'x'" in fails("sample", source, "a.png", "--set", "x")
 
 
 def test_the_cache_is_listed_and_emptied(

@@ -9,12 +9,14 @@ import difflib
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jddim.config import printable
+from jddim.converting import Told, UnsettledError
 from jddim.run.request import ONE_NETWORK, OWN, Request, RequestError, options, taken_by
 
 if TYPE_CHECKING:
@@ -169,16 +171,82 @@ CKPT = "a folder of jddim convert, a PyTorch checkpoint, a hub id (OWNER/NAME[@R
 
 
 def add_ckpt(sub: argparse.ArgumentParser, nargs: str | None = None, text: str = CKPT) -> None:
-    """Give a command CKPT, which `checkpoint` or `resolve` reads."""
+    """Give a command CKPT, which `checkpoint` or `resolved` reads, and what its conversion may have to be told."""
     sub.add_argument("ckpt", nargs=nargs, help=text)
+    source_options(sub)
+
+
+def source_options(sub: argparse.ArgumentParser) -> None:
+    """What is said of a PyTorch checkpoint beside its name: `told_of` reads it."""
+    group = sub.add_argument_group("of a PyTorch checkpoint", "what its conversion must be told (`jddim info` says)")
+    group.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="the source's config file; diffusers has two (default: those beside the weights)",
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a fact the tensors do not tell, under the source's own name; over the config's",
+    )
+    group.add_argument(
+        "--preset", metavar="NAME", help="all that --set would say, for a published model (guided-256, ...)"
+    )
+    group.add_argument(
+        "--weights",
+        metavar="ema|raw|KEY",
+        help="which of a file's: KEY is where they lie, such as state_dict.model (default: ema where there are any)",
+    )
+    group.add_argument("--variant", metavar="NAME", help="such as fp16: which of a folder's weights")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
+
+
+def told_of(args: argparse.Namespace) -> Told:
+    """What the command line says of a PyTorch checkpoint. Raises ValueError for a --set that is not KEY=VALUE."""
+    settings = {}
+    for pair in args.set:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes KEY=VALUE, got {pair!r}")
+        settings[key] = value
+    return {
+        "config": args.config,
+        "settings": settings or None,
+        "preset": args.preset,
+        "weights": args.weights,
+        "variant": args.variant,
+        "revision": args.revision,
+    }
+
+
+def resolved(named: str, args: argparse.Namespace) -> Path:
+    """The jddim folder of what names a checkpoint, which may first have to be converted, as the options say."""
+    from jddim.resolving import resolve
+
+    try:
+        return resolve(named, **told_of(args))
+    except UnsettledError as error:
+        if not error.options:
+            raise
+        said = f"{error}; or add to this command: {shlex.join(error.options)}"
+        raise UnsettledError(said, error.asks, error.options) from error
+
+
+def refuse_told(args: argparse.Namespace) -> None:
+    """Raise ValueError for what is said of a PyTorch checkpoint where the command line names no checkpoint."""
+    if given := [f"--{name}" for name in ("set", *told_of(args)) if getattr(args, name, None)]:
+        raise ValueError(f"{' and '.join(given)}: said of a PyTorch checkpoint, and no checkpoint is named")
 
 
 def checkpoint(args: argparse.Namespace) -> Metadata:
-    """The metadata of CKPT, which is a jddim folder from here on: what it names may first have to be converted."""
+    """The metadata of CKPT, which is a jddim folder from here on."""
     from jddim.checkpoint.folder import load_metadata
-    from jddim.resolving import resolve
 
-    named, args.ckpt = args.ckpt, resolve(args.ckpt)
+    named, args.ckpt = args.ckpt, resolved(args.ckpt, args)
     return load_metadata(args.ckpt, named)
 
 
@@ -196,7 +264,7 @@ def settings_of(args: argparse.Namespace, request: Request, ddim: DDIM, planned:
     from jddim import __version__
 
     assert ddim.metadata is not None
-    names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out", "quiet", "overwrite"}
+    names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out", "quiet", "overwrite", "set", *told_of(args)}
     own = {n: v.name if isinstance(v, Path) else v for n, v in vars(args).items() if n not in names}
     if own.pop("condition", None) is not None:
         own["condition"] = given_file(args.condition)

@@ -74,7 +74,7 @@ def test_a_bare_file_says_the_two_commands(case: str, capsys: pytest.CaptureFixt
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     (command,) = re.findall(
-        r"convert it once: jddim (convert model\.pt DST .*), then name DST in place of model\.pt$", said.err, re.M
+        r"convert it once: jddim (convert model\.pt DST .*), then name DST in place of model\.pt; or", said.err
     )
     asked = re.findall(r"--set (\w+)=(?:SIDE|N|BOOLEAN)", command)
     assert set(asked) <= set(settings)
@@ -85,6 +85,8 @@ def test_a_bare_file_says_the_two_commands(case: str, capsys: pytest.CaptureFixt
     assert main(["sample", "DST", "a.png", *QUICK]) == 0
     assert Path("a.png").is_file()
     assert load_metadata("DST").provenance["family"] == family
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    assert main(["cite", "model.pt", *options]) == 0  # without a conversion of one's own
     assert jddim.load("model.pt", settings=settings).model.config == load_metadata("DST").model
 
 
