@@ -10,7 +10,9 @@ names.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import os
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from jddim.installing import install_line
-from jddim.known import published
+from jddim.known import presets, published
 
 if TYPE_CHECKING:  # it imports jax, which the command line must not wait for
     from jddim.checkpoint.metadata import ClassifierMetadata, Metadata
@@ -313,6 +315,18 @@ def not_asked(src: str) -> str:
     if hub_id(src) is not None or hub_id(src, here=True) is None:
         return ""
     return f"; {src.partition('/')[0]} is a folder here, so the hub is not asked (it is for {src}@main)"
+
+
+def near(src: str) -> str:
+    """What may have been meant by a name of nothing, in words that follow an error's; "" for a published one."""
+    if published(src) is not None:
+        return ""
+    path = Path(src)
+    with contextlib.suppress(OSError):  # there is no such folder
+        if close := difflib.get_close_matches(path.name, os.listdir(path.parent), 1):
+            return f"; did you mean {path.parent / close[0]}? (jddim list: published ones)"
+    close = difflib.get_close_matches(src, [each.name for each in presets], 1)
+    return f"; did you mean {close[0]}? (jddim list: all)" if close else "; jddim list names published ones"
 
 
 def shadowed(src: str) -> str:

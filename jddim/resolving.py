@@ -8,7 +8,6 @@ once: a receipt keeps a file's digest for as long as its path, size, time and in
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from jddim import __version__, converting
 from jddim.config import printable
 from jddim.converting import Located, Told, UnsettledError, Warns, as_text
 from jddim.files import atomic, lock, open_lock, open_regular, recover, remove
-from jddim.known import presets, published
+from jddim.known import published
 from jddim.run import cache, progress
 
 LARGE = 2**20
@@ -66,9 +65,7 @@ def resolve(src: str | os.PathLike[str], say: Callable[[str], None] = to_stderr,
             raise CheckpointError(f"{name} is converted already, so it takes no {' or '.join(given)}")
         return path
     if not path.exists() and published(name) is None and converting.hub_id(name) is None:
-        near = difflib.get_close_matches(name, [each.name for each in presets], 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise CheckpointError(f"no checkpoint at {name}{converting.not_asked(name)}{meant}")
+        raise CheckpointError(f"no checkpoint at {name}{converting.not_asked(name) or converting.near(name)}")
     folder = _converted(name, say, told)
     _made.add(folder)
     return folder

@@ -242,13 +242,16 @@ def test_what_was_not_verified_is_verified_where_it_can_be(kept: Path, monkeypat
             "256x256_diffusion.pt, of openai/guided-diffusion; then jddim convert 256x256_diffusion.pt DST ",
         ),
         ("facebook/DiT-XL-2-256", "jddim does not read facebook/DiT-XL-2-256: a transformer of latents"),
-        ("guided-265", "no checkpoint at guided-265; did you mean guided-256?"),
-        ("absent", "no checkpoint at absent\n"),
+        ("guided-265", "no checkpoint at guided-265; did you mean guided-256? (jddim list: all)"),
+        ("absent", "no checkpoint at absent; jddim list names published ones\n"),
+        ("run/modle.pt", "no checkpoint at run/modle.pt; did you mean run/model.pt? (jddim list: published ones)\n"),
     ],
 )
 def test_names_that_are_no_files(kept: Path, fails: Callable[..., str], name: str, said: str) -> None:
+    Path("run").mkdir()
+    Path("run/model.pt").touch()
     assert said in fails("sample", name, "a.png")
-    assert ("no such file" if said.startswith("no ") else said) in fails("info", name)
+    assert said.replace("no checkpoint at", "no such file:") in fails("info", name)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +269,7 @@ def test_every_command_takes_whatever_names_a_checkpoint(
     assert "lsun_bedroom.pt, of openai/guided-diffusion" in fails(*command.replace("X", "guided-lsun-bedroom").split())
 
 
-OF_CKPT = [name for name, parser in COMMANDS.items() if {"ckpt", "preset"} <= {action.dest for action in parser._actions}]
+OF_CKPT = [name for name, parser in COMMANDS.items() if {"ckpt", "preset"} <= {a.dest for a in parser._actions}]
 
 
 def test_every_command_with_a_checkpoint_takes_what_its_conversion_is_told() -> None:
@@ -392,6 +395,11 @@ def test_the_key_does_not_depend_on_spelling(kept: Path) -> None:
     told = [{"norm_groups": 4, "eta": 0.5}, {"eta": "0.5", "norm_groups": "4"}, {"eta": "0.5", "norm_groups": "2"}]
     first, same, other = [resolving._key(found, {"settings": each}, kept) for each in told]
     assert first == same != other
+
+
+def test_a_folder_of_jddims_is_not_converted_again(kept: Path, fails: Callable[..., str]) -> None:
+    tiny.write_checkpoint(Path("mnist"))
+    assert fails("convert", "mnist", "out") == "jddim: error: mnist is converted already: jddim sample mnist out.png\n"
 
 
 def test_ids_beside_a_folder_of_the_owner(kept: Path, fails: Callable[..., str]) -> None:

@@ -135,6 +135,8 @@ def test_offline_and_without_the_package_one_line_says_why(
 ) -> None:
     missing = "no such file or folder: google/ddpm-cifar10-32, and as a hub id it cannot be had: it is not in the hub's"
     assert f"{missing} cache, and HF_HUB_OFFLINE is set" in fails("sample", "google/ddpm-cifar10-32", "a.png")
+    near = fails("sample", "google/ddpm-cifar-32", "a.png")
+    assert near.endswith("is not fetched; did you mean google/ddpm-cifar10-32? (jddim list: all)\n")
     (weights,) = hub.rglob("*.safetensors")
     weights.unlink()
     assert f"the hub's cache holds no weights of someone/tiny ({COMMIT}), and" in fails(
