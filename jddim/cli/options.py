@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jddim.config import printable
 from jddim.converting import Told, UnsettledError
-from jddim.run.request import ONE_NETWORK, OWN, Request, RequestError, options, taken_by
+from jddim.run.request import ELSEWHERE, ONE_NETWORK, OWN, Request, RequestError, of_peers, options, taken_by
 
 if TYPE_CHECKING:
     import numpy as np
@@ -321,11 +321,16 @@ def one_line(error: BaseException) -> str:
 def _by_flag(problem: tuple[str, str]) -> str:
     """A problem's sentence with the option's name in place of the field's."""
     name, sentence = problem
-    flags = {o.name: o.option.flag for o in options()}
-    arrays = {"x_T": "--x-T", "noise": "--noise", "condition": "--condition", "classifier": "--classifier"}
-    flags |= {"num": "--num", "batch_size": "--batch-size", **arrays}
+    flags = FLAGS | {o.name: o.option.flag for o in options()}
     rest = sentence.removeprefix(f"{name} ")
     return sentence if rest == sentence or name not in flags else f"{flags[name]} {rest}"
+
+
+FLAGS = {
+    **{"x_T": "--x-T", "noise": "--noise", "condition": "--condition", "classifier": "--classifier"},
+    **{"num": "--num", "batch_size": "--batch-size", "key": "--seed"},
+}
+"""The options of what is no field of `Request`, by its name in Python."""
 
 
 def say(line: str) -> None:
@@ -383,9 +388,18 @@ class OneLineParser(argparse.ArgumentParser):
         """Nothing is left over: argparse would leave a command's unknown options for the whole program to refuse."""
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
-            shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
-            known = [name for action in shown for name in action.option_strings]
-            close = difflib.get_close_matches(rest[0].split("=")[0], known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._hint(rest)}")
         return namespace, rest
+
+    def _hint(self, rest: Sequence[str]) -> str:
+        """What may have been meant by the first option that is none, in words that follow an error's."""
+        word = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        known = {flag.lstrip("-").replace("-", "_"): flag for action in shown for flag in action.option_strings}
+        name = word.lstrip("-").replace("-", "_")
+        meant = of_peers(name)
+        ours = FLAGS.get(meant or "", f"--{meant or name}").lstrip("-").replace("-", "_")
+        if meant in ELSEWHERE and ours not in known:
+            return f"; {ELSEWHERE[meant]}"
+        near = [ours] if ours in known else difflib.get_close_matches(name, known, 1, 0.7)
+        return f"; did you mean {known[near[0]]}?" if near else ""
