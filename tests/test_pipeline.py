@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import re
@@ -23,6 +24,7 @@ from jddim.curve import alpha_bar_curve
 from jddim.run import programs
 from jddim.run.compiling import kind_of
 from jddim.run.progress import silence
+from jddim.run.request import RequestError
 from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import linear_schedule, zero_terminal_snr
 from jddim.timesteps import make_timesteps
@@ -220,15 +222,48 @@ def test_a_nan_names_the_image_and_the_step(ddim: jddim.DDIM) -> None:
         ({"x_T": [[1.0]]}, ["x_T must be an array of jax or NumPy, got a list: give numpy.asarray(x_T"]),
         ({"x_T": np.full((3, *SIZE, 2), np.nan, np.float32)}, ["x_T holds a NaN or infinity, first at (0, 0, 0, 0)"]),
         ({"noise": np.zeros((6, 3, *SIZE, 2), np.float32)}, ["one row for each of 7 steps, got (6, 3"]),
-        ({"steps": 301}, ["1..300 (the training timesteps), got 301"]),
+        ({"steps": 301}, ["sample: num_steps (--steps) must lie in 1..300 (the training timesteps), got 301"]),
+        ({"steps": 0}, ["got 0"]),
+        ({"method": "ddmi"}, ["unknown method 'ddmi'"]),
         ({"spacing": "cubic"}, ["unknown spacing 'cubic'"]),
     ],
 )
 def test_what_is_wrong_is_said_at_once(ddim: jddim.DDIM, arguments: dict, messages: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"sample|num_steps|spacing") as raised:
+    with pytest.raises(RequestError, match="sample: ") as raised:
         ddim.sample(**{"key": KEY, "num": 3, **arguments})
     for message in messages:
         assert message in str(raised.value)
+
+
+def test_what_pytorchs_pipelines_have_is_answered_with_what_there_is_here(ddim: jddim.DDIM) -> None:
+    for name, said in (
+        ("to", "JAX_PLATFORMS=cpu, cuda or tpu in the environment chooses the device"),
+        ("cuda", "JAX_PLATFORMS"),
+        ("half", "jddim.load(..., dtype='bfloat16')"),
+        ("eval", "leave the call out"),
+        ("from_pretrained", "jddim.load(...) loads a folder, a PyTorch file, a hub id"),
+        ("unet", "the network is ddim.model"),
+    ):
+        for owner in (ddim, jddim.DDIM):
+            assert not hasattr(owner, name)
+            with pytest.raises(AttributeError, match=f"DDIM has no attribute '{name}': .*{re.escape(said)}"):
+                getattr(owner, name)
+    with pytest.raises(AttributeError, match=r"has no attribute 'smaple'$"):
+        ddim.smaple  # noqa: B018
+    assert copy.copy(ddim).model is ddim.model
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (None, "load: path must name a checkpoint, a folder, .*; got None$"),
+        ({"a": np.zeros(3)}, r"got a dict: save it, torch.save\(..., 'model.pt'\), then jddim.load\('model.pt'\)$"),
+        (type("UNet", (), {"state_dict": dict})(), r"got test_pipeline's UNet: save its state_dict\(\), torch.save\("),
+    ],
+)
+def test_what_is_no_name_of_a_checkpoint(path: object, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        jddim.load(path)
 
 
 def test_num_is_that_of_the_arrays_or_one(ddim: jddim.DDIM) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -267,10 +267,12 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
 
     num: images; None: as many as x_T, images, labels or conditions are, or 1.
 
-    Raises ValueError at once where there is no table, for an unknown name; what else is wrong is in `problems`.
+    Raises RequestError at once where there is no table, for an unknown name; what else is wrong is in `problems`.
     """
     model, config = ddim.model, ddim.model.config
-    dtype, method = np.dtype(at_least_float32(model.dtype)), _method(request, inputs)
+    dtype = np.dtype(at_least_float32(model.dtype))
+    with _refusing(inputs):
+        method = _method(request, inputs)
     key = as_key(inputs.key)
     inputs = inputs._replace(key=key)
     problems: Problems = _edit_problems(request, inputs, method, ddim.sampler)
@@ -278,17 +280,18 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         sampler = request.sampler(ddim.sampler)
     except RequestError as error:
         sampler, problems = ddim.sampler, problems + error.problems
-    spacing = spacing_of(request, sampler, ddim.schedule.num_train_timesteps)
-    table = sampler_table(ddim.schedule, sampler, request.steps, np.float64, spacing)
-    if isinstance(spacing, str):
-        sampler = dataclasses.replace(sampler, spacing=spacing)
-    if request.strength is not None:
-        table = tail(table, request.strength)
     resampled = inputs.mask is not None and request.resample > 1
-    rows = method.rows(table, dtype)
-    if resampled and not problems:
-        rows = cast(repaint_table(table, request.resample, request.jump_length), dtype)
-    table = cast(table, dtype)
+    with _refusing(inputs):
+        spacing = spacing_of(request, sampler, ddim.schedule.num_train_timesteps)
+        table = sampler_table(ddim.schedule, sampler, request.steps, np.float64, spacing)
+        if isinstance(spacing, str):
+            sampler = dataclasses.replace(sampler, spacing=spacing)
+        if request.strength is not None:
+            table = tail(table, request.strength)
+        rows = method.rows(table, dtype)
+        if resampled and not problems:
+            rows = cast(repaint_table(table, request.resample, request.jump_length), dtype)
+        table = cast(table, dtype)
 
     given = inputs.x_T if inputs.images is None else inputs.images
     if num is None:
@@ -413,6 +416,17 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         problems=problems,
         schedule=ddim.schedule,
     )
+
+
+@contextlib.contextmanager
+def _refusing(inputs: Inputs) -> Iterator[None]:
+    """What is wrong with a name or a table becomes RequestError."""
+    try:
+        yield
+    except ValueError as error:
+        of = "sample" if inputs.images is None else "invert" if inputs.mask is None else "edit"
+        field = next((word for word in str(error).split() if word in Request.__annotations__), "steps")
+        raise RequestError([(field, str(error))], of) from error
 
 
 def limits(sampler: SamplerConfig, dtype: DTypeLike) -> dict[str, tuple[Array, Array]]:

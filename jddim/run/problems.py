@@ -104,8 +104,8 @@ def array_problems(
 
 
 def described(value: object) -> str:
-    """What is given in place of an array or a key: a number or text itself, else its type."""
-    if isinstance(value, (int, float, str, np.number)):
+    """What is given in place of what is asked for: None, a number or text itself, else its type."""
+    if value is None or isinstance(value, (int, float, str, np.number)):
         return repr(value)
     module, name = type(value).__module__.partition(".")[0], type(value).__name__
     return f"a {name}" if module == "builtins" else f"{module}'s {name}"
