@@ -21,7 +21,7 @@ from jddim.checkpoint.card import ALL_ZERO, sampler_line, schedule_line
 from jddim.checkpoint.folder import CheckpointError, check_destination, load_params, load_recorded, save_checkpoint
 from jddim.checkpoint.metadata import ClassifierMetadata, Metadata
 from jddim.config import ClassifierConfig, did_you_mean
-from jddim.converting import Located, Paths, UnsettledError, Verification, Warns
+from jddim.converting import Check, Located, Paths, UnsettledError, Verification, Warns
 from jddim.files import MOST_JSON, parse_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
 
@@ -52,6 +52,7 @@ def convert(
     verify: bool = True,
     overwrite: bool = False,
     say: Say = lambda line: None,
+    check: Check | None = None,
 ) -> Metadata | ClassifierMetadata:
     """Convert a PyTorch checkpoint into a jddim checkpoint folder: `jddim.convert`, whose docstring has the arguments.
 
@@ -69,6 +70,8 @@ def convert(
             error.command = shlex.join(["jddim", "convert", str(src), "DST", *words, *error.options])
         raise
     family, source, plan = opened.family, opened.source, opened.plan
+    if check is not None:
+        check(_metadata(plan, {}))
     with refusing(src):
         params = _params(family, source, plan)
     for line in opened.lines:
@@ -116,15 +119,20 @@ def convert(
         **({} if license is None else {"license": license.strip()}),
         **({"taken": source.taken} if source.taken else {}),
     }
+    whole = _metadata(plan, provenance)
     metadata: Metadata | ClassifierMetadata
-    if plan.schedule is None or plan.sampler is None:
-        classifier = ClassifierMetadata(of_wiring(plan.model, ClassifierConfig), provenance)
-        metadata = save_checkpoint(dst, params, classifier, overwrite=overwrite)
+    if isinstance(whole, Metadata):  # one call would be of neither type, to the checker
+        metadata = save_checkpoint(dst, params, whole, overwrite=overwrite)
     else:
-        sampled = Metadata(plan.model, plan.schedule, plan.sampler, provenance)
-        metadata = save_checkpoint(dst, params, sampled, overwrite=overwrite)
+        metadata = save_checkpoint(dst, params, whole, overwrite=overwrite)
     say(f"wrote {dst}")
     return metadata
+
+
+def _metadata(plan: Plan, provenance: dict[str, Any]) -> Metadata | ClassifierMetadata:
+    if plan.schedule is None or plan.sampler is None:
+        return ClassifierMetadata(of_wiring(plan.model, ClassifierConfig), provenance)
+    return Metadata(plan.model, plan.schedule, plan.sampler, provenance)
 
 
 def locate(

@@ -66,6 +66,9 @@ class Told(TypedDict, total=False):
     revision: str | None
 
 
+Check = Callable[["Metadata | ClassifierMetadata"], None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Verification:
     """What was compared of the Flax network and PyTorch's, and how far apart it was; its `str` is a table.
@@ -129,6 +132,7 @@ def convert(
     verify: bool = True,
     overwrite: bool = False,
     say: Callable[[str], None] | None = None,
+    check: Check | None = None,
 ) -> Metadata | ClassifierMetadata:
     """Convert a PyTorch checkpoint into a jddim checkpoint folder, for `jddim.load`. Nothing in the file is run.
 
@@ -145,6 +149,7 @@ def convert(
     networks on the same inputs and refuse where a block differs by more than 1e-4 of its scale; where PyTorch is not
     installed it is not done, which `say` is told and the metadata records. overwrite: replace `dst` if it is a jddim
     checkpoint. say: is given what is found, line by line, a `Warns` where it warns; `print`, say.
+    check: is given the configs before the weights are converted; what it raises ends the conversion.
 
     Returns the metadata written: the configs of model, schedule and sampler (a classifier's has the model's alone), and
     in `provenance` the source, all that was assumed and the verification's figures.
@@ -166,6 +171,7 @@ def convert(
         verify=verify,
         overwrite=overwrite,
         say=say or (lambda line: None),
+        check=check,
     )
     return metadata
 

@@ -42,12 +42,18 @@ _made: set[Path] = set()
 """The entries that this process took for other names."""
 
 
-def resolve(src: str | os.PathLike[str], say: Callable[[str], None] = to_stderr, **told: Unpack[Told]) -> Path:
+def resolve(
+    src: str | os.PathLike[str],
+    say: Callable[[str], None] = to_stderr,
+    *,
+    check: converting.Check | None = None,
+    **told: Unpack[Told],
+) -> Path:
     """The jddim folder of what names a checkpoint; a PyTorch source is converted into the cache if it is not there.
 
     src: a jddim folder; or, as `jddim.convert` takes it, a file, a folder or a hub id, also OWNER/NAME@REVISION; or a
     name of `jddim.presets`. What lies here comes before a hub id of the same name. told: arguments of `jddim.convert`.
-    say: is given what is found and assumed, line by line.
+    say: is given what is found and assumed, line by line. check: `jddim.convert`'s, if one is needed.
 
     Raises CheckpointError if there is nothing, or nowhere to keep the result; what `jddim.convert` raises, and
     UnsettledError with the command that settles it.
@@ -66,7 +72,7 @@ def resolve(src: str | os.PathLike[str], say: Callable[[str], None] = to_stderr,
         return path
     if not path.exists() and published(name) is None and converting.hub_id(name) is None:
         raise CheckpointError(f"no checkpoint at {name}{converting.not_asked(name) or converting.near(name)}")
-    folder = _converted(name, say, told)
+    folder = _converted(name, say, check, told)
     _made.add(folder)
     return folder
 
@@ -79,7 +85,7 @@ def forget(folder: Path) -> bool:
     return True
 
 
-def _converted(name: str, say: Callable[[str], None], told: Told) -> Path:
+def _converted(name: str, say: Callable[[str], None], check: converting.Check | None, told: Told) -> Path:
     from jddim.checkpoint.folder import CheckpointError
 
     root = cache.checkpoints()
@@ -100,7 +106,7 @@ def _converted(name: str, say: Callable[[str], None], told: Told) -> Path:
             return folder
         with _alone(root / f".{key}.lock", say):
             if not _usable(folder, name, say, alone=True):  # by now
-                _convert(name, found, folder, say, told)
+                _convert(name, found, folder, say, check, told)
                 same = False
                 with contextlib.suppress(OSError, converting.ConversionError):  # it is gone
                     again = found if found.hub_id is not None else converting.locate(name, **where)  # type: ignore[arg-type]
@@ -111,6 +117,8 @@ def _converted(name: str, say: Callable[[str], None], told: Told) -> Path:
                         f"{name} changed while it was converted, so the result is not kept; the same call converts it "
                         "again"
                     )
+                with atomic(cache.source_of(folder)) as staging:
+                    staging.write_text(os.path.abspath(name) if found.hub_id is None else name)
     except OSError as error:
         if error.filename is None or not Path(error.filename).is_relative_to(root):
             raise
@@ -121,7 +129,14 @@ def _converted(name: str, say: Callable[[str], None], told: Told) -> Path:
     return folder
 
 
-def _convert(name: str, found: Located, folder: Path, say: Callable[[str], None], told: Told) -> None:
+def _convert(
+    name: str,
+    found: Located,
+    folder: Path,
+    say: Callable[[str], None],
+    check: converting.Check | None,
+    told: Told,
+) -> None:
     source, options = name, {**told}
     head = [f"{name} is converted once, into {folder}"]
 
@@ -133,7 +148,7 @@ def _convert(name: str, found: Located, folder: Path, say: Callable[[str], None]
     if found.hub_id is not None:  # of the same commit, whatever the hub has by now
         source, options["revision"] = found.hub_id, found.commit
     try:
-        converting.convert(source, folder, overwrite=True, say=tell, **options)  # type: ignore[arg-type]
+        converting.convert(source, folder, overwrite=True, say=tell, check=check, **options)  # type: ignore[arg-type]
     except UnsettledError as error:
         said = f"{error}; convert it once: {error.command}, then name DST in place of {name}"
         raise UnsettledError(said, error.asks, error.options) from error

@@ -322,7 +322,7 @@ def test_labels_reach_the_network_one_an_image(ddim: jddim.DDIM) -> None:
     chex.assert_trees_all_close(padded, together, atol=1e-5)
     assert jnp.abs(conditional.sample(KEY, 3, labels=labels[::-1], eta=0.3) - together)[0].max() > 0.01
     for wrong, message in (
-        (None, r"class-conditional: give labels, one an image, integers in 0\.\.4"),
+        (None, r"class-conditional: give labels, one for all or one an image, integers in 0\.\.4"),
         ([1, 2], r"shape \(3,\), one an image, got \(2,\)"),
         ([1, 2, 5], r"lie in 0\.\.4, got 5"),
         ([-1, 2, 3], r"lie in 0\.\.4, got -1"),

@@ -151,7 +151,7 @@ def test_of_two_at_once_one_converts(kept: Path, conversions: list[str], monkeyp
     assert folders[0] == folders[1]
     assert lines[0] == "another process is converting the same: waiting for it"
     assert len(conversions) == 1
-    assert [path.name for path in kept.iterdir()] == [folders[0].name]  # no lock is left
+    assert {path.name for path in kept.iterdir()} == {folders[0].name, ".sources"}  # no lock is left
 
 
 def test_large_files_are_read_once(kept: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +266,7 @@ def test_every_command_takes_whatever_names_a_checkpoint(
     kept: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr(warmup, "_kept", lambda: True)
+    Path("a.npy").touch()
     assert "lsun_bedroom.pt, of openai/guided-diffusion" in fails(*command.replace("X", "guided-lsun-bedroom").split())
 
 
@@ -309,6 +310,35 @@ def test_what_a_file_needs_may_be_said_to_any_command(
     assert "--set takes KEY=VALUE, got 'x'" in fails("sample", source, "a.png", "--set", "x")
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        *(("sample S a.png", "a.png exists"), ("invert S x.npy x.npy", "x.npy exists")),
+        *(("interpolate S a.png", "a.png exists"), ("export S a.jddim", "a.jddim exists")),
+        *(("bulk S run --num 3", "run holds other things"), ("export-torch S a.png", "a.png exists")),
+        *(("edit S b.npy b.png --strength 1", "b.npy: No such file"), ("invert S b.npy y.npy", "b.npy: No such")),
+        ("sample S b.png", "class-conditional: give --labels, one for all or one an image, integers in 0..4"),
+        ("warmup S", "class-conditional: give --labels"),
+        ("sample S b.png --labels 1 --condition c.npy", "c.npy: No such file"),
+    ],
+)
+def test_what_a_command_lacks_is_said_before_a_conversion(
+    kept: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    def plan(*args: Any, check: converting.Check, **options: Any) -> None:
+        check(load_metadata(classes))
+        pytest.fail("it is converted")
+
+    classes = tiny.write_checkpoint(Path("classes"), class_embedding="learned", num_classes=5)
+    monkeypatch.setattr(converting, "convert", plan)
+    monkeypatch.setattr(warmup, "_kept", lambda: True)
+    source = write(Path("run/model.safetensors"))
+    kept.mkdir(parents=True)
+    for name in ("a.png", "x.npy", "a.jddim"):
+        Path(name).touch()
+    assert said in fails(*command.replace(" S", f" {source}").split())
+
+
 def test_the_cache_is_listed_and_emptied(
     kept: Path, conversions: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,7 +350,9 @@ def test_the_cache_is_listed_and_emptied(
     capsys.readouterr()
     assert main(["cache"]) == 0
     listed = capsys.readouterr().out
-    assert f"{folder.name}  from model.safetensors\n" in listed
+    assert f"{folder.name}  from {Path('run/model.safetensors').absolute()}\n" in listed
+    kept_inside = b"".join(filter(None, tiny.tree(folder).values()))
+    assert bytes(Path.cwd()) not in kept_inside  # a folder that is copied says nothing of this machine
     assert f"1.0 MB  {programs.name}  compiled programs\n" in listed
     assert main(["cache", "--empty", "programs"]) == 0
     assert (programs.exists(), folder.exists()) == (False, True)

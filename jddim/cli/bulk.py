@@ -151,6 +151,8 @@ def _bulk(args: argparse.Namespace) -> int:
         )
     if automatic:
         args.batch_size = read_manifest(args.out).bulk.batch_size if begun else 1
+    if not begun:
+        check_folder(args.out)
     metadata = checkpoint(args)
     asked = request_of(args, "bulk")
     request, used = asked.settled(metadata.sampler)
@@ -158,7 +160,6 @@ def _bulk(args: argparse.Namespace) -> int:
     if begun:
         read_manifest(args.out)
     else:
-        check_folder(args.out)
         # Another worker may be looking at the folder now: what is tried must look like a part of a shard.
         probe = args.out / ("shard-.npz" if args.format == "npz" else "shard-.png")
         check_output(probe, metadata.model.in_channels, overwrite=True)

@@ -67,6 +67,9 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _export_torch(args: argparse.Namespace) -> int:
+    from jddim.files import check_free
+
+    check_free(args.dst, overwrite=args.overwrite)
     name = converting.export_torch(resolved(args.ckpt, args), args.dst, args.format, overwrite=args.overwrite)
     print(f"wrote {args.dst} ({name})")
     return 0

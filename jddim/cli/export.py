@@ -48,6 +48,7 @@ def _export(args: argparse.Namespace) -> int:
         raise ValueError(f"--step is DDIM's, without guidance: leave out {names}")
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    check_output(args.out, formats={".jddim": "a sampler"}, overwrite=args.overwrite)
     metadata = checkpoint(args)
     check_output(args.out, metadata.model.in_channels, formats={".jddim": "a sampler"}, overwrite=args.overwrite)
 

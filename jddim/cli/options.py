@@ -6,9 +6,12 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
+import functools
 import hashlib
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jddim.config import printable
-from jddim.converting import Told, UnsettledError
+from jddim.converting import Check, Told, UnsettledError
 from jddim.run.request import ELSEWHERE, ONE_NETWORK, OWN, Request, RequestError, of_peers, options, taken_by
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from jddim.checkpoint.metadata import Metadata
+    from jddim.checkpoint.metadata import Metadata, Recorded
     from jddim.models.classifier import Classifier
     from jddim.pipeline import DDIM
     from jddim.run.plan import Plan
@@ -223,12 +226,15 @@ def told_of(args: argparse.Namespace) -> Told:
     }
 
 
-def resolved(named: str, args: argparse.Namespace) -> Path:
-    """The jddim folder of what names a checkpoint, which may first have to be converted, as the options say."""
+def resolved(named: str, args: argparse.Namespace, check: Check | None = None) -> Path:
+    """The jddim folder of what names a checkpoint, which may first have to be converted, as the options say.
+
+    check: `jddim.convert`'s.
+    """
     from jddim.resolving import resolve
 
     try:
-        return resolve(named, **told_of(args))
+        return resolve(named, check=check, **told_of(args))
     except UnsettledError as error:
         if not error.options:
             raise
@@ -243,11 +249,30 @@ def refuse_told(args: argparse.Namespace) -> None:
 
 
 def checkpoint(args: argparse.Namespace) -> Metadata:
-    """The metadata of CKPT, which is a jddim folder from here on."""
+    """The metadata of CKPT, a jddim folder from here on. What the command lacks is said before a conversion."""
     from jddim.checkpoint.folder import load_metadata
 
-    named, args.ckpt = args.ckpt, resolved(args.ckpt, args)
+    for name in ("images", "mask", "condition"):
+        if isinstance(path := getattr(args, name, None), Path) and not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    named, args.ckpt = args.ckpt, resolved(args.ckpt, args, functools.partial(_check_given, args))
     return load_metadata(args.ckpt, named)
+
+
+def _check_given(args: argparse.Namespace, metadata: Recorded) -> None:
+    """Raise RequestError for what the network needs beside x_t and the command line does not give."""
+    from jddim.checkpoint.metadata import Metadata
+    from jddim.run.problems import condition_problems, label_problems
+
+    if not isinstance(metadata, Metadata):
+        return
+    problems, model = [], metadata.model
+    if getattr(args, "labels", "") is None:
+        problems += label_problems(model, None, 1)
+    if getattr(args, "condition", "") is None:
+        problems += condition_problems(model, None, (getattr(args, "num", None) or 1, *model.image_size), "float32")
+    if problems:
+        raise RequestError(problems, "sample")
 
 
 def load_for(args: argparse.Namespace, request: Request, formats: Mapping[str, str]) -> DDIM:
@@ -255,6 +280,7 @@ def load_for(args: argparse.Namespace, request: Request, formats: Mapping[str, s
     import jddim
     from jddim.images import check_output
 
+    check_output(args.out, formats=formats, overwrite=args.overwrite)
     check_output(args.out, checkpoint(args).model.in_channels, formats=formats, overwrite=args.overwrite)
     return jddim.load(args.ckpt, dtype=request.dtype)
 
@@ -319,11 +345,13 @@ def one_line(error: BaseException) -> str:
 
 
 def _by_flag(problem: tuple[str, str]) -> str:
-    """A problem's sentence with the option's name in place of the field's."""
+    """A problem's sentence with the options' names in place of the fields'."""
     name, sentence = problem
     flags = FLAGS | {o.name: o.option.flag for o in options()}
-    rest = sentence.removeprefix(f"{name} ")
-    return sentence if rest == sentence or name not in flags else f"{flags[name]} {rest}"
+    begun = [own for own in flags if own == name or "_" in own]  # other fields' names are words, too
+    sentence = re.sub(rf"^({'|'.join(begun)})(?= )", lambda found: flags[found[1]], sentence)
+    asked = rf"\b(give|leave|needs) ({'|'.join(flags)})(?![.\w(])"
+    return re.sub(asked, lambda found: f"{found[1]} {flags[found[2]]}", sentence)
 
 
 FLAGS = {

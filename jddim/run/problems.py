@@ -328,7 +328,7 @@ def _label_problem(
         return None if labels is None else "this network has no classes: leave labels out"
     if labels is None:
         what = f"integers in 0..{classes - 1}" if kind == "learned" else f"for a {kind} embedding"
-        return f"{who}: give labels, one an image, {what}"
+        return f"{who}: give labels, one for all or one an image, {what}"
     shape = labels.shape
     if kind == "identity":
         fits = len(shape) == 2 and shape[0] == num

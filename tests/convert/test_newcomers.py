@@ -127,7 +127,7 @@ def test_a_hub_id_needs_one_command(hub: Path, capsys: pytest.CaptureFixture[str
         assert capsys.readouterr().err == f"{name}: converted before, {folder.absolute()}\n"
     assert jddim.load("someone/tiny", revision=COMMIT).metadata == load_metadata(folder)
     assert main(["cache"]) == 0
-    assert f"from someone/tiny diffusion_pytorch_model.safetensors {COMMIT}\n" in capsys.readouterr().out
+    assert f"from someone/tiny@{COMMIT}\n" in capsys.readouterr().out
 
 
 def test_offline_and_without_the_package_one_line_says_why(
