@@ -217,7 +217,7 @@ def test_a_nan_names_the_image_and_the_step(ddim: jddim.DDIM) -> None:
         ({"batch_size": "auto"}, ["batch_size must be a whole number, at least 1, or None; got 'auto'"]),
         ({"clip_range": (1.0, -1.0)}, ["low < high"]),
         ({"image_size": (5, 10)}, ["multiples of 2"]),
-        ({"x_T": np.zeros((3, 10, 6, 3), np.float32)}, ["x_T must have shape (3, 10, 6, 2)"]),
+        ({"x_T": np.zeros((3, 10, 6, 3), np.float32)}, ["x_T must have shape (3, 6, 10, 2)"]),
         ({"x_T": np.zeros((3, *SIZE, 2)), "eta": -1}, ["got float64: give x_T.astype('float32')", "eta must be"]),
         ({"x_T": [[1.0]]}, ["x_T must be an array of jax or NumPy, got a list: give numpy.asarray(x_T"]),
         ({"x_T": np.full((3, *SIZE, 2), np.nan, np.float32)}, ["x_T holds a NaN or infinity, first at (0, 0, 0, 0)"]),
@@ -434,6 +434,10 @@ def test_the_denoiser_and_its_conventions_are_what_sample_runs(ddim: jddim.DDIM)
 def test_an_x_T_of_pytorchs_layout_is_told(ddim: jddim.DDIM) -> None:
     with pytest.raises(ValueError, match=r"x_T looks like \(N, C, H, W\), got \(3, 2, 6, 10\): transpose it"):
         ddim.sample(x_T=np.zeros((3, 2, *SIZE), np.float32))
+    for shape in ((3, 2, 7, 11), (3, 1, *SIZE)):  # no sizes of the network's; nothing is said of halving 2 or 1
+        with pytest.raises(ValueError, match=r"sample: x_T must have shape \(3, 6, 10, 2\)") as raised:
+            ddim.sample(x_T=np.zeros(shape, np.float32))
+        assert "divide" not in str(raised.value)
 
 
 def test_a_notebook_shows_the_timetable_and_the_checkpoint() -> None:

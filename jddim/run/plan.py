@@ -33,7 +33,6 @@ from jddim.run.problems import (
     array_problems,
     as_numpy,
     batch_size_problems,
-    channels_first,
     classifier_problems,
     condition_problems,
     described,
@@ -305,7 +304,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         stand_in = np.zeros((1, *config.image_size, config.in_channels), dtype)  # so that the rest is looked at too
         inputs, given, num = inputs._replace(images=stand_in), None, 1
     height, width = config.image_size if request.image_size is None else request.image_size
-    if request.image_size is None and np.ndim(given) == 4 and not channels_first(given, config.in_channels):  # type: ignore[arg-type]
+    if request.image_size is None and np.ndim(given) == 4 and np.shape(given)[3] == config.in_channels:  # type: ignore[arg-type]
         height, width = np.shape(given)[1:3]  # type: ignore[arg-type]
     shape = (height, width, config.in_channels)
     asked_eta = inputs.eta if inputs.eta is not None else request.eta
