@@ -44,7 +44,7 @@ GROUPS = {
 
 EXAMPLES = """\
 examples:
-  jddim sample google/ddpm-cifar10-32 a.png    64 images of a model of the hub's
+  jddim sample google/ddpm-cifar10-32 a.png    of a hub id: needs the extra hub
   jddim sample ckpt.pth a.png      of a PyTorch file, which is converted once
   jddim info ckpt.pth              what the file is, and what it must be told
   jddim convert ckpt.pth mnist     a folder with the weights and their settings
