@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 import jddim
-from jddim.checkpoint.card import ALL_ZERO
+from jddim.checkpoint.card import ALL_ZERO, sampler_line, schedule_line
 from jddim.checkpoint.folder import (
     CheckpointError,
     check_destination,
@@ -28,15 +28,14 @@ from jddim.checkpoint.folder import (
     save_checkpoint,
 )
 from jddim.checkpoint.metadata import FIRST_STAGE, Metadata, PartMetadata
-from jddim.config import AutoencoderConfig, ClassifierConfig, did_you_mean, to_json
-from jddim.converting import Located, Paths, UnsettledError, Verification, Warns
+from jddim.config import AutoencoderConfig, ClassifierConfig, did_you_mean
+from jddim.converting import Check, Located, Paths, UnsettledError, Verification, Warns
 from jddim.files import MOST_JSON, parse_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
 
 from . import verify as verification
 from .engine import ConversionError, fill, refusing
 from .families import Family, Plan, Source
-from .families.base import of_wiring
 from .files.pickles import plain, printable
 from .files.readers import sha256
 from .files.shards import read_weights
@@ -61,6 +60,7 @@ def convert(
     verify: bool = True,
     overwrite: bool = False,
     say: Say = lambda line: None,
+    check: Check | None = None,
 ) -> Metadata | PartMetadata:
     """Convert a PyTorch checkpoint into a jddim checkpoint folder: `jddim.convert`, whose docstring has the arguments.
 
@@ -78,24 +78,29 @@ def convert(
             error.command = shlex.join(["jddim", "convert", str(src), "DST", *words, *error.options])
         raise
     stage = _first_stage(opened, autoencoder)
+    if check is not None:
+        check(_metadata(opened.plan, {}, stage and stage[0]))
     params, provenance = _converted(opened, src, dst, verify, say)
     if license is not None:
         provenance["license"] = license.strip()
-    plan = opened.plan
+    if stage is not None:
+        more, provenance["autoencoder"] = _beside(stage[1], dst, verify, say)
+        params |= {FIRST_STAGE + name: value for name, value in more.items()}
+    whole = _metadata(opened.plan, provenance, stage and stage[0])
     metadata: Metadata | PartMetadata
-    if plan.schedule is None or plan.sampler is None:
-        assert isinstance(plan.model, ClassifierConfig | AutoencoderConfig)
-        metadata = save_checkpoint(dst, params, PartMetadata(plan.model, provenance), overwrite=overwrite)
+    if isinstance(whole, Metadata):  # one call would be of neither type, to the checker
+        metadata = save_checkpoint(dst, params, whole, overwrite=overwrite)
     else:
-        sampled = Metadata(plan.model, plan.schedule, plan.sampler, provenance)
-        if stage is not None:
-            decoder, more, provenance["autoencoder"] = _beside(stage, dst, verify, say)
-            _check_latents(plan, decoder)
-            params |= {FIRST_STAGE + name: value for name, value in more.items()}
-            sampled = dataclasses.replace(sampled, autoencoder=decoder)
-        metadata = save_checkpoint(dst, params, sampled, overwrite=overwrite)
+        metadata = save_checkpoint(dst, params, whole, overwrite=overwrite)
     say(f"wrote {dst}")
     return metadata
+
+
+def _metadata(plan: Plan, provenance: dict[str, Any], stage: AutoencoderConfig | None) -> Metadata | PartMetadata:
+    if plan.schedule is None or plan.sampler is None:
+        assert isinstance(plan.model, ClassifierConfig | AutoencoderConfig)
+        return PartMetadata(plan.model, provenance)
+    return Metadata(plan.model, plan.schedule, plan.sampler, provenance, autoencoder=stage)
 
 
 def _converted(
@@ -151,47 +156,50 @@ def _converted(
     }
 
 
-def _first_stage(opened: _Opened, given: str | os.PathLike[str] | None) -> _Opened | Path | None:
-    """The first stage to put beside a network: a source of its own, what lies with the network, or a jddim folder."""
-    if given is None:
-        if opened.plan.latent and opened.stage is None:
-            raise ConversionError(
-                f"{opened.origin.file} is a network of latents, and its first stage does not lie with it; give that by "
-                "--autoencoder: a jddim checkpoint of it, its folder or its file"
-            )
-        return opened.stage
-    if opened.plan.sampler is None:
+def _first_stage(
+    opened: _Opened, given: str | os.PathLike[str] | None
+) -> tuple[AutoencoderConfig, _Opened | Path] | None:
+    """The first stage to put beside a network: its own source or jddim folder where given, else what lies with it.
+
+    Raises ConversionError if it has to be given and is not, or does not belong to the network.
+    """
+    plan = opened.plan
+    if given is not None and plan.sampler is None:
         raise ConversionError(f"{opened.origin.file} is not sampled, so takes no --autoencoder; leave it out")
-    if (Path(given) / "metadata").is_dir():
-        return Path(given)
-    stage = _open(find(given), None, {}, None, None)
-    if not isinstance(stage.plan.model, AutoencoderConfig):
-        raise ConversionError(f"--autoencoder {given} is no first stage: {stage.family.title}")
-    return stage
-
-
-def _beside(
-    stage: _Opened | Path, dst: object, verify: bool, say: Say
-) -> tuple[AutoencoderConfig, dict[str, np.ndarray], dict[str, Any]]:
-    """A first stage's config, parameters and provenance."""
+    if given is None and plan.latent and opened.stage is None:
+        raise ConversionError(
+            f"{opened.origin.file} is a network of latents, and its first stage does not lie with it; give that by "
+            "--autoencoder: a jddim checkpoint of it, its folder or its file"
+        )
+    stage: _Opened | Path | None = opened.stage
+    if given is not None:
+        stage = Path(given) if (Path(given) / "metadata").is_dir() else _open(find(given), None, {}, None, None)
+    if stage is None:
+        return None
     if isinstance(stage, Path):
         metadata = load_autoencoder_metadata(stage)
-        params = load_params(stage, metadata)
-        if isinstance(metadata, Metadata):
-            assert metadata.autoencoder is not None
-            return metadata.autoencoder, part_of(params, FIRST_STAGE), metadata.provenance["autoencoder"]
-        return of_wiring(metadata.model, AutoencoderConfig), params, metadata.provenance
-    params, provenance = _converted(stage, stage.origin.file, dst, verify, say)
-    return of_wiring(stage.plan.model, AutoencoderConfig), params, provenance
-
-
-def _check_latents(plan: Plan, stage: AutoencoderConfig) -> None:
-    """Raise ConversionError if a network does not sample the latents of a first stage."""
-    if plan.model.in_channels != stage.latent_channels:
+        config: Any = metadata.autoencoder if isinstance(metadata, Metadata) else metadata.model
+    else:
+        config = stage.plan.model
+    if not isinstance(config, AutoencoderConfig):
+        raise ConversionError(f"--autoencoder {given} is no first stage: {config.summary}")
+    if plan.model.in_channels != config.latent_channels:
         raise ConversionError(
-            f"the first stage has latents of {stage.latent_channels} channels, the network samples "
+            f"the first stage has latents of {config.latent_channels} channels, the network samples "
             f"{plan.model.in_channels}: they do not belong together"
         )
+    return config, stage
+
+
+def _beside(stage: _Opened | Path, dst: object, verify: bool, say: Say) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A first stage's parameters and provenance."""
+    if not isinstance(stage, Path):
+        return _converted(stage, stage.origin.file, dst, verify, say)
+    metadata = load_autoencoder_metadata(stage)
+    params = load_params(stage, metadata)
+    if isinstance(metadata, Metadata):
+        return part_of(params, FIRST_STAGE), metadata.provenance["autoencoder"]
+    return params, metadata.provenance
 
 
 def locate(
@@ -257,11 +265,9 @@ def describe(
         told_settings = _with_preset(family, preset, settings)
         plan = family.plan(source.tensors, contents, told_settings)
         _params(family, source, plan)
-        facts += [
-            f"  {name:<11} {to_json(part)}"
-            for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
-            if part is not None
-        ]
+        facts.append(f"  network     {plan.model.summary}")
+        facts += [] if plan.schedule is None else [f"  schedule    {schedule_line(plan.schedule)}"]
+        facts += [] if plan.sampler is None else [f"  sampler     {sampler_line(plan.sampler)}"]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
         asks = plan.asks
         if plan.unchecked:
@@ -284,10 +290,10 @@ def describe(
         command = []
     if command and (untold := [key for key, _, what in (ask.partition("=") for ask in asks) if what == "VALUE"]):
         facts.append(
-            f"  untold      {', '.join(untold)}: no tensor tells these; where --set leaves one out, the source's "
-            "default is assumed"
+            f"  untold      {', '.join(untold)}: no tensor tells these; the source's defaults are assumed, where no "
+            "--set says otherwise"
         )
-    options += [part for ask in asks for part in ("--set", ask)]
+    options += [part for ask in asks if not ask.endswith("=VALUE") for part in ("--set", ask)]
     return [
         f"{src}: {family.title}",
         *([f"  file        {origin.choice}"] if origin.choice else []),
@@ -565,7 +571,8 @@ def _flags(text: str) -> dict[str, Any]:
 
 def _weights(source: Source) -> str:
     step = "" if source.step is None else f", step {source.step:,}"
-    return source.weights + step + (f" ({source.note})" if source.note else "")
+    kind = "one set, which nothing calls ema or raw" if source.weights == "unstated" else source.weights
+    return kind + step + (f" ({source.note})" if source.note else "")
 
 
 def _taken(source: Source) -> str:

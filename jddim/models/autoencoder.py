@@ -21,9 +21,9 @@ from jddim.models.unet import Level, Middle
 
 
 class Moments(NamedTuple):
-    """The Gaussian of z at each pixel, unscaled: mean and log-variance `(b, h, w, latent_channels)`, the latter clamped.
+    """The Gaussian of z at each pixel, unscaled: mean and log-variance, `(b, h, w, latent_channels)` each.
 
-    To -30..20, as in the sources. Of a VQModel the mean is all there is, and logvar is None.
+    The latter is clamped to -30..20, as in the sources. Of a VQModel the mean is all there is, and logvar is None.
     """
 
     mean: Array
@@ -111,7 +111,7 @@ class Autoencoder(nnx.Module):
         return z
 
     def moments(self, images: Array) -> Moments:
-        """The encoder's Gaussian, unscaled, for images `(b, h, w, in_channels)` in [-1, 1]; what raises: as `encode`."""
+        """The encoder's Gaussian, unscaled, for images `(b, h, w, in_channels)`, as `encode` takes them."""
         moments = _last(self._encoded(images)).astype(images.dtype)
         if self.config.num_codes is not None:
             return Moments(moments, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -34,7 +34,6 @@ from jddim.run.problems import (
     array_problems,
     as_numpy,
     batch_size_problems,
-    channels_first,
     classifier_problems,
     condition_problems,
     described,
@@ -295,10 +294,12 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
 
     num: images; None: as many as x_T, images, labels or conditions are, or 1.
 
-    Raises ValueError at once where there is no table, for an unknown name; what else is wrong is in `problems`.
+    Raises RequestError at once where there is no table, for an unknown name; what else is wrong is in `problems`.
     """
     model, config = ddim.model, ddim.model.config
-    dtype, method = np.dtype(at_least_float32(model.dtype)), _method(request, inputs)
+    dtype = np.dtype(at_least_float32(model.dtype))
+    with _refusing(inputs):
+        method = _method(request, inputs)
     key = as_key(inputs.key)
     inputs = inputs._replace(key=key)
     problems: Problems = _edit_problems(request, inputs, method, ddim.sampler)
@@ -306,17 +307,18 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         sampler = request.sampler(ddim.sampler)
     except RequestError as error:
         sampler, problems = ddim.sampler, problems + error.problems
-    spacing = spacing_of(request, sampler, ddim.schedule.num_train_timesteps)
-    table = sampler_table(ddim.schedule, sampler, request.steps, np.float64, spacing)
-    if isinstance(spacing, str):
-        sampler = dataclasses.replace(sampler, spacing=spacing)
-    if request.strength is not None:
-        table = tail(table, request.strength)
     resampled = inputs.mask is not None and request.resample > 1
-    rows = method.rows(table, dtype)
-    if resampled and not problems:
-        rows = cast(repaint_table(table, request.resample, request.jump_length), dtype)
-    table = cast(table, dtype)
+    with _refusing(inputs):
+        spacing = spacing_of(request, sampler, ddim.schedule.num_train_timesteps)
+        table = sampler_table(ddim.schedule, sampler, request.steps, np.float64, spacing)
+        if isinstance(spacing, str):
+            sampler = dataclasses.replace(sampler, spacing=spacing)
+        if request.strength is not None:
+            table = tail(table, request.strength)
+        rows = method.rows(table, dtype)
+        if resampled and not problems:
+            rows = cast(repaint_table(table, request.resample, request.jump_length), dtype)
+        table = cast(table, dtype)
 
     given = inputs.x_T if inputs.images is None else inputs.images
     if num is None:
@@ -332,7 +334,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     stage = None if ddim.autoencoder is None else ddim.autoencoder.config
     factor = 1 if stage is None else stage.size_factor
     height, width = config.image_size if request.image_size is None else request.image_size
-    if request.image_size is None and np.ndim(given) == 4 and not channels_first(given, config.in_channels):  # type: ignore[arg-type]
+    if request.image_size is None and np.ndim(given) == 4 and np.shape(given)[3] == config.in_channels:  # type: ignore[arg-type]
         height, width = np.shape(given)[1:3]  # type: ignore[arg-type]
     if stage is not None and (request.image_size is not None or inputs.images is not None):  # these are in pixels
         problems += latent_problems(stage, (height, width))
@@ -452,6 +454,17 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         decodes=stage is not None and not request.latents and not isinstance(method, Inversion),
         decode_batch=request.decode_batch,
     )
+
+
+@contextlib.contextmanager
+def _refusing(inputs: Inputs) -> Iterator[None]:
+    """What is wrong with a name or a table becomes RequestError."""
+    try:
+        yield
+    except ValueError as error:
+        of = "sample" if inputs.images is None else "invert" if inputs.mask is None else "edit"
+        field = next((word for word in str(error).split() if word in Request.__annotations__), "steps")
+        raise RequestError([(field, str(error))], of) from error
 
 
 def limits(sampler: SamplerConfig, dtype: DTypeLike) -> dict[str, tuple[Array, Array]]:
