@@ -28,7 +28,7 @@ from jddim.checkpoint.folder import (
     save_checkpoint,
 )
 from jddim.checkpoint.metadata import FIRST_STAGE, Metadata, PartMetadata
-from jddim.config import AutoencoderConfig, ClassifierConfig, did_you_mean
+from jddim.config import AutoencoderConfig, ClassifierConfig, ModelConfig, did_you_mean
 from jddim.converting import Check, Located, Paths, UnsettledError, Verification, Warns
 from jddim.files import MOST_JSON, parse_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
@@ -71,7 +71,7 @@ def convert(
         raise ConversionError(f"a licence is a line of 1 to 200 characters, such as MIT; got {license[:50]!r}")
     origin = find(src, weights, variant, revision)
     try:
-        opened = _open(origin, config, settings or {}, preset, weights)
+        opened = _open(origin, config, settings or {}, preset, weights, alone=autoencoder is not None)
     except UnsettledError as error:
         if error.options:
             words = _words(config, settings or {}, preset, weights, variant, revision)
@@ -203,12 +203,21 @@ def _beside(stage: _Opened | Path, dst: object, verify: bool, say: Say) -> tuple
 
 
 def locate(
-    src: str | os.PathLike[str], config: Paths | None, weights: str | None, variant: str | None, revision: str | None
+    src: str | os.PathLike[str],
+    config: Paths | None,
+    weights: str | None,
+    variant: str | None,
+    revision: str | None,
+    autoencoder: str | os.PathLike[str] | None,
 ) -> Located:
     """Where a source's files are: `jddim.converting.locate`."""
     origin = find(src, weights, variant, revision)
+    stage: list[Path] = []
+    if autoencoder is not None:
+        own = Path(autoencoder) / "metadata" / "metadata"
+        stage = [own] if own.is_file() else files_read(find(autoencoder))
     name = (origin.hub_id or os.path.abspath(src)).rstrip("/").rpartition("/")[2]
-    return Located(name, (*files_read(origin), *_given(config)), origin.hub_id, origin.commit)
+    return Located(name, (*files_read(origin), *_given(config), *stage), origin.hub_id, origin.commit)
 
 
 def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Paths | None = None) -> Verification:
@@ -230,15 +239,23 @@ def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Pa
     else:
         commit = facts.get("commit") if str(src) == facts.get("hub_id") else None
         origin = find(src, kind, facts.get("variant"), commit)
+    expected: ModelConfig | None = metadata.model
+    begins, stage = "", provenance.get("autoencoder") or {}
     if (actual := origin.sha256()) != recorded:
-        raise ConversionError(
-            f"{ckpt} was not converted from {src}: its source has SHA-256 {recorded}, this file has {actual}"
-        )
+        if actual != stage.get("source", {}).get("sha256") or not isinstance(metadata, Metadata):
+            raise ConversionError(
+                f"{ckpt} was not converted from {src}: its source has SHA-256 {recorded}, this file has {actual}"
+            )
+        provenance, begins, expected, kind = stage, FIRST_STAGE, metadata.autoencoder, None
     opened = _open(origin, config, provenance.get("set", {}), None, provenance.get("taken") or kind)
-    family, source, plan = opened.family, opened.source, opened.plan
-    if plan.model != metadata.model:
-        raise ConversionError(f"{ckpt} and {src} disagree about the model: {metadata.model} and {plan.model}")
-    return _verify(family, source, plan, params)
+    if opened.plan.model != expected:
+        raise ConversionError(f"{ckpt} and {src} disagree about the model: {expected} and {opened.plan.model}")
+    result = _verify(opened.family, opened.source, opened.plan, part_of(params, begins))
+    if (beside := opened.stage) is None or beside.plan.model != metadata.networks.get(FIRST_STAGE):
+        return result
+    more = _verify(beside.family, beside.source, beside.plan, part_of(params, FIRST_STAGE))
+    blocks = {FIRST_STAGE + name: error for name, error in more.blocks.items()} | dict(result.blocks)
+    return dataclasses.replace(result, blocks=blocks)
 
 
 def describe(
@@ -249,6 +266,7 @@ def describe(
     weights: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    autoencoder: str | os.PathLike[str] | None = None,
 ) -> list[str]:
     """What a PyTorch source is, what its conversion would need, and the command for it. Runs nothing in the file."""
     settings = settings or {}
@@ -274,6 +292,11 @@ def describe(
             facts.append(f"  told        not checked by the file: {_pairs(plan.unchecked, told_settings)}")
         facts += [f"  note        {note}" for note in plan.notes]
         facts += [f"  WARNING     {warning}" for warning in plan.warnings]
+        if plan.sampler is not None:
+            lies = found.stage[1].taken if found.stage is not None else family.beside(origin.file)
+            given = autoencoder or ("SRC" if plan.latent and lies is None else None)
+            facts += [f"  first stage {given or lies}"] if given or lies else []
+            options += ["--autoencoder", str(given)] if given else []
     except UnsettledError as error:
         facts.append(f"  needs       {error}")
         fitting, more, misfit = _way_on(error, family, source, contents, preset, settings)
@@ -331,18 +354,32 @@ def _read(origin: Origin, name: str, weights: str | None) -> Recognised:
 
 
 def _open(
-    origin: Origin, config: Paths | None, settings: Mapping[str, str], preset: str | None, weights: str | None
+    origin: Origin,
+    config: Paths | None,
+    settings: Mapping[str, str],
+    preset: str | None,
+    weights: str | None,
+    *,
+    alone: bool = False,
 ) -> _Opened:
+    """alone: without the first stage that lies with it."""
     found = _read(origin, str(origin.file), weights)
     opened = _understood(found.family, found.source, origin, config, settings, preset, weights)
-    if opened.plan.sampler is None:
+    folder = opened.family.beside(origin.file)
+    if alone or opened.plan.sampler is None or (found.stage is None and folder is None):
         return opened
-    if found.stage is not None:
-        stage = _understood(*found.stage, origin, config, {}, None, None)
-    elif (folder := opened.family.beside(origin.file)) is not None:
-        stage = _open(find(folder), None, {}, None, None)
-    else:
-        return opened
+    try:
+        if found.stage is not None:
+            stage = _understood(*found.stage, origin, config, {}, None, None)
+        else:
+            stage = _open(find(str(folder)), None, {}, None, None)
+    except UnsettledError as error:
+        where = origin.file if folder is None else folder
+        taken = "" if found.stage is None else f" --weights {found.stage[1].taken}"
+        raise ConversionError(
+            f"{error}. This is of the first stage: convert it first, jddim convert {where} STAGE{taken} "
+            f"{shlex.join(error.options)}, then give --autoencoder STAGE"
+        ) from error
     return dataclasses.replace(opened, stage=stage)
 
 

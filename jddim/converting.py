@@ -64,6 +64,7 @@ class Told(TypedDict, total=False):
     weights: str | None
     variant: str | None
     revision: str | None
+    autoencoder: str | os.PathLike[str] | None
 
 
 Check = Callable[["Metadata | PartMetadata"], None]
@@ -128,6 +129,7 @@ def convert(
     weights: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    autoencoder: str | os.PathLike[str] | None = None,
     license: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
@@ -136,7 +138,8 @@ def convert(
 ) -> Metadata | PartMetadata:
     """Convert a PyTorch checkpoint into a jddim checkpoint folder, for `jddim.load`. Nothing in the file is run.
 
-    A classifier's, of guided-diffusion, is for `jddim.load_classifier`.
+    A classifier's, of guided-diffusion, is for `jddim.load_classifier`; a first stage's (AutoencoderKL, VQModel) for
+    `jddim.load_autoencoder`, or to be put beside a network of its latents.
 
     src: a checkpoint file, a folder that a family knows (a run's with `ckpt.pth`, a diffusers pipeline's), or a hub id,
     `google/ddpm-cifar10-32`. dst: the folder to write, whole or not at all. config: the source's config file or files;
@@ -145,9 +148,10 @@ def convert(
     takes. preset: a published model's name, `"guided-256"`, which stands for all of its settings; `settings` override
     it. weights: "ema", "raw", or where they lie in the file, `"state_dict.model"`, as `info` and errors about them list
     it; None takes the EMA's where there are any. variant: which of a folder's files, such as "fp16".
-    revision: branch, tag or commit of a hub id. license: the weights', recorded; no file tells it. verify: run both
-    networks on the same inputs and refuse where a block differs by more than 1e-4 of its scale; where PyTorch is not
-    installed it is not done, which `say` is told and the metadata records. overwrite: replace `dst` if it is a jddim
+    revision: branch, tag or commit of a hub id. autoencoder: the first stage of a network of latents, where it does not
+    lie with it: a jddim folder, or a source as `src`. license: the weights', recorded; no file tells it. verify: run
+    both networks on the same inputs and refuse where a block differs by more than 1e-4 of its scale; without PyTorch it
+    is not done, which `say` is told and the metadata records. overwrite: replace `dst` if it is a jddim
     checkpoint. say: is given what is found, line by line, a `Warns` where it warns; `print`, say.
     check: is given the configs before the weights are converted; what it raises ends the conversion.
 
@@ -167,6 +171,7 @@ def convert(
         weights=weights,
         variant=variant,
         revision=revision,
+        autoencoder=autoencoder,
         license=license,
         verify=verify,
         overwrite=overwrite,
@@ -204,13 +209,13 @@ def info(
     weights: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    autoencoder: str | os.PathLike[str] | None = None,
 ) -> list[str]:
     """What a checkpoint is, in the lines that `jddim info` prints. Nothing in a file is run.
 
     path: a jddim folder, of which the lines are a card of what is known; or a PyTorch source as `convert` takes it, of
     which they are its family, weights and parameters, what its conversion would assume or still need, and the command
-    for it. weights: of a PyTorch source, as `convert` takes them; config, settings, preset, variant, revision: so, too.
-    The lines are for people, and may change; what they quote of a file is as it stands there, control characters
+    for it. The other arguments: of a PyTorch source, as `convert` takes them. The lines are for people, and may change; what they quote of a file is as it stands there, control characters
     included.
 
     Raises ConversionError if no family knows the source, CheckpointError if a jddim folder is damaged; of a PyTorch
@@ -228,6 +233,7 @@ def info(
         weights=weights,
         variant=variant,
         revision=revision,
+        autoencoder=autoencoder,
     )
     return described
 
@@ -293,12 +299,13 @@ def locate(
     weights: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    autoencoder: str | os.PathLike[str] | None = None,
 ) -> Located:
     """Where the files of a source lie; those of a hub id are fetched. The arguments are `convert`'s.
 
     Raises ConversionError if there are none, ModuleNotFoundError where what `jddim[convert-core]` installs is missing.
     """
-    found: Located = _part("conversion").locate(src, config, weights, variant, revision)
+    found: Located = _part("conversion").locate(src, config, weights, variant, revision, autoencoder)
     return found
 
 

@@ -94,7 +94,7 @@ def _converted(name: str, say: Callable[[str], None], check: converting.Check | 
             f"{name} must be converted, and there is no cache to keep the result in (JDDIM_CACHE is empty): jddim "
             f"convert {name} DST, then name DST in place of {name}"
         )
-    where = {option: told.get(option) for option in ("config", "weights", "variant", "revision")}
+    where = {option: told.get(option) for option in ("config", "weights", "variant", "revision", "autoencoder")}
     found: Located = converting.locate(name, **where)  # type: ignore[arg-type]
     try:
         root.mkdir(parents=True, exist_ok=True)

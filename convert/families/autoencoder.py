@@ -30,6 +30,7 @@ from .values import (
     one_of,
     parse,
     positive,
+    section,
     settling,
     sides,
     whole,
@@ -198,7 +199,7 @@ _NO_MATTER = ("_class_name", "_name_or_path", "force_upcast", "lookup_from_codeb
 def _filed(config: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str], list[str]]:
     """The settings of diffusers' `config.json` or CompVis' YAML; the keys that are not read; what is refused."""
     entries: Mapping[str, Any] = config or {}
-    if isinstance(params := _inner(entries, "model", "params"), Mapping):
+    if params := section(entries, "model", "params"):
         return _of_compvis(params), [], []
     problems = []
     kind = entries.get("_class_name")
@@ -216,17 +217,11 @@ def _filed(config: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str],
     return told, [k for k in entries if k not in told and k not in skipped and not k.startswith("_diffusers")], problems
 
 
-def _inner(entries: Any, *keys: str) -> Any:
-    for key in keys:
-        entries = entries.get(key) if isinstance(entries, Mapping) else None
-    return entries
-
-
 def _of_compvis(params: Mapping[str, Any]) -> dict[str, Any]:
     """A first stage's own config, or what one of the whole model says of it, under diffusers' names."""
-    whole_model = isinstance(params.get("first_stage_config"), Mapping)
-    own = _mapping(_inner(params, "first_stage_config", "params") if whole_model else params)
-    shape = _mapping(own.get("ddconfig"))
+    whole_model = "first_stage_config" in params
+    own = section(params, "first_stage_config", "params") if whole_model else params
+    shape = section(own, "ddconfig")
     names = {"resolution": "sample_size", "num_res_blocks": "layers_per_block", "out_ch": "out_channels"}
     names |= {"in_channels": "in_channels", "z_channels": "latent_channels"}
     told = {ours: shape[theirs] for theirs, ours in names.items() if theirs in shape}
@@ -240,10 +235,6 @@ def _of_compvis(params: Mapping[str, Any]) -> dict[str, Any]:
     if whole_model and not params.get("scale_by_std"):
         told["scaling_factor"] = params.get("scale_factor", 1.0)  # LatentDiffusion's default
     return told
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, str]) -> Plan:

@@ -63,8 +63,8 @@ class Plan:
     warnings: of that, what makes the samples wrong if it is not so. asks: the settings that neither the tensors nor the
     user told, that runs of the source differ in, and that a default stands for: KEY=VALUE (`values.asking`). unchecked:
     the settings that the user gave and that the tensors would not contradict if they were wrong; how to sample is none
-    of either. schedule, sampler: None of a classifier and of a first stage. latent: the source says that what is sampled
-    are a first stage's latents.
+    of either. schedule, sampler: None of a classifier and of a first stage. latent: by the source, what is sampled are
+    latents.
     reference_options: what `Family.reference` needs beside the model's config to load these tensors; kept in the
     checkpoint's provenance, for the way back. wording: of schedule and sampler. implied: tensors that the source's
     network has the effect of, and its file not, or with other numbers in it: they take the place of the file's.

@@ -28,7 +28,7 @@ from ..rules import Fused, Rules, Target
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, checked, of_wiring
 from .tensors import Tensors, check_tensors, common_size
-from .values import asking, is_integer, not_read, number, parse, sections, settling, whole
+from .values import asking, is_integer, not_read, number, parse, section, sections, settling, whole
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
@@ -287,26 +287,10 @@ def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) ->
 
 
 def _of_compvis(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """A latent-diffusion config as flags: other names, and attention by factors of downsampling. Any other as it is.
-
-    Raises ConversionError if it names a first stage: its network is one of latents.
-    """
-
-    def at(*keys: str) -> Mapping[str, Any]:
-        found: Any = config
-        for key in keys:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found if isinstance(found, Mapping) else {}
-
-    network, outer = at("model", "params", "unet_config", "params"), at("model", "params")
+    """A latent-diffusion config as flags: other names, and attention by factors of downsampling. Any other as it is."""
+    network, outer = section(config, "model", "params", "unet_config", "params"), section(config, "model", "params")
     if not network:
         return config
-    stage = str(at("model", "params", "first_stage_config").get("target", "IdentityFirstStage"))
-    if not stage.endswith("IdentityFirstStage"):
-        raise ConversionError(
-            f"the config names a first stage ({printable(stage, 60)}), so this is a network of latents, for which "
-            "jddim has no decoder yet"
-        )
     if (predicted := outer.get("parameterization", "eps")) not in ("eps", "x0"):
         raise ConversionError(f"the config's parameterization must be eps or x0, got {printable(str(predicted), 60)}")
     flags = {key: value for key, value in network.items() if key in SETTINGS and key != "attention_resolutions"}
@@ -316,6 +300,12 @@ def _of_compvis(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     told = {"num_channels": network.get("model_channels"), "diffusion_steps": outer.get("timesteps")}
     flags |= {key: value for key, value in told.items() if value is not None}
     return flags | {"predict_xstart": predicted == "x0", "rescale_timesteps": False}
+
+
+def _samples_latents(config: Mapping[str, Any] | None) -> bool:
+    """Whether a latent-diffusion config names a first stage."""
+    stage = section(config, "model", "params", "first_stage_config")
+    return not str(stage.get("target", "IdentityFirstStage")).endswith("IdentityFirstStage")
 
 
 def _spelled(value: Any) -> str:
@@ -393,6 +383,19 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         timestep_scale=1000 / T if rescale else 1.0,
         variance="learned_range" if learned else "fixed_small" if small else "fixed_large",
     )
+    notes = _notes(told)
+    if latent := _samples_latents(config):  # its own DDIM: t + 1, to alpha_bar_0, nothing is clipped
+        sampler = dataclasses.replace(
+            sampler,
+            spacing="leading",
+            num_steps=min(50, T),
+            steps_offset=1,
+            set_alpha_to_one=False,
+            clip=told.get("clip_denoised", False),
+            rederive_eps=False,
+            variance="fixed_small",
+        )
+        notes = (*notes, "steps as latent-diffusion's DDIM takes them, where S divides T; else it takes more than S")
     return Plan(
         model,
         schedule,
@@ -400,7 +403,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         rules(model, use_new_attention_order=new_order),
         {} if betas is None else {"betas": "no parameter; the noise schedule is taken from it"},
         tuple(assumed),
-        (*_notes(told), *not_read(sections(_of_compvis(config), SETTINGS)[1])),
+        (*notes, *not_read(sections(_of_compvis(config), SETTINGS)[1])),
         asks=asking(_asked(told, T, betas is not None, one_head=one_head), told),
         unchecked=unchecked(told, given, betas is not None),
         reference_options={"use_new_attention_order": new_order},
@@ -415,6 +418,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
                 "rescale_timesteps": str(rescale),
             },
         ),
+        latent=latent,
     )
 
 

@@ -40,6 +40,13 @@ def parse(
     return parsed, problems
 
 
+def section(config: Any, *keys: str) -> Mapping[str, Any]:
+    """What a config has under these keys, one in the other; {} if there is no section."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config if isinstance(config, Mapping) else {}
+
+
 _ELSEWHERE = ("training", "train", "optim", "optimizer", "sampling", "ema")
 """Sections of a config that are not on the network and its schedule, whatever their keys are called."""
 

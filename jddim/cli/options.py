@@ -206,6 +206,11 @@ def source_options(sub: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--variant", metavar="NAME", help="such as fp16: which of a folder's weights")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
+    group.add_argument(
+        "--autoencoder",
+        metavar="SRC",
+        help="the first stage of a network of latents, where it does not lie with it: a jddim folder, file or hub id",
+    )
 
 
 def told_of(args: argparse.Namespace) -> Told:
@@ -223,6 +228,7 @@ def told_of(args: argparse.Namespace) -> Told:
         "weights": args.weights,
         "variant": args.variant,
         "revision": args.revision,
+        "autoencoder": args.autoencoder,
     }
 
 
