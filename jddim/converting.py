@@ -215,8 +215,8 @@ def info(
 
     path: a jddim folder, of which the lines are a card of what is known; or a PyTorch source as `convert` takes it, of
     which they are its family, weights and parameters, what its conversion would assume or still need, and the command
-    for it. The other arguments: of a PyTorch source, as `convert` takes them. The lines are for people, and may change; what they quote of a file is as it stands there, control characters
-    included.
+    for it. The other arguments: of a PyTorch source, as `convert` takes them. The lines are for people, and may change;
+    what they quote of a file is as it stands there, control characters included.
 
     Raises ConversionError if no family knows the source, CheckpointError if a jddim folder is damaged; of a PyTorch
     source, ModuleNotFoundError where what `jddim[convert-core]` installs is missing.
@@ -253,11 +253,10 @@ def _folder(path: str | os.PathLike[str]) -> tuple[Metadata | PartMetadata, int]
     """A jddim folder's metadata and its number of parameters; None for what is no such folder."""
     if not (Path(path) / "metadata").is_dir():
         return None
-    from jddim.checkpoint.folder import load_recorded
-    from jddim.models.building import abstract_model, flat_params
+    from jddim.checkpoint.folder import load_recorded, shapes_of
 
     metadata = load_recorded(path)
-    return metadata, sum(leaf.size for leaf in flat_params(abstract_model(metadata.model)).values())
+    return metadata, sum(leaf.size for leaf in shapes_of(metadata).values())
 
 
 def export_torch(

@@ -83,7 +83,7 @@ class EditOptions(Common, total=False):
     variance: str | None
     noise: Images | None
     start: int
-    decode_batch: int
+    decode_batch: int | None
 
 
 class SampleOptions(EditOptions, total=False):
@@ -91,7 +91,7 @@ class SampleOptions(EditOptions, total=False):
 
     x_T: Images | None
     image_size: tuple[int, int] | None
-    latents: bool
+    latents: bool | None
     on_segment: Callable[[Preview], object] | None
 
 

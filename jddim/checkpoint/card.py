@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from jddim.checkpoint.metadata import Metadata, Recorded
-from jddim.config import SamplerConfig, ScheduleConfig, to_json
+from jddim.config import AutoencoderConfig, ClassifierConfig, SamplerConfig, ScheduleConfig, to_json
 
 NAME = "README.md"
 ALL_ZERO = "its output is all zero: untrained?"
@@ -23,7 +23,13 @@ def card(metadata: Recorded, parameters: int) -> str:
     facts = metadata.provenance
     trained = "training" in facts
     sampled = isinstance(metadata, Metadata)
-    kind = "diffusion model's checkpoint" if sampled else "classifier of noisy images, which guides a diffusion model,"
+    kind = (
+        "diffusion model's checkpoint"
+        if sampled
+        else "classifier of noisy images, which guides a diffusion model,"
+        if isinstance(metadata.model, ClassifierConfig)
+        else "first stage, which makes images of a diffusion model's latents,"
+    )
     lines = [
         f"# {_code(_title(metadata))}",
         "",
@@ -38,6 +44,7 @@ def card(metadata: Recorded, parameters: int) -> str:
         f"- licence: {_code(facts['license']) if facts.get('license') else 'not stated'}",
         *(_trained(facts) if trained else _converted(facts)),
         f"- network: {metadata.model.summary}; {parameters:,} parameters",
+        *([] if (stage := _stage(metadata)) is None else [f"- its latents: of {stage.summary}"]),
         *_conventions(metadata),
         *_list("assumed", facts.get("assumed") or ()),
         *_list("WARNING", facts.get("warnings") or ()),
@@ -60,12 +67,18 @@ def lines(metadata: Recorded, parameters: int) -> list[str]:
         summaries = {"schedule": schedule_line(metadata.schedule), "sampler": sampler_line(metadata.sampler)}
         for name, summary in summaries.items():
             facts += [(name, summary), *([(source, _worded(wording[name], told))] if wording.get(name) else [])]
+        if metadata.autoencoder is not None:
+            facts.append(("latents", f"of {metadata.autoencoder.summary}"))
     else:
-        facts.append(("guides", _command(metadata)))
+        facts.append(("used by", _command(metadata)))
     for name, value in {**provenance, "license": provenance.get("license") or "not stated"}.items():
         match name, value:
             case "ignored" | "reference_options", _:  # for machines
                 continue
+            case "autoencoder", {**own}:
+                kept = ("family", "source", "assumed", "weights")
+                compared = _compared(own.get("verification") or {})
+                value = [_text({key: own[key] for key in kept if own.get(key)})] + [compared] * bool(compared)
             case "unchecked", [*names]:
                 value = [f"{_text(each)}: told, not checked by the file" for each in names]
             case "verification", {"skipped": True, **rest}:
@@ -75,6 +88,10 @@ def lines(metadata: Recorded, parameters: int) -> list[str]:
         items = value if isinstance(value, list) else [value]
         facts += [(name, _text(item)) for item in items if item not in (None, {})]
     return [f"{name:<15} {text}" for name, text in [*facts, ("sha256", metadata.sha256)]]
+
+
+def _stage(metadata: Recorded) -> AutoencoderConfig | None:
+    return metadata.autoencoder if isinstance(metadata, Metadata) else None
 
 
 def _text(value: Any) -> str:
@@ -146,8 +163,10 @@ def _worded(facts: Mapping[str, str], told: Mapping[str, str]) -> str:
 
 
 def _command(metadata: Recorded) -> str:
-    """How it is used: with the options that a network with classes needs; a classifier beside what it guides."""
+    """How it is used: with the options that a network with classes needs; a part beside the network that it serves."""
     classes, null_label = metadata.model.num_classes, metadata.null_label
+    if isinstance(metadata.model, AutoencoderConfig):
+        return "jddim convert NETWORK DST --autoencoder CKPT"
     if not isinstance(metadata, Metadata):
         return "jddim sample MODEL samples.png --labels 0 --classifier CKPT --classifier-scale 1"
     if classes is None:

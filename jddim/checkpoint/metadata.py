@@ -134,6 +134,21 @@ class Metadata(Recorded):
         """The network, and the first stage where there is one."""
         return super().networks | ({} if self.autoencoder is None else {FIRST_STAGE: self.autoencoder})
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the images that `sample` makes."""
+        height, width = self.model.image_size
+        if self.autoencoder is None:
+            return height, width, self.model.in_channels
+        factor = self.autoencoder.size_factor
+        return height * factor, width * factor, self.autoencoder.out_channels
+
+    def sampled_size(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """(height, width) of x_t for images of this size, or of the checkpoint's."""
+        if image_size is None:
+            return self.model.image_size
+        return image_size if self.autoencoder is None else self.autoencoder.latent_size(image_size)
+
     def conventions(self) -> dict[str, Any]:
         """Schedule and sampler, and the first stage where there is one."""
         stage = {} if self.autoencoder is None else {"autoencoder": to_json(self.autoencoder)}

@@ -155,6 +155,8 @@ def _bulk(args: argparse.Namespace) -> int:
         check_folder(args.out)
     metadata = checkpoint(args)
     asked = request_of(args, "bulk")
+    if metadata.autoencoder is not None:  # the bits of the images depend on it, so it is recorded
+        asked = dataclasses.replace(asked, decode_batch=asked.decode_batch or 1)
     request, used = asked.settled(metadata.sampler)
     config = BulkConfig(args.num, request, args.batch_size, args.shard_size, args.format)
     if begun:
@@ -162,7 +164,7 @@ def _bulk(args: argparse.Namespace) -> int:
     else:
         # Another worker may be looking at the folder now: what is tried must look like a part of a shard.
         probe = args.out / ("shard-.npz" if args.format == "npz" else "shard-.png")
-        check_output(probe, metadata.model.in_channels, overwrite=True)
+        check_output(probe, metadata.image_shape[2], overwrite=True)
 
     import jax
     import numpy as np
@@ -173,17 +175,18 @@ def _bulk(args: argparse.Namespace) -> int:
     from jddim.run.request import RequestError
 
     ddim = dataclasses.replace(jddim.load(args.ckpt, dtype=request.dtype), sampler=used)
-    condition = condition_of(args.condition, asked.image_size or metadata.model.image_size)
+    size = metadata.sampled_size(asked.image_size)
+    condition = condition_of(args.condition, size)
     if condition is not None and len(condition) not in (1, args.num):
         raise ValueError(f"--condition holds {counted(len(condition), 'image')}: give {args.num}, or one for all")
-    shape = (args.num if condition is None else len(condition), *(asked.image_size or metadata.model.image_size))
+    shape = (args.num if condition is None else len(condition), *size)
     if problems := condition_problems(metadata.model, condition, shape, np.float32):
         raise RequestError(problems, "bulk")
     first = plan.Inputs(jax.random.key(asked.seed), condition=None if condition is None else condition[:1])
     plan.plan(ddim, asked, first, 1, args.batch_size).check("bulk")  # raises before anything is written
     if automatic and not begun:
-        size = fastest_batch_size(request, ddim, args.num)
-        config = dataclasses.replace(config, batch_size=size, shard_size=args.shard_size)
+        fastest = fastest_batch_size(request, ddim, args.num)
+        config = dataclasses.replace(config, batch_size=fastest, shard_size=args.shard_size)
     beside = None
     if args.condition is not None:
         beside = _relative(args.condition, args.out)
@@ -254,7 +257,7 @@ def _maker(manifest: Manifest, folder: Path | None, args: argparse.Namespace) ->
         beside = _found(args.condition, folder, manifest.condition, "condition", "--condition FILE")
         if digest_of(beside) != manifest.bulk.condition_sha256:
             raise ValueError(f"{beside} holds other images than those that the set was made with")
-        condition = condition_of(beside, request.image_size or ddim.model.config.image_size)
+        condition = condition_of(beside, load_metadata(path, args.ckpt).sampled_size(request.image_size))
     elif args.condition is not None:
         raise ValueError("the set was made without a condition: leave --condition out")
     rows = diff_mappings(manifest.versions, bulk.versions())

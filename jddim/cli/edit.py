@@ -57,23 +57,21 @@ def _edit(args: argparse.Namespace) -> int:
     from jddim.run.batches import run
     from jddim.run.plan import Inputs, plan
 
-    request, config = quiet(request), ddim.model.config
-    known = load_images(args.images, config.image_size)
-    if known.shape[1:] != (*config.image_size, config.in_channels) or known.dtype != np.float32:
-        raise ValueError(
-            f"{args.images} must hold images {(*config.image_size, config.in_channels)} float32, it holds "
-            f"{known.shape[1:]} {known.dtype}"
-        )
+    assert ddim.metadata is not None
+    request, shape = quiet(request), ddim.metadata.image_shape
+    known = load_images(args.images, shape[:2])
+    if known.shape[1:] != shape or known.dtype != np.float32:
+        raise ValueError(f"{args.images} must hold images {shape} float32, it holds {known.shape[1:]} {known.dtype}")
     if not np.isfinite(known).all():
         raise ValueError(f"{args.images} holds a NaN or infinity")
-    check_sheet(args.out, len(known), config.image_size)
+    check_sheet(args.out, len(known), shape[:2])
     mask = None
     if args.mask is not None:
-        masks = load_images(args.mask, config.image_size)
-        if len(masks) != 1 or masks.shape[1:3] != config.image_size:
-            raise ValueError(f"--mask {args.mask} must be one picture of {config.image_size}, got {masks.shape[:3]}")
+        masks = load_images(args.mask, shape[:2])
+        if len(masks) != 1 or masks.shape[1:3] != shape[:2]:
+            raise ValueError(f"--mask {args.mask} must be one picture of {shape[:2]}, got {masks.shape[:3]}")
         mask = masks[0]
-    condition = condition_of(args.condition, config.image_size, len(known))
+    condition = condition_of(args.condition, ddim.metadata.sampled_size(), len(known))
     inputs = Inputs(jax.random.key(request.seed), images=known, mask=mask, condition=condition)
     inputs = inputs._replace(classifier=classifier_of(args, request))
     planned = plan(ddim, request, inputs).check("edit")

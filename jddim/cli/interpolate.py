@@ -71,12 +71,14 @@ def _interpolate(args: argparse.Namespace) -> int:
     from jddim.sampling import initial_noise, sample_keys
 
     request = quiet(request)
-    size, seed = request.image_size or ddim.model.config.image_size, request.seed
+    assert ddim.metadata is not None
+    size, seed = ddim.metadata.sampled_size(request.image_size), request.seed
     named = [(seed, i) for i in args.images] if args.seeds is None else [(other, 0) for other in args.seeds]
     keys = jax.numpy.stack([sample_keys(jax.random.key(one), 1, i)[0] for one, i in named])
     ends = initial_noise(keys, (*size, ddim.model.config.in_channels))
     if args.out.suffix.lower() != ".gif":
-        images.check_sheet(args.out, args.num ** (len(named) // 2), size, args.num)
+        pixels = request.image_size or ddim.metadata.image_shape[:2]
+        images.check_sheet(args.out, args.num ** (len(named) // 2), pixels, args.num)
     if len(named) == 2:
         x_T = slerp_line(ends[0], ends[1], args.num)
     else:

@@ -59,13 +59,13 @@ def _invert(args: argparse.Namespace) -> int:
 
     check_output(args.out, formats={".npy": "x_T, exactly"}, overwrite=args.overwrite)
     metadata = checkpoint(args)
-    channels, overwrite = metadata.model.in_channels, args.overwrite
-    check_output(args.out, channels, formats={".npy": "x_T, exactly"}, overwrite=overwrite)
+    overwrite = args.overwrite
+    check_output(args.out, metadata.model.in_channels, formats={".npy": "x_T, exactly"}, overwrite=overwrite)
     if args.reconstruct is not None:
         if args.reconstruct.absolute() == args.out.absolute():
             raise ValueError(f"--reconstruct {args.reconstruct} is OUT as well: name two files")
-        check_output(args.reconstruct, channels, formats=STILLS, overwrite=overwrite)
-    images = load_images(args.images, metadata.model.image_size)
+        check_output(args.reconstruct, metadata.image_shape[2], formats=STILLS, overwrite=overwrite)
+    images = load_images(args.images, metadata.image_shape[:2])
     if args.reconstruct is not None:
         check_sheet(args.reconstruct, len(images), images.shape[1:3])
 
@@ -81,7 +81,7 @@ def _invert(args: argparse.Namespace) -> int:
     if args.batch_size == "auto":
         with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
             args.batch_size = fastest_batch_size(request, ddim, len(images))
-    condition = condition_of(args.condition, images.shape[1:3], len(images))
+    condition = condition_of(args.condition, metadata.sampled_size(images.shape[1:3]), len(images))
     beside = Inputs(condition=condition, classifier=classifier_of(args, request))
     up = plan(ddim, request, beside._replace(images=images), batch_size=args.batch_size).check("invert")
     started = time.perf_counter()

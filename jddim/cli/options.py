@@ -287,7 +287,7 @@ def load_for(args: argparse.Namespace, request: Request, formats: Mapping[str, s
     from jddim.images import check_output
 
     check_output(args.out, formats=formats, overwrite=args.overwrite)
-    check_output(args.out, checkpoint(args).model.in_channels, formats=formats, overwrite=args.overwrite)
+    check_output(args.out, checkpoint(args).image_shape[2], formats=formats, overwrite=args.overwrite)
     return jddim.load(args.ckpt, dtype=request.dtype)
 
 
@@ -302,8 +302,13 @@ def settings_of(args: argparse.Namespace, request: Request, ddim: DDIM, planned:
         own["condition"] = given_file(args.condition)
     if own.pop("classifier", None) is not None:
         own |= given_classifier(args)
-    described = request.described(planned.sampler, planned.table.num_steps, command)
+    described = request.described(planned.sampler, planned.table.num_steps, command) | decoding(planned)
     return {"checkpoint_sha256": ddim.metadata.sha256, "jddim": __version__, **described, **own}
+
+
+def decoding(planned: Plan) -> dict[str, int]:
+    """How many latents were decoded at a time, where any were, as the settings record it."""
+    return {"decode_batch": planned.decode_batch} if planned.decodes else {}
 
 
 def check_num(num: int, least: int) -> None:

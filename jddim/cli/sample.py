@@ -17,6 +17,7 @@ from jddim.cli.options import (
     checkpoint,
     classifier_of,
     condition_of,
+    decoding,
     fastest_batch_size,
     given_classifier,
     given_file,
@@ -27,6 +28,7 @@ from jddim.config import counted
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.typing import ArrayLike
 
     from jddim.run.batches import Preview
 
@@ -87,17 +89,19 @@ def _sample(args: argparse.Namespace) -> int:
         raise ValueError("--trajectory goes with one file, not with a folder of PNGs: give OUT a suffix")
 
     from jddim.files import atomic, write_array
-    from jddim.images import SHEETS, check_output, check_sheet, save_images, save_picture
+    from jddim.images import FORMATS, SHEETS, check_output, check_sheet, save_images, save_picture
 
     check_output(args.out, overwrite=args.overwrite)
     metadata = checkpoint(args)
-    check_output(args.out, metadata.model.in_channels, overwrite=args.overwrite)
+    height, width, channels = metadata.image_shape
+    formats = {".npy": "float32"} if args.latents and metadata.autoencoder is not None else FORMATS
+    check_output(args.out, channels, formats=formats, overwrite=args.overwrite)
     in_terminal = args.preview == Path("-")
-    if in_terminal and (not sys.stderr.isatty() or metadata.model.in_channels not in (1, 3)):
+    if in_terminal and (not sys.stderr.isatty() or channels not in (1, 3)):
         why = "stderr is no terminal" if not sys.stderr.isatty() else "pictures have 1 or 3 channels"
         raise ValueError(f"--preview - draws in the terminal, but {why}; name a FILE.png, or leave it out")
     if args.preview is not None and not in_terminal:
-        check_output(args.preview, metadata.model.in_channels, formats=SHEETS, overwrite=args.overwrite)
+        check_output(args.preview, channels, formats=SHEETS, overwrite=args.overwrite)
 
     import jax
     import numpy as np
@@ -112,7 +116,7 @@ def _sample(args: argparse.Namespace) -> int:
     if args.batch_size == "auto":
         args.batch_size = fastest_batch_size(request, ddim, num)
     key = jax.random.key(request.seed)
-    size = ddim.model.config.image_size if request.image_size is None else request.image_size
+    size = metadata.sampled_size(request.image_size)
     condition = condition_of(args.condition, size if x_T is None else x_T.shape[1:3], num)
     files = {"x_T": given_file(args.x_T), "noise": given_file(args.noise)}
     files |= {} if condition is None else {"condition": given_file(args.condition)}
@@ -121,12 +125,15 @@ def _sample(args: argparse.Namespace) -> int:
     planned = plan(ddim, request, inputs, num, args.batch_size).check("sample")
     table, used = planned.rows, planned.sampler
     across = 12 if args.trajectory and suffix in SHEETS else None
-    check_sheet(args.out, num * (across or 1), request.image_size or metadata.model.image_size, across)
+    check_sheet(args.out, num * (across or 1), request.image_size or (height, width), across)
     keep = suffix == ".gif" or args.trajectory
     every = max(1, table.num_steps // 40) if suffix == ".gif" else 1
 
     def to_file(now: Preview) -> None:
-        save_picture(args.preview, images.grid(now.x0_hat), {})
+        save_picture(args.preview, images.grid(planned.images(now.x0_hat)), {})
+
+    def to_terminal(now: Preview) -> None:
+        _in_terminal(planned.images(now.x0_hat))
 
     started = time.perf_counter()
     made, trajectory = run(
@@ -134,7 +141,7 @@ def _sample(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         trajectory_every=every if keep else None,
         progress=True,
-        on_segment=None if args.preview is None else _in_terminal if in_terminal else to_file,
+        on_segment=None if args.preview is None else to_terminal if in_terminal else to_file,
     )
     x_0 = np.asarray(made)
     seconds = time.perf_counter() - started
@@ -144,6 +151,7 @@ def _sample(args: argparse.Namespace) -> int:
         "jddim": __version__,
         "num": num,
         **request.described(used, table.num_steps, "sample"),
+        **decoding(planned),
         **files,
         **given_classifier(args),
         "trajectory": args.trajectory,
@@ -153,11 +161,12 @@ def _sample(args: argparse.Namespace) -> int:
     if trajectory is None:
         save_images(args.out, x_0, settings)
     elif suffix == ".gif":
-        first = np.asarray(planned.part(Batch(0, num, num)).x_T)
-        save_images(args.out, x_0, settings, frames=[first, *np.asarray(trajectory.x_t)])
+        first = planned.part(Batch(0, num, num)).x_T
+        frames = [np.asarray(planned.images(x_t)) for x_t in (first, *trajectory.x_t)]
+        save_images(args.out, x_0, settings, frames=frames)
     elif suffix in SHEETS:  # one row an image, the predicted x_0 from left to right, at most 12 columns
         columns = np.unique(np.linspace(0, len(trajectory.t) - 1, 12).round().astype(int))
-        x0_hat = np.asarray(trajectory.x0_hat)[columns].swapaxes(0, 1)
+        x0_hat = np.stack([np.asarray(planned.images(trajectory.x0_hat[i])) for i in columns], axis=1)
         save_picture(args.out, images.grid(x0_hat.reshape(-1, *x_0.shape[1:]), columns=len(columns)), settings)
     else:
         arrays = {name: np.asarray(value) for name, value in trajectory._asdict().items()}
@@ -181,13 +190,13 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
-def _in_terminal(now: Preview) -> None:
+def _in_terminal(images: ArrayLike) -> None:
     from tqdm import tqdm
 
     from jddim.cli.terminal import blocks
 
     width = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0 where a terminal does not know
-    tqdm.write(blocks(now.x0_hat, width), file=sys.stderr)
+    tqdm.write(blocks(images, width), file=sys.stderr)
 
 
 def _load_array(path: Path | None, option: str) -> np.ndarray | None:

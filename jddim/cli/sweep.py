@@ -87,15 +87,16 @@ def _sweep(args: argparse.Namespace) -> int:
     from jddim.scale import atlas
     from jddim.scale.sweeping import sweep
 
+    assert ddim.metadata is not None
     steps = args.steps or [ddim.sampler.num_steps]
     key = jax.random.key(request.seed)
-    condition = condition_of(args.condition, request.image_size or ddim.model.config.image_size, args.num)
+    condition = condition_of(args.condition, ddim.metadata.sampled_size(request.image_size), args.num)
     widest = Inputs(key, eta=max(args.eta), condition=condition)
     planned = [  # all, before the first is run
         plan(ddim, dataclasses.replace(request, steps=S), widest, args.num).check("sweep") for S in steps
     ]
     if not as_atlas:
-        images.check_sheet(args.out, len(args.eta) * args.num, ddim.model.config.image_size, args.num)
+        images.check_sheet(args.out, len(args.eta) * args.num, ddim.metadata.image_shape[:2], args.num)
     rest, used = request.settled(ddim.sampler)
     ddim = dataclasses.replace(ddim, sampler=used)
     options: dict[str, Any] = {n: v for n, v in rest.asked().items() if n in SampleOptions.__annotations__}
@@ -144,11 +145,11 @@ def _distance(args: argparse.Namespace, ddim: DDIM) -> tuple[Callable[[Any], flo
     from jddim.evaluate import metrics, mnist_cnn
     from jddim.images import from_uint8, to_uint8
 
-    config = ddim.model.config
-    if (*config.image_size, config.in_channels) != (28, 28, 1):
+    assert ddim.metadata is not None
+    if (shape := ddim.metadata.image_shape) != (28, 28, 1):
         raise ValueError(
             f"--reference: {mnist_cnn.NAME} looks at images of 28x28x1, this checkpoint makes "
-            f"{'x'.join(map(str, (*config.image_size, config.in_channels)))}; leave it out"
+            f"{'x'.join(map(str, shape))}; leave it out"
         )
     if args.num < 2:
         raise ValueError(f"--reference needs --num of at least 2, got {args.num}")

@@ -452,7 +452,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         schedule=ddim.schedule,
         autoencoder=ddim.autoencoder,
         decodes=stage is not None and not request.latents and not isinstance(method, Inversion),
-        decode_batch=request.decode_batch,
+        decode_batch=request.decode_batch or 1,
     )
 
 
@@ -622,7 +622,7 @@ def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
 
 def _of_latents(request: Request, has_stage: bool) -> Problems:
     """What is wrong with the options on a first stage."""
-    if request.decode_batch < 1:
+    if request.decode_batch is not None and request.decode_batch < 1:
         return [("decode_batch", f"decode_batch must be at least 1, got {request.decode_batch}")]
     asked = [name for name in ("latents", "decode_batch") if name in request.asked()]
     told = "is of a checkpoint with a first stage, of which this has none: leave it out"

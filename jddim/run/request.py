@@ -97,7 +97,7 @@ _COMPILED = {"page": "another value is another program, and the page has those o
 _WHEN_RUN = {"export": "it is given when the exported sampler is run"}
 _SWITCH = argparse.BooleanOptionalAction
 _DECODES = {
-    **dict.fromkeys(("sweep", "edit", "interpolate", "export", "serve", "page"), "this command takes no latents"),
+    **dict.fromkeys(("export", "serve", "page"), "it does not take checkpoints with a first stage"),
     "invert": "an x_T is of latents always",
 }
 ONE_NETWORK = {
@@ -265,15 +265,15 @@ class Request:
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
     )
-    latents: bool = _option(
-        False,
+    latents: bool | None = _option(
+        None,
         "--latents",
         "of a checkpoint with a first stage: z, not decoded",
-        {**_DECODES, "bulk": "a set is of pictures"},
-        action="store_true",
+        {**dict.fromkeys(("bulk", "edit", "interpolate", "warmup", "sweep"), "it makes pictures"), **_DECODES},
+        action=_SWITCH,
     )
-    decode_batch: int = _option(
-        1,
+    decode_batch: int | None = _option(
+        None,
         "--decode-batch",
         "of a checkpoint with a first stage: how many latents are decoded at a time; default 1",
         _DECODES,
@@ -446,6 +446,13 @@ def left_out_problems(request: Request, command: str) -> Problems:
 def taken_by(command: str) -> tuple[Named, ...]:
     """The options that are read from the fields for this command (or the page)."""
     return tuple(o for o in options() if command not in o.option.left_out)
+
+
+def refuse_first_stage(stage: object | None, of: str) -> None:
+    """Raise RequestError for a checkpoint with a first stage, for what does not decode its latents."""
+    if stage is not None:
+        told = "this checkpoint samples latents, which are not decoded here; DDIM.sample, and jddim sample and bulk, do"
+        raise RequestError([("ckpt", told)], of)
 
 
 def check_names(given: Mapping[str, Any], known: Sequence[str], of: str) -> None:

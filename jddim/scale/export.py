@@ -31,7 +31,7 @@ from jddim.run.compiling import Kind, compiler_options, faster
 from jddim.run.methods import Given
 from jddim.run.plan import Inputs, plan
 from jddim.run.programs import draw_noise, segment
-from jddim.run.request import Request, RequestError, left_out_problems
+from jddim.run.request import Request, RequestError, left_out_problems, refuse_first_stage
 from jddim.sampling import ddim_update, init_state, numbered_keys
 
 FORMAT_VERSION = 2
@@ -64,6 +64,7 @@ def export_sampler(
     """
     _need_flatbuffers()
     _check_labels(ddim)
+    refuse_first_stage(ddim.autoencoder, "export")
     request = request or Request()
     if problems := left_out_problems(request, "export"):
         raise RequestError(problems, "export")

@@ -30,7 +30,7 @@ from jddim.run.batches import run as run_plan
 from jddim.run.compiling import compiler_options, faster, kind_of
 from jddim.run.plan import Images, Inputs, as_key, labels_of, one_each, plan
 from jddim.run.problems import condition_problems, label_problems
-from jddim.run.request import Request, RequestError, check_names, taken_by
+from jddim.run.request import Request, RequestError, check_names, refuse_first_stage, taken_by
 
 Rules = Sequence[tuple[str, P]]
 """(regular expression, spec) pairs. A parameter's dotted path takes the first that is found in it; the spec is of the
@@ -99,6 +99,7 @@ class Sharded:
 
     def __init__(self, ddim: DDIM, mesh: Mesh, rules: Rules = REPLICATED):
         self.mesh = mesh
+        refuse_first_stage(ddim.autoencoder, "Sharded")
         self.ddim = dataclasses.replace(
             ddim, model=jax.device_put(ddim.model, param_shardings(ddim.model, mesh, rules))
         )
