@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shlex
+import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,12 @@ def _converted(
     }
 
 
+_NO_STAGE = (
+    "a network of latents, and its first stage does not lie with it: --autoencoder SRC gives that, a jddim checkpoint "
+    "of it, its folder or its file"
+)
+
+
 def _first_stage(
     opened: _Opened, given: str | os.PathLike[str] | None
 ) -> tuple[AutoencoderConfig, _Opened | Path] | None:
@@ -167,10 +174,7 @@ def _first_stage(
     if given is not None and plan.sampler is None:
         raise ConversionError(f"{opened.origin.file} is not sampled, so takes no --autoencoder; leave it out")
     if given is None and plan.latent and opened.stage is None:
-        raise ConversionError(
-            f"{opened.origin.file} is a network of latents, and its first stage does not lie with it; give that by "
-            "--autoencoder: a jddim checkpoint of it, its folder or its file"
-        )
+        raise ConversionError(f"{opened.origin.file}: {_NO_STAGE}")
     stage: _Opened | Path | None = opened.stage
     if given is not None:
         stage = Path(given) if (Path(given) / "metadata").is_dir() else _open(find(given), None, {}, None, None)
@@ -247,7 +251,8 @@ def verify(ckpt: str | os.PathLike[str], src: str | os.PathLike[str], config: Pa
                 f"{ckpt} was not converted from {src}: its source has SHA-256 {recorded}, this file has {actual}"
             )
         provenance, begins, expected, kind = stage, FIRST_STAGE, metadata.autoencoder, None
-    opened = _open(origin, config, provenance.get("set", {}), None, provenance.get("taken") or kind)
+    taken, told = provenance.get("taken") or kind, stage.get("set", {})
+    opened = _open(origin, config, provenance.get("set", {}), None, taken, alone=not stage, of_stage=told)
     if opened.plan.model != expected:
         raise ConversionError(f"{ckpt} and {src} disagree about the model: {expected} and {opened.plan.model}")
     result = _verify(opened.family, opened.source, opened.plan, part_of(params, begins))
@@ -295,7 +300,8 @@ def describe(
         if plan.sampler is not None:
             lies = found.stage[1].taken if found.stage is not None else family.beside(origin.file)
             given = autoencoder or ("SRC" if plan.latent and lies is None else None)
-            facts += [f"  first stage {given or lies}"] if given or lies else []
+            facts += [f"  needs       {_NO_STAGE}"] if given == "SRC" else []
+            facts += [f"  first stage {given or lies}"] if lies or autoencoder else []
             options += ["--autoencoder", str(given)] if given else []
     except UnsettledError as error:
         facts.append(f"  needs       {error}")
@@ -361,8 +367,9 @@ def _open(
     weights: str | None,
     *,
     alone: bool = False,
+    of_stage: Mapping[str, str] = types.MappingProxyType({}),
 ) -> _Opened:
-    """alone: without the first stage that lies with it."""
+    """alone: without the first stage that lies with it, whose own settings are of_stage."""
     found = _read(origin, str(origin.file), weights)
     opened = _understood(found.family, found.source, origin, config, settings, preset, weights)
     folder = opened.family.beside(origin.file)
@@ -370,9 +377,9 @@ def _open(
         return opened
     try:
         if found.stage is not None:
-            stage = _understood(*found.stage, origin, config, {}, None, None)
+            stage = _understood(*found.stage, origin, config, of_stage, None, None)
         else:
-            stage = _open(find(str(folder)), None, {}, None, None)
+            stage = _open(find(str(folder)), None, of_stage, None, None)
     except UnsettledError as error:
         where = origin.file if folder is None else folder
         taken = "" if found.stage is None else f" --weights {found.stage[1].taken}"

@@ -30,7 +30,9 @@ _MARKS = {
     r"down_blocks\..*transformer_blocks\.": (
         "is a diffusers model with cross-attention to text; jddim's take class labels or nothing"
     ),
-    r"(^|\.)(encoder\.down|decoder\.up)": "is an autoencoder, not a diffusion model in pixel space",
+    r"(^|\.)(encoder\.down|decoder\.up)|first_stage_model\.": (
+        "is a first stage that jddim does not read; it reads AutoencoderKL and VQModel"
+    ),
     r"down_blocks\.": (
         "has down_blocks as diffusers' networks have, but too few names of a UNet2DModel, the class that jddim reads "
         "(down_blocks.N.resnets, time_embedding, conv_norm_out)"
@@ -40,7 +42,6 @@ _MARKS = {
         "time_embed"
     ),
     r"downs\.0\.": "has downs as lucidrains' networks have, but not the blocks of one of 2.x's image Unets",
-    r"first_stage_model\.": "is a latent-diffusion autoencoder, not a diffusion model in pixel space",
     r"text_model\.": "is a text encoder, not a diffusion model",
     r"lora_": "is a LoRA adapter, not a whole model",
     r"(^|\.)shadow_params\.": (

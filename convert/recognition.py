@@ -178,7 +178,7 @@ def _opened(place: _Place, name: str) -> Source:
     }
     if buffers and buffers.keys() == place.family.buffers:
         tensors = {**buffers, **tensors}
-    elif any("betas" in step for step in place.beside):
+    elif any("betas" in step for step in place.beside) and not place.family.first_stage:
         betas = "betas lie beside them, which this family does not read: see that the schedule is theirs"
         note = f"{note}; {betas}" if note else betas
     return dataclasses.replace(

@@ -221,7 +221,7 @@ DIFFUSERS = {
                 **{"scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]},
             }
         },
-        refused="holds a network of latents (unet) and the first stage that turns them into images (vqvae)",
+        refused="a network of latents, and its first stage does not lie with it",
         alone=False,
     ),
     "diffusers-cd": of_diffusers(

@@ -87,7 +87,10 @@ def placed(source: Source, file: Path, config: Mapping[str, Any] | None) -> Sour
 def _refusal(tensors: Tensors) -> str | None:
     """What a file with this family's names is, where it is no network that predicts noise from x_t and t alone."""
     if any(".transformer_blocks." in name for name in tensors):
-        return "is a latent-diffusion UNet with cross-attention (Stable Diffusion's); jddim's are in pixel space"
+        return (
+            "is a latent-diffusion UNet with cross-attention to a context (Stable Diffusion's text, cin256's one token "
+            "for a class); jddim's networks take class labels or nothing"
+        )
     projections = [value.ndim for name, value in tensors.items() if name.endswith(".qkv.weight")]
     if projections and set(projections) == {4}:
         return (

@@ -72,7 +72,7 @@ def test_the_sets_of_weights() -> None:
         (contents["model"], None, raw, "unstated"),
         (draw(CONFIG, 2), "raw", raw, "unstated"),
     ):
-        family, source = recognise(raw_contents, "file", wish)
+        family, source, _ = recognise(raw_contents, "file", wish)
         assert family.name == "lucidrains"
         assert source.weights == kind
         np.testing.assert_array_equal(source.tensors["init_conv.weight"], expected)

@@ -166,7 +166,7 @@ def test_damage_is_in_one_report_under_the_sources_names() -> None:
     tensors["middle_block.attention.to_q.weight"] = tensors["middle_block.attention.to_q.weight"][..., None, None]
     tensors["down_blocks.0.resnets.0.norm1.spade.weight"] = np.zeros(3, np.float32)  # SPADE's
     tensors["out.2.conv.bias"][0] = np.inf
-    family, source = recognise(tensors, "file")
+    family, source, _ = recognise(tensors, "file")
     assert family.name == "monai"
     with pytest.raises(ConversionError) as caught:
         filled(dict(source.tensors), planned(dict(source.tensors)))

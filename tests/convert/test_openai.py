@@ -24,7 +24,7 @@ from convert.reference.unet import redraw_  # noqa: E402
 from jddim.checkpoint.folder import load_metadata  # noqa: E402
 from jddim.checkpoint.metadata import Metadata  # noqa: E402
 from jddim.cli.main import main  # noqa: E402
-from jddim.config import SamplerConfig, ScheduleConfig  # noqa: E402
+from jddim.config import SamplerConfig, ScheduleConfig, to_json  # noqa: E402
 from jddim.models.building import abstract_model, flat_params  # noqa: E402
 from jddim.schedule import make_schedule  # noqa: E402
 
@@ -514,10 +514,11 @@ def test_latent_diffusions_configs_have_other_names_for_flags() -> None:
         **{"diffusion_steps": 30, "predict_xstart": True, "rescale_timesteps": False},
     }
     latent = COMPVIS | {"first_stage_config": {"target": "ldm.models.autoencoder.VQModelInterface"}}
-    with pytest.raises(
-        ConversionError, match=r"first stage \(ldm.*VQModelInterface\), so this is a network of latents"
-    ):
-        plan(small_shapes(), {"model": {"params": latent}}, FLAGS)
+    betas = {"betas": make_schedule(ScheduleConfig("linear", 50)).betas}
+    made = plan(small_shapes() | betas, {"model": {"params": latent | {"timesteps": 50}}}, {})
+    assert made.latent
+    own = {"spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False, "clip": False, "rederive_eps": False}
+    assert to_json(made.sampler).items() >= own.items()
     with pytest.raises(ConversionError, match="read from the betas beside the weights; there are none"):
         plan(small_shapes(), {"model": {"params": COMPVIS}}, {})
     with pytest.raises(ConversionError, match="the config's parameterization must be eps or x0, got v"):

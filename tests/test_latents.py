@@ -1,0 +1,252 @@
+"""A checkpoint with a first stage: images by every door, equal to the pipelines it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch", reason="the pipelines are built in torch: pip install 'jddim[convert]'")
+diffusers = pytest.importorskip("diffusers", reason="the pipelines are diffusers'")
+
+import yaml  # noqa: E402
+
+import jddim  # noqa: E402
+from convert.families import autoencoder  # noqa: E402
+from convert.reference.openai_unet import OpenAIUNet  # noqa: E402
+from convert.reference.unet import redraw_  # noqa: E402
+from jddim.cli.main import main  # noqa: E402
+from jddim.config import AutoencoderConfig  # noqa: E402
+from jddim.images import load_images, settings_of  # noqa: E402
+from jddim.run.request import Request, RequestError  # noqa: E402
+
+pytestmark = pytest.mark.unoptimised
+
+NUM, S = 3, 5
+RNG = np.random.default_rng(3)
+X_T = RNG.standard_normal((NUM, 5, 7, 3)).astype(np.float32)
+NOISE = RNG.standard_normal((S, NUM, 5, 7, 3)).astype(np.float32)
+BETAS = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    """diffusers' LDMPipeline, everything redrawn; as v its latents stay about 1."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"norm_num_groups": 4, "layers_per_block": 1, "sample_size": 14}
+    stage = diffusers.VQModel(
+        block_out_channels=(8, 12),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        num_vq_embeddings=37,
+        scaling_factor=0.7,
+        **shape,
+    )
+    unet = diffusers.UNet2DModel(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **shape
+    )
+    unet.register_to_config(sample_size=7)
+    redraw_(stage, 1)
+    redraw_(unet, 2)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction", **BETAS)
+    return diffusers.LDMPipeline(vqvae=stage, unet=unet.eval(), scheduler=scheduler)
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("ldm") / "pipeline"
+    pipeline.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ckpt(folder: Path) -> Path:
+    jddim.convert(folder, folder.parent / "ldm")
+    return folder.parent / "ldm"
+
+
+@pytest.fixture(scope="module")
+def ddim(ckpt: Path) -> jddim.DDIM:
+    return jddim.load(ckpt)
+
+
+def scaled(actual: Any, expected: np.ndarray) -> float:
+    return float(np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_a_run_is_the_pipelines(pipeline: Any, ddim: jddim.DDIM, eta: float) -> None:
+    """Latents injected, noise too: the images within 1e-4 of their scale (6e-7 measured)."""
+    scheduler, z = pipeline.scheduler, torch.from_numpy(X_T.transpose(0, 3, 1, 2).copy())
+    scheduler.set_timesteps(S)
+    with torch.no_grad():
+        for i, t in enumerate(scheduler.timesteps):
+            drawn = torch.from_numpy(NOISE[i].transpose(0, 3, 1, 2).copy()) if eta else None
+            z = scheduler.step(pipeline.unet(z, t).sample, t, z, eta=eta, variance_noise=drawn).prev_sample
+        images = pipeline.vqvae.decode(z / pipeline.vqvae.config.scaling_factor).sample
+    how: dict[str, Any] = {"x_T": X_T, "noise": NOISE, "eta": eta, "steps": S}
+    latents = ddim.sample(latents=True, **how)
+    assert scaled(latents, z.numpy().transpose(0, 2, 3, 1)) < 1e-4
+    made = ddim.sample(**how)
+    assert made.shape == (NUM, 10, 14, 3)
+    assert scaled(made, images.numpy().transpose(0, 2, 3, 1)) < 1e-4
+    chex.assert_trees_all_equal(ddim.decode(latents), made)
+
+
+def test_the_bits_of_an_image_do_not_depend_on_who_asks(ddim: jddim.DDIM) -> None:
+    whole = ddim.sample(0, 4, steps=2, eta=0.5)
+    chex.assert_trees_all_equal(ddim.sample(0, 4, steps=2, eta=0.5, on_segment=lambda now: None), whole)
+    latents = ddim.sample(0, 4, steps=2, eta=0.5, latents=True)
+    chex.assert_trees_all_equal(ddim.decode(latents[2:3]), whole[2:3])  # decoded one at a time, however many
+    chex.assert_trees_all_close(ddim.sample(0, 4, steps=2, eta=0.5, decode_batch=3), whole, atol=1e-5)
+    inside = jax.jit(lambda key: ddim.sample(key, 4, steps=2, eta=0.5))(jax.random.key(0))
+    chex.assert_trees_all_close(inside, whole, atol=1e-5)
+
+
+def test_images_are_encoded_before_they_are_edited_or_inverted(ddim: jddim.DDIM) -> None:
+    images = np.tanh(RNG.standard_normal((2, 10, 14, 3))).astype(np.float32)
+    z = ddim.encode(images)
+    assert z.shape == (2, 5, 7, 3)
+    pixels = dataclasses.replace(ddim, autoencoder=None)
+    chex.assert_trees_all_close(
+        ddim.invert(images / 2, steps=3), pixels.invert(ddim.encode(images / 2), steps=3), atol=1e-5
+    )
+    edited = ddim.edit(images, 0, strength=0.5, steps=4)
+    chex.assert_trees_all_close(edited, ddim.decode(pixels.edit(z, 0, strength=0.5, steps=4)), atol=1e-4)
+    with pytest.raises(ValueError, match="mask is of pixels, and this checkpoint samples latents: give strength"):
+        ddim.edit(images, 0, mask=np.ones((10, 14, 1), np.float32))
+
+
+def test_what_is_asked_of_pixels_alone_or_of_latents_is_refused(ddim: jddim.DDIM) -> None:
+    made = ddim.sample(0, image_size=(20, 14), steps=1)
+    assert made.shape == (1, 20, 14, 3)
+    with pytest.raises(ValueError, match="image size 21x14 does not divide"):
+        ddim.sample(0, image_size=(21, 14))
+    with pytest.raises(ValueError, match="decode_batch must be at least 1, got 0"):
+        ddim.sample(0, decode_batch=0)
+    pixels = dataclasses.replace(ddim, autoencoder=None)
+    for asked in ({"latents": True}, {"decode_batch": 2}):
+        with pytest.raises(ValueError, match="is of a checkpoint with a first stage, of which this has none"):
+            pixels.sample(0, **asked)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="decode: this checkpoint has no first stage: its network makes images"):
+        pixels.decode(X_T)
+    from jddim.scale.export import export_sampler
+    from jddim.scale.sharding import Sharded, make_mesh
+
+    for door in (lambda: Sharded(ddim, make_mesh()), lambda: export_sampler(ddim, Request())):
+        with pytest.raises(RequestError, match="this checkpoint samples latents, which are not decoded here"):
+            door()
+
+
+def test_the_command_line_makes_pictures_of_images(ckpt: Path, tmp_path: Path, capsys: Any) -> None:
+    few = ["--num", "2", "--steps", "2"]
+    assert main(["sample", str(ckpt), str(tmp_path / "a.png"), *few]) == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        assert settings_of(picture)["decode_batch"] == 1
+    assert main(["sample", str(ckpt), str(tmp_path / "images.npy"), *few]) == 0
+    assert np.load(tmp_path / "images.npy").shape == (2, 14, 14, 3)
+    assert main(["sample", str(ckpt), str(tmp_path / "z.npy"), *few, "--latents"]) == 0
+    assert np.load(tmp_path / "z.npy").shape == (2, 7, 7, 3)
+    assert (
+        main(["sample", str(ckpt), str(tmp_path / "z.png"), *few, "--latents"]) == 1
+    )  # three channels, but no picture
+    assert "z.png: end it in .npy (float32)" in capsys.readouterr().err
+    assert not (tmp_path / "z.png").exists()
+    assert main(["sample", str(ckpt), str(tmp_path / "a.gif"), *few]) == 0
+    assert main(["sample", str(ckpt), str(tmp_path / "t.png"), *few, "--trajectory"]) == 0
+    assert (
+        main(["interpolate", str(ckpt), str(tmp_path / "i.npz"), "--num", "3", "--images", "0,1", "--steps", "2"]) == 0
+    )
+    assert np.load(tmp_path / "i.npz")["x_0"].shape == (3, 14, 14, 3)
+
+
+def test_a_set_of_images_is_resumed_and_reproduced(ckpt: Path, tmp_path: Path, capsys: Any) -> None:
+    asked = [str(ckpt), str(tmp_path / "set"), "--num", "5", "--batch-size", "2", "--shard-size", "2", "--steps", "2"]
+    assert main(["bulk", *asked]) == 0
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert "decode_batch" in json.dumps(manifest)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "set").glob("shard-*.npz")}
+    lost = tmp_path / "set" / sorted(kept)[1]
+    lost.unlink()
+    assert main(["bulk", *asked]) == 0
+    assert lost.read_bytes() == kept[lost.name]  # bit for bit
+    images = np.load(lost)["arr_0"]
+    assert images.shape == (2, 14, 14, 3)
+    assert main(["check", str(tmp_path / "set"), "--resample", "2"]) == 0
+    assert load_images(tmp_path / "set" / lost.name, (14, 14)).shape == (2, 14, 14, 3)
+
+
+STAGE = AutoencoderConfig(
+    **{"image_size": (16, 16), "latent_channels": 3, "channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1},
+    **{"norm_groups": 4, "num_codes": 37, "scaling_factor": 1.0},
+)
+UNET: dict[str, Any] = {
+    "model_channels": 32,
+    "widths": (32,),
+    "num_res_blocks": 1,
+    "attention_levels": (),
+    "heads": (1,),
+    "heads_up": (1,),
+}
+
+
+def latent_diffusion(path: Path, config: dict[str, Any]) -> None:
+    """A `.ckpt` as latent-diffusion saves it, with its YAML beside it."""
+    stage, raw, ema = (
+        autoencoder.reference(STAGE, compvis=True),
+        *(OpenAIUNet(**UNET, in_channels=3, out_channels=3, scale_shift=False) for _ in "12"),
+    )
+    for seed, module in enumerate((stage, raw, ema)):
+        redraw_(module, seed)
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 50, dtype=torch.float64).square().float()
+    state = {"betas": betas} | {f"model.diffusion_model.{name}": value for name, value in raw.state_dict().items()}
+    for name, value in ema.state_dict().items():
+        state[f"model_ema.diffusion_model{name.replace('.', '')}"] = value
+    state |= {f"first_stage_model.{name}": value for name, value in stage.state_dict().items()}
+    torch.save({"state_dict": state, "global_step": 7}, path / "model.ckpt")
+    (path / "config.yaml").write_text(yaml.safe_dump({"model": {"params": config}}))
+
+
+PARAMS: dict[str, Any] = {
+    "timesteps": 50,
+    "unet_config": {"params": {"image_size": 8, "model_channels": 32, "attention_resolutions": [], "num_heads": 1}},
+    "first_stage_config": {
+        "target": "ldm.models.autoencoder.VQModelInterface",
+        "params": {
+            **{"embed_dim": 3, "n_embed": 37},
+            "ddconfig": {"resolution": 16, "z_channels": 3, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1},
+        },
+    },
+}
+
+
+def test_latent_diffusions_file_has_both_networks(tmp_path: Path) -> None:
+    latent_diffusion(tmp_path, PARAMS)
+    config = ["--config", str(tmp_path / "config.yaml")]
+    src, stage, out = (str(tmp_path / name) for name in ("model.ckpt", "stage", "out"))
+    assert main(["convert", src, out, *config]) == 1  # no config tells the 4 groups of its norms, so: alone
+    assert (
+        main(
+            ["convert", src, stage, "--weights", "state_dict.first_stage_model", "--set", "norm_num_groups=4", *config]
+        )
+        == 0
+    )
+    assert main(["convert", src, out, *config, "--autoencoder", stage]) == 0
+    ddim = jddim.load(out)
+    assert ddim.metadata is not None
+    assert ddim.metadata.autoencoder == STAGE
+    assert (ddim.metadata.provenance["weights"], ddim.metadata.provenance["step"]) == ("ema", 7)
+    assert (ddim.sampler.steps_offset, ddim.sampler.set_alpha_to_one, ddim.sampler.clip) == (1, False, False)
+    # LDM's make_ddim_timesteps: 1, 11, 21, ...; the last step ends at the alpha_bar of t = 0.
+    table = ddim.table(5)
+    assert table.t.tolist() == [41, 31, 21, 11, 1]
+    np.testing.assert_allclose(table.alpha_prev[-1] ** 2, ddim.schedule.alphas_cumprod[0], rtol=1e-6)
+    assert ddim.sample(0, steps=2).shape == (1, 16, 16, 3)
+    assert main(["verify", out, src, *config]) == 0
