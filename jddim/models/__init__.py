@@ -9,8 +9,9 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.config import ClassifierConfig, LucidrainsConfig, ModelConfig, UNetConfig
+from jddim.config import ClassifierConfig, DiTConfig, LucidrainsConfig, ModelConfig, UNetConfig
 from jddim.models.classifier import Classifier
+from jddim.models.dit import DiT
 from jddim.models.lucidrains import LucidrainsUNet
 from jddim.models.unet import UNet
 
@@ -39,6 +40,7 @@ class Keys(Protocol):
 MODELS: dict[str, tuple[type[Any], type[Any]]] = {
     "unet": (UNetConfig, UNet),
     "lucidrains": (LucidrainsConfig, LucidrainsUNet),
+    "dit": (DiTConfig, DiT),
 }
 CLASSIFIER = "classifier"
 """The name of the one wiring that is not sampled, but guides what is."""
