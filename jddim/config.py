@@ -54,6 +54,8 @@ class SamplerConfig:
         the network has twice the channels, of which the second half interpolates the log-variance (Nichol, Eq. 15);
         DDIM drops it.
     clean_known: what a mask keeps of an image is clean in every x_t, as in training (Palette), not as noisy as x_t.
+    guidance_channels: guidance changes the first so many of x_t's channels alone, 3 of 4 in facebookresearch's DiT; the
+        rest is the prediction with the label. None: all.
     """
 
     spacing: str = "linspace"
@@ -71,6 +73,7 @@ class SamplerConfig:
     self_condition: bool = False
     variance: str = "fixed_small"
     clean_known: bool = later(False)
+    guidance_channels: int | None = later(None)
 
 
 METHODS = ("ddim", "ddpm", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
@@ -553,7 +556,9 @@ class DiTConfig:
         if self.num_classes is not None and self.num_classes < 1:
             problems.append(f"num_classes={self.num_classes} must be at least 1, or None for a network without labels")
         if self.channels < 4 or self.channels % 4:
-            problems.append(f"channels={self.channels} must be a multiple of 4 (sines and cosines, of rows and columns)")
+            problems.append(
+                f"channels={self.channels} must be a multiple of 4 (sines and cosines, of rows and columns)"
+            )
         elif self.num_heads >= 1 and self.channels % self.num_heads:
             problems.append(f"channels={self.channels} cannot be split into num_heads={self.num_heads}")
         if self.time_features < 4:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jddim.checkpoint.metadata import Metadata
-from jddim.config import UNetConfig, did_you_mean
+from jddim.config import ModelConfig, UNetConfig, did_you_mean
 from jddim.models.building import abstract_model, flat_params
 
 from ..engine import ConversionError, refuse, shortened
@@ -67,7 +67,7 @@ def _newest_checkpoint(run: Path, weights: str | None, variant: str | None) -> P
     return None
 
 
-_NETWORKS = ("unet_ema", "unet")
+_NETWORKS = ("unet_ema", "unet", "transformer")
 _CHECKPOINT = re.compile(r"checkpoint-\d{1,12}")
 
 
@@ -309,19 +309,23 @@ def reference(config: UNetConfig) -> Any:
 
 def reference_by(config: UNetConfig, table: Rules) -> Any:
     """The same, to be loaded under the names that another source of this wiring has, by that source's rename table."""
-    module = reference(config)
+    return loaded_by(reference(config), config, rules(config), table)
+
+
+def loaded_by(module: Any, config: ModelConfig, own: Rules, table: Rules) -> Any:
+    """A reference of this config, whose names the table `own` has, that loads those of another table."""
     shapes = {name: value.shape for name, value in module.state_dict().items()}
     leaves = flat_params(abstract_model(config))
 
     def renamed(module: Any, state: dict[str, Any], *of_torch: Any) -> None:
         tensors = {}
-        for name in list(state):
-            value, (source, _, kind) = state.pop(name), name.rpartition(".")
+        for theirs in list(state):
+            value, (source, _, kind) = state.pop(theirs), theirs.rpartition(".")
             for target in targets_of(source, table):
                 pieces = target.split(value) if isinstance(target, Fused) else [value]
                 for leaf, piece in zip(target_leaves(target, kind, leaves), pieces, strict=False):
-                    own = source_of(leaf, rules(config))
-                    tensors[own] = piece.reshape(shapes[own])
+                    name = source_of(leaf, own)
+                    tensors[name] = piece.reshape(shapes[name])
         state.update(tensors)
 
     module.register_load_state_dict_pre_hook(renamed)

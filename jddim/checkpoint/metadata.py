@@ -68,6 +68,7 @@ class Provenance(TypedDict, total=False):
     verification: dict[str, Any]
     training: Training
     parent: Parent
+    null_label: int | None
 
 
 class Recorded:
@@ -84,8 +85,8 @@ class Recorded:
 
     @property
     def null_label(self) -> int | None:
-        """The label that meant none in `jddim train`; None where there was none, or another code trained."""
-        return (self.provenance.get("training") or {}).get("null_label")
+        """The label that meant none in training, by `jddim train` or by the source; None where none is known to."""
+        return (self.provenance.get("training") or self.provenance).get("null_label")
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""

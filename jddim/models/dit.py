@@ -62,10 +62,10 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then an MLP, each of a norm that is shifted and scaled, and gated: `(b, n, c)`, `(b, c)` -> `(b, n, c)`.
+    """Attention, then an MLP: `(b, n, c)`, condition `(b, c)` -> `(b, n, c)`.
 
-    Shift, scale and gate of the one and of the other are a linear function of silu(condition), 0 at first: a fresh
-    block changes nothing.
+    What each is given is shifted and scaled, what it returns is gated. All six are a linear function of
+    silu(condition), which is 0 at first: a fresh block changes nothing.
     """
 
     def __init__(self, config: DiTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):

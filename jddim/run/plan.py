@@ -327,6 +327,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         self_condition=sampler.self_condition,
         guidance=None if scale is None else request.guidance or CLASSIFIER_FREE,
         resampled=resampled,
+        guidance_channels=None if scale is None else sampler.guidance_channels,
     )
 
     problems += network_problems(config, sampler, (height, width)) + num_problems(num)
@@ -373,7 +374,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
             kind=request.guidance,
             rescale=request.guidance_rescale,
             interval=request.guidance_interval,
-            learned_variance=program.learned_variance,
+            channels=program.guidance_channels,
             takes_eta=method.takes_eta,
         )
         problems += classifier_problems(
@@ -559,6 +560,10 @@ def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
     problems: Problems = []
     if request.variance is not None and not program.method.takes_variance:
         problems.append(("variance", f"variance is for method ddpm, not for {request.method!r}: leave it out"))
+    if request.guidance_channels is not None and program.guidance is None:
+        problems.append(
+            ("guidance_channels", "guidance_channels is for guidance: give guidance_scale too, or leave it out")
+        )
     if request.rederive_eps and (program.guidance == CFG_PLUS_PLUS or not program.method.rederives_eps):
         who = "guidance cfg++" if program.guidance == CFG_PLUS_PLUS else f"method {request.method!r}"
         problems.append(("rederive_eps", f"rederive_eps is DDIM's; {who} re-derives none: leave it out"))

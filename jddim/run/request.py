@@ -231,6 +231,15 @@ class Request:
         nargs=2,
         metavar=("LOW", "HIGH"),
     )
+    guidance_channels: int | None = _option(
+        None,
+        "--guidance-channels",
+        "guidance changes the first N channels alone; as many as there are: all",
+        _COMPILED,
+        convention=True,
+        type=int,
+        metavar="N",
+    )
     classifier_scale: float | None = _option(
         None,
         "--classifier-scale",
