@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jddim.config import DiTConfig, size_problems
-from jddim.models.layers import at_least_float32, per_sample, timestep_embedding
+from jddim.models.layers import at_least_float32, attend, per_sample, timestep_embedding
 
 ZEROS = nnx.initializers.zeros
 SMALL = nnx.initializers.normal(0.02)
@@ -47,7 +47,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Array) -> Array:
         b, n, c = x.shape
         q, k, v = (project(x).reshape(b, n, self.heads, c // self.heads) for project in (self.q, self.k, self.v))
-        return self.out(jax.nn.dot_product_attention(q, k, v).reshape(b, n, c))
+        return self.out(attend(q, k, v).reshape(b, n, c))
 
 
 class MLP(nnx.Module):
