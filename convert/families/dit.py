@@ -280,6 +280,10 @@ def reference(config: DiTConfig) -> Any:
     return diffusers.loaded_by(diffusers_dit.reference(config), config, diffusers_dit.rules(config), rules(config))
 
 
+_PUBLISHED = {
+    **{"num_classes": "1000", "diffusion_steps": "1000", "noise_schedule": "linear", "predict_xstart": "false"}
+}
+
 FAMILY = Family(
     name="dit",
     title="DiT (facebookresearch)",
@@ -292,7 +296,7 @@ FAMILY = Family(
     presets={
         **{name: {"model": name} for name in MODELS},
         **{
-            f"{kind}-XL/2-{side}": {"model": f"{kind}-XL/2", "image_size": str(side), "num_classes": "1000"}
+            f"{kind}-XL/2-{side}": {"model": f"{kind}-XL/2", "image_size": str(side), **_PUBLISHED}
             for kind in ("DiT", "SiT")
             for side in (256, 512)
         },
