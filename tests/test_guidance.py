@@ -264,7 +264,8 @@ def test_guidance_of_some_channels_leaves_the_rest_conditional(kind: str) -> Non
     pair, x_t, t = lambda x_t, t: (conditional, unconditional), start(), jnp.zeros(3, jnp.int32)
     for channels, of in ((1, 1), (None, 3), (6, 6)):
         guided = guidance.on_channels(pair, lambda pair: guide(pair, 2.5), channels)(x_t, t)
-        alone = guide(lambda x_t, t: (conditional[..., :of], unconditional[..., :of]), 2.5)(x_t, t)
+        both = conditional[..., :of], unconditional[..., :of]
+        alone = guide(lambda x_t, t, both=both: both, 2.5)(x_t, t)
         np.testing.assert_array_equal(guided[..., :of], alone)
         np.testing.assert_array_equal(guided[..., of:], conditional[..., of:])
 

@@ -126,7 +126,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         assumed.append("a DiT, trained by diffusion (SiT's files, trained by flow matching, have the same names)")
         heads = settle("num_heads", of_width.get(width), "the source's at this width")
     else:
-        heads = told.get("num_heads", MODELS[told["model"]][2])
+        heads = told.get("num_heads", of_width.get(width))
     with refusing("the tensors and settings make no valid DiT"):
         model = DiTConfig(
             image_size=size,  # type: ignore[arg-type]  # asked for above
@@ -222,7 +222,7 @@ def _of_positions(table: np.ndarray, model: DiTConfig) -> list[str]:
     if table.shape != own.shape:
         return [f"pos_embed has shape {table.shape}, expected {own.shape}"]
     off = np.abs(table.astype(np.float32) - own).max()
-    if not off <= 2 * float(jnp.finfo(table.dtype).eps if table.dtype.itemsize < 4 else 2.0**-23):
+    if not off <= max(float(jnp.finfo(table.dtype).eps), 2.0**-23):  # a half-precision file's are rounded
         return [
             f"pos_embed is not the table of sines and cosines that the source computes (off by up to {off:.2g}): "
             "jddim's DiT has no learned positions"
