@@ -1,4 +1,4 @@
-"""The converted DiT and the PyTorch reference equal diffusers' own; a converted pipeline samples as the pipeline does."""
+"""The converted DiT and the PyTorch reference equal diffusers' own; its pipelines are sampled as it samples them."""
 
 from __future__ import annotations
 
