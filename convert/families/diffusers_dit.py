@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jddim.config import DiTConfig
+from jddim.config import DiTConfig, did_you_mean
 
 from ..engine import ConversionError, refuse, refusing, shortened
 from ..rules import Rules
@@ -51,21 +51,23 @@ def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
     """The tensors, those that each block repeats once. ConversionError that names every copy that is not equal."""
     check_tensors(state, file_name)
     tensors = {str(name): value for name, value in state.items()}
-    kept = {name: value for name, value in tensors.items() if not (m := re.fullmatch(_COPIED, name)) or m[1] == "0"}
-    problems, copies = [], len(tensors) - len(kept)
-    for name in tensors.keys() - kept.keys():
-        first = re.sub(_COPIED, r"transformer_blocks.0\2", name)
-        if first not in kept or not _same(tensors[name], kept[first]):
-            problems.append(f"{name} is not equal to {first}")
+    found = {name: match for name in tensors if (match := re.fullmatch(_COPIED, name))}
     blocks = {match[1] for name in tensors if (match := re.match(r"transformer_blocks\.(\d{1,6})\.", name))}
-    of_first = [name.removeprefix("transformer_blocks.0") for name in kept if re.fullmatch(_COPIED, name)]
-    wanted = (f"transformer_blocks.{block}{rest}" for block in blocks for rest in of_first)
-    problems += [f"{name} is missing" for name in wanted if name not in tensors]
+    problems = []
+    for part in {match[2] for match in found.values()}:
+        first = f"transformer_blocks.0{part}"
+        for name in (f"transformer_blocks.{block}{part}" for block in blocks):
+            if name not in tensors:
+                problems.append(f"{name} is missing")
+            elif first in tensors and not _same(tensors[name], tensors[first]):
+                problems.append(f"{name} is not equal to {first}")
     if problems:
         raise ConversionError(
             f"{file_name}: each block repeats what embeds t and the label, and diffusers reads its block's own; jddim "
             f"keeps one for all, but {shortened(sorted(problems))}"
         )
+    kept = {name: value for name, value in tensors.items() if name not in found or found[name][1] == "0"}
+    copies = len(tensors) - len(kept)
     return Source(kept, note=f"{copies} tensors that the blocks repeat are equal to the first's" if copies else "")
 
 
@@ -118,7 +120,7 @@ CALL = {key: option for key, option in configs.CALL.items() if key != "condition
 _INERT = ("upcast_attention", "norm_num_groups", "dropout", "out_channels")
 SETTINGS = {k: option.meaning for part in (TRANSFORMER, CALL, configs.SCHEDULER) for k, option in part.items()}
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
-"""The second is what diffusers called it before 0.29, together with others."""
+"""The second is what diffusers called it first, together with others."""
 
 
 def section(contents: Mapping[str, Any]) -> str:
@@ -147,26 +149,23 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     files = {name: dict((config or {}).get(name) or {}) for name in (FOLDER, "scheduler", "pipeline")}
     problems, notes = configs.class_problems({**files, "unet": files[FOLDER]}, CLASSES)
     refuse(problems)  # the keys are another class's
-    problems += [
-        f"unknown --set key {key!r}{configs.did_you_mean(key, SETTINGS)}" for key in given if key not in SETTINGS
-    ]
-    call = files["scheduler"].pop("_jddim", {})
+    problems += [f"unknown --set key {key!r}{did_you_mean(key, SETTINGS)}" for key in given if key not in SETTINGS]
     scheduler, obsolete = configs.without_obsolete(files["scheduler"])
     parts = {}
     for name, file, options, contents in (
         (FOLDER, "config.json", TRANSFORMER, files[FOLDER]),
         ("scheduler", "scheduler_config.json", configs.SCHEDULER, scheduler),
-        ("call", "scheduler_config.json's _jddim", CALL, call),
+        ("call", "", CALL, {}),
     ):
         mine = {key: text for key, text in given.items() if key in options}
         parts[name], wrong, unread = configs.read_part(file, options, contents, mine)
         problems += wrong
         notes += unread
     refuse(problems)
-    found, network = infer(tensors), parts[FOLDER]
-    width = found.pop("inner_dim")
-    missing = {}
+    found, network, missing = {}, parts[FOLDER], {}
     if not files[FOLDER]:
+        found = infer(tensors)
+        width = found.pop("inner_dim")
         if "sample_size" not in network:
             missing["sample_size=SIDE"] = "the side of the latents: --set sample_size=32 (of 256x256 pictures)"
         if "num_attention_heads" not in network:
@@ -196,6 +195,10 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     schedule = configs.schedule_config(process)
     if "vae" in files["pipeline"]:
         notes.append("x_t are latents; the pipeline's vae, which makes images of them, is not converted")
+    if learned:
+        notes.append(
+            "the second half of the output is a learned variance, which the pipeline drops; method ddpm reads it"
+        )
     null_label = network["num_embeds_ada_norm"]
     if null_label != 1000:
         notes.append(f"the null label is the last, {null_label}; the pipeline itself takes 1000 always")

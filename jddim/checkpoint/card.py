@@ -148,11 +148,12 @@ def _command(metadata: Recorded) -> str:
     classes, null_label = metadata.model.num_classes, metadata.null_label
     if not isinstance(metadata, Metadata):
         return "jddim sample MODEL samples.png --labels 0 --classifier CKPT --classifier-scale 1"
+    out = "samples.png" if metadata.model.in_channels in (1, 3) else "samples.npy"
     if classes is None:
-        return "jddim sample CKPT samples.png"
+        return f"jddim sample CKPT {out}"
     if null_label is None or null_label != classes - 1:
-        return "jddim sample CKPT samples.png --labels 0"
-    return f"jddim sample CKPT samples.png --num {null_label} --labels 0:{null_label} --guidance-scale 3"
+        return f"jddim sample CKPT {out} --labels 0"
+    return f"jddim sample CKPT {out} --num {null_label} --labels 0:{null_label} --guidance-scale 3"
 
 
 def _title(metadata: Recorded) -> str:

@@ -197,6 +197,7 @@ def test_latents_are_written_as_numbers_and_never_as_a_picture(
 ) -> None:
     save_file(state(), tmp_path / "a.safetensors")
     convert(tmp_path / "a.safetensors", tmp_path / "ckpt", settings=SETTINGS, verify=False)
+    assert "jddim sample CKPT samples.npy --num 5 --labels 0:5" in (tmp_path / "ckpt" / "README.md").read_text()
     words = ["sample", str(tmp_path / "ckpt"), "--labels", "3", "--steps", "2", "--num", "2"]
     words += ["--guidance-scale", "2"]
     assert main([*words[:2], str(tmp_path / "x.png"), *words[2:]]) != 0
