@@ -116,6 +116,7 @@ def convert(
         **({} if license is None else {"license": license.strip()}),
         **({"taken": source.taken} if source.taken else {}),
         **({} if plan.null_label is None else {"null_label": plan.null_label}),
+        **({"label_names": dict(plan.label_names)} if plan.label_names else {}),
     }
     metadata: Metadata | ClassifierMetadata
     if plan.schedule is None or plan.sampler is None:

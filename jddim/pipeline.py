@@ -436,6 +436,11 @@ class DDIM:
         """The label that meant none in training, as the checkpoint records it; None: it does not."""
         return None if self.metadata is None else self.metadata.null_label
 
+    @property
+    def label_names(self) -> dict[str, int]:
+        """The source's name of a class -> its label, as the checkpoint records them; empty: it does not."""
+        return {} if self.metadata is None else self.metadata.label_names
+
 
 def _how(options: Any) -> dict[str, Any]:
     return {"progress": None, **{name: options[name] for name in RUN if name in options}}

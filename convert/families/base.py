@@ -69,7 +69,8 @@ class Plan:
     reference_options: what `Family.reference` needs beside the model's config to load these tensors; kept in the
     checkpoint's provenance, for the way back. wording: of schedule and sampler. implied: tensors that the source's
     network has the effect of, and its file not, or with other numbers in it: they take the place of the file's.
-    null_label: the label that meant none in training, None where there was none.
+    null_label: the label that meant none in training, None where there was none. label_names: the source's name of a
+    class -> its label.
     """
 
     model: ModelConfig
@@ -86,6 +87,7 @@ class Plan:
     wording: Wording = Wording()
     implied: Tensors = dataclasses.field(default_factory=dict)
     null_label: int | None = None
+    label_names: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 from jddim.config import DiTConfig, did_you_mean
 
 from ..engine import ConversionError, refuse, refusing, shortened
+from ..files.pickles import printable
 from ..rules import Rules
 from . import diffusers
 from . import diffusers_config as configs
@@ -213,7 +214,23 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         warnings=warnings,
         wording=configs.wording(told),
         null_label=null_label,
+        label_names=label_names(files["pipeline"].get("id2label"), null_label),
     )
+
+
+def label_names(told: Any, classes: int) -> dict[str, int]:
+    """A pipeline's id2label, number -> names with commas between, as name -> number; of a name twice, the last.
+
+    ConversionError if it is something else.
+    """
+    names: dict[str, int] = {}
+    for label, text in told.items() if isinstance(told, Mapping) else ():
+        fits = re.fullmatch(r"\d{1,7}", str(label)) and int(label) < classes
+        if not fits or not isinstance(text, str) or not text.isprintable() or len(text) > 1000:
+            said = printable(f"{label!r}: {text!r}")
+            raise ConversionError(f"model_index.json: id2label must have the names of 0..{classes - 1}, it has {said}")
+        names |= dict.fromkeys(filter(None, (name.strip() for name in text.split(","))), int(label))
+    return names
 
 
 def model_of(c: Mapping[str, Any]) -> DiTConfig:

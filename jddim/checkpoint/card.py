@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from jddim.checkpoint.metadata import Metadata, Recorded
-from jddim.config import SamplerConfig, ScheduleConfig, to_json
+from jddim.config import SamplerConfig, ScheduleConfig, counted, to_json
 
 NAME = "README.md"
 ALL_ZERO = "its output is all zero: untrained?"
@@ -63,8 +63,10 @@ def lines(metadata: Recorded, parameters: int) -> list[str]:
         facts.append(("guides", _command(metadata)))
     for name, value in {**provenance, "license": provenance.get("license") or "not stated"}.items():
         match name, value:
-            case "ignored" | "reference_options", _:  # for machines
+            case "ignored" | "reference_options" | "null_label", _:  # for machines, or said above
                 continue
+            case "label_names", {**names}:
+                value = f"{counted(len(names), 'name')}, such as {', '.join(map(str, list(names)[:3]))}"
             case "unchecked", [*names]:
                 value = [f"{_text(each)}: told, not checked by the file" for each in names]
             case "verification", {"skipped": True, **rest}:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -76,6 +77,10 @@ class Source(Protocol):
     @property
     def null_label(self) -> int | None:
         """The label that meant none in training, if that is recorded."""
+
+    @property
+    def label_names(self) -> Mapping[str, int]:
+        """The source's name of a class -> its label, if they are recorded."""
 
 
 class Inputs(NamedTuple):
@@ -442,6 +447,13 @@ def labels_of(
         with contextlib.suppress(ValueError):
             low, colon, high = text.partition(":")
             each = range(int(low), int(high)) if colon else [int(part) for part in text.split(",")]
+    if not each and (names := ddim.label_names):
+        asked = [name.strip() for name in text.split(",")]
+        if unknown := [name for name in asked if name not in names]:
+            near = ", ".join(map(repr, difflib.get_close_matches(unknown[0], names)))
+            hint = f"did you mean {near}?" if near else f"give a number in 0..{classes - 1}"
+            return None, [("labels", f"labels: no class is called {unknown[0]!r} ({hint})")]
+        each = [names[name] for name in asked]
     if not each:
         return None, [("labels", f"labels are one number, 3,977, a range such as 0:10, or balanced; got {text!r}")]
     if "," in text and len(each) != num:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from convert.families import diffusers_dit, dit
 from convert.families.values import one_of
 from convert.recognition import recognise
 from convert.rules import source_of, torch_shape
+from jddim.checkpoint.card import lines as describe_checkpoint
 from jddim.checkpoint.folder import load_params
 from jddim.cli.main import main
 from jddim.config import DiTConfig, SamplerConfig, ScheduleConfig
 from jddim.models.building import abstract_model, flat_params
 from jddim.models.dit import positions
+from jddim.run.plan import labels_of
+from jddim.run.request import Request
 
 pytestmark = pytest.mark.unoptimised
 
@@ -260,6 +264,36 @@ def test_without_configs_what_is_not_told_is_asked_and_warned_of() -> None:
     assert not plan.sampler.clip  # latents are not
     assert any("clip_sample = false" in fact for fact in plan.assumed)
     assert any("no scheduler_config.json was found" in warning for warning in plan.warnings)
+
+
+def test_classes_are_asked_for_by_the_names_that_a_pipeline_has(tmp_path: Path) -> None:
+    pipeline = {"_class_name": "DiTPipeline", "id2label": {"0": "tench, Tinca tinca", "3": "crane", "4": "crane"}}
+    config = {"transformer": TRANSFORMER, "scheduler": SCHEDULER, "pipeline": pipeline}
+    plan = diffusers_dit.plan(diffusers_dit.open_source(theirs(), "file").tensors, config, {})
+    names = {"tench": 0, "Tinca tinca": 0, "crane": 4}  # of a name twice the last, as in DiTPipeline
+    assert plan.label_names == names
+    for wrong in ({"5": "the null label"}, {"tench": "0"}, {"1": 2}, {"1": "a\x1b[2J"}):
+        with pytest.raises(ConversionError, match=r"id2label must have the names of 0\.\.4, it has"):
+            diffusers_dit.label_names(wrong, 5)
+
+    for part, contents in (("transformer/", TRANSFORMER), ("scheduler/scheduler_", SCHEDULER)):
+        (tmp_path / "dit" / part).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "dit" / part.split("/")[0]).mkdir(exist_ok=True)
+        (tmp_path / "dit" / f"{part}config.json").write_text(json.dumps(contents))
+    (tmp_path / "dit" / "model_index.json").write_text(json.dumps(pipeline))
+    save_file(theirs(), tmp_path / "dit" / "transformer" / "diffusion_pytorch_model.safetensors")
+    convert(tmp_path / "dit", tmp_path / "ckpt", verify=False)
+    ddim = jddim.load(tmp_path / "ckpt")
+    assert ddim.label_names == names
+    for text, labels in (("crane, tench", [4, 0]), ("Tinca tinca", [0, 0]), ("3", [3, 3])):
+        found, problems = labels_of(ddim, Request(labels=text), np.arange(2))
+        assert (list(found), problems) == (labels, [])
+    for text in ("trench", "tench,crane,trench"):
+        ((_, told),) = labels_of(ddim, Request(labels=text), np.arange(2))[1]
+        assert told == "labels: no class is called 'trench' (did you mean 'tench'?)"
+    ((_, told),) = labels_of(ddim, Request(labels="zebra"), np.arange(2))[1]
+    assert told == "labels: no class is called 'zebra' (give a number in 0..5)"
+    assert "label_names     3 names, such as tench, Tinca tinca, crane" in describe_checkpoint(ddim.metadata, 1)
 
 
 @pytest.mark.parametrize(
