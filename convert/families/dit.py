@@ -50,7 +50,7 @@ def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
 
 
 SETTINGS = {
-    "model": "the source's name of the network, such as DiT-XL/2 (its depth, width and patches are checked)",
+    "model": "DiT, or the source's name such as DiT-XL/2, whose depth, width and patches are checked; or a SiT",
     "image_size": "side of the pictures, 8 times that of x_t, or HEIGHTxWIDTH (checked where the file has positions)",
     "input_size": "side of x_t itself, or HEIGHTxWIDTH, in place of image_size",
     "num_heads": "heads of each attention, of a width that is none of the source's",
@@ -62,7 +62,7 @@ SETTINGS = {
 }
 _SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
 _PARSERS = {
-    "model": one_of(*MODELS),
+    "model": one_of("DiT", "SiT", *MODELS),
     **dict.fromkeys(("image_size", "input_size"), sides),
     **dict.fromkeys(("num_heads", "num_classes", "diffusion_steps", "num_sampling_steps"), integer),
     "noise_schedule": one_of(*_SCHEDULES),
@@ -124,9 +124,10 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     settle = settling(told, assumed)
     if "model" not in told:
         assumed.append("a DiT, trained by diffusion (SiT's files, trained by flow matching, have the same names)")
-        heads = settle("num_heads", of_width.get(width), "the source's at this width")
+    if told.get("model") in MODELS:
+        heads = told.get("num_heads", of_width[width])
     else:
-        heads = told.get("num_heads", of_width.get(width))
+        heads = settle("num_heads", of_width.get(width), "the source's at this width")
     with refusing("the tensors and settings make no valid DiT"):
         model = DiTConfig(
             image_size=size,  # type: ignore[arg-type]  # asked for above
@@ -233,7 +234,7 @@ def _of_positions(table: np.ndarray, model: DiTConfig) -> list[str]:
 def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Settings that say otherwise than the tensors, each with both values."""
     problems = []
-    if (name := told.get("model")) is not None:
+    if (name := told.get("model")) in MODELS:
         depth, width, heads, patch = MODELS[name]
         facts = (("depth", depth), ("hidden_size", width), ("patch_size", patch))
         problems += [

@@ -65,6 +65,11 @@ def test_the_tensors_tell_the_network_and_the_source_the_sampling() -> None:
     )
     assert plan.unchecked == ("input_size", "num_heads")
     assert planned(state(), **SETTINGS, num_classes="6").null_label is None
+    told = planned(state(), **SETTINGS, model="DiT")
+    assert (told.model, told.asks) == (CONFIG, ())
+    assert not any("a DiT" in fact for fact in told.assumed)
+    with pytest.raises(ConversionError, match="SiT is trained on another path than DDIM's"):
+        planned(state(), **SETTINGS, model="SiT")
     assert planned(state(), **SETTINGS, diffusion_steps="100").schedule == ScheduleConfig("linear", 100, 1e-3, 0.2)
     assert planned(state(), num_heads="3", image_size="80").model == CONFIG
 
@@ -164,7 +169,7 @@ def test_the_sources_names_of_networks() -> None:
         ({"num_classes": "7"}, "num_classes is 7 by the settings, and the tensors have a table of 6 labels"),
         ({"input_size": "11"}, "image size 11x11 does not divide"),
         ({"num_heads": "5"}, "channels=24 cannot be split into num_heads=5"),
-        ({"model": "DiT-M/2"}, "model must be one of DiT-S/2"),
+        ({"model": "DiT-M/2"}, "model must be one of DiT, SiT, DiT-S/2"),
         ({"head": "3"}, "unknown --set key 'head'"),
         ({"diffusion_steps": "0"}, "schedule cannot be built"),
     ],
