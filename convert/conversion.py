@@ -154,6 +154,8 @@ def _converted(
         "verification": figure,
         "versions": _versions(),
         **({"taken": source.taken} if source.taken else {}),
+        **({} if plan.null_label is None else {"null_label": plan.null_label}),
+        **({"label_names": dict(plan.label_names)} if plan.label_names else {}),
     }
 
 
@@ -280,7 +282,7 @@ def describe(
     family, source = found.family, found.source
     options = _words(config, settings, preset, weights, variant, revision)
     command = ["jddim", "convert", str(src), "DST"]
-    contents, files = _configs(family, origin.file, config)
+    contents, files = _configs(family, origin.file, config, source)
     source = as_asked(family.placed(source, origin.file, contents), weights, str(src))
     facts = [f"  config      {file}" for file in files] or ["  config      none beside it"]
     asks: tuple[str, ...] = ()
@@ -401,7 +403,7 @@ def _understood(
 ) -> _Opened:
     src = origin.file
     given = _given(config)
-    contents, files = _configs(family, src, config)
+    contents, files = _configs(family, src, config, source)
     source = as_asked(family.placed(source, src, contents), weights, str(src))
     try:
         with refusing(src):
@@ -466,7 +468,7 @@ def _way_on(
     error: UnsettledError,
     family: Family,
     source: Source,
-    contents: dict[str, Any] | None,
+    contents: Mapping[str, Any] | None,
     preset: str | None,
     settings: Mapping[str, str],
 ) -> tuple[list[str], list[str], ConversionError | None]:
@@ -480,7 +482,7 @@ def _way_on(
 
 
 def _fitting_presets(
-    family: Family, source: Source, contents: dict[str, Any] | None, settings: Mapping[str, str]
+    family: Family, source: Source, contents: Mapping[str, Any] | None, settings: Mapping[str, str]
 ) -> list[str]:
     """The presets that neither the tensors nor what else is told contradict."""
     fitting = []
@@ -498,7 +500,7 @@ def _tried(asks: Iterable[str]) -> dict[str, str]:
 
 
 def _misfit(
-    family: Family, source: Source, contents: dict[str, Any] | None, settings: Mapping[str, str]
+    family: Family, source: Source, contents: Mapping[str, Any] | None, settings: Mapping[str, str]
 ) -> ConversionError | None:
     """Why the tensors do not fit a network with such settings, if they do not."""
     with contextlib.suppress(ConversionError):  # of values tried that do not go with those told
@@ -537,8 +539,13 @@ def _given(config: Paths | None) -> list[Path]:
     return files
 
 
-def _configs(family: Family, weights: Path, config: Paths | None) -> tuple[dict[str, Any] | None, tuple[Path, ...]]:
-    """What `Family.plan` gets, and the files it is from: those given, then those found, one for each section."""
+def _configs(
+    family: Family, weights: Path, config: Paths | None, source: Source
+) -> tuple[Mapping[str, Any] | None, tuple[Path, ...]]:
+    """What `Family.plan` gets, and the files it is from: those given, then those found, one for each section.
+
+    Without a file, it is what lies beside the weights (`Family.entry`).
+    """
     section = family.config_section or (lambda contents: "")
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for file in _given(config):
@@ -554,7 +561,7 @@ def _configs(family: Family, weights: Path, config: Paths | None) -> tuple[dict[
             found.setdefault(section(contents), (file, contents))
     files = tuple(file for file, _ in found.values())
     if family.config_section is None:
-        return next((contents for _, contents in found.values()), None), files
+        return next((contents for _, contents in found.values()), source.told or None), files
     return {key: contents for key, (_, contents) in found.items()}, files
 
 

@@ -18,7 +18,8 @@ _MARKS = {
         "family is not supported"
     ),
     r"adaLN_modulation\.|transformer_blocks\.\d+\.norm1\.emb\.": (
-        "is a diffusion transformer (DiT and its like); this family is not supported"
+        "is a diffusion transformer, but not one of the two that jddim reads, facebookresearch's DiT (x_embedder, "
+        "t_embedder, blocks.N.adaLN_modulation) and diffusers' (transformer_blocks.N.norm1.emb, proj_out_1)"
     ),
     r"controlnet_": "is a ControlNet, which goes with another network",
     r"(^|\.)conv_in\.conv\.": (

@@ -189,6 +189,7 @@ def _opened(place: _Place, name: str) -> Source:
         note=note,
         taken=place.label,
         beside=shortened(beside, 8),
+        told=next((told for step in place.beside if isinstance(told := step.get(place.family.entry), Mapping)), {}),
     )
 
 

@@ -54,6 +54,8 @@ class SamplerConfig:
         the network has twice the channels, of which the second half interpolates the log-variance (Nichol, Eq. 15);
         DDIM drops it.
     clean_known: what a mask keeps of an image is clean in every x_t, as in training (Palette), not as noisy as x_t.
+    guidance_channels: guidance changes the first so many of x_t's channels alone, 3 of 4 in facebookresearch's DiT; the
+        rest is the prediction with the label. None: all.
     """
 
     spacing: str = "linspace"
@@ -71,6 +73,7 @@ class SamplerConfig:
     self_condition: bool = False
     variance: str = "fixed_small"
     clean_known: bool = later(False)
+    guidance_channels: int | None = later(None)
 
 
 METHODS = ("ddim", "ddpm", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
@@ -470,6 +473,105 @@ LUCIDRAINS_TIME_EMBEDDINGS = ("sinusoidal", "learned")
 
 
 @dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """The diffusion transformer of Peebles and Xie (arXiv:2212.09748; `jddim.models.dit`): adaLN-zero blocks.
+
+    One wiring, two sources: facebookresearch/DiT, whose names of sizes are in brackets, and diffusers'
+    DiTTransformer2DModel, which on the same weights is another function: `frequency_shift` and `mlp_norm_epsilon`.
+
+    image_size: (height, width) of x_t, latents mostly, that the checkpoint was trained at [input_size].
+    in_channels: x_t's. out_channels: twice as many with a learned variance.
+    patch_size: side of the square that becomes one token. channels: width of a token [hidden_size]; a multiple of 4,
+        for sines and cosines of rows and of columns. depth: blocks. num_heads: of each attention. mlp_channels: width
+        inside a block's MLP, None: 4 `channels`.
+    num_classes: rows of the table of labels, the null label's included; None: the network takes no labels.
+    time_features: width of the sinusoid of t, cosines first, whose frequencies are
+        10000^(-i / (time_features // 2 - frequency_shift)): shift 0 in facebookresearch's, 1 in diffusers.
+    norm_epsilon: of all layer norms but those before the MLPs, whose is mlp_norm_epsilon.
+    """
+
+    image_size: tuple[int, int]
+    in_channels: int = 4
+    out_channels: int = 8
+    patch_size: int = 2
+    channels: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_channels: int | None = None
+    num_classes: int | None = None
+    time_features: int = 256
+    frequency_shift: float = 0.0
+    norm_epsilon: float = 1e-6
+    mlp_norm_epsilon: float = 1e-6
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the network's input: x_t's."""
+        return self.in_channels
+
+    @property
+    def condition_channels(self) -> int:
+        """0: no image is given beside x_t."""
+        return 0
+
+    @property
+    def condition_first(self) -> bool:
+        """Whether a condition would come first."""
+        return False
+
+    @property
+    def size_factor(self) -> int:
+        """Height and width must be multiples of it: of a patch."""
+        return self.patch_size
+
+    @property
+    def class_embedding(self) -> str | None:
+        """None if the network takes no labels."""
+        return None if self.num_classes is None else "learned"
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels inside a block's MLP."""
+        return 4 * self.channels if self.mlp_channels is None else self.mlp_channels
+
+    @property
+    def summary(self) -> str:
+        """The network in one line, for people."""
+        return (
+            f"a transformer: {self.image_size[0]}x{self.image_size[1]}x{self.in_channels} in patches of "
+            f"{self.patch_size}x{self.patch_size}, {counted(self.depth, 'block')} of {self.channels} channels and "
+            f"{counted(self.num_heads, 'head')}, {_labels(self)}"
+        )
+
+    def __post_init__(self) -> None:
+        """Raise one ValueError that names everything wrong, and what would be right."""
+        problems = number_problems(self)
+        problems += [
+            f"{name}={getattr(self, name)} must be at least 1"
+            for name in ("in_channels", "out_channels", "patch_size", "num_heads", "mlp_width")
+            if getattr(self, name) < 1
+        ]
+        if not 1 <= self.depth <= MOST_BLOCKS:
+            problems.append(f"depth={self.depth} must lie in 1..{MOST_BLOCKS}")
+        if self.num_classes is not None and self.num_classes < 1:
+            problems.append(f"num_classes={self.num_classes} must be at least 1, or None for a network without labels")
+        if self.channels < 4 or self.channels % 4:
+            problems.append(
+                f"channels={self.channels} must be a multiple of 4 (sines and cosines, of rows and columns)"
+            )
+        elif self.num_heads >= 1 and self.channels % self.num_heads:
+            problems.append(f"channels={self.channels} cannot be split into num_heads={self.num_heads}")
+        if self.time_features < 4:
+            problems.append(f"time_features={self.time_features} must be at least 4 (sines and cosines, two of each)")
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            problems.append(f"image_size={self.image_size} must be (height, width), both at least 1")
+        elif self.patch_size >= 1:
+            problems += size_problems(self, self.image_size)
+        if problems:
+            raise ValueError("DiTConfig: " + "; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
     """A classifier of noisy images, for guidance: guided-diffusion's EncoderUNetModel (`jddim.models.classifier`).
 
@@ -727,14 +829,8 @@ is, and no more than can be laid out in seconds."""
 
 
 def check_bounds(config: Any) -> None:
-    """Raise ValueError for numbers in a network's config that would take memory and time without end, and for NaN."""
-    problems = []
-    for name, value in vars(config).items():
-        of = value if isinstance(value, tuple) else (value,)
-        if len(of) > MOST_LEVELS:
-            problems.append(f"{name} has {len(of)} entries, more than {MOST_LEVELS} levels")
-        elif any(isinstance(each, (int, float)) and not abs(each) <= MOST for each in of):
-            problems.append(f"{name}={value} is beyond {MOST:,}")
+    """Raise ValueError for numbers in a UNet's config that would take memory and time without end, and for NaN."""
+    problems = number_problems(config)
     if not problems and max(config.widths, default=0) > MOST:
         problems.append(f"channels={config.channels} with channel_mults={config.channel_mults} is beyond {MOST:,}")
     if not problems and len(config.channel_mults) * getattr(config, "num_res_blocks", 1) > MOST_BLOCKS:
@@ -745,6 +841,18 @@ def check_bounds(config: Any) -> None:
         raise ValueError(f"{type(config).__name__}: " + "; ".join(problems))
 
 
+def number_problems(config: Any) -> list[str]:
+    """What is wrong with the sizes of a config's numbers and lists: [] or a sentence on each."""
+    problems = []
+    for name, value in vars(config).items():
+        of = value if isinstance(value, tuple) else (value,)
+        if len(of) > MOST_LEVELS:
+            problems.append(f"{name} has {len(of)} entries, more than {MOST_LEVELS} levels")
+        elif any(isinstance(each, (int, float)) and not abs(each) <= MOST for each in of):
+            problems.append(f"{name}={value} is beyond {MOST:,}")
+    return problems
+
+
 def size_problems(config: ModelConfig, image_size: tuple[int, int]) -> list[str]:
     """What is wrong with (height, width) for this network: [] or one sentence that says which sizes divide."""
     factor = config.size_factor
@@ -753,8 +861,7 @@ def size_problems(config: ModelConfig, image_size: tuple[int, int]) -> list[str]
     lower = [max(side // factor, 1) * factor for side in image_size]
     upper = [-(-side // factor) * factor for side in image_size]
     return [
-        f"image size {image_size[0]}x{image_size[1]} does not divide: the network halves it {factor.bit_length() - 1} "
-        f"times, so height and width must be multiples of {factor} "
+        f"image size {image_size[0]}x{image_size[1]} does not divide: height and width must be multiples of {factor} "
         f"(nearest: {' or '.join(dict.fromkeys(f'{side[0]}x{side[1]}' for side in (lower, upper)))})"
     ]
 

@@ -98,6 +98,22 @@ def projected(predict: Pair, scale: Scale, *, rescale: ArrayLike = 0.7, keep_par
     return denoise
 
 
+def on_channels(predict: Pair, guide: Callable[[Pair], Denoiser], channels: int | None = None) -> Denoiser:
+    """Guidance of the first channels alone; the rest is the conditional prediction's.
+
+    So facebookresearch's DiT has it, of 3 channels, and so a learned variance is left as it is. guide: from a pair to a
+    denoiser, `classifier_free` for instance. channels: None: half, where the rest is a learned variance.
+    """
+
+    def denoise(x_t: Array, t: Array) -> Array:
+        conditional, unconditional = predict(x_t, t)
+        first = conditional.shape[-1] // 2 if channels is None else channels
+        guided = guide(lambda x_t, t: (conditional[..., :first], unconditional[..., :first]))(x_t, t)
+        return jnp.concatenate([guided, conditional[..., first:]], axis=-1)
+
+    return denoise
+
+
 class GuidedOptions(Draws, total=False):
     """The keyword arguments of `cfg_plus_plus_loop`, but scale and trajectory_every."""
 

@@ -102,6 +102,22 @@ def _palette(preset: str, epoch: int) -> Preset:
     )
 
 
+def _dit(name: str, image_size: int, fid: float | None = None) -> Preset:
+    """Of pictures of this size, 8 times its latents'; diffusers' on the hub, and facebookresearch's files."""
+    own = Preset(name, "diffusers_dit", image_size, 1000, "cc-by-nc-4.0", variance="learned_range")
+    if fid is None:
+        return own
+    return dataclasses.replace(
+        own,
+        family="dit",
+        fid=fid,
+        fid_from="facebookresearch/DiT's README, with guidance",
+        file=f"DiT-XL-2-{image_size}x{image_size}.pt",
+        origin="facebookresearch/DiT",
+        options=f"--preset DiT-XL/2-{image_size}",
+    )
+
+
 _GUIDED = f"{_ADM}'s README, with its classifier"
 _UNGUIDED = f"{_ADM}'s README"
 _HYBRID, _IMPROVED = "arXiv:2102.09672", ("cosine", 4000)
@@ -148,7 +164,17 @@ presets: tuple[Preset, ...] = (
     Preset(
         "CompVis/ldm-celebahq-256", "diffusers", 256, 0, "", refused="it makes latents, for which jddim has no decoder"
     ),
-    Preset("facebook/DiT-XL-2-256", "", 256, 1000, "cc-by-nc-4.0", refused="a transformer of latents"),
+    _dit("facebook/DiT-XL-2-256", 256),
+    _dit("facebook/DiT-XL-2-512", 512),
+    _dit("dit-xl-2-256", 256, 2.27),
+    _dit("dit-xl-2-512", 512, 3.04),
+    Preset(
+        *("sit-xl-2-256", "dit", 256, 1000, "MIT"),
+        file="SiT-XL-2-256.pt",
+        origin="willisma/SiT",
+        options="--preset SiT-XL/2-256",
+        refused="it is trained by flow matching, whose path jddim does not sample along",
+    ),
 )
 """The published checkpoints that jddim knows of; `jddim list` prints them."""
 

@@ -68,6 +68,7 @@ class Common(TypedDict, total=False):
     guidance_scale: ArrayLike | None
     guidance_rescale: float | None
     guidance_interval: tuple[float, float] | None
+    guidance_channels: int | None
     null_label: int | None
     classifier: Classifier | None
     classifier_scale: ArrayLike | None
@@ -113,6 +114,7 @@ class Conventions(TypedDict, total=False):
     self_condition: bool
     variance: str
     clean_known: bool
+    guidance_channels: int | None
 
 
 RUN = ("batch_size", "progress", "on_segment")
@@ -347,14 +349,15 @@ class DDIM(metaclass=_Led):
             "ddim" alone.
         clip: clamp x0 to clip_range at each step; threshold: instead, (ratio, largest) of dynamic thresholding;
             rederive_eps: use the limited x0's eps in the direction term.
-        steps_offset, set_alpha_to_one, prediction_type, variance: as in `jddim.config.SamplerConfig`.
+        steps_offset, set_alpha_to_one, prediction_type, variance, guidance_channels: as in
+            `jddim.config.SamplerConfig`.
         labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1, or one for all (or
             what its `class_embedding` takes, one row an image).
         condition: for a network that is given an image beside each x_t, and only for one: `(num, h, w,
             condition_channels)` float32, scaled as in training (mostly to [-1, 1]); one that is smaller by whole
             factors is enlarged bilinearly.
         guidance_scale: guidance between `null_label`, the label that meant none in training (scale 0; by default what
-            `jddim train` recorded), and `labels` (1), or beyond; a scalar or one value per image. Twice the
+            is recorded), and `labels` (1), or beyond; a scalar or one value per image. Twice the
             evaluations. guidance: its kind, "classifier-free", "projected" or "cfg++" (`jddim.guidance`).
             guidance_rescale: phi in [0, 1]. guidance_interval: (low, high), the t to guide at; else the scale is 1.
         classifier: a network that `load_classifier` gives, which leads to `labels` by its gradient, classifier_scale
@@ -506,7 +509,8 @@ class DDIM(metaclass=_Led):
         if problems:
             raise RequestError(problems, "denoiser")
         program = Program(
-            find("ddim"), c.prediction_type, c.timestep_scale, c.rederive_eps, c.variance, c.self_condition
+            *(find("ddim"), c.prediction_type, c.timestep_scale, c.rederive_eps, c.variance, c.self_condition),
+            guidance_channels=c.guidance_channels,
         )
         guidance: Any = None if guidance_scale is None else Guidance(guidance_scale, null_label)  # type: ignore[arg-type]
         return network_denoiser(self.model, program, labels, guidance, beside)
@@ -528,6 +532,11 @@ class DDIM(metaclass=_Led):
     def null_label(self) -> int | None:
         """The label that meant none in training, as the checkpoint records it; None: it does not."""
         return None if self.metadata is None else self.metadata.null_label
+
+    @property
+    def label_names(self) -> dict[str, int]:
+        """The source's name of a class -> its label, as the checkpoint records them; empty: it does not."""
+        return {} if self.metadata is None else self.metadata.label_names
 
 
 def _how(options: Any) -> dict[str, Any]:

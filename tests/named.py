@@ -8,11 +8,11 @@ import numpy as np
 
 from convert.engine import _ones
 from convert.rules import source_of, torch_shape
-from jddim.config import UNetConfig
+from jddim.config import ModelConfig
 from jddim.models.building import abstract_model, flat_params
 
 
-def state_dict(family: ModuleType, config: UNetConfig, seed: int, **options: bool) -> dict[str, np.ndarray]:
+def state_dict(family: ModuleType, config: ModelConfig, seed: int, **options: bool) -> dict[str, np.ndarray]:
     """The tensors that `family` asks for, norms' scales about 1. (That the source has these, its golden file shows.)
 
     options: of the family's rename table.

@@ -248,9 +248,37 @@ def test_what_guidance_refuses() -> None:
         SCHEDULE,
         SamplerConfig(num_steps=4, variance="learned_range"),
     )
-    with pytest.raises(ValueError, match="guidance of a learned variance is not defined"):
-        learned.sample(KEY, 2, method="ddpm", labels=[0, 1], guidance_scale=2.0, null_label=3)
     assert learned.sample(KEY, 2, labels=[0, 1], guidance_scale=2.0, null_label=3).shape == (2, 6, 10, 1)
+    for channels in (0, 2):
+        with pytest.raises(ValueError, match=r"guidance_channels must lie in 1\.\.1, x_t's channels, got"):
+            ddim.sample(KEY, 2, labels=[0, 1], guidance_scale=2.0, null_label=3, guidance_channels=channels)
+    with pytest.raises(ValueError, match="guidance_channels is for guidance"):
+        ddim.sample(KEY, 2, labels=[0, 1], guidance_channels=1)
+
+
+@pytest.mark.parametrize("kind", ["classifier-free", "projected"])
+def test_guidance_of_some_channels_leaves_the_rest_conditional(kind: str) -> None:
+    """And, with a learned variance, that of all of them leaves the variance so (facebookresearch's DiT)."""
+    guide = {"classifier-free": guidance.classifier_free, "projected": guidance.projected}[kind]
+    conditional, unconditional = np.random.default_rng(1).standard_normal((2, 3, 5, 7, 6), np.float32)
+    pair, x_t, t = lambda x_t, t: (conditional, unconditional), start(), jnp.zeros(3, jnp.int32)
+    for channels, of in ((1, 1), (None, 3), (6, 6)):
+        guided = guidance.on_channels(pair, lambda pair: guide(pair, 2.5), channels)(x_t, t)
+        both = conditional[..., :of], unconditional[..., :of]
+        alone = guide(lambda x_t, t, both=both: both, 2.5)(x_t, t)
+        np.testing.assert_array_equal(guided[..., :of], alone)
+        np.testing.assert_array_equal(guided[..., of:], conditional[..., of:])
+
+
+def test_cfg_plus_plus_is_of_all_channels() -> None:
+    model = random_model(small_config(class_embedding="learned", num_classes=4, in_channels=2, out_channels=2))
+    ddim = jddim.DDIM(model, SCHEDULE, SamplerConfig(num_steps=4, guidance_channels=1))
+    options = {"labels": [0, 1], "guidance_scale": 0.5, "null_label": 3, "guidance": "cfg++"}
+    with pytest.raises(
+        ValueError, match=r"changes all channels, this checkpoint's 1 alone: give guidance_channels 2 too"
+    ):
+        ddim.sample(KEY, 2, **options)
+    assert ddim.sample(KEY, 2, **options, guidance_channels=2).shape == (2, 6, 10, 2)
 
 
 @pytest.mark.parametrize("kind", ["rescaled", "projected", "classifier"])

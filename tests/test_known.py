@@ -49,12 +49,16 @@ def test_what_is_told_of_a_file_is_what_its_preset_says() -> None:
         )
         assert [each.train_timesteps] == [int(told[name]) for name in counts if name in told]
         assert [each.schedule] == [told[name] for name in schedules if name in told]
-        assert each.classes == (1000 if told.get("class_cond") == "True" else 0)
+        assert each.classes == (1000 if told.get("class_cond") == "True" or "num_classes" in told else 0)
         if "var_type" in told:
             assert each.variance == {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}[told["var_type"]]
     published = {name for family in families.values() for name in family.presets}
     # of which no PyTorch file is published
-    assert published - named == {"celebahq", "uncropping_places2", "colorization_mirflickr25k"}
+    rest = {"celebahq", "uncropping_places2", "colorization_mirflickr25k", "SiT-XL/2-512"}
+    sizes = {
+        f"{kind}-{size}/{patch}" for kind in ("DiT", "SiT") for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)
+    }
+    assert published - named == rest | sizes
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str], fails) -> None:

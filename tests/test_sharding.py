@@ -12,7 +12,9 @@ from conftest import ROOT
 from jax.sharding import PartitionSpec as P
 from tiny import random_model, small_config
 
-from jddim.scale.sharding import CHANNELS, REPLICATED, Sharded, make_mesh, param_shardings
+from jddim.config import DiTConfig
+from jddim.models.building import abstract_model
+from jddim.scale.sharding import CHANNELS, REPLICATED, TRANSFORMER, Sharded, make_mesh, param_shardings
 
 EIGHT = """
 import re
@@ -59,6 +61,21 @@ assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 1, 4
 # sums over channels are cut in two: rounding, which three steps of an untrained network leave below this
 np.testing.assert_allclose(wide.sample(key, 24, labels=labels, **how), one, atol=1e-3)
 
+from jddim.config import DiTConfig
+from jddim.scale.sharding import TRANSFORMER
+
+config = DiTConfig((6, 10), channels=24, depth=2, num_heads=2, num_classes=5)
+dit = DDIM(random_model(config), linear_schedule(100), SamplerConfig(num_steps=3, variance="learned_range"))
+one = np.asarray(dit.sample(key, 4, labels=labels[:4], eta=0.7))
+cut = Sharded(dit, make_mesh(2, 2), TRANSFORMER)
+assert {shard.data.shape for shard in cut.ddim.model.blocks[1].mlp.linear_2.kernel.get_value().addressable_shards} == {
+    (48, 24)
+}
+np.testing.assert_allclose(cut.sample(key, 4, labels=labels[:4], eta=0.7), one, atol=1e-3)
+counted = lower(dit, make_mesh(1, 2), TRANSFORMER, 2, Request(), labelled=True).compile().as_text()
+gathered = set(re.findall("(all-gather|all-to-all|collective-permute|reduce-scatter)[-(]", counted))
+assert not gathered and "all-reduce" in counted, gathered
+
 # What XLA cuts by a rule of its own, as jax has cuDNN's attention, it must not have to cut where data is cut alone.
 from flax import nnx
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -104,6 +121,20 @@ def test_rules_place_parameters_by_their_first_match() -> None:
     assert places.conv_in.bias.get_value().spec == P()
     whole = param_shardings(random_model(small_config()), mesh)
     assert {place.spec for place in jax.tree.leaves(whole)} == {P()}
+
+
+def test_a_transformers_heads_and_mlps_are_cut_and_nothing_else() -> None:
+    mesh = jax.sharding.AbstractMesh((1, 2), ("data", "model"))
+    model = abstract_model(DiTConfig((6, 10), channels=24, depth=1, num_heads=2, num_classes=5))
+    places = param_shardings(model, mesh, TRANSFORMER)
+    block = places.blocks[0]
+    for layer in (block.attention.q, block.attention.k, block.attention.v, block.mlp.linear_1):
+        assert layer.kernel.get_value().spec == P(None, "model")
+        assert layer.bias.get_value().spec == P("model")
+    for layer in (block.attention.out, block.mlp.linear_2):
+        assert layer.kernel.get_value().spec == P("model", None)
+        assert layer.bias.get_value().spec == P()
+    assert sum(place.spec != P() for place in jax.tree.leaves(places)) == 10
 
 
 def test_rules_that_do_not_fit_are_told_by_name() -> None:

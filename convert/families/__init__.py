@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from . import autoencoder, diffusers, ho, lucidrains, monai, openai, openai_classifier, palette, pytorch_ddpm
+from . import autoencoder, diffusers, diffusers_dit, dit, ho, lucidrains, monai, openai, openai_classifier, palette, pytorch_ddpm
 from .base import Family, Plan, Source
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
-    for module in (autoencoder, ho, pytorch_ddpm, monai, diffusers, openai_classifier, openai, palette, lucidrains)
+    for module in (
+        *(autoencoder, ho, pytorch_ddpm, monai, diffusers, openai_classifier, openai, palette, lucidrains),
+        *(dit, diffusers_dit),
+    )
 }
 """In the order in which they are asked: diffusers would take MONAI's names for its own where a file is damaged, and
 OpenAI's UNet a classifier's, which are those of its first half."""

@@ -23,7 +23,8 @@ class Source:
     """One set of weights taken out of a file. tensors: torch names, without wrappers' prefixes -> arrays.
 
     weights: "ema", "raw" or "unstated". taken: the keys and prefixes that lead to them, with dots between; empty for a
-    bare state dict. beside: what else the file has there.
+    bare state dict. beside: what else the file has there; told: of that, what the family reads as a config where
+    there is no file of one (`Family.entry`).
     """
 
     tensors: Tensors
@@ -32,6 +33,7 @@ class Source:
     note: str = ""
     taken: str = ""
     beside: str = ""
+    told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Plan:
     reference_options: what `Family.reference` needs beside the model's config to load these tensors; kept in the
     checkpoint's provenance, for the way back. wording: of schedule and sampler. implied: tensors that the source's
     network has the effect of, and its file not, or with other numbers in it: they take the place of the file's.
+    null_label: the label that meant none in training, None where there was none. label_names: the source's name of a
+    class -> its label.
     """
 
     model: ModelConfig
@@ -84,6 +88,8 @@ class Plan:
     wording: Wording = Wording()
     implied: Tensors = dataclasses.field(default_factory=dict)
     latent: bool = False
+    null_label: int | None = None
+    label_names: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Family:
 
     recognise: a state dict, by its names -> is it ours? What holds it is unwrapped elsewhere (`convert.recognition`).
     open_source: a state dict that is, the words for it -> Source. buffers: the tensors in it that are no parameters.
+    entry: the name under which a run's options lie beside the weights, a dict or what argparse makes; empty: none does.
     plan: tensors, config file's contents or None, --set values -> Plan. reference: config, and the plan's
     reference_options by keyword -> a torch module with the source's parameter names, whose `activations(x_t NCHW, t,
     labels or None)` are (name, output) of each block, named as by the Flax network's. settings: what --set takes ->
@@ -117,6 +124,7 @@ class Family:
     reference: Callable[..., Any]
     settings: Mapping[str, str]
     buffers: frozenset[str] = frozenset()
+    entry: str = ""
     pointwise: Mapping[str, int] = dataclasses.field(default_factory=dict)
     presets: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     formats: Mapping[str, Callable[[Metadata, Tensors, Path], None]] = dataclasses.field(default_factory=dict)

@@ -67,7 +67,7 @@ def _newest_checkpoint(run: Path, weights: str | None, variant: str | None) -> P
     return None
 
 
-_NETWORKS = ("unet_ema", "unet")
+_NETWORKS = ("unet_ema", "unet", "transformer")
 _CHECKPOINT = re.compile(r"checkpoint-\d{1,12}")
 
 
@@ -335,8 +335,8 @@ def loaded_by(module: Any, config: ModelConfig, own: Rules, table: Rules) -> Any
 
     def renamed(module: Any, state: dict[str, Any], *of_torch: Any) -> None:
         tensors = {}
-        for name in list(state):
-            value, (source, _, kind) = state.pop(name), name.rpartition(".")
+        for theirs in list(state):
+            value, (source, _, kind) = state.pop(theirs), theirs.rpartition(".")
             for target in targets_of(source, table):
                 pieces = target.split(value) if isinstance(target, Fused) else [value]
                 for leaf, piece in zip(target_leaves(target, kind, leaves), pieces, strict=False):

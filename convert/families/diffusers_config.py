@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jddim.checkpoint.metadata import Metadata
-from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
+from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
 from jddim.schedule import make_schedule
 
 from ..engine import ConversionError, cannot_hold, refuse, refusing, shortened
@@ -293,14 +293,14 @@ def read_configs(
         name: dict((config or {}).get(name) or {}) for name in ("unet", "scheduler", "pipeline")
     }
     check_companions("the pipeline of model_index.json", "unet", parts_of(files["pipeline"]), handled=True)
-    problems, notes = _class_problems(files)
+    problems, notes = class_problems(files)
     refuse(problems)  # the keys are another class's
     problems += [f"unknown --set key {key!r}{did_you_mean(key, SETTINGS)}" for key in given if key not in SETTINGS]
     call = files["scheduler"].pop("_jddim", {})
     if not isinstance(call, Mapping):
         problems.append(f"scheduler_config.json: _jddim must hold keys, it holds {call!r}")
         call = {}
-    scheduler, obsolete = _without_obsolete(files["scheduler"])
+    scheduler, obsolete = without_obsolete(files["scheduler"])
     unet = {key: value for key, value in files["unet"].items() if key not in _OF_EMA}
     parts = {}
     for name, file, options, contents in (
@@ -309,28 +309,14 @@ def read_configs(
         ("call", "scheduler_config.json's _jddim", CALL, call),
     ):
         # num_train_timesteps is of both files; the tensors tell the network's own
-        mine = {key for key in options if key in given and not (name == "unet" and key in SCHEDULER)}
-        told = {key: value for key, value in contents.items() if not key.startswith("_") and key not in mine}
-        odd = [key for key in told if key not in options]
-        misspelt = {
-            key: near[0]
-            for key in odd
-            if key not in _OF_OTHERS and (near := difflib.get_close_matches(key, options, n=1))
-        }
-        problems += [
-            f"{file}: unknown key {printable(key)!r}, which diffusers ignores (did you mean {near!r}?)"
-            for key, near in misspelt.items()
-        ]
-        if skipped := [printable(key) for key in odd if key not in misspelt]:
-            notes.append(f"{file}: not read, nor by diffusers: {shortened(skipped, 40)}")
-        known = {key: value for key, value in told.items() if key in options}
-        sources = {file: known, "--set": {key: literal(given[key]) for key in sorted(mine)}}
-        parsed, refused = parse(sources, {key: option.parse for key, option in options.items()})
-        problems += refused
+        mine = {key: given[key] for key in options if key in given and not (name == "unet" and key in SCHEDULER)}
+        parsed, wrong, unread = read_part(file, options, contents, mine)
+        problems += wrong
+        notes += unread
         inferred = dict(found or {}) if name == "unet" else {}
         problems += _contradictions(inferred, parsed)
         parts[name] = {key: option.default for key, option in options.items()} | inferred | parsed
-    trained = _TRAINED if not files["scheduler"] else ()
+    trained = () if files["scheduler"] else TRAINED
     keys = [] if found is None else [key for key in UNET if key in UNTOLD and key not in (*_NULL, *found)]
     keys += [*trained, *(["condition_first"] if "condition_first" not in call and _beside(parts) else [])]
     missing = {} if found is None else _missing(found, given)
@@ -340,24 +326,59 @@ def read_configs(
             "says all of it"
         )
     refuse(problems, asking(keys, given, missing) if missing and len(problems) == 1 else ())
-    assumed, warnings = list(obsolete), []
-    if absent := _defaulted(UNET, {*unet, *given, *(found or {})}, _INERT):
+    assumed = list(obsolete)
+    if absent := defaulted(UNET, {*unet, *given, *(found or {})}, _INERT):
         why = "its config does not name them" if found is None else "the tensors do not tell them"
         assumed.append(f"{absent} (UNet2DModel's defaults in diffusers: {why})")
-    if absent := _defaulted(SCHEDULER, {*scheduler, *given}, ("variance_type", "set_alpha_to_one", *trained)):
-        assumed.append(f"{absent} (the scheduler's defaults in diffusers: its config does not name them)")
-    if absent := _defaulted({key: SCHEDULER[key] for key in trained}, set(given), ()):
-        warnings.append(
-            f"no scheduler_config.json was found, so the network is taken to be trained with {absent}; if it was not, "
-            "its samples are wrong: give that file by --config, or each by --set"
-        )
+    unsaid, warnings = scheduler_defaults(scheduler, given)
+    assumed += unsaid
     return Told(
         *(parts["unet"], parts["scheduler"], parts["call"]),
         defaulted=tuple(assumed),
         notes=tuple(notes),
-        warnings=tuple(warnings),
+        warnings=warnings,
         asks=asking(keys, given),
     )
+
+
+def scheduler_defaults(
+    scheduler: Mapping[str, Any], given: Mapping[str, str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is assumed of a scheduler whose file, without the obsolete keys, and --set do not say all; and warnings."""
+    assumed, warnings = [], []
+    trained = () if scheduler else TRAINED
+    if absent := defaulted(SCHEDULER, {*scheduler, *given}, ("variance_type", "set_alpha_to_one", *trained)):
+        assumed.append(f"{absent} (the scheduler's defaults in diffusers: its config does not name them)")
+    if absent := defaulted({key: SCHEDULER[key] for key in trained}, set(given), ()):
+        warnings.append(
+            f"no scheduler_config.json was found, so the network is taken to be trained with {absent}; if it was not, "
+            "its samples are wrong: give that file by --config, or each by --set"
+        )
+    return tuple(assumed), tuple(warnings)
+
+
+def read_part(
+    file: str, options: Mapping[str, Option], contents: Mapping[str, Any], given: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """The values that a file's contents and --set have, which goes first; what is wrong; and a note on what is unread.
+
+    file: its name, for messages. given: those of --set that are among the options.
+    """
+    told = {key: value for key, value in contents.items() if not key.startswith("_") and key not in given}
+    odd = [key for key in told if key not in options]
+    misspelt = {
+        key: near[0] for key in odd if key not in _OF_OTHERS and (near := difflib.get_close_matches(key, options, n=1))
+    }
+    problems = [
+        f"{file}: unknown key {printable(key)!r}, which diffusers ignores (did you mean {near!r}?)"
+        for key, near in misspelt.items()
+    ]
+    skipped = [printable(key) for key in odd if key not in misspelt]
+    notes = [f"{file}: not read, nor by diffusers: {shortened(skipped, 40)}"] if skipped else []
+    known = {key: value for key, value in told.items() if key in options}
+    sources = {file: known, "--set": {key: literal(given[key]) for key in sorted(given)}}
+    parsed, refused = parse(sources, {key: option.parse for key, option in options.items()})
+    return parsed, problems + refused, notes
 
 
 def _beside(parts: Mapping[str, Mapping[str, Any]]) -> int:
@@ -376,7 +397,7 @@ def _contradictions(found: Mapping[str, Any], told: Mapping[str, Any]) -> list[s
         return value or 4 * found["block_out_channels"][0] if key == "time_embedding_dim" else value
 
     return [
-        f"{key} is {_shown(value)} by --set, but {_shown(found[key])} by the tensors"
+        f"{key} is {shown(value)} by --set, but {shown(found[key])} by the tensors"
         for key, value in told.items()
         if key in found and same(key, value) != same(key, found[key])
     ]
@@ -398,12 +419,17 @@ def _missing(found: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, st
     return {ask: what for ask, what in missing.items() if ask.partition("=")[0] not in given}
 
 
-def _class_problems(files: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """What is wrong with the classes that the files are of; and a note where a scheduler of another is taken."""
+def class_problems(
+    files: Mapping[str, Mapping[str, Any]], read: Sequence[str] = ("UNet2DModel",)
+) -> tuple[list[str], list[str]]:
+    """What is wrong with the classes that the files are of; and a note where a scheduler of another is taken.
+
+    read: the classes of networks that are.
+    """
     problems, notes = [], []
     network, scheduler = (files[name].get("_class_name") for name in ("unet", "scheduler"))
-    if network not in (None, "UNet2DModel"):
-        problems.append(f"config.json is a {network}'s; of diffusers' networks jddim reads UNet2DModel")
+    if network not in (None, *read):
+        problems.append(f"config.json is a {printable(str(network))}'s; of diffusers' networks jddim reads {read[0]}")
     if scheduler is not None and scheduler not in SCHEDULERS:
         name, told = printable(str(scheduler)), files["scheduler"]
         process = next((what for mark, what in _OTHER_PROCESSES.items() if re.search(mark, name)), None)
@@ -426,7 +452,7 @@ def _class_problems(files: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], 
     return problems, notes
 
 
-def _without_obsolete(contents: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def without_obsolete(contents: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A scheduler's config without keys of old diffusers, and what the one with an effect was taken to mean."""
     kept = {key: value for key, value in contents.items() if key not in _OBSOLETE}
     if contents.get("predict_epsilon") is False and "prediction_type" not in contents:
@@ -438,17 +464,18 @@ def _without_obsolete(contents: Mapping[str, Any]) -> tuple[dict[str, Any], list
 _INERT = ("sample_size", "dropout", "num_train_timesteps", "num_class_embeds", "class_embed_type", "time_embedding_dim")
 
 
-_TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 """The keys that a network is wrong without, where they are not the defaults."""
 
 
-def _defaulted(options: Mapping[str, Option], named: set[str], inert: Sequence[str]) -> str:
+def defaulted(options: Mapping[str, Option], named: set[str], inert: Sequence[str]) -> str:
     """The keys that diffusers would fill in, and what with; "" if there are none."""
     absent = [key for key in options if key not in named and key not in inert]
-    return ", ".join(f"{key} = {_shown(options[key].default)}" for key in absent)
+    return ", ".join(f"{key} = {shown(options[key].default)}" for key in absent)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as JSON spells it; a long list by its length."""
     if isinstance(value, tuple) and len(value) > 8:
         return f"({len(value)} numbers)"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -639,7 +666,7 @@ def schedule_config(c: Mapping[str, Any]) -> ScheduleConfig:
     return checked(config)
 
 
-def sampler_config(told: Told, model: UNetConfig, schedule: ScheduleConfig) -> SamplerConfig:
+def sampler_config(told: Told, model: ModelConfig, schedule: ScheduleConfig) -> SamplerConfig:
     """DDIMPipeline's conventions with this scheduler. Raises ConversionError if it could not sample the model."""
     c, call = told.scheduler, told.call
     variance = c["variance_type"].removesuffix("_log")
@@ -665,7 +692,7 @@ def sampler_config(told: Told, model: UNetConfig, schedule: ScheduleConfig) -> S
         variance=variance,
     )
     table = check_sampler(sampler, schedule)
-    if model.time_embedding == "fourier" and 0 in table.t:
+    if getattr(model, "time_embedding", None) == "fourier" and 0 in table.t:
         raise ConversionError(
             "the sampler's defaults do not work: time_embedding_type fourier takes log t, and this spacing visits "
             "t = 0, where diffusers' samples are NaN too; --set timestep_spacing=trailing or --set steps_offset=1 "
@@ -690,8 +717,8 @@ def wording(told: Told) -> Wording:
     )
     call = {key: value for key, value in told.call.items() if key != "condition_first"}  # the network's
     return Wording(
-        {key: _shown(c[key]) for key in ("num_train_timesteps", *betas, "rescale_betas_zero_snr")},
-        {key: _shown(value) for key, value in {**{key: c[key] for key in sampler}, **call}.items()},
+        {key: shown(c[key]) for key in ("num_train_timesteps", *betas, "rescale_betas_zero_snr")},
+        {key: shown(value) for key, value in {**{key: c[key] for key in sampler}, **call}.items()},
     )
 
 

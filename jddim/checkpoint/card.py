@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from jddim.checkpoint.metadata import Metadata, Recorded
-from jddim.config import AutoencoderConfig, ClassifierConfig, SamplerConfig, ScheduleConfig, to_json
+from jddim.config import AutoencoderConfig, ClassifierConfig, SamplerConfig, ScheduleConfig, counted, to_json
 
 NAME = "README.md"
 ALL_ZERO = "its output is all zero: untrained?"
@@ -73,12 +73,14 @@ def lines(metadata: Recorded, parameters: int) -> list[str]:
         facts.append(("used by", _command(metadata)))
     for name, value in {**provenance, "license": provenance.get("license") or "not stated"}.items():
         match name, value:
-            case "ignored" | "reference_options", _:  # for machines
+            case "ignored" | "reference_options" | "null_label", _:  # for machines, or said above
                 continue
             case "autoencoder", {**own}:
                 kept = ("family", "source", "assumed", "weights")
                 compared = _compared(own.get("verification") or {})
                 value = [_text({key: own[key] for key in kept if own.get(key)})] + [compared] * bool(compared)
+            case "label_names", {**names}:
+                value = f"{counted(len(names), 'name')}, such as {', '.join(map(str, list(names)[:3]))}"
             case "unchecked", [*names]:
                 value = [f"{_text(each)}: told, not checked by the file" for each in names]
             case "verification", {"skipped": True, **rest}:
@@ -169,11 +171,12 @@ def _command(metadata: Recorded) -> str:
         return "jddim convert NETWORK DST --autoencoder CKPT"
     if not isinstance(metadata, Metadata):
         return "jddim sample MODEL samples.png --labels 0 --classifier CKPT --classifier-scale 1"
+    out = "samples.png" if metadata.image_shape[2] in (1, 3) else "samples.npy"
     if classes is None:
-        return "jddim sample CKPT samples.png"
+        return f"jddim sample CKPT {out}"
     if null_label is None or null_label != classes - 1:
-        return "jddim sample CKPT samples.png --labels 0"
-    return f"jddim sample CKPT samples.png --num {null_label} --labels 0:{null_label} --guidance-scale 3"
+        return f"jddim sample CKPT {out} --labels 0"
+    return f"jddim sample CKPT {out} --num {null_label} --labels 0:{null_label} --guidance-scale 3"
 
 
 def _title(metadata: Recorded) -> str:

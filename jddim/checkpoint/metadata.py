@@ -69,6 +69,8 @@ class Provenance(TypedDict, total=False):
     verification: dict[str, Any]
     training: Training
     parent: Parent
+    null_label: int | None
+    label_names: dict[str, int]
 
 
 class Recorded:
@@ -90,8 +92,13 @@ class Recorded:
 
     @property
     def null_label(self) -> int | None:
-        """The label that meant none in `jddim train`; None where there was none, or another code trained."""
-        return (self.provenance.get("training") or {}).get("null_label")
+        """The label that meant none in training, by `jddim train` or by the source; None where none is known to."""
+        return (self.provenance.get("training") or self.provenance).get("null_label")
+
+    @property
+    def label_names(self) -> dict[str, int]:
+        """The source's name of a class -> its label; empty where none are recorded."""
+        return self.provenance.get("label_names") or {}
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""

@@ -9,9 +9,10 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.config import AutoencoderConfig, ClassifierConfig, LucidrainsConfig, ModelConfig, UNetConfig
+from jddim.config import AutoencoderConfig, ClassifierConfig, DiTConfig, LucidrainsConfig, ModelConfig, UNetConfig
 from jddim.models.autoencoder import Autoencoder
 from jddim.models.classifier import Classifier
+from jddim.models.dit import DiT
 from jddim.models.lucidrains import LucidrainsUNet
 from jddim.models.unet import UNet
 
@@ -40,6 +41,7 @@ class Keys(Protocol):
 MODELS: dict[str, tuple[type[Any], type[Any]]] = {
     "unet": (UNetConfig, UNet),
     "lucidrains": (LucidrainsConfig, LucidrainsUNet),
+    "dit": (DiTConfig, DiT),
 }
 PARTS: dict[str, tuple[type[Any], type[Any]]] = {
     "classifier": (ClassifierConfig, Classifier),

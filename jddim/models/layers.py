@@ -266,14 +266,18 @@ class Attention(nnx.Module):
         q, k, v = (
             project(pixels).reshape(b, h * w, self.heads, c // self.heads) for project in (self.q, self.k, self.v)
         )
-        mixed = self.out(self.mix(q, k, v).reshape(b, h * w, c))
+        mixed = self.out(attend(q, k, v).reshape(b, h * w, c))
         return _divided(x + mixed.reshape(b, h, w, c), self.scale)
 
-    def mix(self, q: Array, k: Array, v: Array) -> Array:
-        """v, weighted by the softmax of q k: each `(b, pixels, heads, c / heads)`."""
-        scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=at_least_float32(self.dtype))
-        weights = jax.nn.softmax(scores * q.shape[3] ** -0.5, axis=-1).astype(v.dtype)
-        return jnp.einsum("bnqk,bknd->bqnd", weights, v)
+
+def attend(q: Array, k: Array, v: Array) -> Array:
+    """v, weighted by the softmax of q k: each `(b, pixels, heads, c / heads)`. Scale (c / heads)^-1/2.
+
+    As `jax.nn.dot_product_attention`, whose softmax is float32's in float64 too.
+    """
+    scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=at_least_float32(q.dtype))
+    weights = jax.nn.softmax(scores * q.shape[3] ** -0.5, axis=-1).astype(v.dtype)
+    return jnp.einsum("bnqk,bknd->bqnd", weights, v)
 
 
 class Downsample(nnx.Module):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -81,6 +82,10 @@ class Source(Protocol):
     @property
     def autoencoder(self) -> Autoencoder | None:
         """The first stage whose latents the network samples; None: it samples images."""
+
+    @property
+    def label_names(self) -> Mapping[str, int]:
+        """The source's name of a class -> its label, if they are recorded."""
 
 
 class Inputs(NamedTuple):
@@ -365,6 +370,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         self_condition=sampler.self_condition,
         guidance=None if scale is None else request.guidance or CLASSIFIER_FREE,
         resampled=resampled,
+        guidance_channels=None if scale is None else sampler.guidance_channels,
     )
 
     problems += network_problems(config, sampler, (height, width)) + num_problems(num)
@@ -411,7 +417,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
             kind=request.guidance,
             rescale=request.guidance_rescale,
             interval=request.guidance_interval,
-            learned_variance=program.learned_variance,
+            channels=program.guidance_channels,
             takes_eta=method.takes_eta,
         )
         problems += classifier_problems(
@@ -493,6 +499,13 @@ def labels_of(
         with contextlib.suppress(ValueError):
             low, colon, high = text.partition(":")
             each = range(int(low), int(high)) if colon else [int(part) for part in text.split(",")]
+    if not each and (names := ddim.label_names):
+        asked = [name.strip() for name in text.split(",")]
+        if unknown := [name for name in asked if name not in names]:
+            near = ", ".join(map(repr, difflib.get_close_matches(unknown[0], names)))
+            hint = f"did you mean {near}?" if near else f"give a number in 0..{classes - 1}"
+            return None, [("labels", f"labels: no class is called {unknown[0]!r} ({hint})")]
+        each = [names[name] for name in asked]
     if not each:
         return None, [("labels", f"labels are one number, 3,977, a range such as 0:10, or balanced; got {text!r}")]
     if "," in text and len(each) != num:
@@ -611,6 +624,10 @@ def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
     problems: Problems = []
     if request.variance is not None and not program.method.takes_variance:
         problems.append(("variance", f"variance is for method ddpm, not for {request.method!r}: leave it out"))
+    if request.guidance_channels is not None and program.guidance is None:
+        problems.append(
+            ("guidance_channels", "guidance_channels is for guidance: give guidance_scale too, or leave it out")
+        )
     if request.rederive_eps and (program.guidance == CFG_PLUS_PLUS or not program.method.rederives_eps):
         who = "guidance cfg++" if program.guidance == CFG_PLUS_PLUS else f"method {request.method!r}"
         problems.append(("rederive_eps", f"rederive_eps is DDIM's; {who} re-derives none: leave it out"))

@@ -184,12 +184,12 @@ def guidance_problems(
     kind: str | None = None,
     rescale: float | None = None,
     interval: tuple[float, float] | None = None,
-    learned_variance: bool = False,
+    channels: int | None = None,
     takes_eta: bool = True,
 ) -> Problems:
     """What is wrong with guidance of a network with this config. scale: a scalar or `(num,)`, or None: no guidance.
 
-    learned_variance: the steps read the network's. takes_eta: they are DDIM's.
+    channels: those that it changes. takes_eta: the steps are DDIM's.
     """
     others = {"guidance": kind, "guidance_rescale": rescale, "guidance_interval": interval, "null_label": null_label}
     if scale is None:
@@ -210,9 +210,12 @@ def guidance_problems(
         problems += wrong
     elif known and kind == CFG_PLUS_PLUS and not ((np.asarray(scale) >= 0) & (np.asarray(scale) <= 1)).all():
         problems.append(("guidance_scale", f"guidance_scale of cfg++ must lie in 0..1, got {scale}"))
-    if learned_variance:
-        told = "guidance of a learned variance is not defined: use method ddim"
-        problems.append(("guidance_scale", told))
+    if channels is not None and not 1 <= channels <= config.in_channels:
+        told = f"guidance_channels must lie in 1..{config.in_channels}, x_t's channels, got {channels}"
+        problems.append(("guidance_channels", told))
+    if kind == CFG_PLUS_PLUS and channels not in (None, config.in_channels):
+        told = f"guidance cfg++ changes all channels, this checkpoint's {channels} alone: give guidance_channels "
+        problems.append(("guidance", f"{told}{config.in_channels} too, or take another kind"))
     if kind == CFG_PLUS_PLUS and not takes_eta:
         problems.append(("guidance", "guidance cfg++ is of sampling by method ddim alone"))
     if kind == CFG_PLUS_PLUS and rescale is not None:

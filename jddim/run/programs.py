@@ -17,12 +17,14 @@ from jddim.ddim import predict_both, rederive_eps
 from jddim.denoisers import with_condition, with_labels, with_scaled_time, with_self_condition, without_variance
 from jddim.editing import keep_known, repaint
 from jddim.guidance import (
+    Pair,
     Scale,
     cfg_plus_plus,
     classifier_free,
     classifier_guided,
     label_gradient,
     label_pair,
+    on_channels,
     projected,
 )
 from jddim.models import Network
@@ -38,7 +40,8 @@ from jddim.sampling import Denoiser, State, Update, initial_noise, limiter, numb
 class Program:
     """What a compiled segment depends on beside shapes: static, hashable.
 
-    guidance: its kind, or None. resampled: inpainting by RePaint, whose rows draw twice.
+    guidance: its kind, or None. resampled: inpainting by RePaint, whose rows draw twice. guidance_channels: as in
+    `SamplerConfig`.
     """
 
     method: Method
@@ -49,6 +52,7 @@ class Program:
     self_condition: bool
     guidance: str | None = None
     resampled: bool = False
+    guidance_channels: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for a name that is not known."""
@@ -119,7 +123,7 @@ def network_denoiser(
     if program.variance == "learned_range" and not program.learned_variance:
         denoise = without_variance(denoise)
     if labels is not None and guidance is not None:
-        denoise = _guided(denoise, labels, guidance, program.guidance)
+        denoise = _guided(denoise, labels, guidance, program)
     elif labels is not None:
         denoise = with_labels(denoise, labels)
     if condition is not None:
@@ -154,15 +158,19 @@ def _classified(denoise: Denoiser, given: Given, classifier: Classified, program
     return guided
 
 
-def _guided(denoise: Denoiser, labels: jax.Array, guidance: Guidance, kind: str | None) -> Denoiser:
+def _guided(denoise: Denoiser, labels: jax.Array, guidance: Guidance, program: Program) -> Denoiser:
     pair, scale = label_pair(denoise, labels, guidance.null_label), in_interval(guidance.scale, guidance.interval)
     rescale = {} if guidance.rescale is None else {"rescale": guidance.rescale}
-    match kind:
-        case request.PROJECTED:
-            return projected(pair, scale, **rescale)
-        case request.CFG_PLUS_PLUS:
-            return cfg_plus_plus(pair, scale)
-    return classifier_free(pair, scale, **rescale)
+    if program.guidance == request.CFG_PLUS_PLUS:
+        return cfg_plus_plus(pair, scale)
+    kind = projected if program.guidance == request.PROJECTED else classifier_free
+
+    def guide(pair: Pair) -> Denoiser:
+        return kind(pair, scale, **rescale)
+
+    if program.guidance_channels is None and not program.learned_variance:
+        return guide(pair)
+    return on_channels(pair, guide, program.guidance_channels)
 
 
 def in_interval(scale: jax.Array, interval: tuple[jax.Array, jax.Array] | None) -> Scale:

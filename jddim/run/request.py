@@ -117,8 +117,9 @@ class Request:
     What is None comes from the checkpoint. The meaning of each is `DDIM.sample`'s, of strength, resample and
     jump_length `DDIM.edit`'s, of convention and refine `DDIM.invert`'s.
 
-    labels: one label an image, as text: "3,977", one each or one for all; "0:10", 0 to 9 over and over; "balanced", all
-    classes but the null label over and over. seed: image i depends on (seed, i) alone. start: the first image's i.
+    labels: one label an image, as text: "3,977", one each or one for all, or their names where the checkpoint has some;
+    "0:10", 0 to 9 over and over; "balanced", all classes but the null label over and over. seed: image i depends on
+    (seed, i) alone. start: the first image's i.
     """
 
     method: str = _option(
@@ -234,6 +235,15 @@ class Request:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
+    )
+    guidance_channels: int | None = _option(
+        None,
+        "--guidance-channels",
+        "guidance changes the first N channels alone; as many as there are: all",
+        _COMPILED,
+        convention=True,
+        type=int,
+        metavar="N",
     )
     classifier_scale: float | None = _option(
         None,

@@ -43,6 +43,15 @@ REPLICATED: Rules = (("", P()),)
 CHANNELS: Rules = ((r"^(conv_out|final_conv)\.", P()), (r"\.kernel$", P("model")), ("", P()))
 """Kernels cut by output channel, but the last, of 1 or 3 channels; all that is small is whole on every device."""
 
+TRANSFORMER: Rules = (
+    (r"\.(attention\.[qkv]|mlp\.linear_1)\.(kernel|bias)$", P("model")),
+    (r"\.(attention\.out|mlp\.linear_2)\.kernel$", P("model", None)),
+    ("", P()),
+)
+"""DiT's attention cut by heads and its MLPs by their inner channels, in and out, so that each is summed once over the
+devices (Megatron-LM's way, arXiv:1909.08053). The devices' number has to divide the number of heads.
+"""
+
 
 def make_mesh(data: int | None = None, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of `data` x `model` devices, axes "data" and "model"; data: as many as there are, by default.

@@ -19,11 +19,11 @@ import named
 from lucidrains_files import COSINE, diffusion, draw
 
 from convert.engine import ConversionError, fill
-from convert.families import FAMILIES, Source, diffusers, monai, openai, palette, pytorch_ddpm
+from convert.families import FAMILIES, Source, diffusers, diffusers_dit, dit, monai, openai, palette, pytorch_ddpm
 from convert.families import diffusers_config as configs
 from convert.recognition import as_asked, recognise
 from convert.writers import state_shapes
-from jddim.config import UNetConfig
+from jddim.config import DiTConfig, UNetConfig
 from jddim.models.building import abstract_model, flat_params
 
 State = dict[str, np.ndarray]
@@ -49,6 +49,7 @@ MONAI = UNetConfig(
     **{"image_size": (6, 10), "in_channels": 1, "out_channels": 1, "channels": 6, "channel_mults": (1,)},
     **{"num_res_blocks": 1, "attention_levels": (0,), "norm_groups": 2},
 )
+DIT = DiTConfig((6, 10), channels=8, depth=1, num_heads=2, num_classes=3)
 PALETTE = dataclasses.replace(
     OPENAI, condition_channels=2, condition_first=True, time_embedding="noise_level", num_timesteps=7
 )
@@ -83,6 +84,21 @@ CASES: dict[str, tuple[str, Callable[[int], State], Any, dict[str, str]]] = {
         lambda seed: named.state_dict(pytorch_ddpm, PYTORCH_DDPM, seed),
         None,
         {"img_size": "6x10", "norm_groups": "2"},
+    ),
+    "dit": (
+        "dit",
+        lambda seed: named.state_dict(dit, DIT, seed),
+        None,
+        {"input_size": "6x10", "num_heads": "2"},
+    ),
+    "diffusers' DiT": (
+        "diffusers_dit",
+        lambda seed: named.state_dict(diffusers_dit, DIT, seed),
+        {
+            "transformer": {"sample_size": 8, "num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1}
+            | {"num_embeds_ada_norm": 2, "out_channels": 8}
+        },
+        {},
     ),
     "MONAI core": (
         "monai",
@@ -246,7 +262,7 @@ def test_a_partial_average_is_not_taken_and_that_is_said(case: str) -> None:
     rest = {
         name: value
         for name, value in ema.items()
-        if any(part in name for part in ("conv_in", "init_conv", "input_blocks.0", "head"))
+        if any(part in name for part in ("conv_in", "init_conv", "input_blocks.0", "head", "x_embedder", "proj_out"))
     }
     source = recognise({"model": state(case), "ema": rest}, "file")[1]
     assert (source.taken, source.note) == ("model", "ema has the names of no family's network")

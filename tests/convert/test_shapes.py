@@ -10,9 +10,20 @@ import numpy as np
 import pytest
 
 from convert.engine import ConversionError, fill
-from convert.families import diffusers, ho, lucidrains, monai, openai, openai_classifier, palette, pytorch_ddpm
+from convert.families import (
+    diffusers,
+    diffusers_dit,
+    dit,
+    ho,
+    lucidrains,
+    monai,
+    openai,
+    openai_classifier,
+    palette,
+    pytorch_ddpm,
+)
 from convert.writers import state_shapes
-from jddim.config import ClassifierConfig, LucidrainsConfig, ModelConfig, UNetConfig
+from jddim.config import ClassifierConfig, DiTConfig, LucidrainsConfig, ModelConfig, UNetConfig
 from jddim.models.building import abstract_model, flat_params
 
 pytest.importorskip("torch", reason="the shapes are PyTorch's")
@@ -24,6 +35,7 @@ LEVELS = {"full_attention": (False, True), "num_heads": (2, 3), "head_channels":
 LUCIDRAINS = {name: value for name, value in SMALL.items() if name != "num_res_blocks"} | LEVELS
 CLASSIFIER = {name: value for name, value in UNET.items() if name != "out_channels"} | {"num_classes": 3}
 CLASSIFIER |= {"head_channels": 4}
+TRANSFORMER: dict[str, Any] = {"image_size": (8, 8), "channels": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
 CASES: dict[str, tuple[ModuleType, ModelConfig, dict[str, bool]]] = {
     "ho": (ho, UNetConfig(**UNET), {}),
     "ho, 3x3 shortcuts": (ho, UNetConfig(**UNET, conv_shortcut=True), {}),
@@ -38,6 +50,8 @@ CASES: dict[str, tuple[ModuleType, ModelConfig, dict[str, bool]]] = {
     "openai_classifier, adaptive": (openai_classifier, ClassifierConfig(**CLASSIFIER, pool="adaptive"), {}),
     "pytorch_ddpm": (pytorch_ddpm, UNetConfig(**UNET, time_embedding="learned", num_timesteps=3), {}),
     "monai": (monai, UNetConfig(**UNET), {"core": True, "combined": True}),
+    "dit": (dit, DiTConfig(**TRANSFORMER), {}),
+    "diffusers_dit": (diffusers_dit, DiTConfig(**TRANSFORMER), {}),
     "lucidrains": (lucidrains, LucidrainsConfig(**LUCIDRAINS, stem_channels=6), {}),
 }
 
@@ -47,7 +61,7 @@ def test_ones_too_many_or_too_few_are_refused(name: str) -> None:
     family, config, options = CASES[name]
     rules = family.rules(config, **options)
     expected = {leaf: value.shape for leaf, value in flat_params(abstract_model(config)).items()}
-    if family in (pytorch_ddpm, monai):  # their reference has diffusers' names; golden files have their own code's
+    if family in (pytorch_ddpm, monai, dit):  # their reference has diffusers' names; golden files have their own code's
         right = named.state_dict(family, config, 1, **options)
     else:
         shapes = state_shapes(lambda: family.reference(config, **options))

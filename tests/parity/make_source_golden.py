@@ -6,22 +6,27 @@
                                                                           # openai/guided-diffusion at 22e0df8
     python tests/parity/make_source_golden.py palette CHECKOUT            # Janspiry/Palette-... at 136b29f
     python tests/parity/make_source_golden.py openai_classifier CHECKOUT  # openai/guided-diffusion at 22e0df8
+    python tests/parity/make_source_golden.py dit CHECKOUT CHECKOUT       # facebookresearch/DiT at ed81ce2,
+                                                                          # willisma/SiT at 947f95b
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from source_cases import (
+    CFG_SCALE,
     CLASSES,
     DIFFUSION,
     ETA,
@@ -186,12 +191,49 @@ def classifier(name: str, case: SourceCase) -> dict[str, Any]:
     return found
 
 
+def dit(name: str, case: SourceCase) -> dict[str, Any]:
+    """The network, whose positions stay as they are; of DiT, its loops, guided as sample.py does it and not."""
+    checkout = Path(sys.path[0 if name == "DiT" else 1])
+    spec = importlib.util.spec_from_file_location(name, checkout / "models.py")
+    models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models)
+    network = getattr(models, name)(**case.network)
+    fixed = network.pos_embed.clone()
+    network, shapes = redrawn(network)
+    network.pos_embed.copy_(fixed)
+    del shapes["pos_embed"]
+    x_t, t, labels = nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t), torch.tensor(case.labels)
+    found = {"shapes": shapes, "eps": network(x_t, t, labels)}
+    if name == "SiT":
+        return found
+    from diffusion import create_diffusion
+
+    diffusion, many = create_diffusion(str(STEPS)), len(labels)
+    x_T = nchw(images(case, many, seed=2))
+    both = torch.cat([labels, torch.full_like(labels, case.network["num_classes"])])
+    for way, model, start, given in (
+        ("", network, x_T, {"y": labels}),
+        (", guided", network.forward_with_cfg, torch.cat([x_T, x_T]), {"y": both, "cfg_scale": CFG_SCALE}),
+    ):
+        how = {"noise": start, "clip_denoised": False, "model_kwargs": given, "device": "cpu"}
+        for run, loop in (
+            ("ancestral", partial(diffusion.p_sample_loop, **how)),
+            ("DDIM, eta 0", partial(diffusion.ddim_sample_loop, **how, eta=0.0)),
+            ("DDIM", partial(diffusion.ddim_sample_loop, **how, eta=ETA)),
+        ):
+            noise = iter(nchw(images(case, STEPS, many, seed=3)))
+            torch.randn_like = lambda x, noise=noise: next(noise).repeat(len(x) // many, 1, 1, 1)
+            found[run + way] = loop(model, start.shape)[:many]
+    return found
+
+
 MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "pytorch_ddpm": pytorch_ddpm,
     "openai": openai,
     "openai_classifier": classifier,
     "monai": monai,
     "palette": palette,
+    "dit": dit,
 }
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from convert.families import FAMILIES, Family, Plan
 from jddim.models.building import abstract_model, flat_params
 
 STEPS, ETA = 7, 0.6  # of the runs by DDIM
+CFG_SCALE = 1.5  # of DiT's guided runs
 INPAINTER = "residual resampling"
 UPSAMPLER = "guided-diffusion's SuperResModel"
 GOLDEN = Path(__file__).parent / "golden"
@@ -29,7 +30,7 @@ class SourceCase(NamedTuple):
     settings: dict[str, str]  # what its tensors do not tell
     size: tuple[int, int]
     channels: int
-    t: tuple[int, ...]
+    t: tuple[float, ...]
     labels: tuple[int, ...] | None = None
 
 
@@ -37,7 +38,28 @@ SMALL: dict[str, Any] = {
     **{"spatial_dims": 2, "in_channels": 1, "out_channels": 1, "num_res_blocks": 1, "norm_num_groups": 4},
     "num_class_embeds": 3,
 }
+TRANSFORMER: dict[str, Any] = {
+    **{"input_size": 10, "hidden_size": 24, "depth": 2, "num_heads": 3, "num_classes": 5},
+}
 SOURCES: dict[str, dict[str, SourceCase]] = {
+    "dit": {
+        "DiT": SourceCase(
+            {**TRANSFORMER, "patch_size": 2},
+            {"input_size": "10", "num_heads": "3", "num_sampling_steps": str(STEPS)},
+            (10, 10),
+            4,
+            (0, 500, 999),
+            (2, 5, 0),
+        ),
+        "SiT": SourceCase(
+            {**TRANSFORMER, "patch_size": 5, "in_channels": 3, "mlp_ratio": 3.0},
+            {"input_size": "10", "num_heads": "3"},
+            (10, 10),
+            3,
+            (0.0, 0.37, 1.0),
+            (2, 5, 0),
+        ),
+    },
     "pytorch_ddpm": {
         "one block": SourceCase(
             {"T": 20, "ch": 32, "ch_mult": [1, 2], "attn": [1], "num_res_blocks": 1, "dropout": 0.1},

@@ -44,6 +44,7 @@ VALUES: dict[str, tuple[Any, dict[str, Any]]] = {  # a value that changes someth
     "guidance_scale": (2.0, {"null_label": 4}),
     "guidance_rescale": (0.5, GUIDED),
     "guidance_interval": ((200.0, 700.0), GUIDED),
+    "guidance_channels": (1, GUIDED),
     "null_label": (3, {"guidance_scale": 2.0}),
     "classifier_scale": (1.5, {}),
     "image_size": ((12, 6), {}),

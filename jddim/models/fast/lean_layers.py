@@ -133,7 +133,7 @@ class FusedAttention(nnx.Module):
             _pointwise(linear, pixels).reshape(b, h * w, plain.heads, c // plain.heads)
             for linear in (plain.q, plain.k, plain.v)
         )
-        mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn") if self.cudnn else plain.mix(q, k, v)
+        mixed = jax.nn.dot_product_attention(q, k, v, implementation="cudnn") if self.cudnn else layers.attend(q, k, v)
         y = x + _pointwise(plain.out, mixed.reshape(b, h, w, c))
         return y if plain.scale == 1 else y / plain.scale
 
