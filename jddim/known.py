@@ -162,7 +162,9 @@ presets: tuple[Preset, ...] = (
     _palette("inpainting_celebahq", 200),
     _palette("inpainting_places2", 16),
     Preset(
-        "CompVis/ldm-celebahq-256", "diffusers", 256, 0, "", refused="it makes latents, for which jddim has no decoder"
+        *("CompVis/ldm-celebahq-256", "diffusers", 256, 0, "apache-2.0", "scaled_linear"),
+        fid=5.11,
+        fid_from="arXiv:2112.10752",
     ),
     _dit("facebook/DiT-XL-2-256", 256),
     _dit("facebook/DiT-XL-2-512", 512),

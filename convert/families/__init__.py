@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from . import autoencoder, diffusers, diffusers_dit, dit, ho, lucidrains, monai, openai, openai_classifier, palette, pytorch_ddpm
+from . import (
+    autoencoder,
+    diffusers,
+    diffusers_dit,
+    dit,
+    ho,
+    lucidrains,
+    monai,
+    openai,
+    openai_classifier,
+    palette,
+    pytorch_ddpm,
+)
 from .base import Family, Plan, Source
 
 FAMILIES: dict[str, Family] = {

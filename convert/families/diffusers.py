@@ -101,7 +101,7 @@ def config_files(weights: Path) -> Iterator[Path]:
 def beside(weights: Path) -> Path | None:
     """The folder of the first stage in the pipeline of a weights file, None if it has none."""
     folder = weights.absolute().parent
-    pipeline = folder.parent if folder.name in _NETWORKS else folder
+    pipeline = folder.parent if folder.name in (*_NETWORKS, "transformer") else folder
     return next((pipeline / name for name in ("vqvae", "vae") if _weights_in(pipeline / name)), None)
 
 

@@ -38,8 +38,9 @@ def locate(folder: Path, weights: str | None, variant: str | None) -> Path | Non
 def hub_files(variant: str | None) -> Sequence[Sequence[str]]:
     """What to download of a hub repository. One file alone: pipelines with shards have larger transformers than DiT."""
     infix = "" if variant is None else f".{variant}"
-    weights = f"{FOLDER}/diffusion_pytorch_model{infix}"
-    return [[f"{FOLDER}/config.json", f"{weights}.safetensors"], [f"{weights}.bin"]]
+    weights = [f"{place}/diffusion_pytorch_model{infix}" for place in (FOLDER, "vae")]
+    configs = [f"{place}/config.json" for place in (FOLDER, "vae")]
+    return [[*configs, *(f"{file}.safetensors" for file in weights)], [f"{file}.bin" for file in weights]]
 
 
 def recognise(state: Mapping[Any, Any]) -> bool:
@@ -194,8 +195,6 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     if absent := configs.defaulted(TRANSFORMER, {*files[FOLDER], *given, *found, "attention_head_dim"}, _INERT):
         unsaid = (*unsaid, f"{absent} (DiTTransformer2DModel's defaults in diffusers: its config does not name them)")
     schedule = configs.schedule_config(process)
-    if "vae" in files["pipeline"]:
-        notes.append("x_t are latents; the pipeline's vae, which makes images of them, is not converted")
     if learned:
         notes.append(
             "the second half of the output is a learned variance, which the pipeline drops; method ddpm reads it"
@@ -303,4 +302,5 @@ FAMILY = Family(
     config_files=diffusers.config_files,
     config_section=section,
     hub_files=hub_files,
+    beside=diffusers.beside,
 )
