@@ -17,11 +17,11 @@ import numpy as np
 import yaml
 
 import jddim
-from jddim.checkpoint.card import ALL_ZERO
+from jddim.checkpoint.card import ALL_ZERO, sampler_line, schedule_line
 from jddim.checkpoint.folder import CheckpointError, check_destination, load_params, load_recorded, save_checkpoint
 from jddim.checkpoint.metadata import ClassifierMetadata, Metadata
-from jddim.config import ClassifierConfig, did_you_mean, to_json
-from jddim.converting import Located, Paths, UnsettledError, Verification, Warns
+from jddim.config import ClassifierConfig, did_you_mean
+from jddim.converting import Check, Located, Paths, UnsettledError, Verification, Warns
 from jddim.files import MOST_JSON, parse_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
 
@@ -52,6 +52,7 @@ def convert(
     verify: bool = True,
     overwrite: bool = False,
     say: Say = lambda line: None,
+    check: Check | None = None,
 ) -> Metadata | ClassifierMetadata:
     """Convert a PyTorch checkpoint into a jddim checkpoint folder: `jddim.convert`, whose docstring has the arguments.
 
@@ -69,6 +70,8 @@ def convert(
             error.command = shlex.join(["jddim", "convert", str(src), "DST", *words, *error.options])
         raise
     family, source, plan = opened.family, opened.source, opened.plan
+    if check is not None:
+        check(_metadata(plan, {}))
     with refusing(src):
         params = _params(family, source, plan)
     for line in opened.lines:
@@ -118,15 +121,20 @@ def convert(
         **({} if plan.null_label is None else {"null_label": plan.null_label}),
         **({"label_names": dict(plan.label_names)} if plan.label_names else {}),
     }
+    whole = _metadata(plan, provenance)
     metadata: Metadata | ClassifierMetadata
-    if plan.schedule is None or plan.sampler is None:
-        classifier = ClassifierMetadata(of_wiring(plan.model, ClassifierConfig), provenance)
-        metadata = save_checkpoint(dst, params, classifier, overwrite=overwrite)
+    if isinstance(whole, Metadata):  # one call would be of neither type, to the checker
+        metadata = save_checkpoint(dst, params, whole, overwrite=overwrite)
     else:
-        sampled = Metadata(plan.model, plan.schedule, plan.sampler, provenance)
-        metadata = save_checkpoint(dst, params, sampled, overwrite=overwrite)
+        metadata = save_checkpoint(dst, params, whole, overwrite=overwrite)
     say(f"wrote {dst}")
     return metadata
+
+
+def _metadata(plan: Plan, provenance: dict[str, Any]) -> Metadata | ClassifierMetadata:
+    if plan.schedule is None or plan.sampler is None:
+        return ClassifierMetadata(of_wiring(plan.model, ClassifierConfig), provenance)
+    return Metadata(plan.model, plan.schedule, plan.sampler, provenance)
 
 
 def locate(
@@ -191,11 +199,9 @@ def describe(
         told_settings = _with_preset(family, preset, settings)
         plan = family.plan(source.tensors, contents, told_settings)
         _params(family, source, plan)
-        facts += [
-            f"  {name:<11} {to_json(part)}"
-            for name, part in (("model", plan.model), ("schedule", plan.schedule), ("sampler", plan.sampler))
-            if part is not None
-        ]
+        facts.append(f"  network     {plan.model.summary}")
+        facts += [] if plan.schedule is None else [f"  schedule    {schedule_line(plan.schedule)}"]
+        facts += [] if plan.sampler is None else [f"  sampler     {sampler_line(plan.sampler)}"]
         facts += [f"  assumed     {fact}" for fact in plan.assumed]
         asks = plan.asks
         if plan.unchecked:
@@ -218,10 +224,10 @@ def describe(
         command = []
     if command and (untold := [key for key, _, what in (ask.partition("=") for ask in asks) if what == "VALUE"]):
         facts.append(
-            f"  untold      {', '.join(untold)}: no tensor tells these; where --set leaves one out, the source's "
-            "default is assumed"
+            f"  untold      {', '.join(untold)}: no tensor tells these; the source's defaults are assumed, where no "
+            "--set says otherwise"
         )
-    options += [part for ask in asks for part in ("--set", ask)]
+    options += [part for ask in asks if not ask.endswith("=VALUE") for part in ("--set", ask)]
     return [
         f"{src}: {family.title}",
         *([f"  file        {origin.choice}"] if origin.choice else []),
@@ -479,7 +485,8 @@ def _flags(text: str) -> dict[str, Any]:
 
 def _weights(source: Source) -> str:
     step = "" if source.step is None else f", step {source.step:,}"
-    return source.weights + step + (f" ({source.note})" if source.note else "")
+    kind = "one set, which nothing calls ema or raw" if source.weights == "unstated" else source.weights
+    return kind + step + (f" ({source.note})" if source.note else "")
 
 
 def _taken(source: Source) -> str:

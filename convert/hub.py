@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from jddim.converting import near
 from jddim.installing import install_line
 
 from .engine import ConversionError
@@ -32,7 +33,7 @@ def snapshot(
         except Exception as error:  # of many kinds: no such repository, no network and not in the cache, gated, ...
             at = "" if revision is None else f" at revision {revision}"
             raise ConversionError(
-                f"no such file or folder: {src}, and as a hub id{at} it cannot be had: {_why(error)}"
+                f"no such file or folder: {src}, and as a hub id{at} it cannot be had: {_why(error)}{near(src)}"
             ) from error
         revision = folder.name  # the commit: what follows is of the same
         if whole(folder):

@@ -90,7 +90,8 @@ def recognise(raw: Any, name: str, weights: str | None = None) -> tuple[Family, 
         contents = dict(zip(names, [*raw, None], strict=False))  # four: without an EMA
     places = list(_search(contents))
     if not places:
-        raise ConversionError(f"{name} {foreign.what_it_is(raw)}")
+        known = ", ".join(family.title for family in FAMILIES.values())
+        raise ConversionError(f"{name} {foreign.what_it_is(raw)}; jddim reads: {known} (docs/families.md)")
     sets: list[_Set] = []
     notes: list[str] = []
     for place in places:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jddim.converting import hub_id, not_asked
+from jddim.converting import hub_id, near, not_asked
 from jddim.known import published
 
 from . import hub
@@ -64,7 +64,7 @@ def find(
     Raises ConversionError if there are none, or an option does not go with what `src` is.
     """
     path, named, commit = Path(src), None, None
-    why = "" if path.exists() else not_asked(os.fspath(src))
+    why = "" if path.exists() else not_asked(os.fspath(src)) or near(os.fspath(src))
     weights = weights if weights in ("ema", "raw") else None
     if not path.exists() and (known := published(os.fspath(src))) is not None and known.advice:
         raise ConversionError(known.advice)
@@ -84,6 +84,8 @@ def find(
         raise ConversionError(f"--revision {revision} goes with a hub id, OWNER/NAME; {src} is none{why}")
     if not path.exists():
         raise ConversionError(f"no such file: {src}{why}")
+    if (path / "metadata").is_dir() or (path / "params").is_dir():
+        raise ConversionError(f"{src} is converted already: jddim sample {src} out.png")
     if path.is_dir():
         if (file := _in(path, weights, variant)) is None:
             there = shortened([entry.name for entry in _weights_in(path)]) or "none"

@@ -10,7 +10,9 @@ names.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import os
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from jddim.installing import install_line
-from jddim.known import published
+from jddim.known import presets, published
 
 if TYPE_CHECKING:  # it imports jax, which the command line must not wait for
     from jddim.checkpoint.metadata import ClassifierMetadata, Metadata
@@ -62,6 +64,10 @@ class Told(TypedDict, total=False):
     weights: str | None
     variant: str | None
     revision: str | None
+
+
+Check = Callable[["Metadata | ClassifierMetadata"], None]
+"""Raises what is wrong with a conversion's result, of which it is given the metadata without provenance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +133,7 @@ def convert(
     verify: bool = True,
     overwrite: bool = False,
     say: Callable[[str], None] | None = None,
+    check: Check | None = None,
 ) -> Metadata | ClassifierMetadata:
     """Convert a PyTorch checkpoint into a jddim checkpoint folder, for `jddim.load`. Nothing in the file is run.
 
@@ -143,6 +150,7 @@ def convert(
     networks on the same inputs and refuse where a block differs by more than 1e-4 of its scale; where PyTorch is not
     installed it is not done, which `say` is told and the metadata records. overwrite: replace `dst` if it is a jddim
     checkpoint. say: is given what is found, line by line, a `Warns` where it warns; `print`, say.
+    check: is given the configs before the weights are converted; what it raises ends the conversion.
 
     Returns the metadata written: the configs of model, schedule and sampler (a classifier's has the model's alone), and
     in `provenance` the source, all that was assumed and the verification's figures.
@@ -164,6 +172,7 @@ def convert(
         verify=verify,
         overwrite=overwrite,
         say=say or (lambda line: None),
+        check=check,
     )
     return metadata
 
@@ -313,6 +322,18 @@ def not_asked(src: str) -> str:
     if hub_id(src) is not None or hub_id(src, here=True) is None:
         return ""
     return f"; {src.partition('/')[0]} is a folder here, so the hub is not asked (it is for {src}@main)"
+
+
+def near(src: str) -> str:
+    """What may have been meant by a name of nothing, in words that follow an error's; "" for a published one."""
+    if published(src) is not None:
+        return ""
+    path = Path(src)
+    with contextlib.suppress(OSError):  # there is no such folder
+        if close := difflib.get_close_matches(path.name, os.listdir(path.parent), 1):
+            return f"; did you mean {path.parent / close[0]}? (jddim list: published ones)"
+    close = difflib.get_close_matches(src, [each.name for each in presets], 1)
+    return f"; did you mean {close[0]}? (jddim list: all)" if close else "; jddim list names published ones"
 
 
 def shadowed(src: str) -> str:

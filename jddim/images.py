@@ -294,16 +294,21 @@ def settings_of(image: Image.Image) -> dict[str, Any]:
 
 
 def check_output(
-    path: str | os.PathLike[str], channels: int, *, formats: Mapping[str, str] = FORMATS, overwrite: bool = False
+    path: str | os.PathLike[str],
+    channels: int | None = None,
+    *,
+    formats: Mapping[str, str] = FORMATS,
+    overwrite: bool = False,
 ) -> None:
     """Raise ValueError or OSError if samples of `channels` channels cannot be written to `path`.
 
+    channels: None, as long as the checkpoint is not known, which may have to be converted first.
     formats: the suffixes allowed, and what each stands for. overwrite: a file that is there may be replaced, never a
     folder. To be called before sampling.
     Numbered PNGs are only written into a folder that is new or empty.
     """
     target, suffix = Path(path), _suffix(path, formats)
-    if suffix in (*SHEETS, "", ".gif", ".html") and channels not in (1, 3):
+    if suffix in (*SHEETS, "", ".gif", ".html") and channels not in (None, 1, 3):
         raise ValueError(f"{path}: pictures need 1 or 3 channels, the samples have {channels}; write .npz or .npy")
     if suffix and target.is_dir():
         raise IsADirectoryError(f"{path} is a folder")

@@ -7,7 +7,7 @@ import html
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from jddim.resolving import forget, resolve
 from jddim.run.batches import Preview, run
 from jddim.run.methods import Guidance, find
 from jddim.run.plan import Inputs, Plan, limits, plan
-from jddim.run.problems import condition_problems, guidance_problems, label_problems
+from jddim.run.problems import condition_problems, described, guidance_problems, label_problems
 from jddim.run.programs import Program, network_denoiser
 from jddim.run.request import Request, RequestError, check_names
 from jddim.sampling import Denoiser, Trajectory
@@ -154,6 +154,11 @@ def _held(
     of: the function that is called.
     """
     check_names(told, [*Told.__annotations__], of)
+    if not isinstance(path, (str, os.PathLike)):
+        states = "it" if isinstance(path, Mapping) else "its state_dict()" if hasattr(path, "state_dict") else None
+        way = f": save {states}, torch.save(..., 'model.pt'), then jddim.{of}('model.pt')" if states else ""
+        named = "a folder, a file, a hub id or a name of jddim.presets"
+        raise TypeError(f"{of}: path must name a checkpoint, {named}; got {described(path)}{way}")
     folder = resolve(path, **told)
     metadata = metadata_of(folder, path)
     try:
@@ -172,8 +177,39 @@ def _check_dtype(dtype: DTypeLike) -> None:
         raise ValueError(f"dtype must be float32 or bfloat16 (float64 under jax's x64), got {jnp.dtype(dtype).name}")
 
 
+_PLACED = "jax places arrays by itself: JAX_PLATFORMS=cpu, cuda or tpu in the environment chooses the device"
+_DTYPE = "a network's dtype is chosen when it is loaded: jddim.load(..., dtype='bfloat16')"
+_MODES = "a network here has no modes and no gradients of its own: leave the call out"
+_LOADED = "jddim.load(...) loads a folder, a PyTorch file, a hub id or a name of jddim.presets"
+PEERS: Mapping[str, str] = {
+    **dict.fromkeys(("to", "cuda", "cpu", "enable_model_cpu_offload"), _PLACED),
+    **dict.fromkeys(("half", "float", "bfloat16"), _DTYPE),
+    **dict.fromkeys(("eval", "train", "requires_grad_"), _MODES),
+    **dict.fromkeys(("from_pretrained", "from_single_file", "load_state_dict"), _LOADED),
+    "save_pretrained": "jddim.export_torch(folder, 'out', 'diffusers') writes a checkpoint's folder so",
+    **dict.fromkeys(("state_dict", "parameters"), "the network, ddim.model, is a pytree: jax.tree.leaves(ddim.model)"),
+    "unet": "the network is ddim.model",
+    "scheduler": "the noise schedule is ddim.schedule, the conventions of sampling are ddim.sampler",
+}
+"""What models and pipelines of PyTorch libraries have and `DDIM` has not, and what there is in its place."""
+
+
+def _lacks(name: str) -> AttributeError:
+    hint = f": {PEERS[name]}" if name in PEERS else ""
+    return AttributeError(f"jddim's DDIM has no attribute {name!r}{hint}")
+
+
+class _Led(type):
+    """The class of `DDIM`, whose own attributes are asked for as well: `DDIM.from_pretrained`."""
+
+    if not TYPE_CHECKING:  # to a checker, every name would be there
+
+        def __getattr__(cls, name):
+            raise _lacks(name)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class DDIM:
+class DDIM(metaclass=_Led):
     """A diffusion model with everything that sampling it needs. Replace a part with `dataclasses.replace`.
 
     model: `model(x_t, t) -> eps`, a pytree. schedule: what it was trained with. sampler: the source's conventions,
@@ -184,6 +220,11 @@ class DDIM:
     schedule: NoiseSchedule
     sampler: SamplerConfig
     metadata: Metadata | None = None
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name):
+            raise _lacks(name)
 
     def __repr__(self) -> str:
         """One line."""

@@ -8,7 +8,6 @@ once: a receipt keeps a file's digest for as long as its path, size, time and in
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from jddim import __version__, converting
 from jddim.config import printable
 from jddim.converting import Located, Told, UnsettledError, Warns, as_text
 from jddim.files import atomic, lock, open_lock, open_regular, recover, remove
-from jddim.known import presets, published
+from jddim.known import published
 from jddim.run import cache, progress
 
 LARGE = 2**20
@@ -43,12 +42,18 @@ _made: set[Path] = set()
 """The entries that this process took for other names."""
 
 
-def resolve(src: str | os.PathLike[str], say: Callable[[str], None] = to_stderr, **told: Unpack[Told]) -> Path:
+def resolve(
+    src: str | os.PathLike[str],
+    say: Callable[[str], None] = to_stderr,
+    *,
+    check: converting.Check | None = None,
+    **told: Unpack[Told],
+) -> Path:
     """The jddim folder of what names a checkpoint; a PyTorch source is converted into the cache if it is not there.
 
     src: a jddim folder; or, as `jddim.convert` takes it, a file, a folder or a hub id, also OWNER/NAME@REVISION; or a
     name of `jddim.presets`. What lies here comes before a hub id of the same name. told: arguments of `jddim.convert`.
-    say: is given what is found and assumed, line by line.
+    say: is given what is found and assumed, line by line. check: `jddim.convert`'s, if one is needed.
 
     Raises CheckpointError if there is nothing, or nowhere to keep the result; what `jddim.convert` raises, and
     UnsettledError with the command that settles it.
@@ -61,14 +66,13 @@ def resolve(src: str | os.PathLike[str], say: Callable[[str], None] = to_stderr,
     if note := converting.shadowed(name):
         say(note)
     if (path / "metadata").is_dir() or (path / "params").is_dir():
-        if given := [option for option, value in told.items() if value is not None]:
+        shown = {"settings": "settings (--set)"}
+        if given := [shown.get(option, option) for option, value in told.items() if value is not None]:
             raise CheckpointError(f"{name} is converted already, so it takes no {' or '.join(given)}")
         return path
     if not path.exists() and published(name) is None and converting.hub_id(name) is None:
-        near = difflib.get_close_matches(name, [each.name for each in presets], 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise CheckpointError(f"no checkpoint at {name}{converting.not_asked(name)}{meant}")
-    folder = _converted(name, say, told)
+        raise CheckpointError(f"no checkpoint at {name}{converting.not_asked(name) or converting.near(name)}")
+    folder = _converted(name, say, check, told)
     _made.add(folder)
     return folder
 
@@ -81,7 +85,7 @@ def forget(folder: Path) -> bool:
     return True
 
 
-def _converted(name: str, say: Callable[[str], None], told: Told) -> Path:
+def _converted(name: str, say: Callable[[str], None], check: converting.Check | None, told: Told) -> Path:
     from jddim.checkpoint.folder import CheckpointError
 
     root = cache.checkpoints()
@@ -102,7 +106,7 @@ def _converted(name: str, say: Callable[[str], None], told: Told) -> Path:
             return folder
         with _alone(root / f".{key}.lock", say):
             if not _usable(folder, name, say, alone=True):  # by now
-                _convert(name, found, folder, say, told)
+                _convert(name, found, folder, say, check, told)
                 same = False
                 with contextlib.suppress(OSError, converting.ConversionError):  # it is gone
                     again = found if found.hub_id is not None else converting.locate(name, **where)  # type: ignore[arg-type]
@@ -113,6 +117,8 @@ def _converted(name: str, say: Callable[[str], None], told: Told) -> Path:
                         f"{name} changed while it was converted, so the result is not kept; the same call converts it "
                         "again"
                     )
+                with atomic(cache.source_of(folder)) as staging:
+                    staging.write_text(os.path.abspath(name) if found.hub_id is None else name)
     except OSError as error:
         if error.filename is None or not Path(error.filename).is_relative_to(root):
             raise
@@ -123,7 +129,14 @@ def _converted(name: str, say: Callable[[str], None], told: Told) -> Path:
     return folder
 
 
-def _convert(name: str, found: Located, folder: Path, say: Callable[[str], None], told: Told) -> None:
+def _convert(
+    name: str,
+    found: Located,
+    folder: Path,
+    say: Callable[[str], None],
+    check: converting.Check | None,
+    told: Told,
+) -> None:
     source, options = name, {**told}
     head = [f"{name} is converted once, into {folder}"]
 
@@ -135,7 +148,7 @@ def _convert(name: str, found: Located, folder: Path, say: Callable[[str], None]
     if found.hub_id is not None:  # of the same commit, whatever the hub has by now
         source, options["revision"] = found.hub_id, found.commit
     try:
-        converting.convert(source, folder, overwrite=True, say=tell, **options)  # type: ignore[arg-type]
+        converting.convert(source, folder, overwrite=True, say=tell, check=check, **options)  # type: ignore[arg-type]
     except UnsettledError as error:
         said = f"{error}; convert it once: {error.command}, then name DST in place of {name}"
         raise UnsettledError(said, error.asks, error.options) from error

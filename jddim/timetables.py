@@ -87,26 +87,28 @@ def traps(table: StepTable, schedule: NoiseSchedule, prediction_type: str = "eps
     t, t_prev = np.asarray(table.t), np.asarray(table.t_prev)
     T, found = schedule.num_train_timesteps, []
     if t[0] < T - 1:
+        first, last = schedule.alphas_cumprod[[t[0], -1]]
         found.append(
-            f"the first t is {t[0]}, not T-1 = {T - 1}: x_T is taken for a sample at alpha_bar "
-            f"{schedule.alphas_cumprod[t[0]]:.2g}, less noise than it is (at T-1: {schedule.alphas_cumprod[-1]:.2g})"
+            f"the first step is at t = {t[0]}, not at the noisiest, T-1 = {T - 1}: it takes pure noise for less noise "
+            f"than it is (alpha_bar {first:.2g}; at T-1 {last:.2g})"
         )
     terminal = schedule.alphas_cumprod[-1]
     if prediction_type == "v_prediction" and terminal > 0:
         found.append(
-            f"the network predicts v, but alpha_bar at T-1 is {terminal:.2g}, not 0: such models are often trained "
-            "with zero terminal SNR (diffusers' rescale_betas_zero_snr, arXiv:2305.08891)"
+            f"training did not end in pure noise (alpha_bar at T-1 is {terminal:.2g}, not 0), as that of networks that "
+            "predict v often does: zero terminal SNR (diffusers' rescale_betas_zero_snr, arXiv:2305.08891)"
         )
     if terminal > 0.01:
-        found.append(f"alpha_bar at T-1 is {terminal:.2g}: training never saw pure noise, sampling starts from it")
+        found.append(f"training never saw pure noise (alpha_bar at T-1 is {terminal:.2g}), and sampling starts from it")
     if t_prev[-1] >= 0:
         found.append(f"the last step ends at t = {t_prev[-1]}, short of the clean image")
     if table.sigma_prev[-1] > 0:
-        found.append(f"the last step ends at sigma {table.sigma_prev[-1]:.3g}, not 0 (set_alpha_to_one=False)")
+        left = f"sigma {table.sigma_prev[-1]:.3g}, not 0: set_alpha_to_one=False"
+        found.append(f"the last step leaves a little noise in the image ({left})")
     lengths = t - t_prev
     if repeats := int((lengths == 0).sum()):
-        found.append(f"{repeats} steps go from a t to itself: evaluations that change nothing")
+        found.append(f"{repeats} steps go from a t to itself: they cost time and change nothing")
     even = len(t) > 2 and np.ptp(lengths[:-1]) <= 1  # give or take the rounding to integers
     if even and not lengths[:-1].min() - 1 <= lengths[-1] <= lengths[:-1].max() + 1:
-        found.append(f"the steps are even but for the last, of {lengths[-1]} where the others have {lengths[0]}")
+        found.append(f"the last step goes over {lengths[-1]} timesteps, each of the others over {lengths[0]}")
     return found

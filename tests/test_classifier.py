@@ -165,8 +165,8 @@ def test_labels_are_not_judged_by_what_is_no_classifier() -> None:
 @pytest.mark.parametrize(
     ("network", "asked", "told"),
     [
-        ({}, {}, "classifier leads to labels: give labels, one an image, integers in 0..3"),
-        (CLASSES, {}, "class-conditional: give labels, one an image, integers in 0..3"),
+        ({}, {}, "classifier leads to labels: give labels, one for all or one an image, integers in 0..3"),
+        (CLASSES, {}, "class-conditional: give labels, one for all or one an image, integers in 0..3"),
         ({}, {"labels": [0, 4, 1]}, "labels must lie in 0..3, got 4"),
         ({}, {"labels": LABELS, "classifier_scale": None}, "classifier_scale is needed beside a classifier"),
         (

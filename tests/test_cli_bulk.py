@@ -130,7 +130,7 @@ def test_what_is_wrong_is_one_line(folder: Path, tmp_path: Path, fails: Callable
     bad = [
         (["--num", 0], "num must be at least 1, got 0"),
         (["--num", 9, "--eta", 9, "--labels", 1], "eta 9 is too large"),
-        (["--num", 9], "class-conditional: give labels"),
+        (["--num", 9], "class-conditional: give --labels"),
         (["--num", 9, "--labels", "7"], "labels must lie in 0..4, got 7"),
         (["--num", 9, "--labels", "1", "--method", "ddpm", "--eta", 1], "eta is DDIM's"),
         (

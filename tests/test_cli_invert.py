@@ -100,7 +100,7 @@ def test_pictures_are_read_and_the_reconstruction_says_how_it_was_made(tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("x_T.npy", "class-conditional: give labels, one an image, integers in 0..4"),
+        ("x_T.npy", "class-conditional: give --labels, one for all or one an image, integers in 0..4"),
         ("x_T.npy --labels 5", "labels must lie in 0..4, got 5"),
         ("x_T.npy --labels 1,2", "--labels names 2 labels for 3 images"),
         ("x_T.npy --labels 1 --convention ddim", "unknown convention 'ddim'"),

@@ -47,9 +47,45 @@ def test_an_unknown_command(fails, word: str, said: str) -> None:
     assert "unrecognized arguments: --stepz" in fails("--stepz", status=2)
 
 
-@pytest.mark.parametrize("option", ["--set", "--step", "--cl"])  # --set-alpha-to-one, --steps, --clip and others
+@pytest.mark.parametrize("option", ["--set-alpha", "--step", "--cl"])  # --set-alpha-to-one, --steps, --clip and others
 def test_the_beginning_of_an_option_is_not_the_option(fails, option: str) -> None:
     assert f"unrecognized arguments: {option}" in fails("sample", "a", "b", option, status=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--num-inference-steps 5", "did you mean --steps?"),
+        ("x y --num_inference_steps=5", "did you mean --steps?"),  # the words that are left over come first
+        ("--manual-seed 3", "did you mean --seed?"),
+        ("--batch_size 3", "did you mean --batch-size?"),
+        ("--guidance_scale 2", "did you mean --guidance-scale?"),
+        ("--latents a.npy", "did you mean --x-T?"),
+        ("--fp16", "did you mean --dtype?"),
+        ("--device cuda", "jax chooses it: JAX_PLATFORMS=cpu, cuda or tpu in the environment"),
+    ],
+)
+def test_options_as_other_libraries_call_them(fails, words: str, said: str) -> None:
+    told = f"jddim sample: error: unrecognized arguments: {words}; {said} (see jddim sample --help)\n"
+    assert fails("sample", "a", "b.png", *words.split(), status=2) == told
+
+
+def test_what_has_the_dashes_in_common_is_not_meant(fails) -> None:
+    told = "jddim diff: error: unrecognized arguments: --eta=1 --num-inference-steps 5 (see jddim diff --help)\n"
+    assert fails("diff", "a", "b", "--eta=1", "--num-inference-steps", "5", status=2) == told
+    assert "arguments: --set a=b (see" in fails("evaluate", "a", "--reference", "b", "--set", "a=b", status=2)
+
+
+def test_help_is_a_word_too(capsys: pytest.CaptureFixture[str], fails) -> None:
+    for words, flags in ((["help"], ["--help"]), (["help", "sample"], ["sample", "--help"])):
+        told = []
+        for line in (words, flags):
+            with pytest.raises(SystemExit) as stop:
+                main(line)
+            assert stop.value.code == 0
+            told.append(capsys.readouterr().out)
+        assert told[0] == told[1] != ""
+    assert "did you mean 'sample'?" in fails("help", "smaple", status=2)
 
 
 def test_doctor_for_programs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,7 @@ def test_a_spacing_that_makes_another_number_of_steps_says_so(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", "class-conditional: give labels, one an image, integers in 0..4"),
+        ("", "class-conditional: give --labels, one for all or one an image, integers in 0..4"),
         ("--labels 5", "labels must lie in 0..4, got 5"),
         ("--labels 1,2", "--labels names 2 labels for 3 images"),
         ("--labels cat", "--labels are one number, 3,977, a range such as 0:10, or balanced; got 'cat'"),

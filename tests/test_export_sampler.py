@@ -93,7 +93,7 @@ def test_labels_guidance_and_ancestral_sampling(open_batch: bool) -> None:
 def test_one_step_after_the_other_is_the_sampler(tmp_path: Path) -> None:
     ckpt = write_checkpoint(tmp_path / "ckpt", **NARROW)
     out = tmp_path / "step.jddim"
-    assert main(["export", str(ckpt), str(out), "--step", "--clip", "--weights", "beside"]) == 0
+    assert main(["export", str(ckpt), str(out), "--step", "--clip", "--weights-beside"]) == 0
     with zipfile.ZipFile(out) as file:
         assert file.namelist() == ["about.json", "program"]
         about = json.loads(file.read("about.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import re
@@ -23,6 +24,7 @@ from jddim.curve import alpha_bar_curve
 from jddim.run import programs
 from jddim.run.compiling import kind_of
 from jddim.run.progress import silence
+from jddim.run.request import RequestError
 from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import linear_schedule, zero_terminal_snr
 from jddim.timesteps import make_timesteps
@@ -215,20 +217,64 @@ def test_a_nan_names_the_image_and_the_step(ddim: jddim.DDIM) -> None:
         ({"batch_size": "auto"}, ["batch_size must be a whole number, at least 1, or None; got 'auto'"]),
         ({"clip_range": (1.0, -1.0)}, ["low < high"]),
         ({"image_size": (5, 10)}, ["multiples of 2"]),
-        ({"x_T": np.zeros((3, 10, 6, 3), np.float32)}, ["x_T must have shape (3, 10, 6, 2)"]),
+        ({"x_T": np.zeros((3, 10, 6, 3), np.float32)}, ["x_T must have shape (3, 6, 10, 2)"]),
         ({"x_T": np.zeros((3, *SIZE, 2)), "eta": -1}, ["got float64: give x_T.astype('float32')", "eta must be"]),
         ({"x_T": [[1.0]]}, ["x_T must be an array of jax or NumPy, got a list: give numpy.asarray(x_T"]),
         ({"x_T": np.full((3, *SIZE, 2), np.nan, np.float32)}, ["x_T holds a NaN or infinity, first at (0, 0, 0, 0)"]),
         ({"noise": np.zeros((6, 3, *SIZE, 2), np.float32)}, ["one row for each of 7 steps, got (6, 3"]),
-        ({"steps": 301}, ["1..300 (the training timesteps), got 301"]),
+        ({"steps": 301}, ["sample: num_steps (--steps) must lie in 1..300 (the training timesteps), got 301"]),
+        ({"steps": 0}, ["got 0"]),
+        ({"method": "ddmi"}, ["unknown method 'ddmi'"]),
         ({"spacing": "cubic"}, ["unknown spacing 'cubic'"]),
     ],
 )
 def test_what_is_wrong_is_said_at_once(ddim: jddim.DDIM, arguments: dict, messages: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"sample|num_steps|spacing") as raised:
+    with pytest.raises(RequestError, match="sample: ") as raised:
         ddim.sample(**{"key": KEY, "num": 3, **arguments})
     for message in messages:
         assert message in str(raised.value)
+
+
+def test_a_table_that_cannot_be_names_the_function(ddim: jddim.DDIM) -> None:
+    images = np.zeros((1, *SIZE, 2), np.float32)
+    for of, call in (
+        ("edit", lambda: ddim.edit(images, 0, strength=0.5, steps=0)),
+        ("edit", lambda: ddim.edit(images, 0, mask=images[0, ..., :1], steps=0)),
+        ("invert", lambda: ddim.invert(images, steps=0)),
+    ):
+        with pytest.raises(RequestError, match=f"^{of}: num_steps .* got 0"):
+            call()
+
+
+def test_what_pytorchs_pipelines_have_is_answered_with_what_there_is_here(ddim: jddim.DDIM) -> None:
+    for name, said in (
+        ("to", "JAX_PLATFORMS=cpu, cuda or tpu in the environment chooses the device"),
+        ("cuda", "JAX_PLATFORMS"),
+        ("half", "jddim.load(..., dtype='bfloat16')"),
+        ("eval", "leave the call out"),
+        ("from_pretrained", "jddim.load(...) loads a folder, a PyTorch file, a hub id"),
+        ("unet", "the network is ddim.model"),
+    ):
+        for owner in (ddim, jddim.DDIM):
+            assert not hasattr(owner, name)
+            with pytest.raises(AttributeError, match=f"DDIM has no attribute '{name}': .*{re.escape(said)}"):
+                getattr(owner, name)
+    with pytest.raises(AttributeError, match=r"has no attribute 'smaple'$"):
+        ddim.smaple  # noqa: B018
+    assert copy.copy(ddim).model is ddim.model
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (None, "load: path must name a checkpoint, a folder, .*; got None$"),
+        ({"a": np.zeros(3)}, r"got a dict: save it, torch.save\(..., 'model.pt'\), then jddim.load\('model.pt'\)$"),
+        (type("UNet", (), {"state_dict": dict})(), r"got test_pipeline's UNet: save its state_dict\(\), torch.save\("),
+    ],
+)
+def test_what_is_no_name_of_a_checkpoint(path: object, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        jddim.load(path)
 
 
 def test_num_is_that_of_the_arrays_or_one(ddim: jddim.DDIM) -> None:
@@ -287,7 +333,7 @@ def test_labels_reach_the_network_one_an_image(ddim: jddim.DDIM) -> None:
     chex.assert_trees_all_close(padded, together, atol=1e-5)
     assert jnp.abs(conditional.sample(KEY, 3, labels=labels[::-1], eta=0.3) - together)[0].max() > 0.01
     for wrong, message in (
-        (None, r"class-conditional: give labels, one an image, integers in 0\.\.4"),
+        (None, r"class-conditional: give labels, one for all or one an image, integers in 0\.\.4"),
         ([1, 2], r"shape \(3,\), one an image, got \(2,\)"),
         ([1, 2, 5], r"lie in 0\.\.4, got 5"),
         ([-1, 2, 3], r"lie in 0\.\.4, got -1"),
@@ -399,6 +445,10 @@ def test_the_denoiser_and_its_conventions_are_what_sample_runs(ddim: jddim.DDIM)
 def test_an_x_T_of_pytorchs_layout_is_told(ddim: jddim.DDIM) -> None:
     with pytest.raises(ValueError, match=r"x_T looks like \(N, C, H, W\), got \(3, 2, 6, 10\): transpose it"):
         ddim.sample(x_T=np.zeros((3, 2, *SIZE), np.float32))
+    for shape in ((3, 2, 7, 11), (3, 1, *SIZE)):  # no sizes of the network's; nothing is said of halving 2 or 1
+        with pytest.raises(ValueError, match=r"sample: x_T must have shape \(3, 6, 10, 2\)") as raised:
+            ddim.sample(x_T=np.zeros(shape, np.float32))
+        assert "divide" not in str(raised.value)
 
 
 def test_a_notebook_shows_the_timetable_and_the_checkpoint() -> None:

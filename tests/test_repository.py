@@ -116,6 +116,7 @@ def test_the_changelog_and_the_version_are_semantic() -> None:
     assert all(dated), headings
     versions = [tuple(map(int, match.groups())) for match in dated]
     assert versions == sorted(versions, reverse=True)
+    assert ".".join(map(str, versions[0])) == jddim.__version__  # as in CITATION.cff and the package: test_cite
     assert re.fullmatch(r"\d+\.\d+\.\d+", jddim.__version__)
     kinds = set(re.findall(r"^### (.*)$", text, re.M))
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -22,14 +23,17 @@ import jddim
 from jddim import converting, resolving
 from jddim.checkpoint.folder import CheckpointError, load_metadata
 from jddim.cli import warmup
-from jddim.cli.main import main
+from jddim.cli.main import _parser, main
+from jddim.cli.options import told_of
 from jddim.config import UNetConfig
+from jddim.converting import Told
 from jddim.files import open_lock
 from jddim.resolving import resolve
 from jddim.run import cache, progress
 
 pytestmark = pytest.mark.unoptimised
 
+COMMANDS = next(a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
 CONFIG: UNetConfig = tiny.small_config(channel_mults=(1,), attention_levels=(0,))
 TOLD = "image_size: 6x10\nnorm_groups: 4\n"
 
@@ -147,7 +151,7 @@ def test_of_two_at_once_one_converts(kept: Path, conversions: list[str], monkeyp
     assert folders[0] == folders[1]
     assert lines[0] == "another process is converting the same: waiting for it"
     assert len(conversions) == 1
-    assert [path.name for path in kept.iterdir()] == [folders[0].name]  # no lock is left
+    assert {path.name for path in kept.iterdir()} == {folders[0].name, ".sources"}  # no lock is left
 
 
 def test_large_files_are_read_once(kept: Path, conversions: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,13 +242,16 @@ def test_what_was_not_verified_is_verified_where_it_can_be(kept: Path, monkeypat
             "256x256_diffusion.pt, of openai/guided-diffusion; then jddim convert 256x256_diffusion.pt DST ",
         ),
         ("facebook/DiT-XL-2-256", "jddim does not read facebook/DiT-XL-2-256: a transformer of latents"),
-        ("guided-265", "no checkpoint at guided-265; did you mean guided-256?"),
-        ("absent", "no checkpoint at absent\n"),
+        ("guided-265", "no checkpoint at guided-265; did you mean guided-256? (jddim list: all)"),
+        ("absent", "no checkpoint at absent; jddim list names published ones\n"),
+        ("run/modle.pt", "no checkpoint at run/modle.pt; did you mean run/model.pt? (jddim list: published ones)\n"),
     ],
 )
 def test_names_that_are_no_files(kept: Path, fails: Callable[..., str], name: str, said: str) -> None:
+    Path("run").mkdir()
+    Path("run/model.pt").touch()
     assert said in fails("sample", name, "a.png")
-    assert ("no such file" if said.startswith("no ") else said) in fails("info", name)
+    assert said.replace("no checkpoint at", "no such file:") in fails("info", name)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +266,77 @@ def test_every_command_takes_whatever_names_a_checkpoint(
     kept: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr(warmup, "_kept", lambda: True)
+    Path("a.npy").touch()
     assert "lsun_bedroom.pt, of openai/guided-diffusion" in fails(*command.replace("X", "guided-lsun-bedroom").split())
+
+
+OF_CKPT = [name for name, parser in COMMANDS.items() if {"ckpt", "preset"} <= {a.dest for a in parser._actions}]
+
+
+def test_every_command_with_a_checkpoint_takes_what_its_conversion_is_told() -> None:
+    assert {"sample", "bulk", "serve", "export", "schedule", "cite", "export-torch", "check"} <= {*OF_CKPT}
+    told = ["--set", "a=1", "--set", "b=c=d", "--config", "x.yml", "--preset", "p", "--weights", "raw"]
+    for name in (*OF_CKPT, "convert", "info"):
+        parser = argparse.ArgumentParser(add_help=False)
+        for action in COMMANDS[name]._actions:
+            if action.dest in {"set", *Told.__annotations__}:
+                parser._add_action(action)
+        assert told_of(parser.parse_args([*told, "--variant", "v", "--revision", "r"])) == {
+            **{"config": [Path("x.yml")], "settings": {"a": "1", "b": "c=d"}, "preset": "p", "weights": "raw"},
+            **{"variant": "v", "revision": "r"},
+        }
+
+
+def test_what_a_file_needs_may_be_said_to_any_command(
+    kept: Path, conversions: list[str], fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(Path("run/model.safetensors"))
+    Path("run/config.yml").unlink()
+    kept.mkdir(parents=True)
+    told = ["--set", "image_size=6x10", "--set", "norm_groups=4"]
+    said = fails("schedule", source)
+    assert "convert it once: jddim convert run/model.safetensors DST --set image_size=SIDE " in said
+    assert said.endswith("; or add to this command: --set image_size=SIDE --set norm_groups=N\n")
+    assert main(["schedule", str(source), *told]) == 0
+    assert main(["cite", str(source), *told]) == 0
+    assert main(["schedule", str(source), *told, "--set", "eta=0.5"]) == 0
+    assert len(conversions) == 3  # the first was refused
+    capsys.readouterr()
+    mine = tiny.write_checkpoint(Path("mine"))
+    refused = "mine is converted already, so it takes no config or settings (--set) or weights"
+    assert refused in fails("sample", mine, "a.png", *told, "--weights", "raw", "--config", "x")
+    for command in ("schedule", "cite"):
+        assert "--set: said of a PyTorch checkpoint, and no checkpoint is named" in fails(command, *told)
+    assert "--set takes KEY=VALUE, got 'x'" in fails("sample", source, "a.png", "--set", "x")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        *(("sample S a.png", "a.png exists"), ("invert S x.npy x.npy", "x.npy exists")),
+        *(("interpolate S a.png", "a.png exists"), ("export S a.jddim", "a.jddim exists")),
+        *(("bulk S run --num 3", "run holds other things"), ("export-torch S a.png", "a.png exists")),
+        *(("edit S b.npy b.png --strength 1", "b.npy: No such file"), ("invert S b.npy y.npy", "b.npy: No such")),
+        ("sample S b.png", "class-conditional: give --labels, one for all or one an image, integers in 0..4"),
+        ("warmup S", "class-conditional: give --labels"),
+        ("sample S b.png --labels 1 --condition c.npy", "c.npy: No such file"),
+    ],
+)
+def test_what_a_command_lacks_is_said_before_a_conversion(
+    kept: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, command: str, said: str
+) -> None:
+    def plan(*args: Any, check: converting.Check, **options: Any) -> None:
+        check(load_metadata(classes))
+        pytest.fail("it is converted")
+
+    classes = tiny.write_checkpoint(Path("classes"), class_embedding="learned", num_classes=5)
+    monkeypatch.setattr(converting, "convert", plan)
+    monkeypatch.setattr(warmup, "_kept", lambda: True)
+    source = write(Path("run/model.safetensors"))
+    kept.mkdir(parents=True)
+    for name in ("a.png", "x.npy", "a.jddim"):
+        Path(name).touch()
+    assert said in fails(*command.replace(" S", f" {source}").split())
 
 
 def test_the_cache_is_listed_and_emptied(
@@ -273,7 +350,9 @@ def test_the_cache_is_listed_and_emptied(
     capsys.readouterr()
     assert main(["cache"]) == 0
     listed = capsys.readouterr().out
-    assert f"{folder.name}  from model.safetensors\n" in listed
+    assert f"{folder.name}  from {Path('run/model.safetensors').absolute()}\n" in listed
+    kept_inside = b"".join(filter(None, tiny.tree(folder).values()))
+    assert bytes(Path.cwd()) not in kept_inside  # a folder that is copied says nothing of this machine
     assert f"1.0 MB  {programs.name}  compiled programs\n" in listed
     assert main(["cache", "--empty", "programs"]) == 0
     assert (programs.exists(), folder.exists()) == (False, True)
@@ -348,6 +427,11 @@ def test_the_key_does_not_depend_on_spelling(kept: Path) -> None:
     told = [{"norm_groups": 4, "eta": 0.5}, {"eta": "0.5", "norm_groups": "4"}, {"eta": "0.5", "norm_groups": "2"}]
     first, same, other = [resolving._key(found, {"settings": each}, kept) for each in told]
     assert first == same != other
+
+
+def test_a_folder_of_jddims_is_not_converted_again(kept: Path, fails: Callable[..., str]) -> None:
+    tiny.write_checkpoint(Path("mnist"))
+    assert fails("convert", "mnist", "out") == "jddim: error: mnist is converted already: jddim sample mnist out.png\n"
 
 
 def test_ids_beside_a_folder_of_the_owner(kept: Path, fails: Callable[..., str]) -> None:

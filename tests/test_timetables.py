@@ -101,17 +101,17 @@ def test_traps() -> None:
     assert notes(linear, "linspace", 10) == []
     assert notes(zero_terminal_snr(linear), "trailing", 10, "v_prediction") == []
     (first, last) = notes(linear, "leading", 10)
-    assert "the first t is 900, not T-1 = 999" in first
-    assert "even but for the last, of 1 where the others have 100" in last
+    assert "the first step is at t = 900, not at the noisiest, T-1 = 999" in first
+    assert "the last step goes over 1 timesteps, each of the others over 100" in last
     (terminal,) = notes(linear, "linspace", 10, "v_prediction")
-    assert "predicts v, but alpha_bar at T-1 is 4e-05, not 0" in terminal
+    assert "pure noise (alpha_bar at T-1 is 4e-05, not 0), as that of networks" in terminal
     (end,) = notes(linear, "linspace", 10, set_alpha_to_one=False)
-    assert "ends at sigma 0.01, not 0 (set_alpha_to_one=False)" in end
+    assert "leaves a little noise in the image (sigma 0.01, not 0: set_alpha_to_one=False)" in end
     quad = step_table(linear, quad_timesteps(1000, 100), np.float64)
     assert any("steps go from a t to itself" in note for note in traps(quad, linear))
     short = step_table(linear, [999, 500, 100], np.float64, timesteps_prev=[500, 100, 50])
     assert "the last step ends at t = 50, short of the clean image" in traps(short, linear)
-    assert any("never saw pure noise" in note for note in notes(linear_schedule(100), "linspace", 10))
+    assert any("training never saw pure noise" in note for note in notes(linear_schedule(100), "linspace", 10))
     cosine = cosine_schedule(1000)
     assert traps(step_table(cosine, linspace_timesteps(1000, 50), np.float64), cosine) == []
 
@@ -120,7 +120,7 @@ def test_the_command_compares_and_warns(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["schedule", "--spacing", "linspace", "--compare", "leading", "--steps", "4"]) == 0
     printed = capsys.readouterr().out
     assert "linspace beside leading" in printed
-    assert "note (leading): the first t is 750, not T-1 = 999" in printed
+    assert "note (leading): the first step is at t = 750, not at the noisiest, T-1 = 999" in printed
     assert "\nnote: " not in printed
     rows = [line.split() for line in printed.splitlines() if line.endswith("differs")]
     assert [(row[1], row[3]) for row in rows] == [("999", "750"), ("749", "500"), ("499", "250"), ("249", "0")]

@@ -573,7 +573,7 @@ def test_tips_say_what_a_control_does(page: Page) -> None:
     )
     page.wait(lambda: page.tab.seen("#notes-details"))  # this timetable does not begin at T - 1
     page.tab.click("#notes-details summary")
-    assert "the first t is" in page.text("notes")
+    assert "the first step is at t = " in page.text("notes")
 
 
 def test_a_stopped_run_and_one_left_behind_are_dropped(page: Page, site: tuple[Any, str]) -> None:

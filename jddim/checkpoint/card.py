@@ -57,7 +57,8 @@ def lines(metadata: Recorded, parameters: int) -> list[str]:
     told, source = wording.get("told", {}), f"  in {provenance.get('family', '?')}"
     facts = [("network", metadata.model.summary), ("parameters", f"{parameters:,}"), ("classes", _classes(metadata))]
     if isinstance(metadata, Metadata):
-        for name, summary in (("schedule", _schedule(metadata.schedule)), ("sampler", _sampler(metadata.sampler))):
+        summaries = {"schedule": schedule_line(metadata.schedule), "sampler": sampler_line(metadata.sampler)}
+        for name, summary in summaries.items():
             facts += [(name, summary), *([(source, _worded(wording[name], told))] if wording.get(name) else [])]
     else:
         facts.append(("guides", _command(metadata)))
@@ -93,14 +94,15 @@ def _classes(metadata: Recorded) -> str:
     return f"{model.num_classes}, labels 0 to {model.num_classes - 1}{null}"
 
 
-def _schedule(config: ScheduleConfig) -> str:
+def schedule_line(config: ScheduleConfig) -> str:
+    """A schedule in one line, for people."""
     ends = [f"{name} {value:g}" for name in ("beta_start", "beta_end") if (value := getattr(config, name)) is not None]
     zero = ["zero terminal SNR"] if config.zero_terminal_snr else []
     name = config.name if config.betas is None else "betas listed one by one"
     return ", ".join([name, f"T = {config.num_train_timesteps}", *ends, *zero])
 
 
-def _sampler(config: SamplerConfig) -> str:
+def sampler_line(config: SamplerConfig) -> str:
     """The conventions that every source has, then those that are not the default."""
     low, high = config.clip_range
     x_0 = f"clipped to {low:g}..{high:g}" if config.clip else "not clipped"

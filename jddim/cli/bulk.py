@@ -23,8 +23,11 @@ from jddim.cli.options import (
     digest_of,
     fastest_batch_size,
     read_batch_size,
+    refuse_told,
     request_of,
+    resolved,
     say,
+    source_options,
 )
 from jddim.config import counted, first_few
 
@@ -116,6 +119,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 def _sources(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--ckpt", help=f"the checkpoint, if it is not where it was when the set was made: {CKPT}")
     sub.add_argument("--condition", type=Path, help="the images beside x_t, if not where they were then")
+    source_options(sub)
 
 
 def _worker(text: str) -> tuple[int, int]:
@@ -147,6 +151,8 @@ def _bulk(args: argparse.Namespace) -> int:
         )
     if automatic:
         args.batch_size = read_manifest(args.out).bulk.batch_size if begun else 1
+    if not begun:
+        check_folder(args.out)
     metadata = checkpoint(args)
     asked = request_of(args, "bulk")
     request, used = asked.settled(metadata.sampler)
@@ -154,7 +160,6 @@ def _bulk(args: argparse.Namespace) -> int:
     if begun:
         read_manifest(args.out)
     else:
-        check_folder(args.out)
         # Another worker may be looking at the folder now: what is tried must look like a part of a shard.
         probe = args.out / ("shard-.npz" if args.format == "npz" else "shard-.png")
         check_output(probe, metadata.model.in_channels, overwrite=True)
@@ -232,9 +237,10 @@ def _maker(manifest: Manifest, folder: Path | None, args: argparse.Namespace) ->
     from jddim.bulk import run as bulk
     from jddim.checkpoint.diff import diff_mappings
     from jddim.checkpoint.folder import load_metadata
-    from jddim.resolving import resolve
 
-    named = None if args.ckpt is None else resolve(args.ckpt)
+    if args.ckpt is None:
+        refuse_told(args)
+    named = None if args.ckpt is None else resolved(args.ckpt, args)
     path = _found(named, folder, manifest.checkpoint, "checkpoint", "--ckpt CKPT")
     sha256 = load_metadata(path, args.ckpt).sha256
     if sha256 != manifest.checkpoint_sha256:

@@ -88,16 +88,21 @@ def _sweep() -> None:
 
 
 def _source(kind: str, folder: Path) -> str | None:
-    """What a checkpoint was converted from, as its metadata says; None: it cannot be told."""
+    """What a checkpoint was converted from, as its metadata says, but a file by its path; None: it cannot be told."""
     if kind == "programs":
         return None
     from jddim.checkpoint.folder import CheckpointError, load_recorded
+    from jddim.files import read_regular
 
     try:
         source = load_recorded(folder).provenance.get("source", {})
     except CheckpointError:
         return None
-    return " ".join(filter(None, (source.get("hub_id"), source.get("file"), source.get("commit"))))
+    if "hub_id" in source:
+        return f"{source['hub_id']}@{source['commit']}"
+    with contextlib.suppress(OSError, ValueError):
+        return read_regular(cache.source_of(folder)).decode()
+    return str(source.get("file"))
 
 
 def _from(entry: dict[str, Any]) -> str:

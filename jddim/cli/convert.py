@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from jddim import converting
-from jddim.cli.options import add_ckpt, add_json, print_json, say
+from jddim.cli.options import add_ckpt, add_json, print_json, resolved, say, source_options, told_of
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -51,46 +51,13 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     add_json(sub)
 
 
-def source_options(sub: argparse.ArgumentParser) -> None:
-    """What is said of a PyTorch checkpoint beside its path."""
-    sub.add_argument(
-        "--config",
-        type=Path,
-        action="append",
-        metavar="FILE",
-        help="the source's config file; diffusers has two (default: those beside the weights)",
-    )
-    sub.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a fact the tensors do not tell, under the source's own name; over the config's",
-    )
-    sub.add_argument(
-        "--preset", metavar="NAME", help="all that --set would say, for a published model (guided-256, ...)"
-    )
-    sub.add_argument(
-        "--weights",
-        metavar="ema|raw|KEY",
-        help="which of a file's: KEY is where they lie, such as state_dict.model (default: ema where there are any)",
-    )
-    sub.add_argument("--variant", metavar="NAME", help="such as fp16: which of a folder's weights")
-    sub.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
-
-
 def _convert(args: argparse.Namespace) -> int:
     if note := converting.shadowed(args.src):
         say(note)
     converting.convert(
         args.src,
         args.dst,
-        config=args.config,
-        settings=settings(args.set),
-        preset=args.preset,
-        weights=args.weights,
-        variant=args.variant,
-        revision=args.revision,
+        **told_of(args),
         license=args.license,
         verify=args.verify,
         overwrite=args.overwrite,
@@ -100,9 +67,10 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _export_torch(args: argparse.Namespace) -> int:
-    from jddim.resolving import resolve
+    from jddim.files import check_free
 
-    name = converting.export_torch(resolve(args.ckpt), args.dst, args.format, overwrite=args.overwrite)
+    check_free(args.dst, overwrite=args.overwrite)
+    name = converting.export_torch(resolved(args.ckpt, args), args.dst, args.format, overwrite=args.overwrite)
     print(f"wrote {args.dst} ({name})")
     return 0
 
@@ -132,14 +100,3 @@ def _verify(args: argparse.Namespace) -> int:
     if told := unchecked(load_recorded(args.ckpt).provenance):
         say(f"told, not checked by the file: {', '.join(f'{name} = {value}' for name, value in told.items())}")
     return 0
-
-
-def settings(pairs: Sequence[str]) -> Mapping[str, str]:
-    """`--set`, of which each is KEY=VALUE. Raises ValueError for one that is not."""
-    found = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--set takes KEY=VALUE, got {pair!r}")
-        found[key] = value
-    return found

@@ -18,7 +18,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         _export,
         "write the sampler, or a step, as StableHLO for jax alone\ndocs/scale.md says how it is run.",
         "mnist mnist.jddim --steps 30\nmnist step.jddim --step\n"
-        "mnist exact.jddim --platforms cpu --batch-size 16 --weights beside",
+        "mnist exact.jddim --platforms cpu --batch-size 16 --weights-beside",
     )
     add_ckpt(sub)
     sub.add_argument("out", type=Path, metavar="OUT.jddim", help="the file to write")
@@ -27,9 +27,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--platforms", type=_platforms, default=("cpu", "cuda", "tpu"), metavar="LIST", help="default cpu,cuda,tpu"
     )
-    sub.add_argument(
-        "--weights", choices=("inside", "beside"), default="inside", help="beside: as OUT.weights.npz (default inside)"
-    )
+    sub.add_argument("--weights-beside", action="store_true", help="write them as OUT.weights.npz, not into OUT")
     add_request(sub, "export")
 
 
@@ -50,6 +48,7 @@ def _export(args: argparse.Namespace) -> int:
         raise ValueError(f"--step is DDIM's, without guidance: leave out {names}")
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    check_output(args.out, formats={".jddim": "a sampler"}, overwrite=args.overwrite)
     metadata = checkpoint(args)
     check_output(args.out, metadata.model.in_channels, formats={".jddim": "a sampler"}, overwrite=args.overwrite)
 
@@ -62,7 +61,7 @@ def _export(args: argparse.Namespace) -> int:
         exported = export.export_step(ddim, batch_size=args.batch_size, platforms=args.platforms)
     else:
         exported = export.export_sampler(ddim, rest, batch_size=args.batch_size, platforms=args.platforms)
-    written = export.save(args.out, exported, beside=args.weights == "beside")
+    written = export.save(args.out, exported, beside=args.weights_beside)
     takes = ", ".join(["weights", *(f"{name} {shape}" for name, shape in exported.about["arguments"].items())])
     print(f"{' and '.join(map(str, written))}: {exported.about['kind']} for {', '.join(args.platforms)}, takes {takes}")
     return 0

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jddim import converting
-from jddim.cli.convert import settings, source_options
-from jddim.cli.options import CKPT, add_ckpt, add_json, print_json
+from jddim.cli.options import CKPT, add_ckpt, add_json, print_json, refuse_told, resolved, source_options, told_of
 from jddim.config import printable
 
 
@@ -51,12 +50,7 @@ def _info(args: argparse.Namespace) -> int:
         return 0
     lines = converting.info(
         args.path,
-        config=args.config,
-        settings=settings(args.set),
-        preset=args.preset,
-        weights=args.weights,
-        variant=args.variant,
-        revision=args.revision,
+        **told_of(args),
     )
     if args.json:
         print_json({"source": args.path, "lines": lines})
@@ -80,10 +74,11 @@ def _cite(args: argparse.Namespace) -> int:
     from jddim.checkpoint.cite import bibtex, citations
 
     provenance = None
-    if args.ckpt is not None:
+    if args.ckpt is None:
+        refuse_told(args)
+    else:
         from jddim.checkpoint.folder import load_recorded
-        from jddim.resolving import resolve
 
-        provenance = load_recorded(resolve(args.ckpt)).provenance
+        provenance = load_recorded(resolved(args.ckpt, args)).provenance
     print(bibtex(*citations(provenance)), end="")
     return 0

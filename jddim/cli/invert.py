@@ -57,6 +57,7 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
 def _invert(args: argparse.Namespace) -> int:
     from jddim.images import STILLS, check_output, check_sheet, load_images, save_images
 
+    check_output(args.out, formats={".npy": "x_T, exactly"}, overwrite=args.overwrite)
     metadata = checkpoint(args)
     channels, overwrite = metadata.model.in_channels, args.overwrite
     check_output(args.out, channels, formats={".npy": "x_T, exactly"}, overwrite=overwrite)

@@ -44,7 +44,7 @@ GROUPS = {
 
 EXAMPLES = """\
 examples:
-  jddim sample google/ddpm-cifar10-32 a.png    64 images of a model of the hub's
+  jddim sample google/ddpm-cifar10-32 a.png    of a hub id: needs the extra hub
   jddim sample ckpt.pth a.png      of a PyTorch file, which is converted once
   jddim info ckpt.pth              what the file is, and what it must be told
   jddim convert ckpt.pth mnist     a folder with the weights and their settings
@@ -55,8 +55,11 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. A user's mistake is one line on stderr and status 1 (2: bad options)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
     try:
-        args = _parser().parse_args(argv)
+        args = _parser().parse_args(words)
         quiet, document = getattr(args, "quiet", False), getattr(args, "json", False)
         with silently(document=document) if quiet else contextlib.nullcontext():
             status: int = args.run(args)

@@ -6,21 +6,26 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
+import functools
 import hashlib
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jddim.config import printable
-from jddim.run.request import ONE_NETWORK, OWN, Request, RequestError, options, taken_by
+from jddim.converting import Check, Told, UnsettledError
+from jddim.run.request import ELSEWHERE, ONE_NETWORK, OWN, Request, RequestError, of_peers, options, taken_by
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from jddim.checkpoint.metadata import Metadata
+    from jddim.checkpoint.metadata import Metadata, Recorded
     from jddim.models.classifier import Classifier
     from jddim.pipeline import DDIM
     from jddim.run.plan import Plan
@@ -169,17 +174,105 @@ CKPT = "a folder of jddim convert, a PyTorch checkpoint, a hub id (OWNER/NAME[@R
 
 
 def add_ckpt(sub: argparse.ArgumentParser, nargs: str | None = None, text: str = CKPT) -> None:
-    """Give a command CKPT, which `checkpoint` or `resolve` reads."""
+    """Give a command CKPT, which `checkpoint` or `resolved` reads, and what its conversion may have to be told."""
     sub.add_argument("ckpt", nargs=nargs, help=text)
+    source_options(sub)
+
+
+def source_options(sub: argparse.ArgumentParser) -> None:
+    """What is said of a PyTorch checkpoint beside its name: `told_of` reads it."""
+    group = sub.add_argument_group("of a PyTorch checkpoint", "what its conversion must be told (`jddim info` says)")
+    group.add_argument(
+        "--config",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="the source's config file; diffusers has two (default: those beside the weights)",
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a fact the tensors do not tell, under the source's own name; over the config's",
+    )
+    group.add_argument(
+        "--preset", metavar="NAME", help="all that --set would say, for a published model (guided-256, ...)"
+    )
+    group.add_argument(
+        "--weights",
+        metavar="ema|raw|KEY",
+        help="which of a file's: KEY is where they lie, such as state_dict.model (default: ema where there are any)",
+    )
+    group.add_argument("--variant", metavar="NAME", help="such as fp16: which of a folder's weights")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id (default: main)")
+
+
+def told_of(args: argparse.Namespace) -> Told:
+    """What the command line says of a PyTorch checkpoint. Raises ValueError for a --set that is not KEY=VALUE."""
+    settings = {}
+    for pair in args.set:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes KEY=VALUE, got {pair!r}")
+        settings[key] = value
+    return {
+        "config": args.config,
+        "settings": settings or None,
+        "preset": args.preset,
+        "weights": args.weights,
+        "variant": args.variant,
+        "revision": args.revision,
+    }
+
+
+def resolved(named: str, args: argparse.Namespace, check: Check | None = None) -> Path:
+    """The jddim folder of what names a checkpoint, which may first have to be converted, as the options say.
+
+    check: `jddim.convert`'s.
+    """
+    from jddim.resolving import resolve
+
+    try:
+        return resolve(named, check=check, **told_of(args))
+    except UnsettledError as error:
+        if not error.options:
+            raise
+        said = f"{error}; or add to this command: {shlex.join(error.options)}"
+        raise UnsettledError(said, error.asks, error.options) from error
+
+
+def refuse_told(args: argparse.Namespace) -> None:
+    """Raise ValueError for what is said of a PyTorch checkpoint where the command line names no checkpoint."""
+    if given := [f"--{name}" for name in ("set", *told_of(args)) if getattr(args, name, None)]:
+        raise ValueError(f"{' and '.join(given)}: said of a PyTorch checkpoint, and no checkpoint is named")
 
 
 def checkpoint(args: argparse.Namespace) -> Metadata:
-    """The metadata of CKPT, which is a jddim folder from here on: what it names may first have to be converted."""
+    """The metadata of CKPT, a jddim folder from here on. What the command lacks is said before a conversion."""
     from jddim.checkpoint.folder import load_metadata
-    from jddim.resolving import resolve
 
-    named, args.ckpt = args.ckpt, resolve(args.ckpt)
+    for name in ("images", "mask", "condition"):
+        if isinstance(path := getattr(args, name, None), Path) and not path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    named, args.ckpt = args.ckpt, resolved(args.ckpt, args, functools.partial(_check_given, args))
     return load_metadata(args.ckpt, named)
+
+
+def _check_given(args: argparse.Namespace, metadata: Recorded) -> None:
+    """Raise RequestError for what the network needs beside x_t and the command line does not give."""
+    from jddim.checkpoint.metadata import Metadata
+    from jddim.run.problems import condition_problems, label_problems
+
+    if not isinstance(metadata, Metadata):
+        return
+    problems, model = [], metadata.model
+    if getattr(args, "labels", "") is None:
+        problems += label_problems(model, None, 1)
+    if getattr(args, "condition", "") is None:
+        problems += condition_problems(model, None, (getattr(args, "num", None) or 1, *model.image_size), "float32")
+    if problems:
+        raise RequestError(problems, "sample")
 
 
 def load_for(args: argparse.Namespace, request: Request, formats: Mapping[str, str]) -> DDIM:
@@ -187,6 +280,7 @@ def load_for(args: argparse.Namespace, request: Request, formats: Mapping[str, s
     import jddim
     from jddim.images import check_output
 
+    check_output(args.out, formats=formats, overwrite=args.overwrite)
     check_output(args.out, checkpoint(args).model.in_channels, formats=formats, overwrite=args.overwrite)
     return jddim.load(args.ckpt, dtype=request.dtype)
 
@@ -196,7 +290,7 @@ def settings_of(args: argparse.Namespace, request: Request, ddim: DDIM, planned:
     from jddim import __version__
 
     assert ddim.metadata is not None
-    names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out", "quiet", "overwrite"}
+    names = {o.name for o in taken_by(command)} | {"run", "ckpt", "out", "quiet", "overwrite", "set", *told_of(args)}
     own = {n: v.name if isinstance(v, Path) else v for n, v in vars(args).items() if n not in names}
     if own.pop("condition", None) is not None:
         own["condition"] = given_file(args.condition)
@@ -251,13 +345,20 @@ def one_line(error: BaseException) -> str:
 
 
 def _by_flag(problem: tuple[str, str]) -> str:
-    """A problem's sentence with the option's name in place of the field's."""
+    """A problem's sentence with the options' names in place of the fields'."""
     name, sentence = problem
-    flags = {o.name: o.option.flag for o in options()}
-    arrays = {"x_T": "--x-T", "noise": "--noise", "condition": "--condition", "classifier": "--classifier"}
-    flags |= {"num": "--num", "batch_size": "--batch-size", **arrays}
-    rest = sentence.removeprefix(f"{name} ")
-    return sentence if rest == sentence or name not in flags else f"{flags[name]} {rest}"
+    flags = FLAGS | {o.name: o.option.flag for o in options()}
+    begun = [own for own in flags if own == name or "_" in own]  # other fields' names are words, too
+    sentence = re.sub(rf"^({'|'.join(begun)})(?= )", lambda found: flags[found[1]], sentence)
+    asked = rf"\b(give|leave|needs) ({'|'.join(flags)})(?![.\w(])"
+    return re.sub(asked, lambda found: f"{found[1]} {flags[found[2]]}", sentence)
+
+
+FLAGS = {
+    **{"x_T": "--x-T", "noise": "--noise", "condition": "--condition", "classifier": "--classifier"},
+    **{"num": "--num", "batch_size": "--batch-size", "key": "--seed"},
+}
+"""The options of what is no field of `Request`, by its name in Python."""
 
 
 def say(line: str) -> None:
@@ -315,9 +416,18 @@ class OneLineParser(argparse.ArgumentParser):
         """Nothing is left over: argparse would leave a command's unknown options for the whole program to refuse."""
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
-            shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
-            known = [name for action in shown for name in action.option_strings]
-            close = difflib.get_close_matches(rest[0].split("=")[0], known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._hint(rest)}")
         return namespace, rest
+
+    def _hint(self, rest: Sequence[str]) -> str:
+        """What may have been meant by the first option that is none, in words that follow an error's."""
+        word = next((word for word in rest if word.startswith("-")), rest[0]).partition("=")[0]
+        shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        known = {flag.lstrip("-").replace("-", "_"): flag for action in shown for flag in action.option_strings}
+        name = word.lstrip("-").replace("-", "_")
+        meant = of_peers(name)
+        ours = FLAGS.get(meant or "", f"--{meant or name}").lstrip("-").replace("-", "_")
+        if meant in ELSEWHERE and ours not in known:
+            return f"; {ELSEWHERE[meant]}"
+        near = [ours] if ours in known else difflib.get_close_matches(name, known, 1, 0.7)
+        return f"; did you mean {known[near[0]]}?" if near else ""

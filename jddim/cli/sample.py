@@ -89,6 +89,7 @@ def _sample(args: argparse.Namespace) -> int:
     from jddim.files import atomic, write_array
     from jddim.images import SHEETS, check_output, check_sheet, save_images, save_picture
 
+    check_output(args.out, overwrite=args.overwrite)
     metadata = checkpoint(args)
     check_output(args.out, metadata.model.in_channels, overwrite=args.overwrite)
     in_terminal = args.preview == Path("-")

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jddim.cli.options import CKPT, add_ckpt, add_json, add_overwrite, checkpoint, print_json
+from jddim.cli.options import CKPT, add_ckpt, add_json, add_overwrite, checkpoint, print_json, refuse_told
 from jddim.installing import install_line
 from jddim.run.request import SPACING_NAMES
 
@@ -59,6 +59,7 @@ def _schedule(args: argparse.Namespace) -> int:
         metadata = checkpoint(args)
         config, sampler = metadata.schedule, metadata.sampler
     else:
+        refuse_told(args)
         config, sampler = ScheduleConfig(args.schedule, args.train_timesteps), SamplerConfig()
     schedule = make_schedule(config)
     sampler = dataclasses.replace(

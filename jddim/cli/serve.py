@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jddim.cli.options import CKPT, add_ckpt, add_request, request_of, say
+from jddim.cli.options import CKPT, add_ckpt, add_request, request_of, resolved, say
 from jddim.config import METHODS
 from jddim.installing import install_line
 
@@ -70,10 +70,9 @@ def _serve(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"jddim serve needs {error.name}: {install_line('web')}") from error
     from jddim.checkpoint.folder import load_metadata
-    from jddim.resolving import resolve
     from jddim.serve.request import Bounds
 
-    folders = [resolve(ckpt) for ckpt in args.ckpt]
+    folders = [resolved(ckpt, args) for ckpt in args.ckpt]
     for named, path in zip(args.ckpt, folders, strict=True):
         config = load_metadata(path, named).model
         if config.in_channels not in (1, 3):

@@ -20,7 +20,7 @@ LARGEST = 2**30
 """Bytes; with a limit jax drops the entries used longest ago, and takes a lock for each one read or written."""
 
 _CHECKPOINT = r"[A-Za-z0-9-]*-[0-9a-f]{16}"
-_LEFT = re.compile(rf"\.(receipts|[0-9a-f]{{16}}\.lock|{_CHECKPOINT}\.[0-9a-f]{{8}}\.tmp)")
+_LEFT = re.compile(rf"\.(receipts|sources|[0-9a-f]{{16}}\.lock|{_CHECKPOINT}\.[0-9a-f]{{8}}\.tmp)")
 _PROGRAMS = re.compile(r"jaxlib-.+-[0-9a-f]{8}")
 _PROGRAM = re.compile(r".+-(cache|atime)|\.lockfile|xla_gpu_.+")  # jax's names
 
@@ -44,7 +44,7 @@ def checkpoints() -> Path | None:
 def kind(path: Path) -> str | None:
     """What a path of the cache is; None: not the cache's, though it may lie there, and nothing here removes it.
 
-    By its place and name, "checkpoints" or "left" (receipts, locks, what is not whole); by its contents too,
+    By its place and name, "checkpoints" or "left" (receipts, sources, locks, what is not whole); by its contents too,
     "programs".
     """
     if path.parent == checkpoints():
@@ -55,6 +55,11 @@ def kind(path: Path) -> str | None:
         with contextlib.suppress(OSError):
             return "programs" if all(_PROGRAM.fullmatch(name) for name in os.listdir(path)) else None
     return None
+
+
+def source_of(entry: Path) -> Path:
+    """The file that says which path an entry was converted from. An entry, which may be copied, does not say it."""
+    return entry.parent / ".sources" / entry.name
 
 
 def found(*kinds: str) -> list[Path]:

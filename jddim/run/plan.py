@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -34,7 +34,6 @@ from jddim.run.problems import (
     array_problems,
     as_numpy,
     batch_size_problems,
-    channels_first,
     classifier_problems,
     condition_problems,
     described,
@@ -272,10 +271,12 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
 
     num: images; None: as many as x_T, images, labels or conditions are, or 1.
 
-    Raises ValueError at once where there is no table, for an unknown name; what else is wrong is in `problems`.
+    Raises RequestError at once where there is no table, for an unknown name; what else is wrong is in `problems`.
     """
     model, config = ddim.model, ddim.model.config
-    dtype, method = np.dtype(at_least_float32(model.dtype)), _method(request, inputs)
+    dtype = np.dtype(at_least_float32(model.dtype))
+    with _refusing(request, inputs):
+        method = _method(request, inputs)
     key = as_key(inputs.key)
     inputs = inputs._replace(key=key)
     problems: Problems = _edit_problems(request, inputs, method, ddim.sampler)
@@ -283,17 +284,18 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         sampler = request.sampler(ddim.sampler)
     except RequestError as error:
         sampler, problems = ddim.sampler, problems + error.problems
-    spacing = spacing_of(request, sampler, ddim.schedule.num_train_timesteps)
-    table = sampler_table(ddim.schedule, sampler, request.steps, np.float64, spacing)
-    if isinstance(spacing, str):
-        sampler = dataclasses.replace(sampler, spacing=spacing)
-    if request.strength is not None:
-        table = tail(table, request.strength)
     resampled = inputs.mask is not None and request.resample > 1
-    rows = method.rows(table, dtype)
-    if resampled and not problems:
-        rows = cast(repaint_table(table, request.resample, request.jump_length), dtype)
-    table = cast(table, dtype)
+    with _refusing(request, inputs):
+        spacing = spacing_of(request, sampler, ddim.schedule.num_train_timesteps)
+        table = sampler_table(ddim.schedule, sampler, request.steps, np.float64, spacing)
+        if isinstance(spacing, str):
+            sampler = dataclasses.replace(sampler, spacing=spacing)
+        if request.strength is not None:
+            table = tail(table, request.strength)
+        rows = method.rows(table, dtype)
+        if resampled and not problems:
+            rows = cast(repaint_table(table, request.resample, request.jump_length), dtype)
+        table = cast(table, dtype)
 
     given = inputs.x_T if inputs.images is None else inputs.images
     if num is None:
@@ -307,7 +309,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         stand_in = np.zeros((1, *config.image_size, config.in_channels), dtype)  # so that the rest is looked at too
         inputs, given, num = inputs._replace(images=stand_in), None, 1
     height, width = config.image_size if request.image_size is None else request.image_size
-    if request.image_size is None and np.ndim(given) == 4 and not channels_first(given, config.in_channels):  # type: ignore[arg-type]
+    if request.image_size is None and np.ndim(given) == 4 and np.shape(given)[3] == config.in_channels:  # type: ignore[arg-type]
         height, width = np.shape(given)[1:3]  # type: ignore[arg-type]
     shape = (height, width, config.in_channels)
     asked_eta = inputs.eta if inputs.eta is not None else request.eta
@@ -419,6 +421,18 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         problems=problems,
         schedule=ddim.schedule,
     )
+
+
+@contextlib.contextmanager
+def _refusing(request: Request, inputs: Inputs) -> Iterator[None]:
+    """What is wrong with a name or a table becomes RequestError."""
+    try:
+        yield
+    except ValueError as error:
+        edited = request.strength is not None or inputs.mask is not None
+        of = "edit" if edited else "sample" if inputs.images is None else "invert"
+        field = next((word for word in str(error).split() if word in Request.__annotations__), "steps")
+        raise RequestError([(field, str(error))], of) from error
 
 
 def limits(sampler: SamplerConfig, dtype: DTypeLike) -> dict[str, tuple[Array, Array]]:

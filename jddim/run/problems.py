@@ -104,8 +104,8 @@ def array_problems(
 
 
 def described(value: object) -> str:
-    """What is given in place of an array or a key: a number or text itself, else its type."""
-    if isinstance(value, (int, float, str, np.number)):
+    """What is given in place of what is asked for: None, a number or text itself, else its type."""
+    if value is None or isinstance(value, (int, float, str, np.number)):
         return repr(value)
     module, name = type(value).__module__.partition(".")[0], type(value).__name__
     return f"a {name}" if module == "builtins" else f"{module}'s {name}"
@@ -331,7 +331,7 @@ def _label_problem(
         return None if labels is None else "this network has no classes: leave labels out"
     if labels is None:
         what = f"integers in 0..{classes - 1}" if kind == "learned" else f"for a {kind} embedding"
-        return f"{who}: give labels, one an image, {what}"
+        return f"{who}: give labels, one for all or one an image, {what}"
     shape = labels.shape
     if kind == "identity":
         fits = len(shape) == 2 and shape[0] == num

@@ -442,23 +442,45 @@ def taken_by(command: str) -> tuple[Named, ...]:
 def check_names(given: Mapping[str, Any], known: Sequence[str], of: str) -> None:
     """Raise TypeError that names what is unknown among the keyword arguments of a function, and the nearest known."""
     if unknown := [name for name in given if name not in known]:
-        hint = did_you_mean(unknown[0], known)
-        if unknown[0] in PEERS:
-            hint = f" (here it is {PEERS[unknown[0]]!r})"
+        meant = of_peers(unknown[0])
+        hint = did_you_mean(unknown[0], known) if meant is None else f" (here it is {meant!r})"
+        if meant in ELSEWHERE and meant not in known:
+            hint = f" ({ELSEWHERE[meant]})"
         raise TypeError(f"{of}() takes no {unknown[0]!r}{hint}")
 
 
-PEERS = {
-    **dict.fromkeys(
-        ("num_inference_steps", "num_steps", "ddim_steps", "ddim_num_steps", "sampling_timesteps", "n_steps", "S"),
-        "steps",
-    ),
-    **dict.fromkeys(("seed", "generator", "rng", "random_state"), "key"),
-    **dict.fromkeys(("num_images", "num_samples", "n_samples", "n", "num_images_per_prompt"), "num"),
-    **dict.fromkeys(("class_labels", "class_cond", "classes", "y"), "labels"),
-    **dict.fromkeys(("cfg_scale", "cond_scale", "unconditional_guidance_scale", "w"), "guidance_scale"),
-    **dict.fromkeys(("ddim_eta", "ddim_sampling_eta"), "eta"),
-    **{"use_clipped_model_output": "rederive_eps", "clip_denoised": "clip", "clip_sample": "clip", "latents": "x_T"},
-    **{"size": "image_size", "sampler": "method", "scheduler": "method", "timestep_spacing": "spacing"},
+def of_peers(name: str) -> str | None:
+    """What another library's name of an option is here, or a key of `ELSEWHERE`; None: no name that is known."""
+    return next((ours for ours, theirs in PEERS.items() if name in theirs), None)
+
+
+ELSEWHERE = {
+    "device": "jax chooses it: JAX_PLATFORMS=cpu, cuda or tpu in the environment",
+    "dtype": "it is chosen when a checkpoint is loaded: jddim.load(..., dtype='bfloat16')",
+    "prompt": "networks here take class labels, no text",
+    "output_type": "images come as an array; jddim.to_pil makes pictures of it",
 }
-"""What other libraries call an option of ours."""
+"""What is no option here, or not of every function, and what there is in its place."""
+
+PEERS: Mapping[str, Sequence[str]] = {
+    "steps": (
+        *("num_inference_steps", "inference_steps", "num_steps", "ddim_steps", "ddim_num_steps"),
+        *("sampling_timesteps", "sampling_steps", "timestep_respacing", "n_steps", "timesteps", "S"),
+    ),
+    "key": ("seed", "manual_seed", "generator", "rng", "random_state"),
+    "num": ("num_images", "num_samples", "n_samples", "n", "num_images_per_prompt", "n_iter"),
+    "labels": ("label", "class_labels", "class_label", "class_cond", "classes", "class_idx", "y"),
+    "guidance_scale": ("cfg", "cfg_scale", "cond_scale", "unconditional_guidance_scale", "scale", "w"),
+    "eta": ("ddim_eta", "ddim_sampling_eta"),
+    "rederive_eps": ("use_clipped_model_output",),
+    "clip": ("clip_denoised", "clip_sample"),
+    "x_T": ("latents",),
+    "image_size": ("size", "height", "width"),
+    "method": ("sampler", "scheduler", "solver"),
+    "spacing": ("timestep_spacing",),
+    "dtype": ("torch_dtype", "precision", "fp16", "bf16", "half"),
+    "device": ("device", "devices", "gpu", "gpus", "cuda", "cpu"),
+    "prompt": ("prompt", "negative_prompt"),
+    "output_type": ("output_type", "return_dict"),
+}
+"""What other libraries call an option of ours; or what is in `ELSEWHERE`."""

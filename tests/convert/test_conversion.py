@@ -28,7 +28,8 @@ def command(lines: list[str], out: Path, **filled: str) -> list[str] | None:
         return None
     words = shlex.split(given.removeprefix("convert it:"))[1:]
     filled["DST"] = str(out)
-    words = [f"{key}={UNTOLD[key]}" if (key := word.removesuffix("=VALUE")) != word else word for word in words]
+    untold = [line.split(":")[0].replace(",", "").split()[1:] for line in lines if line.startswith("  untold ")]
+    words += [part for names in untold for name in names for part in ("--set", f"{name}={UNTOLD[name]}")]
     return [*("=".join(filled.get(part, part) for part in word.split("=")) for word in words), "--no-verify"]
 
 

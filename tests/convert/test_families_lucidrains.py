@@ -321,7 +321,7 @@ def test_describe_says_what_is_needed(tmp_path: Path) -> None:
     assert "lucidrains (denoising-diffusion-pytorch 2.x)" in lines
     assert "ema, step 3,000" in lines
     assert "--set image_size=SIDE" in lines
-    assert "prediction_type': 'v_prediction'" in "\n".join(describe(source, settings=SETTINGS))
+    assert ", predicts v_prediction, " in "\n".join(describe(source, settings=SETTINGS))
 
 
 # -- back -------------------------------------------------------------------------------------------------------------

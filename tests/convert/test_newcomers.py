@@ -74,7 +74,7 @@ def test_a_bare_file_says_the_two_commands(case: str, capsys: pytest.CaptureFixt
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     (command,) = re.findall(
-        r"convert it once: jddim (convert model\.pt DST .*), then name DST in place of model\.pt$", said.err, re.M
+        r"convert it once: jddim (convert model\.pt DST .*), then name DST in place of model\.pt; or", said.err
     )
     asked = re.findall(r"--set (\w+)=(?:SIDE|N|BOOLEAN)", command)
     assert set(asked) <= set(settings)
@@ -85,6 +85,8 @@ def test_a_bare_file_says_the_two_commands(case: str, capsys: pytest.CaptureFixt
     assert main(["sample", "DST", "a.png", *QUICK]) == 0
     assert Path("a.png").is_file()
     assert load_metadata("DST").provenance["family"] == family
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    assert main(["cite", "model.pt", *options]) == 0  # without a conversion of one's own
     assert jddim.load("model.pt", settings=settings).model.config == load_metadata("DST").model
 
 
@@ -125,7 +127,7 @@ def test_a_hub_id_needs_one_command(hub: Path, capsys: pytest.CaptureFixture[str
         assert capsys.readouterr().err == f"{name}: converted before, {folder.absolute()}\n"
     assert jddim.load("someone/tiny", revision=COMMIT).metadata == load_metadata(folder)
     assert main(["cache"]) == 0
-    assert f"from someone/tiny diffusion_pytorch_model.safetensors {COMMIT}\n" in capsys.readouterr().out
+    assert f"from someone/tiny@{COMMIT}\n" in capsys.readouterr().out
 
 
 def test_offline_and_without_the_package_one_line_says_why(
@@ -133,6 +135,8 @@ def test_offline_and_without_the_package_one_line_says_why(
 ) -> None:
     missing = "no such file or folder: google/ddpm-cifar10-32, and as a hub id it cannot be had: it is not in the hub's"
     assert f"{missing} cache, and HF_HUB_OFFLINE is set" in fails("sample", "google/ddpm-cifar10-32", "a.png")
+    near = fails("sample", "google/ddpm-cifar-32", "a.png")
+    assert near.endswith("is not fetched; did you mean google/ddpm-cifar10-32? (jddim list: all)\n")
     (weights,) = hub.rglob("*.safetensors")
     weights.unlink()
     assert f"the hub's cache holds no weights of someone/tiny ({COMMIT}), and" in fails(

@@ -323,7 +323,7 @@ def test_convert_verify_and_info(tmp_path: Path) -> None:
     flags = FLAGS | {"use_new_attention_order": "True", "diffusion_steps": "4000", "rescale_timesteps": "True"}
 
     lines = "\n".join(describe(file))
-    assert "--set image_size=SIDE --set num_heads=N --set num_head_channels=VALUE" in lines
+    assert lines.endswith(" DST --set image_size=SIDE --set num_heads=N")
     assert "rescale_timesteps, predict_xstart: no tensor tells these" in lines
     lines = "\n".join(describe(file, None, flags | {"dropout": "0.1"}))
     assert "note        dropout: of training only" in lines

@@ -70,9 +70,14 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[Metadata]:
     return found
 
 
-def filled(line: str, row: Row, out: Path) -> tuple[list[str], list[str]]:
-    """The arguments of the command on `info`'s last line, with what the source tells in it; and the settings asked."""
-    words = shlex.split(line.removeprefix("convert it:"))[1:]
+def filled(lines: list[str], row: Row, out: Path) -> tuple[list[str], list[str]]:
+    """The arguments of the command on `info`'s last line, with what the source tells in it; and the settings asked.
+
+    Those that the line `untold` names come last.
+    """
+    words = shlex.split(lines[-1].removeprefix("convert it:"))[1:]
+    untold = [line.split(":")[0].replace(",", "").split()[1:] for line in lines if line.startswith("  untold ")]
+    words += [part for names in untold for name in names for part in ("--set", f"{name}=VALUE")]
     asked = [word.partition("=")[0] for word in words if re.search(r"=(SIDE|N|BOOLEAN|VALUE)$", word)]
     values = {"DST": str(out), "NAME": str(row.preset)}
     words = [f"{key}={row.told[key]}" if (key := word.partition("=")[0]) in asked else word for word in words]
@@ -104,7 +109,7 @@ def test_the_weights_alone_convert_with_what_info_asks_for(
     if row.millions is not None:
         (parameters,) = [line for line in lines if line.startswith("  parameters")]
         assert round(int(parameters.split()[1].replace(",", "")) / 1e6, 1) == row.millions
-    words, asked = filled(lines[-1], row, tmp_path / "out")
+    words, asked = filled(lines, row, tmp_path / "out")
     assert row.preset is None or any(line.startswith("  presets") and row.preset in line for line in lines)
     assert bool(asked) is ("--preset" not in words) is (row.preset is None)
     assert main(words) == 0
@@ -126,7 +131,7 @@ def test_the_weights_beside_their_configs(tmp_path: Path, name: str, written: li
         assert any(line.startswith("  refused") and row.refused in line for line in lines)
         assert not lines[-1].startswith("convert it:")
         return
-    words, asked = filled(lines[-1], row, tmp_path / "out")
+    words, asked = filled(lines, row, tmp_path / "out")
     assert asked == list(row.asked)
     assert main(words) == 0
     check(*written, row, **row.sampling)
