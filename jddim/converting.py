@@ -68,6 +68,7 @@ class Told(TypedDict, total=False):
 
 
 Check = Callable[["Metadata | PartMetadata"], None]
+"""Raises what is wrong with a conversion's result, of which it is given the metadata without provenance."""
 
 
 @dataclasses.dataclass(frozen=True)

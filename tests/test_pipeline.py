@@ -235,6 +235,17 @@ def test_what_is_wrong_is_said_at_once(ddim: jddim.DDIM, arguments: dict, messag
         assert message in str(raised.value)
 
 
+def test_a_table_that_cannot_be_names_the_function(ddim: jddim.DDIM) -> None:
+    images = np.zeros((1, *SIZE, 2), np.float32)
+    for of, call in (
+        ("edit", lambda: ddim.edit(images, 0, strength=0.5, steps=0)),
+        ("edit", lambda: ddim.edit(images, 0, mask=images[0, ..., :1], steps=0)),
+        ("invert", lambda: ddim.invert(images, steps=0)),
+    ):
+        with pytest.raises(RequestError, match=f"^{of}: num_steps .* got 0"):
+            call()
+
+
 def test_what_pytorchs_pipelines_have_is_answered_with_what_there_is_here(ddim: jddim.DDIM) -> None:
     for name, said in (
         ("to", "JAX_PLATFORMS=cpu, cuda or tpu in the environment chooses the device"),

@@ -303,7 +303,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     """
     model, config = ddim.model, ddim.model.config
     dtype = np.dtype(at_least_float32(model.dtype))
-    with _refusing(inputs):
+    with _refusing(request, inputs):
         method = _method(request, inputs)
     key = as_key(inputs.key)
     inputs = inputs._replace(key=key)
@@ -313,7 +313,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     except RequestError as error:
         sampler, problems = ddim.sampler, problems + error.problems
     resampled = inputs.mask is not None and request.resample > 1
-    with _refusing(inputs):
+    with _refusing(request, inputs):
         spacing = spacing_of(request, sampler, ddim.schedule.num_train_timesteps)
         table = sampler_table(ddim.schedule, sampler, request.steps, np.float64, spacing)
         if isinstance(spacing, str):
@@ -463,12 +463,13 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
 
 
 @contextlib.contextmanager
-def _refusing(inputs: Inputs) -> Iterator[None]:
+def _refusing(request: Request, inputs: Inputs) -> Iterator[None]:
     """What is wrong with a name or a table becomes RequestError."""
     try:
         yield
     except ValueError as error:
-        of = "sample" if inputs.images is None else "invert" if inputs.mask is None else "edit"
+        edited = request.strength is not None or inputs.mask is not None
+        of = "edit" if edited else "sample" if inputs.images is None else "invert"
         field = next((word for word in str(error).split() if word in Request.__annotations__), "steps")
         raise RequestError([(field, str(error))], of) from error
 

@@ -84,7 +84,8 @@ def test_a_file_that_may_be_sits_is_taken_for_dits_and_the_user_is_warned(tmp_pa
     assert metadata.null_label == 5
     assert jddim.load(tmp_path / "ckpt").null_label == 5
     assert metadata.provenance["verification"]["output_error"] <= 2e-5
-    assert any("--set model=VALUE" in line for line in describe(tmp_path / "a.safetensors", settings=given))
+    said = describe(tmp_path / "a.safetensors", settings=given)
+    assert any("untold" in line and "model" in line for line in said)
 
 
 def test_train_pys_file_holds_the_average_and_the_runs_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
