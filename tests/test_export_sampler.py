@@ -28,6 +28,8 @@ from jddim.run.request import Request
 from jddim.scale.export import Exported, export_sampler, export_step
 from jddim.schedule import linear_schedule
 
+pytestmark = pytest.mark.unoptimised
+
 NARROW: dict[str, Any] = {"channel_mults": (1,), "attention_levels": (0,), "middle": False}
 JAX_ALONE = """
 import sys
