@@ -40,7 +40,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def optimisation_of_modules(request: pytest.FixtureRequest) -> None:
     """Modules and tests marked `unoptimised` compile as fast as XLA can: many programs that each run for moments.
 
-    Tests in such modules that compare bits are marked `optimised`, and stand first: programs are not kept across.
+    Tests in such modules that compare bits, or the programs that users run, are marked `optimised`, and stand first:
+    programs are not kept across.
     """
     _optimise(request)
 
