@@ -12,9 +12,9 @@ import pytest
 
 # No test may depend on a GPU being there, nor compete for its memory.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the suite's time is compiling. With XLA's older emitters of fusions, and code in one part, it takes half as long
-# where LLVM does not optimise, 0.7 where it does. XLA ends a process that names a flag it does not know: these are jaxlib
-# 0.10's. Where XLA_FLAGS is set, as for `quick` in .ci/run, XLA has the emitters that users have.
+# Most of the suite's time is compiling. With XLA's older emitters of fusions, and code in one part, it takes half as
+# long where LLVM does not optimise, 0.7 where it does. XLA ends a process that names a flag it does not know: these are
+# jaxlib 0.10's. Where XLA_FLAGS is set, as for `quick` in .ci/run, XLA has the emitters that users have.
 if version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 if "PYTEST_XDIST_WORKER" in os.environ:
