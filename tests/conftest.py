@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +61,22 @@ def _optimise(request: pytest.FixtureRequest) -> None:
         # jit finds programs whatever the flag was: a test that compares bits would get one of each kind.
         jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", unoptimised)
+
+
+@pytest.fixture
+def users_emitters(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """XLA's present emitters of fusions for samplers: with the older ones two programs of equal maths round apart."""
+    from jddim.run import compiling, programs
+
+    loops = [value for value in vars(programs).values() if isinstance(value, compiling.Jit)]
+    assert loops
+    if "--xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", ""):
+        monkeypatch.setitem(compiling.CPU_OPTIONS, "xla_cpu_use_fusion_emitters", True)
+    for loop in loops:
+        loop.on.cache_clear()
+    yield
+    for loop in loops:
+        loop.on.cache_clear()
 
 
 @pytest.fixture(scope="session")
