@@ -81,6 +81,20 @@ def scaled(actual: Any, expected: np.ndarray) -> float:
     return float(np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max())
 
 
+def test_a_checkpoint_goes_back_to_a_pipeline(ckpt: Path, ddim: jddim.DDIM, tmp_path: Path) -> None:
+    """Converted again, the parameters are the same to the bit; diffusers loads it, and its images are ours."""
+    assert main(["export-torch", str(ckpt), str(tmp_path / "back")]) == 0
+    again = jddim.convert(tmp_path / "back", tmp_path / "again", verify=False)
+    assert ddim.metadata is not None
+    assert (again.params_sha256, again.autoencoder) == (ddim.metadata.params_sha256, ddim.metadata.autoencoder)  # type: ignore[union-attr]
+    theirs = diffusers.LDMPipeline.from_pretrained(tmp_path / "back")
+    with torch.no_grad():
+        images = theirs.vqvae.decode(torch.from_numpy(X_T.transpose(0, 3, 1, 2).copy()) / 0.7).sample
+    assert scaled(ddim.decode(X_T), images.numpy().transpose(0, 2, 3, 1)) < 2e-5
+    assert main(["export-torch", str(ckpt), str(tmp_path / "openai.pt"), "--format", "openai"]) == 1
+    assert not (tmp_path / "openai.pt").exists()
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_a_run_is_the_pipelines(pipeline: Any, ddim: jddim.DDIM, eta: float) -> None:
     """Latents injected, noise too: the images within 1e-4 of their scale (6e-7 measured)."""
