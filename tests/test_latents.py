@@ -152,11 +152,28 @@ def test_what_is_asked_of_pixels_alone_or_of_latents_is_refused(ddim: jddim.DDIM
     with pytest.raises(ValueError, match="decode: this checkpoint has no first stage: its network makes images"):
         pixels.decode(X_T)
     from jddim.scale.export import export_sampler
+
+    with pytest.raises(RequestError, match="this checkpoint samples latents, which are not decoded here"):
+        export_sampler(ddim, Request())
+
+
+def test_on_a_mesh_each_device_decodes_its_own(ddim: jddim.DDIM) -> None:
     from jddim.scale.sharding import Sharded, make_mesh
 
-    for door in (lambda: Sharded(ddim, make_mesh()), lambda: export_sampler(ddim, Request())):
-        with pytest.raises(RequestError, match="this checkpoint samples latents, which are not decoded here"):
-            door()
+    sharded = Sharded(ddim, make_mesh())
+    num = 2 * len(jax.devices())
+    whole = ddim.sample(0, num, steps=2, eta=0.5)
+    made = sharded.sample(0, num, steps=2, eta=0.5)
+    chex.assert_trees_all_close(made, whole, atol=1e-5)
+    latents = sharded.sample(0, num, steps=2, eta=0.5, latents=True)
+    chex.assert_trees_all_equal(ddim.decode(np.asarray(latents)), made)  # decoded by the same program
+    assert sharded.sample(0, num, steps=1, image_size=(20, 14)).shape == (num, 20, 14, 3)
+    for asked, why in (
+        ({"image_size": (21, 14)}, "image size 21x14 does not divide"),
+        ({"decode_batch": 0}, "at least 1"),
+    ):
+        with pytest.raises(RequestError, match=why):
+            sharded.sample(0, num, steps=1, **asked)
 
 
 def test_the_command_line_makes_pictures_of_images(ckpt: Path, tmp_path: Path, capsys: Any) -> None:

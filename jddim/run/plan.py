@@ -37,6 +37,7 @@ from jddim.run.problems import (
     batch_size_problems,
     classifier_problems,
     condition_problems,
+    decode_problems,
     described,
     eta_problems,
     guidance_problems,
@@ -640,8 +641,8 @@ def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
 
 def _of_latents(request: Request, has_stage: bool) -> Problems:
     """What is wrong with the options on a first stage."""
-    if request.decode_batch is not None and request.decode_batch < 1:
-        return [("decode_batch", f"decode_batch must be at least 1, got {request.decode_batch}")]
+    if request.decode_batch is not None and (problems := decode_problems(request.decode_batch)):
+        return problems
     asked = [name for name in ("latents", "decode_batch") if name in request.asked()]
     told = "is of a checkpoint with a first stage, of which this has none: leave it out"
     return [] if has_stage else [(name, f"{name} {told}") for name in asked]

@@ -35,6 +35,11 @@ def sampler_problems(sampler: SamplerConfig, table: StepTable) -> Problems:
     return problems
 
 
+def decode_problems(size: int) -> Problems:
+    """What is wrong with decoding so many latents at a time."""
+    return [] if size >= 1 else [("decode_batch", f"decode_batch must be at least 1, got {size}")]
+
+
 def latent_problems(stage: AutoencoderConfig, image_size: tuple[int, int]) -> Problems:
     """What is wrong with images of (height, width) pixels for a first stage."""
     return [("image_size", problem) for problem in size_problems(stage, image_size)]
