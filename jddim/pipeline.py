@@ -393,6 +393,7 @@ class DDIM(metaclass=_Led):
         mask: Images | None = None,
         resample: int = 1,
         jump_length: int = 1,
+        paste: bool = False,
         **options: Unpack[EditOptions],
     ) -> Array:
         """Images made anew from `images` `(num, h, w, c)` float32 in [-1, 1]: all over, or where a mask is white.
@@ -400,13 +401,15 @@ class DDIM(metaclass=_Led):
         Give one of the two: strength, in (0, 1], how far they are noised before they are sampled again
         (`jddim.editing.tail`); or mask `(h, w, 1)` in [-1, 1], -1 where they stay, 1 where they are made anew, a blend
         between (`jddim.editing.inpaint_loop`; resample and jump_length are RePaint's).
+        paste: of a checkpoint with a first stage, whose latents a mask keeps where it keeps all of their pixels: what
+            the mask keeps is put back into the decoded images, blended where the mask blends.
         key, the options and what raises are `sample`'s; noise has two draws a row, `(N, 2, num, h, w, c)`, where
         resample is above 1.
         """
         check_names(options, [*EditOptions.__annotations__], "edit")
         if (strength is None) == (mask is None):
             raise ValueError("edit: give either strength, to change images all over, or mask, to fill them in")
-        more = {"strength": strength, "resample": resample, "jump_length": jump_length}
+        more = {"strength": strength, "resample": resample, "jump_length": jump_length, "paste": paste}
         planned = self._plan("edit", key, None, {**options, **more}, images=images, mask=mask).check("edit")
         return run(planned, **_how(options))[0]
 

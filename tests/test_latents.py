@@ -134,8 +134,23 @@ def test_images_are_encoded_before_they_are_edited_or_inverted(ddim: jddim.DDIM)
     )
     edited = ddim.edit(images, 0, strength=0.5, steps=4)
     chex.assert_trees_all_close(edited, ddim.decode(pixels.edit(z, 0, strength=0.5, steps=4)), atol=1e-4)
-    with pytest.raises(ValueError, match="mask is of pixels, and this checkpoint samples latents: give strength"):
-        ddim.edit(images, 0, mask=np.ones((10, 14, 1), np.float32))
+
+
+def test_a_latent_is_kept_where_all_of_its_pixels_are(ddim: jddim.DDIM) -> None:
+    images = np.tanh(RNG.standard_normal((2, 10, 14, 3))).astype(np.float32)
+    mask = -np.ones((10, 14, 1), np.float32)
+    mask[3:, 5:] = 1  # the second row and third column of latents are cut by it
+    latent_mask = -np.ones((5, 7, 1), np.float32)
+    latent_mask[1:, 2:] = 1
+    z, pixels = ddim.encode(images), dataclasses.replace(ddim, autoencoder=None)
+    made = pixels.edit(z, 0, mask=latent_mask, steps=4)
+    edited = ddim.edit(images, 0, mask=mask, steps=4)
+    chex.assert_trees_all_close(edited, ddim.decode(made), atol=1e-4)
+    pasted = ddim.edit(images, 0, mask=mask, steps=4, paste=True)
+    chex.assert_trees_all_equal(pasted[:, :3], images[:, :3])
+    chex.assert_trees_all_equal(pasted[:, 3:, 5:], edited[:, 3:, 5:])
+    with pytest.raises(ValueError, match="paste is of what a mask keeps: give mask, or leave it out"):
+        ddim.edit(images, 0, strength=0.5, paste=True)
 
 
 def test_what_is_asked_of_pixels_alone_or_of_latents_is_refused(ddim: jddim.DDIM) -> None:
@@ -146,6 +161,8 @@ def test_what_is_asked_of_pixels_alone_or_of_latents_is_refused(ddim: jddim.DDIM
     with pytest.raises(ValueError, match="decode_batch must be at least 1, got 0"):
         ddim.sample(0, decode_batch=0)
     pixels = dataclasses.replace(ddim, autoencoder=None)
+    with pytest.raises(ValueError, match="paste is of a checkpoint with a first stage"):
+        pixels.edit(X_T / 9, 0, mask=np.ones((5, 7, 1), np.float32), paste=True)
     for asked in ({"latents": True}, {"decode_batch": 2}):
         with pytest.raises(ValueError, match="is of a checkpoint with a first stage, of which this has none"):
             pixels.sample(0, **asked)  # type: ignore[arg-type]

@@ -135,7 +135,8 @@ class Plan:
 
     sampler: the conventions used. table: the steps asked for; rows: what the scan runs over, as the method takes them.
     num: images, of `shape` (h, w, c) and `dtype`; with an autoencoder these are its latents, which it decodes, unless
-    latents are asked for, decode_batch at a time. inputs: with defaults filled in, eta and guidance_scale `(num,)`.
+        latents are asked for, decode_batch at a time; pastes: what a mask keeps is put back into the decoded images.
+    inputs: with defaults filled in, eta and guidance_scale `(num,)`.
     null_label, rescale, interval: of the guidance. problems: (field, sentence); with any, there is nothing to run.
     """
 
@@ -157,6 +158,7 @@ class Plan:
     autoencoder: Autoencoder | None = None
     decodes: bool = False
     decode_batch: int = 1
+    pastes: bool = False
 
     def part(self, batch: Batch) -> Part:
         """The run of one batch."""
@@ -176,6 +178,16 @@ class Plan:
     def latents(self, images: Array) -> Array:
         """Images to edit or to invert as the network knows them: encoded by a first stage, or as they are."""
         return images if self.autoencoder is None else by_parts(self._encode, images, self.decode_batch)
+
+    @property
+    def mask(self) -> Images:
+        """The mask of x_t: of latents, each is made anew as much as the pixel in its square that is so most."""
+        mask: Any = self.inputs.mask
+        if self.autoencoder is None:
+            return mask  # type: ignore[no-any-return]
+        f, (h, w) = self.autoencoder.config.size_factor, self.shape[:2]
+        squares = mask.mean(axis=-1).reshape(h, f, w, f)
+        return squares.max(axis=(1, 3))[..., None]  # type: ignore[no-any-return]
 
     @functools.cached_property
     def _decode(self) -> Bound[Array]:
@@ -244,7 +256,7 @@ class Part:
         if inputs.mask is not None:
             assert inputs.images is not None
             noise = None if plan.sampler.clean_known else self.x_T
-            kept = Kept(batch.of(inputs.images), jnp.asarray(keep_of(inputs.mask)), noise)
+            kept = Kept(plan.latents(batch.of(inputs.images)), jnp.asarray(keep_of(plan.mask)), noise)
         labels = None if inputs.labels is None else batch.of(inputs.labels)  # type: ignore[arg-type]
         if inputs.classifier is not None:
             assert labels is not None
@@ -276,6 +288,18 @@ class Part:
                 x = kept.keep * kept.known + (1 - kept.keep) * x
         state = _fresh(x) if trajectory_every is None else init_state(x, plan.rows, trajectory_every)
         return state._replace(memory=plan.program.method.memory(plan.rows, x))
+
+    def images(self, state: State) -> Array:
+        """What the caller gets of the state after the last row, without the copies that filled the batch up."""
+        plan, batch = self.plan, self.batch
+        made = plan.images(state.x_t[: batch.taken])
+        if not plan.pastes:
+            return made
+        assert plan.inputs.images is not None
+        assert plan.inputs.mask is not None
+        keep = jnp.asarray(keep_of(plan.inputs.mask), made.dtype)
+        known = jnp.asarray(plan.inputs.images[batch.low : batch.low + batch.taken], made.dtype)
+        return keep * known + (1 - keep) * made
 
     def advance(self, state: State, rows: Any, trajectory_every: int | None = None) -> State:
         """The state after `rows`, all or a segment of the plan's. trajectory_every: as in `begin`."""
@@ -347,8 +371,6 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         height, width = stage.latent_size((height, width))
     shape = (height, width, config.in_channels)
     own_images = shape if stage is None else (factor * height, factor * width, stage.in_channels)
-    if stage is not None and inputs.mask is not None:
-        problems.append(("mask", "mask is of pixels, and this checkpoint samples latents: give strength"))
     asked_eta = inputs.eta if inputs.eta is not None else request.eta
     eta = 0.0 if not method.takes_eta else sampler.eta if asked_eta is None else asked_eta
     scale = inputs.guidance_scale if inputs.guidance_scale is not None else request.guidance_scale
@@ -407,7 +429,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         problems += array_problems("images", inputs.images, (num, *own_images), dtype)
         problems += array_problems("noise", inputs.noise, rows_of_noise, dtype, rows.num_steps)
         problems += [] if inputs.images is None else range_problems(inputs.images)
-        problems += mask_problems(inputs.mask, shape)
+        problems += mask_problems(inputs.mask, own_images)
         problems += condition_problems(config, inputs.condition, (num, height, width), dtype)
         problems += eta_problems(eta, num, table) if method.takes_eta else []
         problems += guidance_problems(
@@ -460,6 +482,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         autoencoder=ddim.autoencoder,
         decodes=stage is not None and not request.latents and not isinstance(method, Inversion),
         decode_batch=request.decode_batch or 1,
+        pastes=request.paste,
     )
 
 
@@ -599,6 +622,8 @@ def _edit_problems(request: Request, inputs: Inputs, method: Method, sampler: Sa
     told = None
     if request.strength is not None and (inputs.images is None or inputs.mask is not None):
         told = ("strength", "strength is for images to edit, without a mask: it says how far they are noised")
+    elif request.paste and inputs.mask is None:
+        told = ("paste", "paste is of what a mask keeps: give mask, or leave it out")
     elif request.resample < 1:
         told = ("resample", f"resample must be at least 1, got {request.resample}")
     elif (request.resample, request.jump_length) != (1, 1) and inputs.mask is None:
@@ -643,7 +668,7 @@ def _of_latents(request: Request, has_stage: bool) -> Problems:
     """What is wrong with the options on a first stage."""
     if request.decode_batch is not None and (problems := decode_problems(request.decode_batch)):
         return problems
-    asked = [name for name in ("latents", "decode_batch") if name in request.asked()]
+    asked = [name for name in ("latents", "decode_batch", "paste") if name in request.asked()]
     told = "is of a checkpoint with a first stage, of which this has none: leave it out"
     return [] if has_stage else [(name, f"{name} {told}") for name in asked]
 

@@ -337,6 +337,13 @@ class Request:
         type=int,
         metavar="J",
     )
+    paste: bool = _option(
+        False,
+        "--paste",
+        "with --mask, of a checkpoint with a first stage: what is kept is put back as it was, pixel for pixel",
+        only=("edit",),
+        action="store_true",
+    )
     convention: str = _option(
         "diffusers",
         "--convention",
