@@ -444,6 +444,9 @@ class DDIM(metaclass=_Led):
         """The plan of keyword arguments: arrays go in as they are, the rest is a `Request`."""
         asked = {name: value for name, value in options.items() if name not in RUN}
         given = {name: asked.pop(name) for name in Inputs._fields if name in asked}
+        if not isinstance(asked.get("latents"), bool | None):
+            told = "latents is a switch here, for z in place of images; what diffusers calls latents is x_T"
+            raise RequestError([("latents", told)], of)
         spacing = asked.get("spacing")
         if spacing is not None and not isinstance(spacing, str):
             asked["spacing"] = tuple(np.asarray(spacing).ravel().tolist())

@@ -63,6 +63,7 @@ def test_the_reference_has_what_is_public_and_nothing_else() -> None:
     assert listed == ["jddim", "conversion", *PUBLIC, "config"]
     text = pages["jddim"]
     alone = re.findall(r"auto(?:class|data|function):: jddim\.(\w+)", text + pages["conversion"])
+    alone = [name for name in alone if name != "models"]  # of a module that is not public: what a function returns
     elsewhere = [name for name, module in jddim._HOME.items() if module not in (*PUBLIC, "config")]
     assert sorted(alone) == sorted(elsewhere)  # each flat name is described once
     rows = re.findall(r"^\| \[jddim\.(\w+)\]\((\w+)\.md\) \| (.*) \|$", text, re.M)

@@ -158,6 +158,8 @@ def test_what_is_asked_of_pixels_alone_or_of_latents_is_refused(ddim: jddim.DDIM
     assert made.shape == (1, 20, 14, 3)
     with pytest.raises(ValueError, match="image size 21x14 does not divide"):
         ddim.sample(0, image_size=(21, 14))
+    with pytest.raises(ValueError, match=r"latents is a switch here.* what diffusers calls latents is x_T"):
+        ddim.sample(latents=X_T)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="decode_batch must be at least 1, got 0"):
         ddim.sample(0, decode_batch=0)
     pixels = dataclasses.replace(ddim, autoencoder=None)
@@ -168,10 +170,17 @@ def test_what_is_asked_of_pixels_alone_or_of_latents_is_refused(ddim: jddim.DDIM
             pixels.sample(0, **asked)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="decode: this checkpoint has no first stage: its network makes images"):
         pixels.decode(X_T)
+
+
+@pytest.mark.parametrize("latents", [None, True])
+def test_an_exported_sampler_has_the_decoder_or_not(ddim: jddim.DDIM, latents: bool | None) -> None:
+    pytest.importorskip("flatbuffers", reason="exports are written by flatbuffers: pip install 'jddim[export]'")
     from jddim.scale.export import export_sampler
 
-    with pytest.raises(RequestError, match="this checkpoint samples latents, which are not decoded here"):
-        export_sampler(ddim, Request())
+    made = export_sampler(ddim, Request(steps=2, latents=latents), platforms=("cpu",))
+    assert any(name.startswith("autoencoder.") for name in made.weights) == (latents is None)
+    images = made.program.call(made.weights, np.uint32(0), np.arange(3, dtype=np.uint32), np.float32(0.5))
+    chex.assert_trees_all_close(images, ddim.sample(0, 3, steps=2, eta=0.5, latents=latents), atol=1e-5)
 
 
 def test_on_a_mesh_each_device_decodes_its_own(ddim: jddim.DDIM) -> None:

@@ -45,7 +45,7 @@ def table(side: int = 5, width: int = 24) -> np.ndarray:
 
 
 def planned(tensors: dict[str, np.ndarray], **given: str) -> dit.Plan:
-    family, source = recognise(tensors, "file")
+    family, source, _ = recognise(tensors, "file")
     assert family.name == "dit"
     return family.plan(source.tensors, None, given)
 
@@ -237,7 +237,7 @@ SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False, "beta_end": 0
 
 
 def test_diffusers_conventions_are_its_own() -> None:
-    family, source = recognise(theirs(), "file")
+    family, source, _ = recognise(theirs(), "file")
     assert family.name == "diffusers_dit"
     assert source.note == "10 tensors that the blocks repeat are equal to the first's"
     plan = family.plan(source.tensors, {"transformer": TRANSFORMER, "scheduler": SCHEDULER}, {})
