@@ -15,8 +15,8 @@ from typing import Any
 from jddim.checkpoint.metadata import Metadata, PartMetadata
 from jddim.config import AutoencoderConfig
 
-from ..engine import ConversionError, refuse, refusing, source_tensors
-from ..rules import Rules, parts_of, source_of, targets_of, torch_shape
+from ..engine import ConversionError, refuse, refusing, source_shapes, source_tensors
+from ..rules import Rules, parts_of, targets_of
 from ..writers import save_safetensors
 from . import diffusers
 from .base import Family, Plan, Source
@@ -383,11 +383,7 @@ def write(metadata: Metadata | PartMetadata, params: Tensors, path: Path) -> Non
     stage = metadata.model if isinstance(metadata, PartMetadata) else metadata.autoencoder
     assert isinstance(stage, AutoencoderConfig)
     contents, table = config_json(stage), rules(stage, compvis=False)
-    shapes = {}
-    for leaf, value in params.items():
-        name = source_of(leaf, table)
-        shapes[name] = torch_shape(value.shape, value, leaf, 2 if "quant_conv" in name else 0)
-    tensors = source_tensors(params, table, shapes)
+    tensors = source_tensors(params, table, source_shapes(params, table, {"quant_conv": 2, "post_quant_conv": 2}))
     path.mkdir()
     (path / "config.json").write_text(json.dumps(contents, indent=2) + "\n")
     save_safetensors(tensors, path / "diffusion_pytorch_model.safetensors")
