@@ -269,7 +269,7 @@ def export_torch(
     Parameters keep their bits, so that converting the result again gives the same `params_sha256`.
 
     ckpt: a jddim checkpoint folder. dst: the file or folder to write, whole or not at all. format: "ermongroup",
-    "pesser", "diffusers", "openai", "lucidrains", "lucidrains-unet" or "dit"; None is the one that the checkpoint came from.
+    "pesser", "diffusers", "openai", "lucidrains", "lucidrains-unet" or "dit"; None is where the checkpoint came from.
     overwrite: replace `dst` if it is a file, never a folder. Returns the format's name.
 
     Raises ConversionError if the format is unknown or cannot hold the model (with every reason), `dst` exists, or
