@@ -39,7 +39,14 @@ from jddim.resolving import forget, resolve
 from jddim.run.batches import Preview, run
 from jddim.run.methods import Guidance, find
 from jddim.run.plan import Inputs, Plan, as_key, limits, plan
-from jddim.run.problems import condition_problems, described, guidance_problems, label_problems
+from jddim.run.problems import (
+    condition_problems,
+    decode_problems,
+    described,
+    guidance_problems,
+    label_problems,
+    stage_problems,
+)
 from jddim.run.programs import Program, by_parts, decode, encode, network_denoiser
 from jddim.run.request import Request, RequestError, check_names
 from jddim.sampling import Denoiser, Trajectory
@@ -464,8 +471,10 @@ class DDIM(metaclass=_Led):
         decode_batch: how many at a time, which does not change the images but for rounding. Raises ValueError for z of
         another shape, and for a checkpoint without a first stage.
         """
-        z = jnp.asarray(z)
-        return by_parts(decode.bound(self._first_stage("decode")), z, decode_batch)
+        stage = self._first_stage("decode")
+        if problems := stage_problems("z", z, stage.config.latent_channels, self.model.config.image_size):
+            raise RequestError(problems + decode_problems(decode_batch), "decode")
+        return by_parts(decode.bound(stage), jnp.asarray(z), decode_batch)
 
     def encode(self, images: Images, key: Array | int | None = None) -> Array:
         """Latents z `(n, h / f, w / f, c')` of images `(n, h, w, c)` float32 in [-1, 1].
@@ -473,7 +482,10 @@ class DDIM(metaclass=_Led):
         key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`; None: its mean. Raises ValueError
         for images of another shape, a key where nothing is drawn, and for a checkpoint without a first stage.
         """
-        stage, images = self._first_stage("encode"), jnp.asarray(images)
+        stage = self._first_stage("encode")
+        if problems := stage_problems("images", images, stage.config.in_channels, stage.config.image_size):
+            raise RequestError(problems, "encode")
+        images = jnp.asarray(images)
         return by_parts(encode.bound(stage), images, 1) if key is None else stage.encode(images, as_key(key))
 
     def _first_stage(self, of: str) -> Autoencoder:

@@ -153,6 +153,28 @@ def test_a_latent_is_kept_where_all_of_its_pixels_are(ddim: jddim.DDIM) -> None:
         ddim.edit(images, 0, strength=0.5, paste=True)
 
 
+def test_what_is_encoded_or_decoded_has_its_form(ddim: jddim.DDIM) -> None:
+    images = np.zeros((2, 10, 14, 3), np.float32)
+    for door, given, why in (
+        (
+            ddim.encode,
+            (images * 0 + 9).astype(np.uint8),
+            "images must be float32, got uint8: give images / 127.5 - 1 as",
+        ),
+        (ddim.encode, images + 200, r"images must lie in \[-1, 1\], got 200..200"),
+        (ddim.encode, images.transpose(0, 3, 1, 2), r"images looks like \(N, C, H, W\), got \(2, 3, 10, 14\)"),
+        (ddim.encode, torch.zeros(2, 3, 10, 14), r"got torch's Tensor: give images\.permute\(0, 2, 3, 1\)"),
+        (ddim.decode, X_T.transpose(0, 3, 1, 2), r"z looks like \(N, C, H, W\)"),
+        (ddim.decode, torch.zeros(2, 5, 7, 3), "z must be an array of jax or NumPy, got torch's Tensor"),
+        (ddim.decode, X_T[..., :2], r"z must have shape \(3, 5, 7, 3\), got \(3, 5, 7, 2\)"),
+    ):
+        with pytest.raises(RequestError, match=why):
+            door(given)  # type: ignore[operator]
+    assert ddim.autoencoder is not None
+    with pytest.raises(ValueError, match="images must be floats .* got uint8"):
+        ddim.autoencoder.encode(jax.numpy.zeros((2, 10, 14, 3), np.uint8))
+
+
 def test_what_is_asked_of_pixels_alone_or_of_latents_is_refused(ddim: jddim.DDIM) -> None:
     made = ddim.sample(0, image_size=(20, 14), steps=1)
     assert made.shape == (1, 20, 14, 3)
@@ -214,7 +236,7 @@ def test_the_command_line_makes_pictures_of_images(ckpt: Path, tmp_path: Path, c
     assert (
         main(["sample", str(ckpt), str(tmp_path / "z.png"), *few, "--latents"]) == 1
     )  # three channels, but no picture
-    assert "z.png: end it in .npy (float32)" in capsys.readouterr().err
+    assert "z.png: end it in .npy (latents are no pictures)" in capsys.readouterr().err
     assert not (tmp_path / "z.png").exists()
     assert main(["sample", str(ckpt), str(tmp_path / "a.gif"), *few]) == 0
     assert main(["sample", str(ckpt), str(tmp_path / "t.png"), *few, "--trajectory"]) == 0

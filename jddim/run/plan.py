@@ -532,7 +532,9 @@ def labels_of(
             return None, [("labels", f"labels: no class is called {unknown[0]!r} ({hint})")]
         each = [names[name] for name in asked]
     if not each:
-        return None, [("labels", f"labels are one number, 3,977, a range such as 0:10, or balanced; got {text!r}")]
+        named = "" if text[:1].isdigit() else "; this checkpoint has no names of classes"
+        told = f"labels are one number, several as in 207,388, a range as in 0:10, or balanced; got {text!r}{named}"
+        return None, [("labels", told)]
     if "," in text and len(each) != num:
         told = f"labels names {len(each)} labels for {num} images; give one for each, one for all, or a range"
         return None, [("labels", told)]

@@ -35,6 +35,16 @@ def sampler_problems(sampler: SamplerConfig, table: StepTable) -> Problems:
     return problems
 
 
+def stage_problems(name: str, array: Array | np.ndarray, channels: int, size: tuple[int, int]) -> Problems:
+    """What is wrong with images to encode, or with z to decode; size: of images, where the array's own is none."""
+    shape = np.shape(array)
+    known = len(shape) == 4 and not channels_first(array, channels)
+    expected = (shape[0] if len(shape) == 4 else 1, *(shape[1:3] if known else size), channels)
+    wide = isinstance(array, (Array, np.ndarray)) and array.dtype == np.float64  # under jax's x64
+    problems = array_problems(name, array, expected, np.float64 if wide else np.float32)
+    return problems + (range_problems(array) if name == "images" else [])
+
+
 def decode_problems(size: int) -> Problems:
     """What is wrong with decoding so many latents at a time."""
     return [] if size >= 1 else [("decode_batch", f"decode_batch must be at least 1, got {size}")]
