@@ -12,7 +12,6 @@ import pytest
 from jddim.compat.diffusers_flax import FlaxAutoencoderKL, FlaxDDIMScheduler, FlaxDDPMScheduler, SchedulerState
 from jddim.config import AutoencoderConfig
 from jddim.ddim import coefficients, ddim_step, predict_both, step_table
-from jddim.models.autoencoder import Autoencoder
 from jddim.models.building import abstract_model, flat_params
 from jddim.schedule import linear_schedule
 
@@ -69,7 +68,7 @@ def test_what_a_scheduler_refuses() -> None:
     with pytest.raises(ValueError, match="num_train_timesteps numbers"):
         FlaxDDIMScheduler(trained_betas=jnp.full(7, 0.1))
     scheduler = FlaxDDIMScheduler(T, steps_offset=1)
-    with pytest.raises(ValueError, match="timesteps must lie in 0..100"):
+    with pytest.raises(ValueError, match=r"timesteps must lie in 0\.\.100"):
         scheduler.set_timesteps(scheduler.create_state(), T)
     with pytest.raises(ValueError, match=r"^step: the state has no steps yet"):
         scheduler.step(scheduler.create_state(), OUTPUT, 60, X)
@@ -110,7 +109,7 @@ def test_under_jit_scan_and_vmap(dtype: Any) -> None:
 
 
 CONFIG = AutoencoderConfig(
-    **{"image_size": (6, 10), "latent_channels": 3, "channels": 4, "channel_mults": (1, 2), "num_res_blocks": 1},
+    **{"image_size": (6, 10), "latent_channels": 3, "channels": 4, "channel_mults": (1,), "num_res_blocks": 1},
     **{"norm_groups": 2, "mid_attention": False, "scaling_factor": 0.6, "shift_factor": 0.2},
 )
 
@@ -137,4 +136,4 @@ def test_the_first_stage_under_jit_takes_its_parameters_as_a_pytree() -> None:
     with pytest.raises(ValueError, match=r"^apply: method must be model.encode, model.decode or None, got 'init'$"):
         model.apply({"params": params}, images, method="init")
     with pytest.raises(ValueError, match=r"^decode: call model.apply"):
-        model.decode(images[:, :, ::2, ::2])
+        model.decode(images)

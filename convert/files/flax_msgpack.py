@@ -1,7 +1,7 @@
-"""flax's `.msgpack` files (`flax.serialization.to_bytes`): nested dicts of arrays, which msgpack's extension type 1 holds.
+"""flax's `.msgpack` files (`flax.serialization.to_bytes`): nested dicts of arrays.
 
-Such an extension is msgpack again: (shape, name of the dtype, bytes in C order). Its two others, and arrays in chunks
-(above 1 GB each), are refused.
+An array is msgpack's extension type 1, which is msgpack again: (shape, name of the dtype, bytes in C order). The two
+other types that flax has, and arrays in chunks (above 1 GB each), are refused.
 """
 
 from __future__ import annotations
@@ -32,16 +32,21 @@ def read(path: Path) -> dict[str, np.ndarray]:
         tree = msgpack.unpackb(
             file.buffer,
             ext_hook=_array,
-            max_array_len=0,  # none of a dict's; msgpack allocates what a header claims
+            object_pairs_hook=tuple,
+            max_array_len=0,  # msgpack allocates what a header claims
             max_bin_len=0,
             max_str_len=1000,
             max_map_len=100_000,
         )
-        return dict(_flat(tree, ""))
+        leaves = list(_flat(tree, ""))
     except UnreadableError:
         raise
     except (OSError, ValueError) as error:
         raise MsgpackError(printable(str(error)) or type(error).__name__) from error
+    arrays = dict(leaves)
+    if len(arrays) < len(leaves):
+        raise MsgpackError("it holds two arrays of one name")
+    return arrays
 
 
 def _array(kind: int, content: bytes) -> np.ndarray:
@@ -59,8 +64,8 @@ def _array(kind: int, content: bytes) -> np.ndarray:
 def _flat(node: Any, at: str, depth: int = 0) -> Iterator[tuple[str, np.ndarray]]:
     if isinstance(node, np.ndarray):
         yield at, node
-    elif isinstance(node, dict) and depth < MAX_DEPTH and "__msgpack_chunked_array__" not in node:
-        for key, value in node.items():
+    elif isinstance(node, tuple) and depth < MAX_DEPTH:  # a dict's pairs
+        for key, value in node:
             yield from _flat(value, f"{at}.{key}" if at else str(key), depth + 1)
     else:
         raise MsgpackError(f"under {printable(at) or 'its top'} it holds no array and no dict of arrays")

@@ -1,6 +1,7 @@
 """Files -> nested Python containers of NumPy arrays. Nothing in a file is ever executed.
 
-Both of PyTorch's formats, `.safetensors` and flax's `.msgpack` are read without PyTorch, straight to arrays that lie in the mapped file.
+Both of PyTorch's formats and `.safetensors` are read without PyTorch, straight to arrays that lie in the mapped file;
+flax's `.msgpack` to arrays in memory.
 """
 
 from __future__ import annotations

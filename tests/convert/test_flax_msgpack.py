@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import serialization
 
+from convert import recognition
 from convert.engine import ConversionError
 from convert.families import flax_autoencoder
 from convert.files import readers
@@ -55,6 +56,8 @@ BAD = {
     "bytes": msgpack.packb({"a": b"12"}),
     "a number as key": msgpack.packb({1: array([1], "uint8", b"1")}),
     "a complex number": serialization.msgpack_serialize({"a": 1j}),
+    "a name twice": b"\x82" + WHOLE[1:] * 2,
+    "a path twice": serialization.to_bytes({"a": {"b": np.zeros(3)}, "a.b": np.zeros(3)}),
     "deep": serialization.to_bytes(DEEP),
     "deeper than msgpack goes": b"\x81\xa1a" * 5000,
     "in chunks": msgpack.packb({"a": {"__msgpack_chunked_array__": True, "shape": {"0": 1}}}),
@@ -84,3 +87,11 @@ def test_two_names_that_would_be_one_are_refused() -> None:
     twice = state | {"encoder.down_blocks.0.resnets_0.conv1.kernel": np.zeros((3, 3, 5, 7), np.float32)}
     with pytest.raises(ConversionError, match="under names that PyTorch would have as one"):
         flax_autoencoder.open_source(twice, "file")
+
+
+def test_a_network_of_text_is_called_so() -> None:
+    places = ("time_embedding.linear_1", "time_embedding.linear_2", "conv_norm_out")
+    names = [f"{place}.{kind}" for place in places for kind in ("kernel", "bias")]
+    names += ["down_blocks_0.attentions_0.transformer_blocks_0.attn2.to_k.kernel"]
+    with pytest.raises(ConversionError, match="is a diffusers model with cross-attention to text"):
+        recognition.recognise({name: np.zeros(3, np.float32) for name in names}, "file")

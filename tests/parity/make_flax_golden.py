@@ -1,8 +1,8 @@
 """Writes golden/flax.npz from diffusers' own Flax classes: `flax_cases` says what is in it.
 
-    python tests/parity/make_flax_golden.py    # in an environment with diffusers 0.39.0, the last that has them, and flax
+    python tests/parity/make_flax_golden.py
 
-Needs to be run again only if a case changes.
+In an environment with flax and diffusers 0.39.0, the last that has them. Needs to be run again only if a case changes.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,14 +42,36 @@ def test_schedulers_do_as_theirs(kind: str, run: Callable[..., dict[str, np.ndar
             assert error(value, FOUND[f"{kind}/{name}/float64/{key}"]) <= 5e-7, key  # measured 1.4e-7 in float32
 
 
-def test_the_first_stage_does_as_theirs(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's folder with the first stage, as their `save_pretrained` wrote it."""
+    pytest.importorskip("ml_dtypes")
+    folder = tmp_path_factory.mktemp("flax") / "stable-diffusion"
     shapes = json.loads(str(FOUND["shapes"]))
     tree = traverse_util.unflatten_dict({name: drawn(name, tuple(shapes[name])) for name in shapes}, sep="/")
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "diffusion_flax_model.msgpack").write_bytes(serialization.to_bytes(tree))
+    (folder / "vae").mkdir(parents=True)
+    (folder / "vae" / "diffusion_flax_model.msgpack").write_bytes(serialization.to_bytes(tree))
     config = {"_class_name": "FlaxAutoencoderKL", "_diffusers_version": "0.39.0", **STAGE}
-    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
-    model, params = diffusers_flax.FlaxAutoencoderKL.from_pretrained(tmp_path, subfolder="vae")
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_first_stage_does_as_theirs(folder: Path) -> None:
+    model, params = diffusers_flax.FlaxAutoencoderKL.from_pretrained(folder, subfolder="vae")
     assert model.config.scaling_factor == STAGE["scaling_factor"]
     for key, value in first_stage(model, params).items():
         assert error(value, FOUND[f"stage/{key}"]) <= 2e-5, key  # the bound of every network here; measured 1e-6
+
+
+def test_the_pages_python_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "flax.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 2
+    monkeypatch.chdir(folder.parent)
+    found: dict = {}
+    for block in blocks:
+        exec(block, found)
+    assert found["x_0"].shape == found["x_t"].shape == found["x_T"].shape
+    assert np.isfinite(found["x_0"]).all()
+    assert found["z"].shape == (2, 8, 8, 3)
+    assert found["decoded"].shape == found["images"].shape
