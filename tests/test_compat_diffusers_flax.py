@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jddim.compat import diffusers_flax
 from jddim.compat.diffusers_flax import FlaxAutoencoderKL, FlaxDDIMScheduler, FlaxDDPMScheduler, SchedulerState
 from jddim.config import AutoencoderConfig
 from jddim.ddim import coefficients, ddim_step, predict_both, step_table
@@ -137,3 +141,19 @@ def test_the_first_stage_under_jit_takes_its_parameters_as_a_pytree() -> None:
         model.apply({"params": params}, images, method="init")
     with pytest.raises(ValueError, match=r"^decode: call model.apply"):
         model.decode(images)
+
+
+def test_flaxs_file_is_read_unless_pytorchs_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, asked = dataclasses.replace(CONFIG, num_codes=7), []
+    monkeypatch.setattr(
+        diffusers_flax, "load_autoencoder", lambda path, **_: asked.append(path) or SimpleNamespace(config=config)
+    )
+    vae = tmp_path / "vae"
+    vae.mkdir()
+    (vae / "diffusion_flax_model.msgpack").touch()
+    for given in ({}, {"from_pt": True}):
+        with pytest.raises(ValueError, match=r"vae is a VQModel, which has no Gaussian: jddim\.load"):
+            FlaxAutoencoderKL.from_pretrained(tmp_path, subfolder="vae", **given)
+    with pytest.raises(ValueError, match="owner/name is a VQModel"):
+        FlaxAutoencoderKL.from_pretrained("owner/name")
+    assert asked == [vae / "diffusion_flax_model.msgpack", vae, "owner/name"]

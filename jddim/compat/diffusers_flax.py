@@ -2,7 +2,8 @@
 
 diffusers 0.39 was the last to have them; `docs/flax.md` says what to change, and what has no home. The schedulers'
 methods work under `jit`, `scan` and `vmap`: states and results are pytrees. Their tables are float64 on the host, cast
-once; `step` is `jddim.ddim`'s. Images are `(b, c, h, w)` wherever theirs were; the schedulers take any shape.
+once; `step` is `jddim.ddim`'s. Schedulers take any shape; the first stage has images `(b, c, h, w)` and a Gaussian
+`(b, h, w, c)`, as in diffusers.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class CommonSchedulerState:
 
 @struct.dataclass
 class SchedulerState:
-    """A scheduler's state; a pytree, with theirs' fields and one more.
+    """A scheduler's state; a pytree, with the fields that diffusers' have, and coefficients.
 
     final_alpha_cumprod: alpha_bar where DDIM's last step ends. init_noise_sigma: 1. timesteps: int32, descending; all T
     before `set_timesteps`. num_inference_steps: None before it. coefficients: row t has the `jddim.ddim.Coefficients`
@@ -76,7 +77,7 @@ _CHOICES = {
 
 
 class _Scheduler:
-    """What the two have in common; each is a dataclass whose fields are theirs' arguments."""
+    """What the two have in common; each is a dataclass whose fields are the arguments."""
 
     num_train_timesteps: int
     beta_start: float
@@ -88,7 +89,7 @@ class _Scheduler:
 
     def __post_init__(self) -> None:
         problems = [
-            f"unknown {name} {value!r}{did_you_mean(value, allowed)}"
+            f"unknown {name} {value!r}{did_you_mean(str(value), allowed)}"
             for name, allowed in _CHOICES.items()
             if (value := getattr(self, name, allowed[0])) not in allowed
         ]
@@ -155,9 +156,9 @@ class _Scheduler:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlaxDDIMScheduler(_Scheduler):
-    """DDIM (arXiv:2010.02502) with leading spacing: the arguments, their order and defaults are theirs.
+    """DDIM (arXiv:2010.02502) with leading spacing: the arguments, their order and defaults are diffusers'.
 
-    Raises ValueError for a name that is none of theirs, and for betas that are no schedule.
+    Raises ValueError for an unknown name, and for betas that are no schedule.
     """
 
     num_train_timesteps: int = 1000
@@ -206,8 +207,8 @@ class FlaxDDIMScheduler(_Scheduler):
         """`jddim.ddim_step` from `timestep` to timestep - T // S, or to the end below 0.
 
         model_output, sample: `(b, ...)`. timestep: in 0..T-1, a scalar or `(b,)`; NaN at others. eta: a scalar or
-        `(b,)`. key, noise: exactly one where eta is not known to be 0; noise ~ N(0, I) like sample. Theirs took
-        neither and added no noise, whatever eta.
+        `(b,)`. key, noise: exactly one where eta is not known to be 0; noise ~ N(0, I) like sample. diffusers'
+        took neither and added no noise, whatever eta.
         Raises ValueError before `set_timesteps`, and for neither or both of key and noise.
         """
         if state.num_inference_steps is None:
@@ -223,11 +224,11 @@ class FlaxDDIMScheduler(_Scheduler):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlaxDDPMScheduler(_Scheduler):
-    """DDPM (arXiv:2006.11239): the arguments, their order and defaults are theirs.
+    """DDPM (arXiv:2006.11239): the arguments, their order and defaults are diffusers'.
 
-    variance_type: "fixed_small" or "fixed_large". Theirs' other four took the root of a negative logarithm, or split a
-    learned variance for two channels alone; `jddim.ddpm_step` has the learned one.
-    Raises ValueError for another name, and for betas that are no schedule.
+    variance_type: "fixed_small" or "fixed_large". diffusers' other four took the root of a negative logarithm,
+    or split a learned variance of two channels alone; `jddim.ddpm_step` has the learned one.
+    Raises ValueError for an unknown name, and for betas that are no schedule.
     """
 
     num_train_timesteps: int = 1000
@@ -270,7 +271,7 @@ class FlaxDDPMScheduler(_Scheduler):
         """`jddim.ddpm_step` from `timestep` to timestep - 1.
 
         model_output, sample: `(b, ...)`. timestep: in 0..T-1, a scalar or `(b,)`; NaN at others. key, noise: exactly
-        one; from a key the noise is theirs. Theirs took key 0 for none: the same noise in every step.
+        one; from a key the noise is what diffusers' drew. That took key 0 for none: the same noise in every step.
         Raises ValueError for neither or both of key and noise.
         """
         row = _row(state, timestep)
@@ -303,7 +304,7 @@ def _noise(key: Array | None, noise: Array | None, like: Array, dtype: DTypeLike
 
 
 class FlaxDiagonalGaussianDistribution(NamedTuple):
-    """The encoder's Gaussian; mean, logvar: `(b, h, w, latent_channels)`, unscaled, as theirs."""
+    """The encoder's Gaussian; mean, logvar: `(b, h, w, latent_channels)`, unscaled."""
 
     mean: Array
     logvar: Array
@@ -319,7 +320,7 @@ class FlaxDiagonalGaussianDistribution(NamedTuple):
         return jnp.exp(self.logvar)
 
     def sample(self, key: Array) -> Array:
-        """Latents from it; from the same key those of theirs."""
+        """Latents from it; from the same key what diffusers' drew."""
         return self.mean + self.std * jax.random.normal(key, self.mean.shape)
 
     def mode(self) -> Array:
@@ -341,10 +342,10 @@ class FlaxDecoderOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlaxAutoencoderKL:
-    """A first stage in theirs' calling form: `model.apply({"params": params}, x, method=model.encode)`.
+    """A first stage in diffusers' calling form: `model.apply({"params": params}, x, method=model.encode)`.
 
     Made by `from_pretrained`. config: jddim's, with `scaling_factor`, `latent_channels`, `size_factor` (pixels a side
-    of a latent). Nothing is scaled here, as in theirs. dtype: the compute dtype.
+    of a latent). Latents are not scaled here. dtype: the compute dtype.
     """
 
     config: AutoencoderConfig
