@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,3 +158,30 @@ def test_flaxs_file_is_read_unless_pytorchs_is_asked_for(tmp_path: Path, monkeyp
     with pytest.raises(ValueError, match="owner/name is a VQModel"):
         FlaxAutoencoderKL.from_pretrained("owner/name")
     assert asked == [vae / "diffusion_flax_model.msgpack", vae, "owner/name"]
+
+
+@pytest.mark.parametrize("cls", [FlaxDDIMScheduler, FlaxDDPMScheduler])
+def test_a_scheduler_from_its_file(cls: Any, tmp_path: Path) -> None:
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir()
+    told = {"_class_name": "PNDMScheduler", "trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3}
+    file.write_text(
+        json.dumps(told | {"prediction_type": "sample", "timestep_spacing": "leading", "skip_prk_steps": True})
+    )
+    scheduler, state = cls.from_pretrained(tmp_path, subfolder="scheduler")
+    assert scheduler.config.prediction_type == "sample"
+    np.testing.assert_allclose(state.common.alphas_cumprod, np.cumprod([0.9, 0.8, 0.7]), rtol=1e-6)
+    file.write_text(json.dumps(told | {"beta_start": "0.1", "clip_sample": 1, "timestep_spacing": "trailing"}))
+    match = "beta_start must be float.*clip_sample must be bool.*timestep_spacing is 'trailing'; .* has 'leading' alone"
+    with pytest.raises(ValueError, match=match):
+        cls.from_pretrained(file.parent)
+    for text, said in (
+        ("[]", "holds no settings"),
+        ("{", "scheduler_config.json: "),
+        ('{"trained_betas": ["x"]}', "x"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            cls.from_pretrained(file.parent)
+    with pytest.raises(OSError, match="scheduler_config"):
+        cls.from_pretrained(tmp_path)

@@ -22,9 +22,10 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.config import PREDICTION_TYPES, AutoencoderConfig, ScheduleConfig, did_you_mean
+from jddim.config import PREDICTION_TYPES, AutoencoderConfig, ScheduleConfig, did_you_mean, misfits
 from jddim.converting import Told
 from jddim.ddim import add_noise, coefficients, ddim_step, ddpm_step, predict_both, step_table
+from jddim.files import read_json
 from jddim.models.autoencoder import Autoencoder
 from jddim.models.building import build_model, flat_params
 from jddim.pipeline import load_autoencoder
@@ -74,6 +75,7 @@ _CHOICES = {
     "prediction_type": [*PREDICTION_TYPES],
     "variance_type": ["fixed_small", "fixed_large"],
 }
+_OF_PYTORCH = {"timestep_spacing": "leading", "rescale_betas_zero_snr": False, "thresholding": False}
 
 
 class _Scheduler:
@@ -84,8 +86,37 @@ class _Scheduler:
     beta_end: float
     beta_schedule: str
     trained_betas: ArrayLike | None
+    set_alpha_to_one: bool
     prediction_type: str
     dtype: DTypeLike
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None
+    ) -> tuple[Self, SchedulerState]:
+        """The scheduler of the `scheduler_config.json` in a folder, and its state. Keys that are no arguments are left.
+
+        Raises ValueError for a value of another type, and for a setting of diffusers' PyTorch schedulers that would
+        sample otherwise; OSError if there is no such file.
+        """
+        file = Path(pretrained_model_name_or_path, subfolder or "", "scheduler_config.json")
+        try:
+            told = read_json(file)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        if not isinstance(told, dict):
+            raise ValueError(f"{file} holds no settings: it is a {type(told).__name__}")
+        names = {field.name for field in dataclasses.fields(cls)} - {"dtype"}  # type: ignore[arg-type]
+        given = {k: np.asarray(v) if isinstance(v, list) else v for k, v in told.items() if k in names}
+        problems = misfits(given, cls) + [
+            f"{name} is {told[name]!r}; {cls.__name__} has {plain!r} alone"
+            for name, plain in _OF_PYTORCH.items()
+            if told.get(name, plain) != plain
+        ]
+        if problems:
+            raise ValueError(f"{file}: {'; '.join(problems)}")
+        scheduler = cls(**given)
+        return scheduler, scheduler.create_state()
 
     def __post_init__(self) -> None:
         problems = [
@@ -116,27 +147,28 @@ class _Scheduler:
         ends = (None, None) if name == "cosine" else (self.beta_start, self.beta_end)
         return make_schedule(ScheduleConfig(name, T, *ends))
 
-    def _coefficients(self, stride: int, set_alpha_to_one: bool) -> dict[str, Array]:
+    def _coefficients(self, stride: int) -> dict[str, Array]:
         """Row t is the step from t to t - stride."""
         t = np.arange(self.num_train_timesteps)[::-1]
         table = step_table(
             *(self._schedule, t, np.dtype(self.dtype)),
             timesteps_prev=np.maximum(t - stride, -1),
-            set_alpha_to_one=set_alpha_to_one,
+            set_alpha_to_one=self.set_alpha_to_one,
         )
         return {name: jnp.asarray(np.asarray(column)[::-1]) for name, column in coefficients(table).items()}
 
-    def _state(self, set_alpha_to_one: bool) -> SchedulerState:
+    def create_state(self) -> SchedulerState:
+        """The state that the other methods take."""
         schedule, T = self._schedule, self.num_train_timesteps
         common = CommonSchedulerState(
             *(jnp.asarray(x, self.dtype) for x in (1 - schedule.betas, schedule.betas, schedule.alphas_cumprod))
         )
         return SchedulerState(
             common=common,
-            final_alpha_cumprod=jnp.ones((), self.dtype) if set_alpha_to_one else common.alphas_cumprod[0],
+            final_alpha_cumprod=jnp.ones((), self.dtype) if self.set_alpha_to_one else common.alphas_cumprod[0],
             init_noise_sigma=jnp.ones((), self.dtype),
             timesteps=jnp.arange(T, dtype=jnp.int32)[::-1],
-            coefficients=self._coefficients(1, set_alpha_to_one),
+            coefficients=self._coefficients(1),
         )
 
     def scale_model_input(self, state: SchedulerState, sample: Array, timestep: ArrayLike | None = None) -> Array:
@@ -173,10 +205,6 @@ class FlaxDDIMScheduler(_Scheduler):
     prediction_type: str = "epsilon"
     dtype: DTypeLike = jnp.float32
 
-    def create_state(self) -> SchedulerState:
-        """The state that the other methods take."""
-        return self._state(self.set_alpha_to_one)
-
     def set_timesteps(
         self, state: SchedulerState, num_inference_steps: int, shape: tuple[int, ...] = ()
     ) -> SchedulerState:
@@ -189,7 +217,7 @@ class FlaxDDIMScheduler(_Scheduler):
             state,
             num_inference_steps=num_inference_steps,
             timesteps=jnp.asarray(timesteps, jnp.int32),
-            coefficients=self._coefficients(self.num_train_timesteps // num_inference_steps, self.set_alpha_to_one),
+            coefficients=self._coefficients(self.num_train_timesteps // num_inference_steps),
         )
 
     def step(
@@ -241,9 +269,7 @@ class FlaxDDPMScheduler(_Scheduler):
     prediction_type: str = "epsilon"
     dtype: DTypeLike = jnp.float32
 
-    def create_state(self) -> SchedulerState:
-        """The state that the other methods take."""
-        return self._state(True)
+    set_alpha_to_one = True  # no argument
 
     def set_timesteps(
         self, state: SchedulerState, num_inference_steps: int, shape: tuple[int, ...] = ()
