@@ -126,7 +126,7 @@ def _in(folder: Path, weights: str | None, variant: str | None) -> Path | None:
 
 
 _ACCELERATE = re.compile(r"(pytorch_)?model(_\d+)?\.(safetensors|bin)(\.index\.json)?")
-_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json")
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".msgpack", ".index.json")
 
 
 def _weights_in(folder: Path) -> list[Path]:

@@ -351,7 +351,7 @@ def shadowed(src: str) -> str:
     return f"note: {src} is a path here, so the hub is not asked"
 
 
-_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yml", ".yaml")
+_FILES = (".safetensors", ".msgpack", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yml", ".yaml")
 
 
 def as_text(settings: Settings | None) -> dict[str, str]:

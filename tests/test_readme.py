@@ -162,11 +162,12 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_the_limits_that_the_security_page_states() -> None:
     pytest.importorskip("ml_dtypes")
-    from convert.files import pickles, safetensors_file
+    from convert.files import flax_msgpack, pickles, safetensors_file
     from jddim import schedule
 
     page = (ROOT / "docs" / "security.md").read_text()
     assert f"depth {pickles.MAX_DEPTH}" in page
+    assert f"dicts deeper than {flax_msgpack.MAX_DEPTH}" in page
     assert f"header | {safetensors_file.MAX_HEADER // 10**6} MB" in page
     assert f"| {schedule.LARGEST_T:,} |" in page
     named = re.findall(r"`((?:convert|scripts|tests|[.]ci)/[\w./]+)`", page)

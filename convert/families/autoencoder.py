@@ -206,7 +206,7 @@ def _filed(config: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str],
         return _of_compvis(params), [], []
     problems = []
     kind = entries.get("_class_name")
-    if kind is not None and kind not in _KINDS:
+    if kind is not None and str(kind).removeprefix("Flax") not in _KINDS:
         problems.append(f"config: _class_name is {kind!r}; jddim has {' and '.join(_KINDS)}")
     for key, known in _PLAIN.items():
         types = entries.get(key, ())

@@ -196,7 +196,12 @@ def _origin(family: str | None, provenance: Mapping[str, Any]) -> tuple[list[Ent
         ]
     known = {
         **{"ho": [], "pytorch_ddpm": [_PYTORCH_DDPM], "monai": [_MONAI]},
-        **{"diffusers": [_DIFFUSERS], "lucidrains": [_LUCIDRAINS], "openai_classifier": [_GUIDED]},
+        **{
+            "diffusers": [_DIFFUSERS],
+            "flax_autoencoder": [_DIFFUSERS],
+            "lucidrains": [_LUCIDRAINS],
+            "openai_classifier": [_GUIDED],
+        },
         "palette": [_PALETTE, _PALETTE_CODE],
         **{"autoencoder": [_LATENT], "dit": [_DIT], "diffusers_dit": [_DIT, _DIFFUSERS]},
     }
