@@ -171,7 +171,7 @@ def test_what_is_encoded_or_decoded_has_its_form(ddim: jddim.DDIM) -> None:
         with pytest.raises(RequestError, match=why):
             door(given)  # type: ignore[operator]
     assert ddim.autoencoder is not None
-    with pytest.raises(ValueError, match="images must be floats .* got uint8"):
+    with pytest.raises(ValueError, match=r"images must be floats .* got uint8"):
         ddim.autoencoder.encode(jax.numpy.zeros((2, 10, 14, 3), np.uint8))
 
 
