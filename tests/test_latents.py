@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,18 @@ def test_on_a_mesh_each_device_decodes_its_own(ddim: jddim.DDIM) -> None:
     ):
         with pytest.raises(RequestError, match=why):
             sharded.sample(0, num, steps=1, **asked)
+
+
+def test_the_pages_python_runs(ckpt: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[1] / "docs" / "families" / "autoencoder.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    shutil.copytree(ckpt, tmp_path / "faces")
+    jddim.convert(folder / "vqvae", tmp_path / "stage", verify=False)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    assert found["images"].shape == (4, 14, 14, 3)
+    assert found["z"].shape == (4, 7, 7, 3)
 
 
 def test_the_command_line_makes_pictures_of_images(ckpt: Path, tmp_path: Path, capsys: Any) -> None:
