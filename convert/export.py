@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jddim.checkpoint.folder import load_params, load_recorded
-from jddim.checkpoint.metadata import PartMetadata
-from jddim.config import did_you_mean
+from jddim.checkpoint.metadata import Metadata, PartMetadata
+from jddim.config import ClassifierConfig, did_you_mean
 from jddim.files import atomic
 
 from .engine import ConversionError
@@ -36,8 +36,10 @@ def export(
     replaces a file, never a folder); nothing is then written.
     """
     metadata = load_recorded(ckpt)
-    if isinstance(metadata, PartMetadata):
-        raise ConversionError(f"{ckpt} is a classifier, which no format here holds: it is not written back to PyTorch")
+    if isinstance(metadata, PartMetadata) or metadata.autoencoder is not None:
+        what = "has" if isinstance(metadata, Metadata) else "is"
+        part = "a classifier" if isinstance(metadata.model, ClassifierConfig) else "a first stage"
+        raise ConversionError(f"{ckpt} {what} {part}, which no format here holds: it is not written back to PyTorch")
     known = formats()
     if format is None:
         own = FAMILIES[metadata.provenance["family"]].formats if metadata.provenance.get("family") in FAMILIES else {}

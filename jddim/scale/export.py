@@ -118,6 +118,7 @@ def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[s
     labels: int32 `(b,)`, for a network with classes; x0_hat: the last step's x0, for a self-conditioned one. The rows
     of the `DDIM`'s table stand in `about.json`. The arguments and what is raised are `export_sampler`'s.
     """
+    refuse_first_stage(ddim.autoencoder, "export")
     _need_flatbuffers()
     config, dtype = ddim.model.config, at_least_float32(ddim.model.dtype)
     labelled = config.class_embedding is not None
