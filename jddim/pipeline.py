@@ -39,9 +39,18 @@ from jddim.resolving import forget, resolve
 from jddim.run.batches import Preview, run
 from jddim.run.methods import Guidance, find
 from jddim.run.plan import Inputs, Plan, as_key, limits, plan
-from jddim.run.problems import condition_problems, described, guidance_problems, label_problems
-from jddim.run.programs import Program, by_parts, decode, encode, network_denoiser
-from jddim.run.request import Request, RequestError, check_names
+from jddim.run.problems import (
+    array_problems,
+    condition_problems,
+    decode_batch_problems,
+    described,
+    guidance_problems,
+    label_problems,
+    latent_problems,
+    range_problems,
+)
+from jddim.run.programs import Program, by_parts, decode, encode, moments, network_denoiser
+from jddim.run.request import Problems, Request, RequestError, check_names
 from jddim.sampling import Denoiser, Trajectory
 from jddim.schedule import NoiseSchedule, make_schedule
 from jddim.solvers import Solver
@@ -455,20 +464,34 @@ class DDIM(metaclass=_Led):
     def decode(self, z: Images, *, decode_batch: int = 1) -> Array:
         """Images `(n, h, w, c)` float32, nominally in [-1, 1], of latents z `(n, h / f, w / f, c')`.
 
-        decode_batch: how many at a time, which does not change the images but for rounding. Raises ValueError for z of
-        another shape, and for a checkpoint without a first stage.
+        decode_batch: how many at a time, which does not change the images but for rounding. Raises RequestError for z
+        of another shape or type, or with a NaN, ValueError for a checkpoint without a first stage.
         """
-        z = jnp.asarray(z)
-        return by_parts(decode.bound(self._first_stage("decode")), z, decode_batch)
+        stage = self._first_stage("decode")
+        problems = decode_batch_problems(decode_batch) + _images_problems(
+            "z", z, stage.config.latent_channels, stage.dtype
+        )
+        if problems:
+            raise RequestError(problems, "decode")
+        return by_parts(decode.bound(stage), jnp.asarray(z), decode_batch)
 
     def encode(self, images: Images, key: Array | int | None = None) -> Array:
         """Latents z `(n, h / f, w / f, c')` of images `(n, h, w, c)` float32 in [-1, 1].
 
-        key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`; None: its mean. Raises ValueError
-        for images of another shape, a key where nothing is drawn, and for a checkpoint without a first stage.
+        key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`; None: its mean. Raises RequestError
+        for images of another shape, type or range, ValueError for a key where nothing is drawn, and for a checkpoint
+        without a first stage.
         """
-        stage, images = self._first_stage("encode"), jnp.asarray(images)
-        return by_parts(encode.bound(stage), images, 1) if key is None else stage.encode(images, as_key(key))
+        stage = self._first_stage("encode")
+        problems = _images_problems("images", images, stage.config.in_channels, stage.dtype) or (
+            range_problems(images) + latent_problems(stage.config, (np.shape(images)[1], np.shape(images)[2]))
+        )
+        if problems:
+            raise RequestError(problems, "encode")
+        images = jnp.asarray(images)
+        if key is None:
+            return by_parts(encode.bound(stage), images, 1)
+        return stage.z_of(by_parts(moments.bound(stage), images, 1), as_key(key))
 
     def _first_stage(self, of: str) -> Autoencoder:
         if self.autoencoder is None:
@@ -537,6 +560,14 @@ class DDIM(metaclass=_Led):
     def label_names(self) -> dict[str, int]:
         """The source's name of a class -> its label, as the checkpoint records them; empty: it does not."""
         return {} if self.metadata is None else self.metadata.label_names
+
+
+def _images_problems(name: str, images: Images, channels: int, dtype: DTypeLike) -> Problems:
+    """What is wrong with images or latents, however many and large, for a network that computes in dtype."""
+    shape = np.shape(images) if isinstance(images, (Array, np.ndarray)) else ()
+    if shape and (len(shape) != 4 or not all(shape)):
+        return [(name, f"{name} must have shape (n, h, w, {channels}) with none of them 0, got {shape}")]
+    return array_problems(name, images, (*shape[:3], channels), np.dtype(at_least_float32(dtype)))
 
 
 def _how(options: Any) -> dict[str, Any]:

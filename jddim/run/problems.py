@@ -40,6 +40,14 @@ def latent_problems(stage: AutoencoderConfig, image_size: tuple[int, int]) -> Pr
     return [("image_size", problem) for problem in size_problems(stage, image_size)]
 
 
+def stage_problems(stage: AutoencoderConfig, config: ModelConfig) -> Problems:
+    """What is wrong with a first stage for a network of latents."""
+    if stage.latent_channels == config.in_channels:
+        return []
+    told = f"the first stage has latents of {stage.latent_channels} channels, the network samples {config.in_channels}"
+    return [("autoencoder", f"{told}: they do not belong together")]
+
+
 def network_problems(config: ModelConfig, sampler: SamplerConfig, image_size: tuple[int, int]) -> Problems:
     """What is wrong with sampling this network at (height, width)."""
     problems: Problems = [("image_size", problem) for problem in size_problems(config, image_size)]
@@ -53,6 +61,13 @@ def network_problems(config: ModelConfig, sampler: SamplerConfig, image_size: tu
             )
         )
     return problems
+
+
+def decode_batch_problems(size: int) -> Problems:
+    """What is wrong with how many latents are decoded at a time."""
+    if isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size >= 1:
+        return []
+    return [("decode_batch", f"decode_batch must be at least 1, got {described(size)}")]
 
 
 def num_problems(num: int) -> Problems:
