@@ -160,6 +160,19 @@ def shortened(items: list[str], shown: int = 6) -> str:
     return "; ".join(item if len(item) <= 300 else f"{item[:297]}..." for item in items[:shown]) + more
 
 
+def source_shapes(
+    params: Mapping[str, np.ndarray], rules: Rules, pointwise: Mapping[str, int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Source name -> shape there of what the parameters fill, for `source_tensors`; pointwise: as for `fill`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for leaf, value in params.items():
+        name = source_of(leaf, rules)
+        shape = torch_shape(value.shape, value, leaf, _ones(name, pointwise or {}))
+        before = shapes.get(name)  # of the parts of a fused one
+        shapes[name] = shape if before is None else (before[0] + shape[0], *shape[1:])
+    return shapes
+
+
 def source_tensors(params: Mapping[str, np.ndarray], rules: Rules, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The parameters under the source's names and in torch's layout: the inverse of `fill`.
 

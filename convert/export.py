@@ -7,21 +7,23 @@ one file or folder, or raises ConversionError with every reason why its source c
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jddim.checkpoint.folder import load_params, load_recorded
-from jddim.checkpoint.metadata import Metadata, PartMetadata
+from jddim.checkpoint.folder import load_params, load_recorded, part_of
+from jddim.checkpoint.metadata import FIRST_STAGE, Metadata, PartMetadata
 from jddim.config import ClassifierConfig, did_you_mean
 from jddim.files import atomic
 
 from .engine import ConversionError
-from .families import FAMILIES
+from .families import FAMILIES, autoencoder
 
 
 def formats() -> dict[str, Any]:
-    """Every format's name and writer, of all families."""
-    return {name: write for family in FAMILIES.values() for name, write in family.formats.items()}
+    """Every format's name and writer, of all families that are sampled."""
+    families = (family for family in FAMILIES.values() if not family.first_stage)
+    return {name: write for family in families for name, write in family.formats.items()}
 
 
 def export(
@@ -36,11 +38,10 @@ def export(
     replaces a file, never a folder); nothing is then written.
     """
     metadata = load_recorded(ckpt)
-    if isinstance(metadata, PartMetadata) or metadata.autoencoder is not None:
-        what = "has" if isinstance(metadata, Metadata) else "is"
-        part = "a classifier" if isinstance(metadata.model, ClassifierConfig) else "a first stage"
-        raise ConversionError(f"{ckpt} {what} {part}, which no format here holds: it is not written back to PyTorch")
-    known = formats()
+    part = isinstance(metadata, PartMetadata)
+    if part and isinstance(metadata.model, ClassifierConfig):
+        raise ConversionError(f"{ckpt} is a classifier, which no format here holds: it is not written back to PyTorch")
+    known: Mapping[str, Any] = autoencoder.FAMILY.formats if part else formats()
     if format is None:
         own = FAMILIES[metadata.provenance["family"]].formats if metadata.provenance.get("family") in FAMILIES else {}
         if not own:
@@ -57,7 +58,11 @@ def export(
     params = load_params(ckpt, metadata)
     try:
         with atomic(target, overwrite=overwrite) as staging:
-            known[format](metadata, params, staging)
+            known[format](metadata, part_of(params, ""), staging)
+            if isinstance(metadata, Metadata) and metadata.autoencoder is not None:
+                if format not in autoencoder.FAMILY.formats:
+                    raise ConversionError("it has a first stage, which this format does not hold")
+                autoencoder.write_beside(metadata, part_of(params, FIRST_STAGE), staging)
     except ConversionError as error:
         others = ", ".join(name for name in known if name != format)
         raise ConversionError(f"{ckpt} cannot be written as {format}: {error} (other formats: {others})") from error

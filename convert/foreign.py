@@ -28,7 +28,7 @@ _MARKS = {
     r"(^|\.)map_layer0\.": "is an EDM network (SongUNet or DhariwalUNet); this family is not supported",
     r"(^|\.)all_modules\.": "is a score_sde model; this family is not supported",
     r"timembedding\.": "has a timembedding as w86763777/pytorch-ddpm's networks have, but too few of their blocks",
-    r"down_blocks\..*transformer_blocks\.": (
+    r"down_blocks[._].*transformer_blocks[._]": (
         "is a diffusers model with cross-attention to text; jddim's take class labels or nothing"
     ),
     r"(^|\.)(encoder\.down|decoder\.up)|first_stage_model\.": (

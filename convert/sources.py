@@ -88,7 +88,7 @@ def find(
         raise ConversionError(f"{src} is converted already: jddim sample {src} out.png")
     if path.is_dir():
         if (file := _in(path, weights, variant)) is None:
-            there = shortened([entry.name for entry in _weights_in(path)]) or "none"
+            there = shortened([entry.name for entry in _weights_in(path)]) or "there is none"
             raise ConversionError(f"{src} is a folder that no family knows; name the checkpoint file in it: {there}")
         return Origin(file, variant, named and named[0], commit, path)
     if path.suffix in (".json", ".yml", ".yaml") and not path.name.endswith(".index.json"):
@@ -126,7 +126,7 @@ def _in(folder: Path, weights: str | None, variant: str | None) -> Path | None:
 
 
 _ACCELERATE = re.compile(r"(pytorch_)?model(_\d+)?\.(safetensors|bin)(\.index\.json)?")
-_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".index.json")
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".msgpack", ".index.json")
 
 
 def _weights_in(folder: Path) -> list[Path]:

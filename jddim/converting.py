@@ -130,8 +130,8 @@ def convert(
     weights: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
-    autoencoder: str | os.PathLike[str] | None = None,
     license: str | None = None,
+    autoencoder: str | os.PathLike[str] | None = None,
     verify: bool = True,
     overwrite: bool = False,
     say: Callable[[str], None] | None = None,
@@ -172,8 +172,8 @@ def convert(
         weights=weights,
         variant=variant,
         revision=revision,
-        autoencoder=autoencoder,
         license=license,
+        autoencoder=autoencoder,
         verify=verify,
         overwrite=overwrite,
         say=say or (lambda line: None),
@@ -216,8 +216,9 @@ def info(
 
     path: a jddim folder, of which the lines are a card of what is known; or a PyTorch source as `convert` takes it, of
     which they are its family, weights and parameters, what its conversion would assume or still need, and the command
-    for it. The other arguments: of a PyTorch source, as `convert` takes them. The lines are for people, and may change;
-    what they quote of a file is as it stands there, control characters included.
+    for it. weights: of a PyTorch source, as `convert` takes them. config, settings, preset, variant, revision: so, too.
+    autoencoder: likewise. The lines are for people, and may change; what they quote of a file is as it stands there,
+    control characters included.
 
     Raises ConversionError if no family knows the source, CheckpointError if a jddim folder is damaged; of a PyTorch
     source, ModuleNotFoundError where what `jddim[convert-core]` installs is missing.
@@ -268,7 +269,7 @@ def export_torch(
     Parameters keep their bits, so that converting the result again gives the same `params_sha256`.
 
     ckpt: a jddim checkpoint folder. dst: the file or folder to write, whole or not at all. format: "ermongroup",
-    "pesser", "diffusers", "openai", "lucidrains" or "lucidrains-unet"; None is the one that the checkpoint came from.
+    "pesser", "diffusers", "openai", "lucidrains", "lucidrains-unet" or "dit"; None is where the checkpoint came from.
     overwrite: replace `dst` if it is a file, never a folder. Returns the format's name.
 
     Raises ConversionError if the format is unknown or cannot hold the model (with every reason), `dst` exists, or
@@ -350,7 +351,7 @@ def shadowed(src: str) -> str:
     return f"note: {src} is a path here, so the hub is not asked"
 
 
-_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yml", ".yaml")
+_FILES = (".safetensors", ".msgpack", ".bin", ".pt", ".pth", ".ckpt", ".json", ".yml", ".yaml")
 
 
 def as_text(settings: Settings | None) -> dict[str, str]:

@@ -40,17 +40,15 @@ from jddim.run.batches import Preview, run
 from jddim.run.methods import Guidance, find
 from jddim.run.plan import Inputs, Plan, as_key, limits, plan
 from jddim.run.problems import (
-    array_problems,
     condition_problems,
-    decode_batch_problems,
+    decode_problems,
     described,
     guidance_problems,
     label_problems,
-    latent_problems,
-    range_problems,
+    stage_problems,
 )
 from jddim.run.programs import Program, by_parts, decode, encode, moments, network_denoiser
-from jddim.run.request import Problems, Request, RequestError, check_names
+from jddim.run.request import Request, RequestError, check_names
 from jddim.sampling import Denoiser, Trajectory
 from jddim.schedule import NoiseSchedule, make_schedule
 from jddim.solvers import Solver
@@ -402,6 +400,7 @@ class DDIM(metaclass=_Led):
         mask: Images | None = None,
         resample: int = 1,
         jump_length: int = 1,
+        paste: bool = False,
         **options: Unpack[EditOptions],
     ) -> Array:
         """Images made anew from `images` `(num, h, w, c)` float32 in [-1, 1]: all over, or where a mask is white.
@@ -409,13 +408,15 @@ class DDIM(metaclass=_Led):
         Give one of the two: strength, in (0, 1], how far they are noised before they are sampled again
         (`jddim.editing.tail`); or mask `(h, w, 1)` in [-1, 1], -1 where they stay, 1 where they are made anew, a blend
         between (`jddim.editing.inpaint_loop`; resample and jump_length are RePaint's).
+        paste: of a checkpoint with a first stage, whose latents a mask keeps where it keeps all of their pixels: what
+            the mask keeps is put back into the decoded images, blended where the mask blends.
         key, the options and what raises are `sample`'s; noise has two draws a row, `(N, 2, num, h, w, c)`, where
         resample is above 1.
         """
         check_names(options, [*EditOptions.__annotations__], "edit")
         if (strength is None) == (mask is None):
             raise ValueError("edit: give either strength, to change images all over, or mask, to fill them in")
-        more = {"strength": strength, "resample": resample, "jump_length": jump_length}
+        more = {"strength": strength, "resample": resample, "jump_length": jump_length, "paste": paste}
         planned = self._plan("edit", key, None, {**options, **more}, images=images, mask=mask).check("edit")
         return run(planned, **_how(options))[0]
 
@@ -450,6 +451,9 @@ class DDIM(metaclass=_Led):
         """The plan of keyword arguments: arrays go in as they are, the rest is a `Request`."""
         asked = {name: value for name, value in options.items() if name not in RUN}
         given = {name: asked.pop(name) for name in Inputs._fields if name in asked}
+        if not isinstance(asked.get("latents"), bool | None):
+            told = "latents is a switch here, for z in place of images; what diffusers calls latents is x_T"
+            raise RequestError([("latents", told)], of)
         spacing = asked.get("spacing")
         if spacing is not None and not isinstance(spacing, str):
             asked["spacing"] = tuple(np.asarray(spacing).ravel().tolist())
@@ -468,10 +472,8 @@ class DDIM(metaclass=_Led):
         of another shape or type, or with a NaN, ValueError for a checkpoint without a first stage.
         """
         stage = self._first_stage("decode")
-        problems = decode_batch_problems(decode_batch) + _images_problems(
-            "z", z, stage.config.latent_channels, stage.dtype
-        )
-        if problems:
+        problems = stage_problems("z", z, stage.config.latent_channels, self.model.config.image_size)
+        if problems := problems + decode_problems(decode_batch):
             raise RequestError(problems, "decode")
         return by_parts(decode.bound(stage), jnp.asarray(z), decode_batch)
 
@@ -479,14 +481,11 @@ class DDIM(metaclass=_Led):
         """Latents z `(n, h / f, w / f, c')` of images `(n, h, w, c)` float32 in [-1, 1].
 
         key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`; None: its mean. Raises RequestError
-        for images of another shape, type or range, ValueError for a key where nothing is drawn, and for a checkpoint
-        without a first stage.
+        for images of another shape, type or range, ValueError for a side that does not divide, a key where nothing is
+        drawn, and for a checkpoint without a first stage.
         """
         stage = self._first_stage("encode")
-        problems = _images_problems("images", images, stage.config.in_channels, stage.dtype) or (
-            range_problems(images) + latent_problems(stage.config, (np.shape(images)[1], np.shape(images)[2]))
-        )
-        if problems:
+        if problems := stage_problems("images", images, stage.config.in_channels, stage.config.image_size):
             raise RequestError(problems, "encode")
         images = jnp.asarray(images)
         if key is None:
@@ -560,14 +559,6 @@ class DDIM(metaclass=_Led):
     def label_names(self) -> dict[str, int]:
         """The source's name of a class -> its label, as the checkpoint records them; empty: it does not."""
         return {} if self.metadata is None else self.metadata.label_names
-
-
-def _images_problems(name: str, images: Images, channels: int, dtype: DTypeLike) -> Problems:
-    """What is wrong with images or latents, however many and large, for a network that computes in dtype."""
-    shape = np.shape(images) if isinstance(images, (Array, np.ndarray)) else ()
-    if shape and (len(shape) != 4 or not all(shape)):
-        return [(name, f"{name} must have shape (n, h, w, {channels}) with none of them 0, got {shape}")]
-    return array_problems(name, images, (*shape[:3], channels), np.dtype(at_least_float32(dtype)))
 
 
 def _how(options: Any) -> dict[str, Any]:

@@ -47,6 +47,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # veri
 
 import numpy as np
 import torch
+from flax import serialization
 from safetensors.numpy import load, save
 
 from convert.conversion import _open, convert
@@ -198,6 +199,7 @@ def corpus(folder: Path) -> dict[str, Specimen]:
         "hostile old format": file("a.pt", saved(hostile, _use_new_zipfile_serialization=False), refused=True),
         "hostile pickle": file("a.pkl", pickle.dumps({"a": Runs()}, 4), refused=True),
         "safetensors": file("a.safetensors", save(tensors)),
+        "msgpack": file("a.msgpack", serialization.to_bytes({"encoder": tensors}), refused=True),
         "config.yml": Specimen(
             {"config.yml": CONFIG, "a.pt": saved(state)}, "config.yml", "a.pt", {"norm_groups": "4"}
         ),

@@ -33,20 +33,17 @@ cores with as many each, 459 TFLOP/s at 1.75 GHz."""
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "cifar10": {
-        "image_size": (32, 32),
-        "channels": 128,
-        "channel_mults": (1, 2, 2, 2),
-        "num_res_blocks": 2,
-        "attention_levels": (1,),
+        **{"type": "unet", "image_size": [32, 32], "channels": 128, "channel_mults": [1, 2, 2, 2]},
+        **{"num_res_blocks": 2, "attention_levels": [1]},
     },
     "tiny": {
-        "image_size": (8, 8),
-        "channels": 32,
-        "channel_mults": (1,),
-        "num_res_blocks": 1,
-        "attention_levels": (),
+        **{"type": "unet", "image_size": [8, 8], "channels": 32, "channel_mults": [1]},
+        **{"num_res_blocks": 1, "attention_levels": []},
     },
+    "dit-xl-2": {"type": "dit", "image_size": [32, 32]},  # the defaults of DiTConfig are its
+    "dit-s-2": {"type": "dit", "image_size": [32, 32], "channels": 384, "depth": 12, "num_heads": 6},
 }
+"""By name: the model's section of a configuration, as `jddim train` takes it."""
 
 
 class Row(NamedTuple):
@@ -124,15 +121,19 @@ def compile_for(topology: str, network: str, images: int, dtype: str, steps: int
     import jax.numpy as jnp
     from jax.experimental import topologies
 
-    from jddim.config import SamplerConfig, UNetConfig
+    from jddim.config import SamplerConfig, from_json
+    from jddim.models import MODELS
     from jddim.models.building import abstract_model
     from jddim.pipeline import DDIM
     from jddim.scale.sharding import REPLICATED, lower, make_mesh
     from jddim.schedule import linear_schedule
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    model = abstract_model(UNetConfig(in_channels=3, out_channels=3, **NETWORKS[network]), jnp.dtype(dtype))
-    ddim = DDIM(model, linear_schedule(1000), SamplerConfig(num_steps=steps))
+    section = dict(NETWORKS[network])
+    config = from_json(MODELS[section.pop("type")][0], section)
+    variance = "learned_range" if config.out_channels == 2 * config.in_channels else "fixed_small"
+    sampler = SamplerConfig(num_steps=steps, variance=variance)
+    ddim = DDIM(abstract_model(config, jnp.dtype(dtype)), linear_schedule(1000), sampler)
     started = time.perf_counter()
     compiled = lower(ddim, make_mesh(devices=devices), REPLICATED, images * len(devices)).compile()
     seconds = time.perf_counter() - started

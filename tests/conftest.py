@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +12,11 @@ import pytest
 
 # No test may depend on a GPU being there, nor compete for its memory.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time is compiling. With XLA's older emitters of fusions, and code in one part, it takes half as
+# long where LLVM does not optimise, 0.7 where it does. XLA ends a process that names a flag it does not know: these are
+# jaxlib 0.10's. Where XLA_FLAGS is set, as for `quick` in .ci/run, XLA has the emitters that users have.
+if version("jaxlib").startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two processes with two torch threads each wait for one another more than they compute: 204 s against 121 for the
     # parity tests, on two cores.
@@ -22,15 +28,20 @@ MNIST_SOURCE = ROOT / "scripts" / "assets" / "mnist-ddpm"
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The commands that tests start keep their compiled programs for one another, not for the user."""
+    """The commands that tests start keep their compiled programs for one another, not for the user.
+
+    They compile as modules marked `unoptimised` do: a test that compares their bits with its own process's is in one.
+    """
     os.environ["JDDIM_CACHE"] = str(tmp_path_factory.mktemp("programs"))
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def optimisation_of_modules(request: pytest.FixtureRequest) -> None:
     """Modules and tests marked `unoptimised` compile as fast as XLA can: many programs that each run for moments.
 
-    Tests in such modules that compare bits are marked `optimised`, and stand first: programs are not kept across.
+    Tests in such modules that compare bits, or the programs that users run, are marked `optimised`, and stand first:
+    programs are not kept across.
     """
     _optimise(request)
 
@@ -50,6 +61,22 @@ def _optimise(request: pytest.FixtureRequest) -> None:
         # jit finds programs whatever the flag was: a test that compares bits would get one of each kind.
         jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", unoptimised)
+
+
+@pytest.fixture
+def users_emitters(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """XLA's present emitters of fusions for samplers: with the older ones two programs of equal maths round apart."""
+    from jddim.run import compiling, programs
+
+    loops = [value for value in vars(programs).values() if isinstance(value, compiling.Jit)]
+    assert loops
+    if "--xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", ""):
+        monkeypatch.setitem(compiling.CPU_OPTIONS, "xla_cpu_use_fusion_emitters", True)
+    for loop in loops:
+        loop.on.cache_clear()
+    yield
+    for loop in loops:
+        loop.on.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,10 @@ def test_files_that_are_something_else(tmp_path: Path, fails: Callable[..., str]
         ({"down_blocks.0.resnets.0.norm1.weight": torch.zeros(2)}, "has down_blocks as diffusers' "),
         ({"input_blocks.0.0.weight": torch.zeros(2)}, "has input_blocks as OpenAI's "),
         ({"step": 3, "model": {}, "opt": {}, "ema": {}}, "it holds step, model, opt, ema"),
-        ({"weight": torch.zeros(2)}, "no checkpoint that jddim knows: it holds weight; jddim reads: Ho et al. (ermon"),
+        (
+            {"weight": torch.zeros(2)},
+            "no checkpoint that jddim knows: it holds weight; jddim reads: a first stage (Auto",
+        ),
         ({"weight": torch.zeros(2)}, "diffusers UNet2DModel, OpenAI (a classifier of guided-diffusion), OpenAI ("),
         ({"weight": torch.zeros(2)}, " (docs/families.md)\n"),
     ):

@@ -60,7 +60,6 @@ def test_the_beginning_of_an_option_is_not_the_option(fails, option: str) -> Non
         ("--manual-seed 3", "did you mean --seed?"),
         ("--batch_size 3", "did you mean --batch-size?"),
         ("--guidance_scale 2", "did you mean --guidance-scale?"),
-        ("--latents a.npy", "did you mean --x-T?"),
         ("--fp16", "did you mean --dtype?"),
         ("--device cuda", "jax chooses it: JAX_PLATFORMS=cpu, cuda or tpu in the environment"),
     ],

@@ -100,7 +100,10 @@ def test_a_spacing_that_makes_another_number_of_steps_says_so(
         ("", "class-conditional: give --labels, one for all or one an image, integers in 0..4"),
         ("--labels 5", "labels must lie in 0..4, got 5"),
         ("--labels 1,2", "--labels names 2 labels for 3 images"),
-        ("--labels cat", "--labels are one number, 3,977, a range such as 0:10, or balanced; got 'cat'"),
+        (
+            "--labels cat",
+            "--labels are one number, several as in 207,388, a range as in 0:10, or balanced; got 'cat'; this",
+        ),
         ("--labels 3:3", "--labels are one number"),
         ("--labels 3 --num -1", "--num must be at least 1, got -1"),
         ("--labels 1 --method ddpm --eta 1", "eta is DDIM's"),

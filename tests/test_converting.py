@@ -117,7 +117,13 @@ def test_options_are_those_of_the_package(public: Callable[..., object], own: Ca
         assert mine.default == its.default or mine.name == "say"
         assert "Any" not in str(mine.annotation)
     for option in [p.name for p in ours]:
-        assert f"{option}: " in str(public.__doc__) or option in ("settings", "preset", "variant", "config"), option
+        assert f"{option}: " in str(public.__doc__) or option in (
+            "settings",
+            "preset",
+            "variant",
+            "config",
+            "revision",
+        ), option
 
 
 def test_settings_are_values_or_text_and_say_is_told(tmp_path: Path) -> None:

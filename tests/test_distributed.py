@@ -19,6 +19,8 @@ from tiny import tree, write_checkpoint
 from jddim.bulk import distributed
 from jddim.cli.main import main
 
+pytestmark = pytest.mark.unoptimised
+
 SETTINGS = ("--batch-size", "4", "--shard-size", "4", "--eta", "0.5")
 
 

@@ -28,6 +28,8 @@ from jddim.run.request import Request
 from jddim.scale.export import Exported, export_sampler, export_step
 from jddim.schedule import linear_schedule
 
+pytestmark = pytest.mark.unoptimised
+
 NARROW: dict[str, Any] = {"channel_mults": (1,), "attention_levels": (0,), "middle": False}
 JAX_ALONE = """
 import sys
@@ -74,6 +76,7 @@ def test_the_pages_lines_run_with_jax_alone(tmp_path: Path, monkeypatch: pytest.
     assert about["jax"] == jax.__version__
 
 
+@pytest.mark.usefixtures("users_emitters")
 @pytest.mark.parametrize("open_batch", [True, False])
 def test_labels_guidance_and_ancestral_sampling(open_batch: bool) -> None:
     config = small_config(class_embedding="learned", num_classes=5, **NARROW)

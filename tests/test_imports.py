@@ -66,7 +66,7 @@ def test_torch_is_imported_where_it_is_meant_to_be() -> None:
 
 
 ROOMS = (
-    *("__main__", "cli", "serve", "bulk", "train", "scale", "pipeline", "resolving", "converting", "run"),
+    *("__main__", "cli", "serve", "bulk", "train", "scale", "compat", "pipeline", "resolving", "converting", "run"),
     *("editing", "inversion", "guidance", "solvers", "denoisers", "likelihood", "sampling", "timetables"),
     *("evaluate", "checkpoint", "images", "ddim", "schedule", "timesteps", "models", "config", "files", "interrupt"),
     *("curve", "installing", "known"),

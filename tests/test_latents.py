@@ -90,6 +90,20 @@ def scaled(actual: Any, expected: np.ndarray) -> float:
     return float(np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max())
 
 
+def test_a_checkpoint_goes_back_to_a_pipeline(ckpt: Path, ddim: jddim.DDIM, tmp_path: Path) -> None:
+    """Converted again, the parameters are the same to the bit; diffusers loads it, and its images are ours."""
+    assert main(["export-torch", str(ckpt), str(tmp_path / "back")]) == 0
+    again = jddim.convert(tmp_path / "back", tmp_path / "again", verify=False)
+    assert ddim.metadata is not None
+    assert (again.params_sha256, again.autoencoder) == (ddim.metadata.params_sha256, ddim.metadata.autoencoder)  # type: ignore[union-attr]
+    theirs = diffusers.LDMPipeline.from_pretrained(tmp_path / "back")
+    with torch.no_grad():
+        images = theirs.vqvae.decode(torch.from_numpy(X_T.transpose(0, 3, 1, 2).copy()) / 0.7).sample
+    assert scaled(ddim.decode(X_T), images.numpy().transpose(0, 2, 3, 1)) < 2e-5
+    assert main(["export-torch", str(ckpt), str(tmp_path / "openai.pt"), "--format", "openai"]) == 1
+    assert not (tmp_path / "openai.pt").exists()
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_a_run_is_the_pipelines(pipeline: Any, ddim: jddim.DDIM, eta: float) -> None:
     """Latents injected, noise too: the images within 1e-4 of their scale (6e-7 measured)."""
@@ -129,8 +143,45 @@ def test_images_are_encoded_before_they_are_edited_or_inverted(ddim: jddim.DDIM)
     )
     edited = ddim.edit(images, 0, strength=0.5, steps=4)
     chex.assert_trees_all_close(edited, ddim.decode(pixels.edit(z, 0, strength=0.5, steps=4)), atol=1e-4)
-    with pytest.raises(ValueError, match="mask is of pixels, and this checkpoint samples latents: give strength"):
-        ddim.edit(images, 0, mask=np.ones((10, 14, 1), np.float32))
+
+
+def test_a_latent_is_kept_where_all_of_its_pixels_are(ddim: jddim.DDIM) -> None:
+    images = np.tanh(RNG.standard_normal((2, 10, 14, 3))).astype(np.float32)
+    mask = -np.ones((10, 14, 1), np.float32)
+    mask[3:, 5:] = 1  # the second row and third column of latents are cut by it
+    latent_mask = -np.ones((5, 7, 1), np.float32)
+    latent_mask[1:, 2:] = 1
+    z, pixels = ddim.encode(images), dataclasses.replace(ddim, autoencoder=None)
+    made = pixels.edit(z, 0, mask=latent_mask, steps=4)
+    edited = ddim.edit(images, 0, mask=mask, steps=4)
+    chex.assert_trees_all_close(edited, ddim.decode(made), atol=1e-4)
+    pasted = ddim.edit(images, 0, mask=mask, steps=4, paste=True)
+    chex.assert_trees_all_equal(pasted[:, :3], images[:, :3])
+    chex.assert_trees_all_equal(pasted[:, 3:, 5:], edited[:, 3:, 5:])
+    with pytest.raises(ValueError, match="paste is of what a mask keeps: give mask, or leave it out"):
+        ddim.edit(images, 0, strength=0.5, paste=True)
+
+
+def test_what_is_encoded_or_decoded_has_its_form(ddim: jddim.DDIM) -> None:
+    images = np.zeros((2, 10, 14, 3), np.float32)
+    for door, given, why in (
+        (
+            ddim.encode,
+            (images * 0 + 9).astype(np.uint8),
+            "images must be float32, got uint8: give images / 127.5 - 1 as",
+        ),
+        (ddim.encode, images + 200, r"images must lie in \[-1, 1\], got 200..200"),
+        (ddim.encode, images.transpose(0, 3, 1, 2), r"images looks like \(N, C, H, W\), got \(2, 3, 10, 14\)"),
+        (ddim.encode, torch.zeros(2, 3, 10, 14), r"got torch's Tensor: give images\.permute\(0, 2, 3, 1\)"),
+        (ddim.decode, X_T.transpose(0, 3, 1, 2), r"z looks like \(N, C, H, W\)"),
+        (ddim.decode, torch.zeros(2, 5, 7, 3), "z must be an array of jax or NumPy, got torch's Tensor"),
+        (ddim.decode, X_T[..., :2], r"z must have shape \(3, 5, 7, 3\), got \(3, 5, 7, 2\)"),
+    ):
+        with pytest.raises(RequestError, match=why):
+            door(given)  # type: ignore[operator]
+    assert ddim.autoencoder is not None
+    with pytest.raises(ValueError, match=r"images must be floats .* got uint8"):
+        ddim.autoencoder.encode(jax.numpy.zeros((2, 10, 14, 3), np.uint8))
 
 
 def test_what_is_asked_of_pixels_alone_or_of_latents_is_refused(ddim: jddim.DDIM) -> None:
@@ -138,20 +189,48 @@ def test_what_is_asked_of_pixels_alone_or_of_latents_is_refused(ddim: jddim.DDIM
     assert made.shape == (1, 20, 14, 3)
     with pytest.raises(ValueError, match="image size 21x14 does not divide"):
         ddim.sample(0, image_size=(21, 14))
+    with pytest.raises(ValueError, match=r"latents is a switch here.* what diffusers calls latents is x_T"):
+        ddim.sample(latents=X_T)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="decode_batch must be at least 1, got 0"):
         ddim.sample(0, decode_batch=0)
     pixels = dataclasses.replace(ddim, autoencoder=None)
+    with pytest.raises(ValueError, match="paste is of a checkpoint with a first stage"):
+        pixels.edit(X_T / 9, 0, mask=np.ones((5, 7, 1), np.float32), paste=True)
     for asked in ({"latents": True}, {"decode_batch": 2}):
         with pytest.raises(ValueError, match="is of a checkpoint with a first stage, of which this has none"):
             pixels.sample(0, **asked)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="decode: this checkpoint has no first stage: its network makes images"):
         pixels.decode(X_T)
+
+
+@pytest.mark.parametrize("latents", [None, True])
+def test_an_exported_sampler_has_the_decoder_or_not(ddim: jddim.DDIM, latents: bool | None) -> None:
+    pytest.importorskip("flatbuffers", reason="exports are written by flatbuffers: pip install 'jddim[export]'")
     from jddim.scale.export import export_sampler
+
+    made = export_sampler(ddim, Request(steps=2, latents=latents), platforms=("cpu",))
+    assert any(name.startswith("autoencoder.") for name in made.weights) == (latents is None)
+    images = made.program.call(made.weights, np.uint32(0), np.arange(3, dtype=np.uint32), np.float32(0.5))
+    chex.assert_trees_all_close(images, ddim.sample(0, 3, steps=2, eta=0.5, latents=latents), atol=1e-5)
+
+
+def test_on_a_mesh_each_device_decodes_its_own(ddim: jddim.DDIM) -> None:
     from jddim.scale.sharding import Sharded, make_mesh
 
-    for door in (lambda: Sharded(ddim, make_mesh()), lambda: export_sampler(ddim, Request())):
-        with pytest.raises(RequestError, match="this checkpoint samples latents, which are not decoded here"):
-            door()
+    sharded = Sharded(ddim, make_mesh())
+    num = 2 * len(jax.devices())
+    whole = ddim.sample(0, num, steps=2, eta=0.5)
+    made = sharded.sample(0, num, steps=2, eta=0.5)
+    chex.assert_trees_all_close(made, whole, atol=1e-5)
+    latents = sharded.sample(0, num, steps=2, eta=0.5, latents=True)
+    chex.assert_trees_all_equal(ddim.decode(np.asarray(latents)), made)  # decoded by the same program
+    assert sharded.sample(0, num, steps=1, image_size=(20, 14)).shape == (num, 20, 14, 3)
+    for asked, why in (
+        ({"image_size": (21, 14)}, "image size 21x14 does not divide"),
+        ({"decode_batch": 0}, "at least 1"),
+    ):
+        with pytest.raises(RequestError, match=why):
+            sharded.sample(0, num, steps=1, **asked)
 
 
 def test_images_of_other_channels_than_the_latents_are_edited_and_inverted(ddim: jddim.DDIM) -> None:
@@ -175,19 +254,11 @@ def test_images_of_other_channels_than_the_latents_are_edited_and_inverted(ddim:
         dataclasses.replace(four, autoencoder=ddim.autoencoder).sample(0, steps=1)
 
 
-def test_decode_and_encode_refuse_what_would_become_other_images(ddim: jddim.DDIM) -> None:
-    """Integers were decoded to integers, and pixels of 0..255 encoded."""
-    images = np.zeros((1, 10, 14, 3), np.float32)
+def test_decode_and_encode_refuse_what_they_have_no_program_for(ddim: jddim.DDIM) -> None:
     for call, told in (
         (lambda: ddim.decode(X_T, decode_batch=0), "decode_batch must be at least 1, got 0"),
-        (lambda: ddim.decode(X_T[:0]), r"z must have shape \(n, h, w, 3\) with none of them 0, got \(0, 5, 7, 3\)"),
-        (lambda: ddim.decode(X_T[0]), r"z must have shape \(n, h, w, 3\) with none of them 0, got \(5, 7, 3\)"),
-        (lambda: ddim.decode(X_T[..., :2]), r"z must have shape \(3, 5, 7, 3\), got \(3, 5, 7, 2\)"),
-        (lambda: ddim.decode(X_T.astype(np.int32)), "z must be float32, got int32"),
-        (lambda: ddim.decode(X_T * np.nan), "z holds a NaN or infinity"),
-        (lambda: ddim.encode(images.astype(np.uint8)), "images must be float32, got uint8: give images / 127.5 - 1"),
-        (lambda: ddim.encode(images + 200), r"images must lie in \[-1, 1\], got 200..200"),
-        (lambda: ddim.encode(images[:, 1:]), "image size 9x14 does not divide"),
+        (lambda: ddim.decode(X_T[:0]), r"z must have shape \(1, 5, 7, 3\), got \(0, 5, 7, 3\)"),
+        (lambda: ddim.encode(np.zeros((0, 10, 14, 3), np.float32)), r"must have shape \(1, 10, 14, 3\), got \(0, 10, "),
     ):
         with pytest.raises(RequestError, match=told):
             call()
@@ -201,12 +272,7 @@ def test_a_drawn_z_is_the_first_stages_own(ddim: jddim.DDIM) -> None:
 
 
 def test_what_takes_no_first_stage_says_so(ckpt: Path, tmp_path: Path, fails: Any) -> None:
-    none = "this checkpoint samples latents, which are not decoded here"
     for command, told in (
-        (["export", ckpt, tmp_path / "out.jddim", "--step"], none),
-        (["export", ckpt, tmp_path / "out.jddim"], none),
-        (["serve", ckpt], none),
-        (["export-torch", ckpt, tmp_path / "out"], "has a first stage, which no format here holds"),
         (["train", ckpt, tmp_path, tmp_path / "out"], "jddim train takes networks of images alone"),
         (["sample", ckpt, tmp_path / "out.npy", "--latents", "--decode-batch", "2"], "latents are asked for"),
     ):
@@ -226,7 +292,7 @@ def test_the_command_line_makes_pictures_of_images(ckpt: Path, tmp_path: Path, c
     assert (
         main(["sample", str(ckpt), str(tmp_path / "z.png"), *few, "--latents"]) == 1
     )  # three channels, but no picture
-    assert "z.png: end it in .npy (float32)" in capsys.readouterr().err
+    assert "z.png: end it in .npy (latents are no pictures)" in capsys.readouterr().err
     assert not (tmp_path / "z.png").exists()
     assert main(["sample", str(ckpt), str(tmp_path / "a.gif"), *few]) == 0
     assert main(["sample", str(ckpt), str(tmp_path / "t.png"), *few, "--trajectory"]) == 0

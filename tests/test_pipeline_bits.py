@@ -13,10 +13,20 @@ from test_pipeline import KEY, SEVEN, SIZE, small_ddim, toy
 
 import jddim
 
+pytestmark = pytest.mark.unoptimised
+
 
 @pytest.fixture(scope="module")
 def ddim() -> jddim.DDIM:
     return small_ddim()
+
+
+@pytest.mark.optimised
+def test_the_shipped_checkpoints_images_are_equal_to_the_bit_whatever_the_batch(mnist_checkpoint: Path) -> None:
+    mnist = jddim.load(mnist_checkpoint)
+    whole = mnist.sample(KEY, 16, steps=5, eta=0.7)
+    in_two = jnp.concatenate([mnist.sample(KEY, 7, steps=5, eta=0.7), mnist.sample(KEY, 9, start=7, steps=5, eta=0.7)])
+    chex.assert_trees_all_equal(in_two, whole)
 
 
 def test_any_batch_size_gives_the_same_images(ddim: jddim.DDIM) -> None:
@@ -24,20 +34,13 @@ def test_any_batch_size_gives_the_same_images(ddim: jddim.DDIM) -> None:
     chex.assert_shape(whole, (16, *SIZE, 2))
     assert whole.dtype == jnp.float32
     # XLA may choose another kernel for another batch, so rounding may differ; for this odd network (6 channels,
-    # groups of 2) it does, by 1e-5. For the shipped checkpoint it does not: see below.
+    # groups of 2) it does, by 1e-5. For the shipped checkpoint it does not: see above.
     in_two = jnp.concatenate([ddim.sample(KEY, 7, eta=0.7), ddim.sample(KEY, 9, start=7, eta=0.7)])
     chex.assert_trees_all_close(in_two, whole, atol=2e-4)
     padded = ddim.sample(KEY, 16, eta=0.7, batch_size=5)  # 5 + 5 + 5 + 1, exactly 16
     chex.assert_trees_all_close(padded, whole, atol=2e-4)
     chex.assert_trees_all_equal(ddim.sample(KEY, 16, eta=0.7), whole)
     assert jnp.abs(whole - ddim.sample(jax.random.key(6), 16, eta=0.7)).max() > 0.1
-
-
-def test_the_shipped_checkpoints_images_are_equal_to_the_bit_whatever_the_batch(mnist_checkpoint: Path) -> None:
-    mnist = jddim.load(mnist_checkpoint)
-    whole = mnist.sample(KEY, 16, steps=5, eta=0.7)
-    in_two = jnp.concatenate([mnist.sample(KEY, 7, steps=5, eta=0.7), mnist.sample(KEY, 9, start=7, steps=5, eta=0.7)])
-    chex.assert_trees_all_equal(in_two, whole)
 
 
 def test_progress_is_bit_equal_and_shows_compiling_then_rate(
@@ -71,7 +74,6 @@ def test_previews_change_nothing_and_end_at_the_images(ddim: jddim.DDIM, every: 
         chex.assert_trees_all_close(now.x0_hat, way.x0_hat[now.done - 1, :2], atol=2e-4)
 
 
-@pytest.mark.unoptimised
 def test_jit_vmap_and_grad_go_through(ddim: jddim.DDIM) -> None:
     light = toy(SEVEN)
     etas = jnp.array([0.0, 0.6])

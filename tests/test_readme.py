@@ -16,6 +16,8 @@ from jddim.cli.main import main
 from jddim.config import to_json
 from jddim.solvers import SOLVERS
 
+pytestmark = pytest.mark.unoptimised
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -67,7 +69,6 @@ def test_the_first_steps_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(bool(jax.numpy.isfinite(found["x_0"]).all()) for found in names)
 
 
-@pytest.mark.unoptimised
 def test_the_inversion_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "inversion.md").read_text(), re.S)
     write_checkpoint(tmp_path / "mnist")
@@ -78,7 +79,6 @@ def test_the_inversion_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Mon
     assert found["error"].shape == (3,)
 
 
-@pytest.mark.unoptimised
 def test_the_research_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"channel_mults": (1,), "attention_levels": ()}  # some forty programs are compiled
     write_checkpoint(tmp_path / "ckpt", class_embedding="learned", num_classes=5, **small)
@@ -99,7 +99,6 @@ def test_the_research_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert after.mean() > before.mean()
 
 
-@pytest.mark.unoptimised
 def test_the_scale_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"channel_mults": (1,), "attention_levels": ()}
     write_checkpoint(tmp_path / "cifar10", in_channels=3, out_channels=3, **small)
@@ -113,7 +112,6 @@ def test_the_scale_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["doubles"] == 0
 
 
-@pytest.mark.unoptimised
 def test_the_serve_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path / "mnist", channel_mults=(1,), attention_levels=(), prediction_type="v_prediction")
     monkeypatch.chdir(tmp_path)
@@ -143,12 +141,8 @@ def test_the_training_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Monk
     Path("mnist.json").write_text(json.dumps(written))
     np.savez("digits.npz", np.random.default_rng(0).integers(0, 256, (5, 6, 10, 1), dtype=np.uint8))
     found: dict = {}
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        for block in re.findall(r"```python\n(.*?)```", page, re.S):
-            exec(block, found)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(block, found)
     assert found["steps"] == int(found["state"].step) == 2
     assert Path("mnist").is_dir()
     assert bool(jax.numpy.isfinite(found["said"]["loss"]))
@@ -168,11 +162,12 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def test_the_limits_that_the_security_page_states() -> None:
     pytest.importorskip("ml_dtypes")
-    from convert.files import pickles, safetensors_file
+    from convert.files import flax_msgpack, pickles, safetensors_file
     from jddim import schedule
 
     page = (ROOT / "docs" / "security.md").read_text()
     assert f"depth {pickles.MAX_DEPTH}" in page
+    assert f"dicts deeper than {flax_msgpack.MAX_DEPTH}" in page
     assert f"header | {safetensors_file.MAX_HEADER // 10**6} MB" in page
     assert f"| {schedule.LARGEST_T:,} |" in page
     named = re.findall(r"`((?:convert|scripts|tests|[.]ci)/[\w./]+)`", page)

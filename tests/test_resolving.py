@@ -241,7 +241,6 @@ def test_what_was_not_verified_is_verified_where_it_can_be(kept: Path, monkeypat
             "guided-256",
             "256x256_diffusion.pt, of openai/guided-diffusion; then jddim convert 256x256_diffusion.pt DST ",
         ),
-        ("facebook/DiT-XL-2-256", "jddim does not read facebook/DiT-XL-2-256: a transformer of latents"),
         ("guided-265", "no checkpoint at guided-265; did you mean guided-256? (jddim list: all)"),
         ("absent", "no checkpoint at absent; jddim list names published ones\n"),
         ("run/modle.pt", "no checkpoint at run/modle.pt; did you mean run/model.pt? (jddim list: published ones)\n"),
@@ -281,9 +280,9 @@ def test_every_command_with_a_checkpoint_takes_what_its_conversion_is_told() -> 
         for action in COMMANDS[name]._actions:
             if action.dest in {"set", *Told.__annotations__}:
                 parser._add_action(action)
-        assert told_of(parser.parse_args([*told, "--variant", "v", "--revision", "r"])) == {
+        assert told_of(parser.parse_args([*told, "--variant", "v", "--revision", "r", "--autoencoder", "a"])) == {
             **{"config": [Path("x.yml")], "settings": {"a": "1", "b": "c=d"}, "preset": "p", "weights": "raw"},
-            **{"variant": "v", "revision": "r"},
+            **{"variant": "v", "revision": "r", "autoencoder": "a"},
         }
 
 

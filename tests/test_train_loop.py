@@ -310,8 +310,7 @@ def test_killed_and_told_to_stop_at_any_moment(tmp_path: Path, capsys: pytest.Ca
         command = [sys.executable, "-m", "jddim", *words[:3], str(tmp_path / "b"), *words[3:]]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
         # the same programs as this process has
-        env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        env |= {name.upper(): str(getattr(jax.config, name)) for name in CACHE}
+        env = os.environ | {name.upper(): str(getattr(jax.config, name)) for name in CACHE}
         process = subprocess.Popen(command, env=env, **pipes)
         assert process.stdout is not None
         lines = []
@@ -416,6 +415,7 @@ def test_the_same_on_devices_of_a_mesh(tmp_path: Path) -> None:
     """In a process of its own: a run begun on two devices goes on on one, equal to rounding."""
     words = [*write_config(tmp_path, steps=6), str(tmp_path / "out")]
     flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     code = f"from jddim.cli.main import main; assert main({[*words, '--set', 'steps=4', '--devices', '2']!r}) == 0"
     env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -132,7 +132,6 @@ def memory(ddim: jddim.DDIM, steps: int, *, remat: bool) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.optimised
 def test_memory_is_flat_in_the_number_of_steps() -> None:
     model = random_model(small_config(image_size=(14, 14), channels=16, channel_mults=(1,), attention_levels=()))
     ddim = jddim.DDIM(model, linear_schedule(300), SamplerConfig())

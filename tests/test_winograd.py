@@ -123,6 +123,7 @@ def test_the_sampler_has_them_and_a_callers_program_does_not(monkeypatch: pytest
     chex.assert_trees_all_close(own, plain, rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("users_emitters")
 def test_what_is_exported_for_a_cpu_alone_and_what_is_sharded_have_them_too(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("flatbuffers", reason="exporting needs flatbuffers: pip install 'jddim[export]'")
     monkeypatch.setattr(winograd, "pays", lambda conv, height: True)

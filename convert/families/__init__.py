@@ -7,6 +7,7 @@ from . import (
     diffusers,
     diffusers_dit,
     dit,
+    flax_autoencoder,
     ho,
     lucidrains,
     monai,
@@ -21,7 +22,7 @@ FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
     for module in (
         *(autoencoder, ho, pytorch_ddpm, monai, diffusers, openai_classifier, openai, palette, lucidrains),
-        *(dit, diffusers_dit),
+        *(dit, diffusers_dit, flax_autoencoder),
     )
 }
 """In the order in which they are asked: diffusers would take MONAI's names for its own where a file is damaged, and

@@ -5,16 +5,19 @@ The tensors tell the network; a config tells what they do not, above all how z i
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jddim.checkpoint.metadata import Metadata, PartMetadata
 from jddim.config import AutoencoderConfig
 
-from ..engine import ConversionError, refuse, refusing
+from ..engine import ConversionError, refuse, refusing, source_shapes, source_tensors
 from ..rules import Rules, parts_of, targets_of
+from ..writers import save_safetensors
 from . import diffusers
 from .base import Family, Plan, Source
 from .tensors import Tensors, check_tensors, common_size
@@ -203,7 +206,7 @@ def _filed(config: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str],
         return _of_compvis(params), [], []
     problems = []
     kind = entries.get("_class_name")
-    if kind is not None and kind not in _KINDS:
+    if kind is not None and str(kind).removeprefix("Flax") not in _KINDS:
         problems.append(f"config: _class_name is {kind!r}; jddim has {' and '.join(_KINDS)}")
     for key, known in _PLAIN.items():
         types = entries.get(key, ())
@@ -372,6 +375,78 @@ def reference(config: AutoencoderConfig, *, compvis: bool) -> Any:
     return diffusers.loaded_by(module, config, rules(config, compvis=True), rules(config, compvis=False))
 
 
+# -- back -------------------------------------------------------------------------------------------------------------
+
+
+def write(metadata: Metadata | PartMetadata, params: Tensors, path: Path) -> None:
+    """A folder that diffusers' `AutoencoderKL.from_pretrained` or `VQModel.from_pretrained` loads."""
+    stage = metadata.model if isinstance(metadata, PartMetadata) else metadata.autoencoder
+    assert isinstance(stage, AutoencoderConfig)
+    contents, table = config_json(stage), rules(stage, compvis=False)
+    tensors = source_tensors(params, table, source_shapes(params, table, {"quant_conv": 2, "post_quant_conv": 2}))
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(contents, indent=2) + "\n")
+    save_safetensors(tensors, path / "diffusion_pytorch_model.safetensors")
+
+
+def write_beside(metadata: Metadata, params: Tensors, path: Path) -> None:
+    """The first stage of a network that is written as a pipeline, which becomes diffusers' `LDMPipeline`."""
+    assert metadata.autoencoder is not None
+    index = json.loads((path / "model_index.json").read_text())
+    if metadata.autoencoder.shift_factor:
+        raise ConversionError("its first stage has a shift_factor, which LDMPipeline does not read")
+    if index["_class_name"] != "DDIMPipeline":
+        raise ConversionError("LDMPipeline takes DDIMScheduler's conventions alone")
+    write(metadata, params, path / "vqvae")
+    kind = json.loads((path / "vqvae" / "config.json").read_text())["_class_name"]
+    index |= {"_class_name": "LDMPipeline", "vqvae": ["diffusers", kind]}
+    (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def config_json(config: AutoencoderConfig) -> dict[str, Any]:
+    """Diffusers' `config.json` of it. Raises ConversionError with all that diffusers' classes cannot hold."""
+    vq = config.num_codes is not None
+    problems = [
+        told
+        for wrong, told in (
+            (config.channels != config.widths[0], "its first convolution has another width than its first level"),
+            (config.norm_epsilon != 1e-6, f"norm_epsilon is {config.norm_epsilon:g}, there always 1e-06"),
+            (config.image_size[0] != config.image_size[1], "image_size is no square"),
+            (not vq and config.hidden != config.latent_channels, "z has another number of channels than the decoder"),
+            (vq and not (config.quant_conv and config.post_quant_conv), "a VQModel has both 1x1 convolutions"),
+            (vq and config.shift_factor != 0, "a VQModel has no shift_factor"),
+        )
+        if wrong
+    ]
+    refuse(problems)
+    attended = [level in config.attention_levels for level in range(len(config.widths))]
+    own: dict[str, Any] = (
+        {"num_vq_embeddings": config.num_codes, "vq_embed_dim": config.latent_channels}
+        if vq
+        else {
+            "shift_factor": config.shift_factor or None,
+            "use_quant_conv": config.quant_conv,
+            "use_post_quant_conv": config.post_quant_conv,
+        }
+    )
+    return {
+        "_class_name": "VQModel" if vq else "AutoencoderKL",
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "down_block_types": [f"{'Attn' * there}DownEncoderBlock2D" for there in attended],
+        "up_block_types": [f"{'Attn' * there}UpDecoderBlock2D" for there in reversed(attended)],
+        "block_out_channels": list(config.widths),
+        "layers_per_block": config.num_res_blocks,
+        "act_fn": "silu",
+        "latent_channels": config.hidden,
+        "norm_num_groups": config.norm_groups,
+        "sample_size": config.image_size[0],
+        "scaling_factor": config.scaling_factor,
+        "mid_block_add_attention": config.mid_attention,
+        **own,
+    }
+
+
 FAMILY = Family(
     name="autoencoder",
     title="a first stage (AutoencoderKL or VQModel)",
@@ -380,6 +455,7 @@ FAMILY = Family(
     plan=plan,
     reference=reference,
     settings=SETTINGS,
+    formats={"diffusers": write},
     buffers=frozenset({"scale_factor"}),
     pointwise={"quant_conv": 2, "post_quant_conv": 2, "q": 2, "k": 2, "v": 2, "proj_out": 2},
     locate=locate,

@@ -127,7 +127,7 @@ def _patterns(suffix: str, infix: str) -> list[str]:
 _TELLING = r"(down_blocks|up_blocks)\.\d+\.resnets\.\d+\.|time_embedding\.linear_[12]\.|conv_norm_out\."
 # Names of other networks: MONAI's, a text-conditioned UNet, an autoencoder, a ControlNet, a motion module.
 _NOT_OURS = (
-    r"conv_in\.conv\.|transformer_blocks\.|(encoder|decoder|quant_conv)\.|controlnet_|temporal|temp_|add_embedding\."
+    r"conv_in\.conv\.|transformer_blocks[._]|(encoder|decoder|quant_conv)\.|controlnet_|temporal|temp_|add_embedding\."
 )
 _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 

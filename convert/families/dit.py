@@ -9,18 +9,21 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jddim.checkpoint.metadata import Metadata
 from jddim.config import DiTConfig, SamplerConfig, ScheduleConfig
 from jddim.models.dit import positions
 
-from ..engine import ConversionError, refuse, refusing
+from ..engine import ConversionError, cannot_hold, refuse, refusing, source_shapes, source_tensors
 from ..rules import Fused, Rules
+from ..writers import save_torch
 from . import diffusers, diffusers_dit
-from .base import Family, Plan, Source, Wording, check_sampler, checked
+from .base import Family, Plan, Source, Wording, check_sampler, checked, of_wiring
 from .tensors import Tensors, check_tensors, common_size
 from .values import asking, boolean, integer, literal, not_read, one_of, parse, sections, settling, sides
 
@@ -281,6 +284,28 @@ def reference(config: DiTConfig) -> Any:
     return diffusers.loaded_by(diffusers_dit.reference(config), config, diffusers_dit.rules(config), rules(config))
 
 
+_VARIES = (
+    *("image_size", "in_channels", "out_channels", "patch_size", "channels", "depth", "num_heads", "num_classes"),
+)
+
+
+def write(metadata: Metadata, params: Tensors, path: Path) -> None:
+    """A `.pt` state dict that the source's `DiT` loads, its table of positions with it.
+
+    It does not say the number of heads, nor how it is sampled: those are the source's scripts'.
+    """
+    config = of_wiring(metadata.model, DiTConfig)
+    problems = cannot_hold(config, _VARIES)
+    if config.image_size[0] != config.image_size[1]:
+        problems.append("image_size is no square")
+    if config.num_classes is None:
+        problems.append("num_classes is None, there always a number")
+    refuse(problems)
+    table, side = rules(config), config.image_size[0] // config.patch_size
+    fixed = positions(side, side, config.channels).reshape(1, side * side, config.channels)
+    save_torch({"pos_embed": fixed, **source_tensors(params, table, source_shapes(params, table))}, path)
+
+
 _PUBLISHED = {
     **{"num_classes": "1000", "diffusion_steps": "1000", "noise_schedule": "linear", "predict_xstart": "false"}
 }
@@ -293,6 +318,7 @@ FAMILY = Family(
     plan=plan,
     reference=reference,
     settings=SETTINGS,
+    formats={"dit": write},
     entry="args",
     presets={
         **{name: {"model": name} for name in MODELS},

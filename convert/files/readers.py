@@ -1,6 +1,7 @@
 """Files -> nested Python containers of NumPy arrays. Nothing in a file is ever executed.
 
-Both of PyTorch's formats and `.safetensors` are read without PyTorch, straight to arrays that lie in the mapped file.
+Both of PyTorch's formats and `.safetensors` are read without PyTorch, straight to arrays that lie in the mapped file;
+flax's `.msgpack` to arrays in memory.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import ConversionError
-from . import safetensors_file, torch_legacy, torch_zip
+from . import flax_msgpack, safetensors_file, torch_legacy, torch_zip
 from .mapped import UnreadableError
 from .pickles import RefusedGlobalError, printable
 
 
 def read(path: str | os.PathLike[str]) -> Any:
-    """The contents of a `.safetensors` or PyTorch file, tensors as NumPy arrays of their own dtype.
+    """The contents of a `.safetensors`, PyTorch or flax file, tensors as NumPy arrays of their own dtype.
 
     Arrays may be read-only views of the file, mapped into memory: it must not change while they are in use. bfloat16
     and float8 are dtypes of `ml_dtypes` (`convert.files.mapped.FLOATS`: NumPy does not call them floating).
@@ -29,6 +30,8 @@ def read(path: str | os.PathLike[str]) -> Any:
     try:
         if kind == "safetensors":
             return safetensors_file.read(path)
+        if kind == "msgpack":
+            return flax_msgpack.read(path)
         if kind == "zip":
             return torch_zip.read(path)
         return torch_legacy.read(path)
@@ -43,7 +46,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def _kind(path: Path) -> str:
-    """By the file's name, first bytes and structure: "safetensors", "zip" or "legacy"; ConversionError if none."""
+    """By the file's name, first bytes and structure: "safetensors", "msgpack", "zip", "legacy"; or ConversionError."""
     if not path.exists():
         raise ConversionError(f"no such file: {path}")
     if path.is_dir():
@@ -59,8 +62,8 @@ def _kind(path: Path) -> str:
         )
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise ConversionError(f"{path} is a web page, not a checkpoint; download the file itself")
-    if path.suffix == ".safetensors":
-        return "safetensors"
+    if path.suffix in (".safetensors", ".msgpack"):
+        return path.suffix[1:]
     if head.startswith(b"PK"):
         if not zipfile.is_zipfile(path):
             raise ConversionError(f"{path} is truncated: it begins like a PyTorch file but has no end ({size} bytes)")
@@ -97,8 +100,8 @@ def _check_zip(path: Path) -> None:
 def _refusal(path: Path, error: Exception) -> ConversionError:
     """What is wrong with a file, in the same words for both of PyTorch's formats."""
     told = printable(str(error), 300)  # it may quote a shape of many large numbers
-    if path.suffix == ".safetensors":
-        return ConversionError(f"{path} is not a whole .safetensors file: {told}")
+    if path.suffix in (".safetensors", ".msgpack"):
+        return ConversionError(f"{path} is not a whole {path.suffix} file: {told}")
     match error:
         case RefusedGlobalError() if error.name.startswith("torch_utils.persistence."):
             return ConversionError(

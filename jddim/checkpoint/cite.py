@@ -118,6 +118,22 @@ _PALETTE_CODE = Entry(
         "url": "https://github.com/Janspiry/Palette-Image-to-Image-Diffusion-Models",
     },
 )
+_LATENT = _paper(
+    "rombach2022latent",
+    'Robin Rombach and Andreas Blattmann and Dominik Lorenz and Patrick Esser and Bj{\\"o}rn Ommer',
+    "High-Resolution Image Synthesis with Latent Diffusion Models",
+    "{IEEE/CVF} Conference on Computer Vision and Pattern Recognition",
+    2022,
+    "2112.10752",
+)
+_DIT = _paper(
+    "peebles2023dit",
+    "William Peebles and Saining Xie",
+    "Scalable Diffusion Models with Transformers",
+    "{IEEE/CVF} International Conference on Computer Vision",
+    2023,
+    "2212.09748",
+)
 _JAX = Entry(
     "misc",
     "jax2018github",
@@ -159,6 +175,8 @@ def citations(provenance: Mapping[str, Any] | None = None) -> tuple[list[Entry],
     """
     family = None if provenance is None else str(provenance.get("family"))
     origin, notes = _origin(family, provenance or {})
+    if (provenance or {}).get("autoencoder") and _LATENT not in origin:
+        origin = [*origin, _LATENT]
     weights = [] if provenance is None else _weights(provenance)
     return [DDIM, *origin, *weights, *_software()], notes
 
@@ -178,8 +196,14 @@ def _origin(family: str | None, provenance: Mapping[str, Any]) -> tuple[list[Ent
         ]
     known = {
         **{"ho": [], "pytorch_ddpm": [_PYTORCH_DDPM], "monai": [_MONAI]},
-        **{"diffusers": [_DIFFUSERS], "lucidrains": [_LUCIDRAINS], "openai_classifier": [_GUIDED]},
+        **{
+            "diffusers": [_DIFFUSERS],
+            "flax_autoencoder": [_DIFFUSERS],
+            "lucidrains": [_LUCIDRAINS],
+            "openai_classifier": [_GUIDED],
+        },
         "palette": [_PALETTE, _PALETTE_CODE],
+        **{"autoencoder": [_LATENT], "dit": [_DIT], "diffusers_dit": [_DIT, _DIFFUSERS]},
     }
     if family not in known:
         return [_DDPM], [f"nothing is known to cite for the checkpoint family {re.sub(r'[^a-zA-Z0-9_-]', '?', family)}"]

@@ -94,7 +94,7 @@ def _sample(args: argparse.Namespace) -> int:
     check_output(args.out, overwrite=args.overwrite)
     metadata = checkpoint(args)
     height, width, channels = metadata.image_shape
-    formats = {".npy": "float32"} if args.latents and metadata.autoencoder is not None else FORMATS
+    formats = {".npy": "latents are no pictures"} if args.latents and metadata.autoencoder is not None else FORMATS
     check_output(args.out, channels, formats=formats, overwrite=args.overwrite)
     in_terminal = args.preview == Path("-")
     if in_terminal and (not sys.stderr.isatty() or channels not in (1, 3)):

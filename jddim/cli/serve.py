@@ -70,13 +70,13 @@ def _serve(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"jddim serve needs {error.name}: {install_line('web')}") from error
     from jddim.checkpoint.folder import load_metadata
-    from jddim.run.request import refuse_first_stage
     from jddim.serve.request import Bounds
 
     folders = [resolved(ckpt, args) for ckpt in args.ckpt]
     for named, path in zip(args.ckpt, folders, strict=True):
         metadata = load_metadata(path, named)
-        refuse_first_stage(metadata.autoencoder, "serve")
+        if metadata.autoencoder is not None:
+            raise ValueError(f"{path} samples latents, which the page does not decode; jddim sample and bulk do")
         config = metadata.model
         if config.in_channels not in (1, 3):
             raise ValueError(f"{path}: the page shows images of 1 or 3 channels, this one makes {config.in_channels}")

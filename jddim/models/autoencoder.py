@@ -146,8 +146,9 @@ class Autoencoder(nnx.Module):
 
     def _encoded(self, images: Array) -> Generator[tuple[str, Array], None, Array]:
         c, half = self.config, self.encoder
-        if images.ndim != 4 or images.shape[3] != c.in_channels:
-            raise ValueError(f"encode: images must be (b, h, w, {c.in_channels}), got {images.shape}")
+        if images.ndim != 4 or images.shape[3] != c.in_channels or not jnp.issubdtype(images.dtype, jnp.floating):
+            wanted = f"floats (b, h, w, {c.in_channels}) in [-1, 1]"
+            raise ValueError(f"encode: images must be {wanted}, got {images.dtype} {images.shape}")
         if problems := size_problems(c, (images.shape[1], images.shape[2])):
             raise ValueError(f"encode: {problems[0]}")
         h = half.conv_in(images)
@@ -167,8 +168,8 @@ class Autoencoder(nnx.Module):
 
     def _decoded(self, z: Array) -> Generator[tuple[str, Array], None, Array]:
         c, half = self.config, self.decoder
-        if z.ndim != 4 or z.shape[3] != c.latent_channels:
-            raise ValueError(f"decode: z must be (b, h, w, {c.latent_channels}), got {z.shape}")
+        if z.ndim != 4 or z.shape[3] != c.latent_channels or not jnp.issubdtype(z.dtype, jnp.floating):
+            raise ValueError(f"decode: z must be floats (b, h, w, {c.latent_channels}), got {z.dtype} {z.shape}")
         h = z.astype(at_least_float32(self.dtype)) / c.scaling_factor + c.shift_factor
         if self.codes is not None:
             h = self.nearest_codes(h)

@@ -37,7 +37,7 @@ from jddim.run.problems import (
     batch_size_problems,
     classifier_problems,
     condition_problems,
-    decode_batch_problems,
+    decode_problems,
     described,
     eta_problems,
     guidance_problems,
@@ -47,9 +47,9 @@ from jddim.run.problems import (
     mask_problems,
     network_problems,
     num_problems,
+    pair_problems,
     range_problems,
     sampler_problems,
-    stage_problems,
     start_problems,
 )
 from jddim.run.programs import Program, by_parts, decode, draw_keys, draw_noise, encode, segment
@@ -136,7 +136,8 @@ class Plan:
 
     sampler: the conventions used. table: the steps asked for; rows: what the scan runs over, as the method takes them.
     num: images, of `shape` (h, w, c) and `dtype`; with an autoencoder these are its latents, which it decodes, unless
-    latents are asked for, decode_batch at a time. inputs: with defaults filled in, eta and guidance_scale `(num,)`.
+        latents are asked for, decode_batch at a time; pastes: what a mask keeps is put back into the decoded images.
+    inputs: with defaults filled in, eta and guidance_scale `(num,)`.
     null_label, rescale, interval: of the guidance. problems: (field, sentence); with any, there is nothing to run.
     """
 
@@ -158,6 +159,7 @@ class Plan:
     autoencoder: Autoencoder | None = None
     decodes: bool = False
     decode_batch: int = 1
+    pastes: bool = False
 
     def part(self, batch: Batch) -> Part:
         """The run of one batch."""
@@ -177,6 +179,16 @@ class Plan:
     def latents(self, images: Array) -> Array:
         """Images to edit or to invert as the network knows them: encoded by a first stage, or as they are."""
         return images if self.autoencoder is None else by_parts(self._encode, images, self.decode_batch)
+
+    @property
+    def mask(self) -> Images:
+        """The mask of x_t: of latents, each is made anew as much as the pixel in its square that is so most."""
+        mask: Any = self.inputs.mask
+        if self.autoencoder is None:
+            return mask  # type: ignore[no-any-return]
+        f, (h, w) = self.autoencoder.config.size_factor, self.shape[:2]
+        squares = mask.mean(axis=-1).reshape(h, f, w, f)
+        return squares.max(axis=(1, 3))[..., None]  # type: ignore[no-any-return]
 
     @functools.cached_property
     def _decode(self) -> Bound[Array]:
@@ -245,7 +257,7 @@ class Part:
         if inputs.mask is not None:
             assert inputs.images is not None
             noise = None if plan.sampler.clean_known else self.x_T
-            kept = Kept(batch.of(inputs.images), jnp.asarray(keep_of(inputs.mask)), noise)
+            kept = Kept(plan.latents(batch.of(inputs.images)), jnp.asarray(keep_of(plan.mask)), noise)
         labels = None if inputs.labels is None else batch.of(inputs.labels)  # type: ignore[arg-type]
         if inputs.classifier is not None:
             assert labels is not None
@@ -277,6 +289,18 @@ class Part:
                 x = kept.keep * kept.known + (1 - kept.keep) * x
         state = _fresh(x) if trajectory_every is None else init_state(x, plan.rows, trajectory_every)
         return state._replace(memory=plan.program.method.memory(plan.rows, x))
+
+    def images(self, state: State) -> Array:
+        """What the caller gets of the state after the last row, without the copies that filled the batch up."""
+        plan, batch = self.plan, self.batch
+        made = plan.images(state.x_t[: batch.taken])
+        if not plan.pastes:
+            return made
+        assert plan.inputs.images is not None
+        assert plan.inputs.mask is not None
+        keep = jnp.asarray(keep_of(plan.inputs.mask), made.dtype)
+        known = jnp.asarray(plan.inputs.images[batch.low : batch.low + batch.taken], made.dtype)
+        return keep * known + (1 - keep) * made
 
     def advance(self, state: State, rows: Any, trajectory_every: int | None = None) -> State:
         """The state after `rows`, all or a segment of the plan's. trajectory_every: as in `begin`."""
@@ -350,10 +374,9 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         misfits = latent_problems(stage, size)
         height, width = stage.latent_size(size)
     shape = (height, width, config.in_channels)
+    own_images = (factor * height, factor * width, channels)
     if stage is not None:
-        misfits += stage_problems(stage, config)
-        if inputs.mask is not None:
-            problems.append(("mask", "mask is of pixels, and this checkpoint samples latents: give strength"))
+        misfits += pair_problems(stage, config)
     asked_eta = inputs.eta if inputs.eta is not None else request.eta
     eta = 0.0 if not method.takes_eta else sampler.eta if asked_eta is None else asked_eta
     scale = inputs.guidance_scale if inputs.guidance_scale is not None else request.guidance_scale
@@ -410,10 +433,10 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
                 needs_noise=needs_noise,
             )
         problems += array_problems("x_T", inputs.x_T, (num, *shape), dtype)
-        problems += array_problems("images", inputs.images, (num, factor * height, factor * width, channels), dtype)
+        problems += array_problems("images", inputs.images, (num, *own_images), dtype)
         problems += array_problems("noise", inputs.noise, rows_of_noise, dtype, rows.num_steps)
         problems += [] if inputs.images is None else range_problems(inputs.images)
-        problems += [] if stage is not None else mask_problems(inputs.mask, shape)
+        problems += mask_problems(inputs.mask, own_images)
         problems += condition_problems(config, inputs.condition, (num, height, width), dtype)
         problems += eta_problems(eta, num, table) if method.takes_eta else []
         problems += guidance_problems(
@@ -466,6 +489,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         autoencoder=ddim.autoencoder,
         decodes=stage is not None and not request.latents and not isinstance(method, Inversion),
         decode_batch=request.decode_batch or 1,
+        pastes=request.paste,
     )
 
 
@@ -515,7 +539,9 @@ def labels_of(
             return None, [("labels", f"labels: no class is called {unknown[0]!r} ({hint})")]
         each = [names[name] for name in asked]
     if not each:
-        return None, [("labels", f"labels are one number, 3,977, a range such as 0:10, or balanced; got {text!r}")]
+        named = "" if text[:1].isdigit() else "; this checkpoint has no names of classes"
+        told = f"labels are one number, several as in 207,388, a range as in 0:10, or balanced; got {text!r}{named}"
+        return None, [("labels", told)]
     if "," in text and len(each) != num:
         told = f"labels names {len(each)} labels for {num} images; give one for each, one for all, or a range"
         return None, [("labels", told)]
@@ -605,6 +631,8 @@ def _edit_problems(request: Request, inputs: Inputs, method: Method, sampler: Sa
     told = None
     if request.strength is not None and (inputs.images is None or inputs.mask is not None):
         told = ("strength", "strength is for images to edit, without a mask: it says how far they are noised")
+    elif request.paste and inputs.mask is None:
+        told = ("paste", "paste is of what a mask keeps: give mask, or leave it out")
     elif request.resample < 1:
         told = ("resample", f"resample must be at least 1, got {request.resample}")
     elif (request.resample, request.jump_length) != (1, 1) and inputs.mask is None:
@@ -647,14 +675,14 @@ def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
 
 def _of_latents(request: Request, has_stage: bool) -> Problems:
     """What is wrong with the options on a first stage."""
-    asked = [name for name in ("latents", "decode_batch") if name in request.asked()]
+    asked = [name for name in ("latents", "decode_batch", "paste") if name in request.asked()]
     told = "is of a checkpoint with a first stage, of which this has none: leave it out"
     if not has_stage:
         return [(name, f"{name} {told}") for name in asked]
     if request.decode_batch is None:
         return []
     idle = "decode_batch is of images, and latents are asked for: leave it out"
-    return [("decode_batch", idle)] if request.latents else decode_batch_problems(request.decode_batch)
+    return [("decode_batch", idle)] if request.latents else decode_problems(request.decode_batch)
 
 
 def _inversion_problems(sampler: SamplerConfig, table: StepTable, request: Request) -> Problems:

@@ -35,12 +35,27 @@ def sampler_problems(sampler: SamplerConfig, table: StepTable) -> Problems:
     return problems
 
 
+def stage_problems(name: str, array: Array | np.ndarray, channels: int, size: tuple[int, int]) -> Problems:
+    """What is wrong with images to encode, or with z to decode; size: of images, where the array's own is none."""
+    shape = np.shape(array)
+    known = len(shape) == 4 and not channels_first(array, channels)
+    expected = (max(shape[0], 1) if len(shape) == 4 else 1, *(shape[1:3] if known else size), channels)
+    wide = isinstance(array, (Array, np.ndarray)) and array.dtype == np.float64  # under jax's x64
+    problems = array_problems(name, array, expected, np.float64 if wide else np.float32)
+    return problems + (range_problems(array) if name == "images" else [])
+
+
+def decode_problems(size: int) -> Problems:
+    """What is wrong with decoding so many latents at a time."""
+    return [] if size >= 1 else [("decode_batch", f"decode_batch must be at least 1, got {size}")]
+
+
 def latent_problems(stage: AutoencoderConfig, image_size: tuple[int, int]) -> Problems:
     """What is wrong with images of (height, width) pixels for a first stage."""
     return [("image_size", problem) for problem in size_problems(stage, image_size)]
 
 
-def stage_problems(stage: AutoencoderConfig, config: ModelConfig) -> Problems:
+def pair_problems(stage: AutoencoderConfig, config: ModelConfig) -> Problems:
     """What is wrong with a first stage for a network of latents."""
     if stage.latent_channels == config.in_channels:
         return []
@@ -61,13 +76,6 @@ def network_problems(config: ModelConfig, sampler: SamplerConfig, image_size: tu
             )
         )
     return problems
-
-
-def decode_batch_problems(size: int) -> Problems:
-    """What is wrong with how many latents are decoded at a time."""
-    if isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size >= 1:
-        return []
-    return [("decode_batch", f"decode_batch must be at least 1, got {described(size)}")]
 
 
 def num_problems(num: int) -> Problems:

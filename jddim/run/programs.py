@@ -207,7 +207,7 @@ def by_parts(program: Bound[T], x: jax.Array, size: int) -> T:
     The last part is filled up with its last image, whose copies are dropped.
     """
     num = x.shape[0]
-    missing = -num % size
+    missing = -num % size if size > 1 else 0  # an export's num may be a symbol
     x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
     parts = x.reshape(-1, size, *x.shape[1:])
     if is_traced([*program.leaves, x]):

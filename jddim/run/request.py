@@ -97,7 +97,7 @@ _COMPILED = {"page": "another value is another program, and the page has those o
 _WHEN_RUN = {"export": "it is given when the exported sampler is run"}
 _SWITCH = argparse.BooleanOptionalAction
 _DECODES = {
-    **dict.fromkeys(("export", "serve", "page"), "it does not take checkpoints with a first stage"),
+    **dict.fromkeys(("serve", "page"), "it does not take checkpoints with a first stage"),
     "invert": "an x_T is of latents always",
 }
 ONE_NETWORK = {
@@ -286,7 +286,7 @@ class Request:
         None,
         "--decode-batch",
         "of a checkpoint with a first stage: how many latents are decoded at a time; default 1",
-        _DECODES,
+        {**_DECODES, "export": "an exported sampler decodes one at a time"},
         type=int,
         metavar="N",
     )
@@ -336,6 +336,13 @@ class Request:
         only=("edit",),
         type=int,
         metavar="J",
+    )
+    paste: bool = _option(
+        False,
+        "--paste",
+        "with --mask, of a checkpoint with a first stage: what is kept is put back as it was, pixel for pixel",
+        only=("edit",),
+        action="store_true",
     )
     convention: str = _option(
         "diffusers",
@@ -456,13 +463,6 @@ def left_out_problems(request: Request, command: str) -> Problems:
 def taken_by(command: str) -> tuple[Named, ...]:
     """The options that are read from the fields for this command (or the page)."""
     return tuple(o for o in options() if command not in o.option.left_out)
-
-
-def refuse_first_stage(stage: object | None, of: str) -> None:
-    """Raise RequestError for a checkpoint with a first stage, for what does not decode its latents."""
-    if stage is not None:
-        told = "this checkpoint samples latents, which are not decoded here; DDIM.sample, and jddim sample and bulk, do"
-        raise RequestError([("ckpt", told)], of)
 
 
 def check_names(given: Mapping[str, Any], known: Sequence[str], of: str) -> None:

@@ -20,6 +20,8 @@ import numpy as np
 from jax import Array, export
 
 from jddim import __version__
+from jddim.checkpoint.folder import part_of
+from jddim.checkpoint.metadata import FIRST_STAGE
 from jddim.config import SamplerConfig, to_json
 from jddim.ddim import StepTable
 from jddim.images import atomic
@@ -30,8 +32,8 @@ from jddim.pipeline import DDIM
 from jddim.run.compiling import Kind, compiler_options, faster
 from jddim.run.methods import Given
 from jddim.run.plan import Inputs, plan
-from jddim.run.programs import draw_noise, segment
-from jddim.run.request import Request, RequestError, left_out_problems, refuse_first_stage
+from jddim.run.programs import by_parts, decode, draw_noise, segment
+from jddim.run.request import Request, RequestError, left_out_problems
 from jddim.sampling import ddim_update, init_state, numbered_keys
 
 FORMAT_VERSION = 2
@@ -59,17 +61,20 @@ def export_sampler(
     weights: float32 arrays by name. seed: uint32. numbers: uint32 `(b,)`, which images of the seed. eta: float32, for
     methods that take one. labels: int32 `(b,)`, for a network with classes. condition: float32 `(b, h, w, channels)`,
     for one that is given an image beside x_t. What `DDIM.sample` does with the conventions of `ddim` and what `request`
-    asks, which are compiled in; values are not checked, a NaN is not looked for. batch_size: b; None leaves it open.
+    asks, which are compiled in, with a first stage's decoder unless it asks for latents; values are not checked, a NaN
+    is not looked for. batch_size: b; None leaves it open.
     Raises ValueError as `DDIM.sample` does, ModuleNotFoundError without flatbuffers.
     """
     _need_flatbuffers()
     _check_labels(ddim)
-    refuse_first_stage(ddim.autoencoder, "export")
     request = request or Request()
     if problems := left_out_problems(request, "export"):
         raise RequestError(problems, "export")
     config, labelled = ddim.model.config, ddim.model.config.class_embedding is not None
-    beside = (*(request.image_size or config.image_size), config.condition_channels)
+    size = request.image_size
+    if size is not None and ddim.autoencoder is not None:
+        size = ddim.autoencoder.config.latent_size(size)
+    beside = (*(size or config.image_size), config.condition_channels)
     one = Inputs(
         key=jax.random.key(0),
         labels=np.zeros(1, np.int32) if labelled else None,
@@ -77,7 +82,7 @@ def export_sampler(
     )
     planned = plan(ddim, request, one, 1).check("sample")
     method, dtype = planned.program.method, planned.dtype
-    scale = planned.scale
+    scale, stage = planned.scale, planned.autoencoder if planned.decodes else None
 
     def sample(weights: dict[str, Array], seed: Array, numbers: Array, *rest: Array) -> Array:
         given = dict(zip(names[3:], rest, strict=True))
@@ -95,20 +100,23 @@ def export_sampler(
             None if scale is None else planned.guidance(each(scale[0])),
             condition=given.get("condition"),
         )
-        model = build_model(config, weights, ddim.model.dtype)
-        if platforms == ("cpu",):  # as `sample` has it there
-            model = faster(model, Kind("cpu"))
+        tuned = (lambda model: faster(model, Kind("cpu"))) if platforms == ("cpu",) else lambda model: model  # as there
+        model = tuned(build_model(config, part_of(weights, ""), ddim.model.dtype))
         state = segment(model, state, rows, values, program=planned.program)
-        return state.x_t
+        if stage is None:
+            return state.x_t
+        decoder: Any = tuned(build_model(stage.config, part_of(weights, FIRST_STAGE), stage.dtype))
+        return by_parts(decode.bound(decoder), state.x_t, 1)
 
     batch = _batch(batch_size)
-    takes = {"weights": _shapes(ddim), "seed": _of((), jnp.uint32), "numbers": _of((batch,), jnp.uint32)}
+    whole = dataclasses.replace(ddim, autoencoder=stage)
+    takes = {"weights": _shapes(whole), "seed": _of((), jnp.uint32), "numbers": _of((batch,), jnp.uint32)}
     takes |= {"eta": _of((), jnp.float32)} if method.takes_eta else {}
     takes |= {"labels": _of((batch,), jnp.int32)} if labelled else {}
     takes |= {"condition": _of((batch, *beside), jnp.float32)} if config.condition_channels else {}
     names = list(takes)
     about = {"kind": "sampler", "request": request.to_json(), "num_steps": planned.rows.num_steps}
-    return _exported(ddim, sample, takes, about, platforms, planned.sampler)
+    return _exported(whole, sample, takes, about, platforms, planned.sampler)
 
 
 def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[str, ...] = PLATFORMS) -> Exported:
@@ -118,8 +126,8 @@ def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[s
     labels: int32 `(b,)`, for a network with classes; x0_hat: the last step's x0, for a self-conditioned one. The rows
     of the `DDIM`'s table stand in `about.json`. The arguments and what is raised are `export_sampler`'s.
     """
-    refuse_first_stage(ddim.autoencoder, "export")
     _need_flatbuffers()
+    ddim = dataclasses.replace(ddim, autoencoder=None)  # a step is of latents
     config, dtype = ddim.model.config, at_least_float32(ddim.model.dtype)
     labelled = config.class_embedding is not None
     conventions = ddim.conventions(dtype)
@@ -213,7 +221,8 @@ def _shapes(ddim: DDIM) -> Any:
 
 
 def _params(ddim: DDIM) -> dict[str, Array]:
-    return flat_params(ddim.model)
+    stage = {} if ddim.autoencoder is None else flat_params(ddim.autoencoder)
+    return flat_params(ddim.model) | {FIRST_STAGE + name: value for name, value in stage.items()}
 
 
 def _check_labels(ddim: DDIM) -> None:

@@ -29,8 +29,9 @@ from jddim.pipeline import DDIM
 from jddim.run.batches import run as run_plan
 from jddim.run.compiling import compiler_options, faster, kind_of
 from jddim.run.plan import Images, Inputs, as_key, labels_of, one_each, plan
-from jddim.run.problems import condition_problems, label_problems
-from jddim.run.request import Request, RequestError, check_names, refuse_first_stage, taken_by
+from jddim.run.problems import condition_problems, decode_problems, label_problems, latent_problems
+from jddim.run.programs import by_parts, decode
+from jddim.run.request import Request, RequestError, check_names, taken_by
 
 Rules = Sequence[tuple[str, P]]
 """(regular expression, spec) pairs. A parameter's dotted path takes the first that is found in it; the spec is of the
@@ -108,10 +109,11 @@ class Sharded:
 
     def __init__(self, ddim: DDIM, mesh: Mesh, rules: Rules = REPLICATED):
         self.mesh = mesh
-        refuse_first_stage(ddim.autoencoder, "Sharded")
         self.ddim = dataclasses.replace(
-            ddim, model=jax.device_put(ddim.model, param_shardings(ddim.model, mesh, rules))
+            ddim, model=jax.device_put(ddim.model, param_shardings(ddim.model, mesh, rules)), autoencoder=None
         )
+        self._stage = functools.cache(lambda device: decode.bound(jax.device_put(ddim.autoencoder, device)))
+        self._stage_config = None if ddim.autoencoder is None else ddim.autoencoder.config
         self._program = functools.lru_cache(maxsize=16)(functools.partial(program, self.ddim, mesh, rules))
 
     def sample(
@@ -161,13 +163,20 @@ class Sharded:
             if problems:
                 raise RequestError(problems, "sample")
         config, (held, problems) = self.ddim.model.config, one_each(labels, num)
-        shape = (num, *(request.image_size or config.image_size))
+        asked = dataclasses.replace(request, labels=None, seed=0, start=0)
+        if (stage := self._stage_config) is not None:
+            asked = dataclasses.replace(asked, latents=None, decode_batch=None)
+            if request.decode_batch is not None:
+                problems = problems + decode_problems(request.decode_batch)
+            if request.image_size is not None:
+                problems = problems + latent_problems(stage, request.image_size)
+                asked = dataclasses.replace(asked, image_size=stage.latent_size(request.image_size))
+        shape = (num, *(asked.image_size or config.image_size))
         problems = problems or label_problems(config, held, num)
         problems += condition_problems(config, condition, shape, at_least_float32(self.ddim.model.dtype))
         if problems:
             raise RequestError(problems, "sample")
         rows, beside = (None if x is None else jnp.asarray(x) for x in (held, condition))
-        asked = dataclasses.replace(request, labels=None, seed=0, start=0)
         run = self._program(num, rows is not None, asked, batch_size, beside is not None)
         images: Array = run(self.ddim.model, as_key(key), jnp.asarray(firsts, jnp.uint32), rows, beside)
         bad = ~jnp.isfinite(images).reshape(num, -1).all(axis=1)
@@ -177,7 +186,13 @@ class Sharded:
                 f"a NaN or infinity appeared in image {firsts[part] + place}, in {int(bad.sum())} of {num}; "
                 "DDIM.sample says at which step"
             )
-        return images
+        return images if stage is None or request.latents else self._decoded(images, request.decode_batch or 1)
+
+    def _decoded(self, z: Array, size: int) -> Array:
+        """Images of latents, those of each device decoded there, by the program that a device alone has."""
+        pieces = [by_parts(self._stage(shard.device), shard.data, size) for shard in z.addressable_shards]
+        shape = (z.shape[0], *pieces[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, NamedSharding(self.mesh, P("data")), pieces)
 
 
 ARRAYS = ("labels", "start", "seed", "dtype")

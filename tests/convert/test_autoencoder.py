@@ -111,6 +111,15 @@ def test_encoder_and_decoder_are_diffusers_own(pair: tuple[Any, Path]) -> None:
     model.float()
 
 
+def test_a_first_stage_goes_back_to_diffusers(pair: tuple[Any, Path], tmp_path: Path) -> None:
+    """Its own class loads what is written, with every tensor as it was."""
+    model, path = pair
+    assert jddim.converting.export_torch(path, tmp_path / "back") == "diffusers"
+    again = type(model).from_pretrained(tmp_path / "back").state_dict()
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
 def test_a_drawn_z_has_the_encoders_mean_and_variance(pair: tuple[Any, Path]) -> None:
     model, path = pair
     stage = jddim.load_autoencoder(path)

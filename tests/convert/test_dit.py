@@ -45,7 +45,7 @@ def table(side: int = 5, width: int = 24) -> np.ndarray:
 
 
 def planned(tensors: dict[str, np.ndarray], **given: str) -> dit.Plan:
-    family, source = recognise(tensors, "file")
+    family, source, _ = recognise(tensors, "file")
     assert family.name == "dit"
     return family.plan(source.tensors, None, given)
 
@@ -237,7 +237,7 @@ SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False, "beta_end": 0
 
 
 def test_diffusers_conventions_are_its_own() -> None:
-    family, source = recognise(theirs(), "file")
+    family, source, _ = recognise(theirs(), "file")
     assert family.name == "diffusers_dit"
     assert source.note == "10 tensors that the blocks repeat are equal to the first's"
     plan = family.plan(source.tensors, {"transformer": TRANSFORMER, "scheduler": SCHEDULER}, {})
@@ -319,3 +319,22 @@ def test_configs_that_cannot_be(network: dict[str, Any], told: str) -> None:
     tensors = diffusers_dit.open_source(theirs(), "file").tensors
     with pytest.raises(ConversionError, match=told):
         diffusers_dit.plan(tensors, {"transformer": TRANSFORMER | network, "scheduler": SCHEDULER}, {})
+
+
+def test_a_dit_goes_back_to_its_source(tmp_path: Path) -> None:
+    """Every tensor of the source's state dict, with its positions; converted again, equal to the bit."""
+    torch = pytest.importorskip("torch", reason="writing PyTorch files: pip install 'jddim[convert]'")
+    whole = state() | {"pos_embed": table()}
+    torch.save({name: torch.from_numpy(value) for name, value in whole.items()}, tmp_path / "own.pt")
+    made = convert(tmp_path / "own.pt", tmp_path / "ckpt", settings=SETTINGS, verify=False)
+    assert jddim.converting.export_torch(tmp_path / "ckpt", tmp_path / "back.pt") == "dit"
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert back.keys() == whole.keys()
+    assert all(np.array_equal(back[name].numpy(), value) for name, value in whole.items())
+    again = convert(tmp_path / "back.pt", tmp_path / "again", settings=SETTINGS, verify=False)
+    assert again.params_sha256 == made.params_sha256
+    save_file(theirs(), tmp_path / "theirs.safetensors")
+    given = {"sample_size": "10", "num_attention_heads": "3"}
+    convert(tmp_path / "theirs.safetensors", tmp_path / "other", settings=given, verify=False)
+    with pytest.raises(ConversionError, match=r"cannot be written as dit: frequency_shift is 1.*, there always 0"):
+        jddim.converting.export_torch(tmp_path / "other", tmp_path / "x.pt", "dit")

@@ -181,14 +181,15 @@ def test_a_wrapped_one_has_the_bare_files_parameters(file: Path, converted: Path
 
 
 def test_every_other_door_says_what_it_is_for(converted: Path, fails: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out.png"
+    out, images = tmp_path / "out.png", tmp_path / "images.npy"
+    images.touch()
     for command in (
         ["sample", converted, out],
         ["bulk", converted, tmp_path / "set", "--num", 2],
         ["sweep", converted, out],
-        ["edit", converted, out, out, "--strength", 1],
+        ["edit", converted, images, out, "--strength", 1],
         ["interpolate", converted, out],
-        ["invert", converted, out, tmp_path / "x.npy"],
+        ["invert", converted, images, tmp_path / "x.npy"],
         ["export", converted, tmp_path / "e.jddim"],
         ["schedule", converted],
         ["train", converted, tmp_path, tmp_path / "trained"],

@@ -18,7 +18,8 @@ def errors_in_float64(script: str) -> Any:
         "JAX_ENABLE_X64": "1",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parent.parent))),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # most of the time is compiling: it takes half as long
+        # most of the time is compiling: it takes half as long
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0",
     }
     run = subprocess.run(
         [sys.executable, str(HERE / script)], env=environment, capture_output=True, text=True, check=False

@@ -13,6 +13,8 @@ from jddim.models.building import build_model
 from jddim.pipeline import DDIM
 from jddim.schedule import make_schedule
 
+pytestmark = pytest.mark.unoptimised
+
 NAME = "attention, blocks resample"
 
 

@@ -11,6 +11,8 @@ import pytest
 from in_float64 import errors_in_float64
 from real_configs import DIFFUSERS
 
+pytestmark = pytest.mark.unoptimised
+
 PUBLISHED = {
     name: config
     for name, row in DIFFUSERS.items()

@@ -14,6 +14,8 @@ import jddim
 from convert.conversion import convert
 from convert.export import export
 
+pytestmark = pytest.mark.unoptimised
+
 diffusers = cases.diffusers
 
 # The issue's bound. Rounding grows over the steps, and diffusers' schedule is float32's, ours float64's.

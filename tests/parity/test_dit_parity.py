@@ -50,8 +50,10 @@ def test_a_pipelines_folder_samples_as_the_pipeline_does(tmp_path: Path, monkeyp
     monkeypatch.setattr(vae, "decode", lambda z: taken.append(z) or decode(z))
     pipe.set_progress_bar_config(disable=True)
     for scale in (1.0, 4.0):
-        pipe(labels, guidance_scale=scale, num_inference_steps=7, output_type="np")
+        images = pipe(labels, guidance_scale=scale, num_inference_steps=7, output_type="np").images
         theirs = np.moveaxis(taken[-1].numpy(), 1, -1) * vae.config.scaling_factor
         guided = {} if scale == 1 else {"guidance_scale": scale}
-        ours = np.asarray(ddim.sample(x_T=x_T, labels=labels, steps=7, eta=0.0, **guided))
+        ours = np.asarray(ddim.sample(x_T=x_T, labels=labels, steps=7, eta=0.0, latents=True, **guided))
         assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()  # measured 1e-6
+        made = np.clip(np.asarray(ddim.decode(ours)) / 2 + 0.5, 0, 1)
+        assert np.abs(made - images).max() <= 1e-4  # measured 1e-6

@@ -20,6 +20,8 @@ from convert.reference import lucidrains_unet
 from jddim.config import ScheduleConfig
 from jddim.models.lucidrains import RMSNorm
 
+pytestmark = pytest.mark.unoptimised
+
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_output_equals_the_references(name: str) -> None:

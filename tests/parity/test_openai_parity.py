@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from openai_cases import OPENAI_CASES, openai_error
 
+pytestmark = pytest.mark.unoptimised
+
 
 @pytest.mark.parametrize("name", OPENAI_CASES)
 def test_output_equals_the_sources(name: str) -> None:

@@ -13,29 +13,14 @@ import jddim
 from convert.files.readers import read
 from jddim.config import ScheduleConfig
 
+pytestmark = pytest.mark.unoptimised
+
 # Of the largest magnitude of the trajectory. At T = 1000 unclipped, that is 158 = 1 / sqrt(alpha_bar_999) times x_T;
 # clipped, a pixel of the first x0_hat that the clip lets through carries 158 roundings of eps.
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("name", cases.SAMPLER_CASES)
-def test_every_step_equals_the_references(name: str) -> None:
-    # measured: at most 3e-5, in x0_hat at S = T = 1000
-    assert cases.sampler_error(cases.SAMPLER_CASES[name], np.float32) <= TOLERANCE
-
-
-@pytest.mark.parametrize("name", cases.UNET_SAMPLER_CASES)
-def test_every_step_equals_through_a_redrawn_network(name: str) -> None:
-    # measured: at most 5e-5, in x0_hat at S = 30
-    assert cases.unet_sampler_error(cases.UNET_SAMPLER_CASES[name], np.float32) <= TOLERANCE
-
-
-@pytest.mark.parametrize("name", cases.COSINE_CASES)
-def test_every_x_t_equals_the_references_on_a_cosine_schedule(name: str) -> None:
-    # x_t alone, see COSINE_CASES; float64 compares x0_hat too. Measured: at most 2e-5
-    assert cases.sampler_error(cases.COSINE_CASES[name], np.float32, x0_too=False) <= TOLERANCE
-
-
+@pytest.mark.optimised
 @pytest.mark.parametrize("clip", cases.CLIPS)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_every_step_equals_through_the_shipped_checkpoint(mnist_checkpoint: Path, eta: float, clip: str) -> None:
@@ -68,6 +53,24 @@ def test_every_step_equals_through_the_shipped_checkpoint(mnist_checkpoint: Path
     # At t = 965 x0_hat = (x_t - eps) / 0.0087, which cancels in a trained network: there PyTorch's own float32 is
     # 2e-4 from its float64. Measured: 4e-4.
     assert cases.trajectory_error(trajectory, expected) <= 1e-3
+
+
+@pytest.mark.parametrize("name", cases.SAMPLER_CASES)
+def test_every_step_equals_the_references(name: str) -> None:
+    # measured: at most 3e-5, in x0_hat at S = T = 1000
+    assert cases.sampler_error(cases.SAMPLER_CASES[name], np.float32) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", cases.UNET_SAMPLER_CASES)
+def test_every_step_equals_through_a_redrawn_network(name: str) -> None:
+    # measured: at most 5e-5, in x0_hat at S = 30
+    assert cases.unet_sampler_error(cases.UNET_SAMPLER_CASES[name], np.float32) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", cases.COSINE_CASES)
+def test_every_x_t_equals_the_references_on_a_cosine_schedule(name: str) -> None:
+    # x_t alone, see COSINE_CASES; float64 compares x0_hat too. Measured: at most 2e-5
+    assert cases.sampler_error(cases.COSINE_CASES[name], np.float32, x0_too=False) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", cases.ANCESTRAL_CASES)

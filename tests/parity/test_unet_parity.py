@@ -6,6 +6,8 @@ import numpy as np
 import parity_cases as cases
 import pytest
 
+pytestmark = pytest.mark.unoptimised
+
 
 @pytest.mark.parametrize("name", cases.UNET_CASES)
 def test_output_equals_the_references(name: str) -> None:

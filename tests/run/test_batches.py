@@ -14,6 +14,8 @@ from tiny import write_checkpoint
 import jddim
 from jddim.cli.main import main
 
+pytestmark = pytest.mark.unoptimised
+
 
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:

@@ -169,7 +169,8 @@ def test_each_field_reaches_the_command_or_is_refused_with_its_reason(
     command: str, folder: Path, planned_by: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert {o.name for o in options()} - VALUES.keys() == {
-        *("strength", "resample", "jump_length", "convention", "refine")
+        *("strength", "resample", "jump_length", "paste", "convention", "refine"),
+        *("latents", "decode_batch"),  # of a checkpoint with a first stage: test_latents
     }
     base = fingerprint(planned_by(command, {}))
     assert base == fingerprint(expected(command, folder, {}))
@@ -212,6 +213,7 @@ def test_python_takes_every_field_too() -> None:
         "strength",
         "resample",
         "jump_length",
+        "paste",
         "convention",
         "refine",
     }  # of load, edit, invert

@@ -1,0 +1,1 @@
+"""Other packages' calling forms, for code that was written for them."""
