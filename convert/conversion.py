@@ -179,7 +179,10 @@ def _first_stage(
         raise ConversionError(f"{opened.origin.file}: {_NO_STAGE}")
     stage: _Opened | Path | None = opened.stage
     if given is not None:
-        stage = Path(given) if (Path(given) / "metadata").is_dir() else _open(find(given), None, {}, None, None)
+        try:
+            stage = Path(given) if (Path(given) / "metadata").is_dir() else _open(find(given), None, {}, None, None)
+        except UnsettledError as error:
+            raise _of_stage(error, given) from error
     if stage is None:
         return None
     if isinstance(stage, Path):
@@ -383,13 +386,17 @@ def _open(
         else:
             stage = _open(find(str(folder)), None, of_stage, None, None)
     except UnsettledError as error:
-        where = origin.file if folder is None else folder
-        taken = "" if found.stage is None else f" --weights {found.stage[1].taken}"
-        raise ConversionError(
-            f"{error}. This is of the first stage: convert it first, jddim convert {where} STAGE{taken} "
-            f"{shlex.join(error.options)}, then give --autoencoder STAGE"
-        ) from error
+        taken = [] if found.stage is None else ["--weights", str(found.stage[1].taken)]
+        raise _of_stage(error, origin.file if folder is None else folder, taken) from error
     return dataclasses.replace(opened, stage=stage)
+
+
+def _of_stage(error: UnsettledError, src: object, words: Iterable[str] = ()) -> ConversionError:
+    """What a first stage has to be told, which the options of a network's conversion do not tell it."""
+    command = shlex.join(["jddim", "convert", str(src), "STAGE", *words, *error.options])
+    return ConversionError(
+        f"{error}. This is of the first stage: convert it first, {command}, then give --autoencoder STAGE"
+    )
 
 
 def _understood(
@@ -495,7 +502,7 @@ def _fitting_presets(
 
 def _tried(asks: Iterable[str]) -> dict[str, str]:
     """Settings with values that any tensors go with, in place of those that a person has to give."""
-    neutral = {"SIDE": "512", "N": "1", "BOOLEAN": "False", "BETA": "0.01", "NAME": "linear"}
+    neutral = {"SIDE": "512", "N": "1", "NUMBER": "1", "BOOLEAN": "False", "BETA": "0.01", "NAME": "linear"}
     return {key: neutral[what] for key, _, what in (ask.partition("=") for ask in asks) if what in neutral}
 
 

@@ -47,7 +47,7 @@ from jddim.run.problems import (
     label_problems,
     stage_problems,
 )
-from jddim.run.programs import Program, by_parts, decode, encode, network_denoiser
+from jddim.run.programs import Program, by_parts, decode, encode, moments, network_denoiser
 from jddim.run.request import Request, RequestError, check_names
 from jddim.sampling import Denoiser, Trajectory
 from jddim.schedule import NoiseSchedule, make_schedule
@@ -468,25 +468,29 @@ class DDIM(metaclass=_Led):
     def decode(self, z: Images, *, decode_batch: int = 1) -> Array:
         """Images `(n, h, w, c)` float32, nominally in [-1, 1], of latents z `(n, h / f, w / f, c')`.
 
-        decode_batch: how many at a time, which does not change the images but for rounding. Raises ValueError for z of
-        another shape, and for a checkpoint without a first stage.
+        decode_batch: how many at a time, which does not change the images but for rounding. Raises RequestError for z
+        of another shape or type, or with a NaN, ValueError for a checkpoint without a first stage.
         """
         stage = self._first_stage("decode")
-        if problems := stage_problems("z", z, stage.config.latent_channels, self.model.config.image_size):
-            raise RequestError(problems + decode_problems(decode_batch), "decode")
+        problems = stage_problems("z", z, stage.config.latent_channels, self.model.config.image_size)
+        if problems := problems + decode_problems(decode_batch):
+            raise RequestError(problems, "decode")
         return by_parts(decode.bound(stage), jnp.asarray(z), decode_batch)
 
     def encode(self, images: Images, key: Array | int | None = None) -> Array:
         """Latents z `(n, h / f, w / f, c')` of images `(n, h, w, c)` float32 in [-1, 1].
 
-        key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`; None: its mean. Raises ValueError
-        for images of another shape, a key where nothing is drawn, and for a checkpoint without a first stage.
+        key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`; None: its mean. Raises RequestError
+        for images of another shape, type or range, ValueError for a side that does not divide, a key where nothing is
+        drawn, and for a checkpoint without a first stage.
         """
         stage = self._first_stage("encode")
         if problems := stage_problems("images", images, stage.config.in_channels, stage.config.image_size):
             raise RequestError(problems, "encode")
         images = jnp.asarray(images)
-        return by_parts(encode.bound(stage), images, 1) if key is None else stage.encode(images, as_key(key))
+        if key is None:
+            return by_parts(encode.bound(stage), images, 1)
+        return stage.z_of(by_parts(moments.bound(stage), images, 1), as_key(key))
 
     def _first_stage(self, of: str) -> Autoencoder:
         if self.autoencoder is None:

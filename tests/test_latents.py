@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch", reason="the pipelines are built in torch: p
 diffusers = pytest.importorskip("diffusers", reason="the pipelines are diffusers'")
 
 import yaml  # noqa: E402
+from flax import nnx  # noqa: E402
 
 import jddim  # noqa: E402
 from convert.families import autoencoder  # noqa: E402
@@ -27,6 +28,8 @@ from convert.reference.unet import redraw_  # noqa: E402
 from jddim.cli.main import main  # noqa: E402
 from jddim.config import AutoencoderConfig  # noqa: E402
 from jddim.images import load_images, settings_of  # noqa: E402
+from jddim.models import build  # noqa: E402
+from jddim.models.autoencoder import Autoencoder  # noqa: E402
 from jddim.run.request import Request, RequestError  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised
@@ -36,6 +39,12 @@ RNG = np.random.default_rng(3)
 X_T = RNG.standard_normal((NUM, 5, 7, 3)).astype(np.float32)
 NOISE = RNG.standard_normal((S, NUM, 5, 7, 3)).astype(np.float32)
 BETAS = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
+
+
+STAGE = AutoencoderConfig(
+    **{"image_size": (16, 16), "latent_channels": 3, "channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1},
+    **{"norm_groups": 4, "num_codes": 37, "scaling_factor": 1.0},
+)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +247,53 @@ def test_the_pages_python_runs(ckpt: Path, folder: Path, tmp_path: Path, monkeyp
     assert found["z"].shape == (4, 7, 7, 3)
 
 
+def test_images_of_other_channels_than_the_latents_are_edited_and_inverted(ddim: jddim.DDIM) -> None:
+    """Most first stages have latents of 4 channels: what is given in pixels has their size and channels, not z's."""
+    config = dataclasses.replace(ddim.model.config, in_channels=4, out_channels=4)  # type: ignore[type-var]
+    stage = Autoencoder(dataclasses.replace(STAGE, latent_channels=4, num_codes=None), rngs=nnx.Rngs(0))
+    four = dataclasses.replace(ddim, model=build(config, dtype=np.float32, rngs=nnx.Rngs(1)), autoencoder=stage)
+    for size in ((14, 14), (10, 22)):
+        images = jax.ShapeDtypeStruct((2, *size, 3), np.float32)
+        edited = jax.eval_shape(lambda images: four.edit(images, 0, strength=0.5, steps=4), images)
+        assert edited.shape == images.shape
+        inverted = jax.eval_shape(lambda images: four.invert(images, steps=4), images)
+        assert inverted.shape == (2, size[0] // 2, size[1] // 2, 4)
+    for wrong, told in (
+        (np.zeros((2, 7, 7, 4), np.float32), r"images must have shape \(2, 14, 14, 3\), got \(2, 7, 7, 4\)$"),
+        (np.zeros((14, 14, 3), np.float32), r"images must have shape \(num, h, w, 3\) with num .* got \(14, 14, 3\)$"),
+    ):
+        with pytest.raises(RequestError, match=told):
+            four.edit(wrong, 0, strength=0.5, steps=4)
+    with pytest.raises(RequestError, match="latents of 3 channels, the network samples 4: they do not belong together"):
+        dataclasses.replace(four, autoencoder=ddim.autoencoder).sample(0, steps=1)
+
+
+def test_decode_and_encode_refuse_what_they_have_no_program_for(ddim: jddim.DDIM) -> None:
+    for call, told in (
+        (lambda: ddim.decode(X_T, decode_batch=0), "decode_batch must be at least 1, got 0"),
+        (lambda: ddim.decode(X_T[:0]), r"z must have shape \(1, 5, 7, 3\), got \(0, 5, 7, 3\)"),
+        (lambda: ddim.encode(np.zeros((0, 10, 14, 3), np.float32)), r"must have shape \(1, 10, 14, 3\), got \(0, 10, "),
+    ):
+        with pytest.raises(RequestError, match=told):
+            call()
+
+
+def test_a_drawn_z_is_the_first_stages_own(ddim: jddim.DDIM) -> None:
+    stage = Autoencoder(dataclasses.replace(STAGE, num_codes=None), rngs=nnx.Rngs(0))
+    images = np.tanh(RNG.standard_normal((3, 6, 4, 3))).astype(np.float32)
+    drawn = dataclasses.replace(ddim, autoencoder=stage).encode(images, 5)
+    chex.assert_trees_all_close(drawn, stage.encode(jax.numpy.asarray(images), jax.random.key(5)), atol=1e-5)
+
+
+def test_what_takes_no_first_stage_says_so(ckpt: Path, tmp_path: Path, fails: Any) -> None:
+    for command, told in (
+        (["train", ckpt, tmp_path, tmp_path / "out"], "jddim train takes networks of images alone"),
+        (["sample", ckpt, tmp_path / "out.npy", "--latents", "--decode-batch", "2"], "latents are asked for"),
+    ):
+        assert told in fails(*command)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_command_line_makes_pictures_of_images(ckpt: Path, tmp_path: Path, capsys: Any) -> None:
     few = ["--num", "2", "--steps", "2"]
     assert main(["sample", str(ckpt), str(tmp_path / "a.png"), *few]) == 0
@@ -276,10 +332,6 @@ def test_a_set_of_images_is_resumed_and_reproduced(ckpt: Path, tmp_path: Path, c
     assert load_images(tmp_path / "set" / lost.name, (14, 14)).shape == (2, 14, 14, 3)
 
 
-STAGE = AutoencoderConfig(
-    **{"image_size": (16, 16), "latent_channels": 3, "channels": 8, "channel_mults": (1, 2), "num_res_blocks": 1},
-    **{"norm_groups": 4, "num_codes": 37, "scaling_factor": 1.0},
-)
 UNET: dict[str, Any] = {
     "model_channels": 32,
     "widths": (32,),

@@ -265,7 +265,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     if "norm_num_groups" not in told and (odd := sorted({w for w in widths if w % groups})):
         missing["norm_num_groups=N"] = f"32 groups of a norm, the source's default, do not divide the widths {odd}"
     if "scaling_factor" not in told and codes is None:
-        missing["scaling_factor=VALUE"] = (
+        missing["scaling_factor=NUMBER"] = (
             "the tensors do not tell how z is scaled; --set scaling_factor=0.18215 (Stable Diffusion 1 and 2, DiT), "
             "0.13025 (SDXL), or as the network of latents was trained"
         )

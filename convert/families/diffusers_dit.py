@@ -20,7 +20,7 @@ from ..files.pickles import printable
 from ..rules import Rules
 from . import diffusers
 from . import diffusers_config as configs
-from .base import Family, Plan, Source
+from .base import FIRST_STAGES, Family, Plan, Source
 from .diffusers_config import Option
 from .tensors import Tensors, check_tensors, common_size
 from .values import asking, boolean, integer, number, positive
@@ -214,6 +214,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         wording=configs.wording(told),
         null_label=null_label,
         label_names=label_names(files["pipeline"].get("id2label"), null_label),
+        latent=bool(configs.parts_of(files["pipeline"]) & FIRST_STAGES),
     )
 
 

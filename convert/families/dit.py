@@ -174,7 +174,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     return Plan(
         *(model, schedule, sampler, rules(model), ignored, tuple(assumed)),
         notes=(
-            "x_t are latents; the first stage that makes images of them is a file of its own, not converted here",
+            "x_t are latents; the first stage that makes images of them is a file of its own (--autoencoder)",
             *(
                 ["guidance changes the first 3 channels alone, as in the source's forward_with_cfg"]
                 if channels > 3

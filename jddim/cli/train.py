@@ -146,6 +146,10 @@ def _begin(
     if not start.endswith(".json"):
         folder = resolve(start)
         parent = load_metadata(folder, start)
+        if parent.autoencoder is not None:
+            raise ValueError(
+                f"{start} samples latents of a first stage, and jddim train takes networks of images alone"
+            )
         train = from_json(TrainConfig, told)
         model, params = parent.model, load_params(folder, parent)
         if classes is not None:

@@ -100,7 +100,11 @@ class Autoencoder(nnx.Module):
         key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`; None: its mean. A VQModel has no
         Gaussian: ValueError for a key. Raises ValueError for images of another shape, too.
         """
-        mean, logvar = self.moments(images)
+        return self.z_of(self.moments(images), key)
+
+    def z_of(self, moments: Moments, key: Array | None = None) -> Array:
+        """Z of what `moments` returns: as `encode`, without the network."""
+        mean, logvar = moments
         if key is not None:
             if logvar is None:
                 raise ValueError("encode: a VQModel's z is not drawn: leave key out")

@@ -47,6 +47,7 @@ from jddim.run.problems import (
     mask_problems,
     network_problems,
     num_problems,
+    pair_problems,
     range_problems,
     sampler_problems,
     start_problems,
@@ -350,6 +351,8 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
             rows = cast(repaint_table(table, request.resample, request.jump_length), dtype)
         table = cast(table, dtype)
 
+    stage = None if ddim.autoencoder is None else ddim.autoencoder.config
+    factor, channels = (1, config.in_channels) if stage is None else (stage.size_factor, stage.in_channels)  # of images
     given = inputs.x_T if inputs.images is None else inputs.images
     if num is None:
         first = next((x for x in (given, inputs.labels, inputs.condition) if x is not None and np.ndim(x)), None)
@@ -357,20 +360,23 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         if first is None and batch_size is not None:
             problems.append(("num", "num must be given beside batch_size, which is how many are made at a time"))
     if inputs.images is not None and (np.ndim(inputs.images) != 4 or not num):
-        told = f"images must have shape (num, h, w, {config.in_channels}) with num at least 1, got "
+        told = f"images must have shape (num, h, w, {channels}) with num at least 1, got "
         problems.append(("images", f"{told}{np.shape(inputs.images)}"))
-        stand_in = np.zeros((1, *config.image_size, config.in_channels), dtype)  # so that the rest is looked at too
-        inputs, given, num = inputs._replace(images=stand_in), None, 1
-    stage = None if ddim.autoencoder is None else ddim.autoencoder.config
-    factor = 1 if stage is None else stage.size_factor
-    height, width = config.image_size if request.image_size is None else request.image_size
-    if request.image_size is None and np.ndim(given) == 4 and np.shape(given)[3] == config.in_channels:  # type: ignore[arg-type]
-        height, width = np.shape(given)[1:3]  # type: ignore[arg-type]
-    if stage is not None and (request.image_size is not None or inputs.images is not None):  # these are in pixels
-        problems += latent_problems(stage, (height, width))
-        height, width = stage.latent_size((height, width))
+        stand_in = np.zeros((1, *(factor * side for side in config.image_size), channels), dtype)
+        inputs, given, num = inputs._replace(images=stand_in), stand_in, 1  # so that the rest is looked at too
+    size = request.image_size
+    if size is None and given is not None and np.ndim(given) == 4:
+        own = config.in_channels if inputs.images is None else channels
+        size = np.shape(given)[1:3] if np.shape(given)[3] == own else None
+    height, width = config.image_size if size is None else size
+    misfits: Problems = []
+    if stage is not None and size is not None and (request.image_size is not None or inputs.images is not None):
+        misfits = latent_problems(stage, size)
+        height, width = stage.latent_size(size)
     shape = (height, width, config.in_channels)
-    own_images = shape if stage is None else (factor * height, factor * width, stage.in_channels)
+    own_images = (factor * height, factor * width, channels)
+    if stage is not None:
+        misfits += pair_problems(stage, config)
     asked_eta = inputs.eta if inputs.eta is not None else request.eta
     eta = 0.0 if not method.takes_eta else sampler.eta if asked_eta is None else asked_eta
     scale = inputs.guidance_scale if inputs.guidance_scale is not None else request.guidance_scale
@@ -396,7 +402,8 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         guidance_channels=None if scale is None else sampler.guidance_channels,
     )
 
-    problems += network_problems(config, sampler, (height, width)) + num_problems(num)
+    problems += misfits or network_problems(config, sampler, (height, width))
+    problems += num_problems(num)
     problems += sampler_problems(sampler, table) + batch_size_problems(batch_size)
     problems += _unused(request, program, rederives=rederives) + _of_latents(request, stage is not None)
     weight = inputs.classifier_scale if inputs.classifier_scale is not None else request.classifier_scale
@@ -668,11 +675,14 @@ def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
 
 def _of_latents(request: Request, has_stage: bool) -> Problems:
     """What is wrong with the options on a first stage."""
-    if request.decode_batch is not None and (problems := decode_problems(request.decode_batch)):
-        return problems
     asked = [name for name in ("latents", "decode_batch", "paste") if name in request.asked()]
     told = "is of a checkpoint with a first stage, of which this has none: leave it out"
-    return [] if has_stage else [(name, f"{name} {told}") for name in asked]
+    if not has_stage:
+        return [(name, f"{name} {told}") for name in asked]
+    if request.decode_batch is None:
+        return []
+    idle = "decode_batch is of images, and latents are asked for: leave it out"
+    return [("decode_batch", idle)] if request.latents else decode_problems(request.decode_batch)
 
 
 def _inversion_problems(sampler: SamplerConfig, table: StepTable, request: Request) -> Problems:

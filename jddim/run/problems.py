@@ -39,7 +39,7 @@ def stage_problems(name: str, array: Array | np.ndarray, channels: int, size: tu
     """What is wrong with images to encode, or with z to decode; size: of images, where the array's own is none."""
     shape = np.shape(array)
     known = len(shape) == 4 and not channels_first(array, channels)
-    expected = (shape[0] if len(shape) == 4 else 1, *(shape[1:3] if known else size), channels)
+    expected = (max(shape[0], 1) if len(shape) == 4 else 1, *(shape[1:3] if known else size), channels)
     wide = isinstance(array, (Array, np.ndarray)) and array.dtype == np.float64  # under jax's x64
     problems = array_problems(name, array, expected, np.float64 if wide else np.float32)
     return problems + (range_problems(array) if name == "images" else [])
@@ -53,6 +53,14 @@ def decode_problems(size: int) -> Problems:
 def latent_problems(stage: AutoencoderConfig, image_size: tuple[int, int]) -> Problems:
     """What is wrong with images of (height, width) pixels for a first stage."""
     return [("image_size", problem) for problem in size_problems(stage, image_size)]
+
+
+def pair_problems(stage: AutoencoderConfig, config: ModelConfig) -> Problems:
+    """What is wrong with a first stage for a network of latents."""
+    if stage.latent_channels == config.in_channels:
+        return []
+    told = f"the first stage has latents of {stage.latent_channels} channels, the network samples {config.in_channels}"
+    return [("autoencoder", f"{told}: they do not belong together")]
 
 
 def network_problems(config: ModelConfig, sampler: SamplerConfig, image_size: tuple[int, int]) -> Problems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,14 @@ from jddim.guidance import (
     projected,
 )
 from jddim.models import Network
-from jddim.models.autoencoder import Autoencoder
+from jddim.models.autoencoder import Autoencoder, Moments
 from jddim.models.layers import cast_kernels
 from jddim.run import request
 from jddim.run.compiling import Bound, Jit, is_traced
 from jddim.run.methods import Classified, Given, Guidance, Method
 from jddim.sampling import Denoiser, State, Update, initial_noise, limiter, numbered_keys, update_steps
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +195,14 @@ def encode(autoencoder: Autoencoder, images: jax.Array) -> jax.Array:
     return cast_kernels(autoencoder).encode(lax.optimization_barrier(images))
 
 
-def by_parts(program: Bound[jax.Array], x: jax.Array, size: int) -> jax.Array:
-    """`decode` or `encode`, bound, of all of x, `size` at a time: in one program whatever their number.
+@partial(Jit, static_argnames=())
+def moments(autoencoder: Autoencoder, images: jax.Array) -> Moments:
+    """The encoder's Gaussians of images."""
+    return cast_kernels(autoencoder).moments(lax.optimization_barrier(images))
+
+
+def by_parts(program: Bound[T], x: jax.Array, size: int) -> T:
+    """`decode`, `encode` or `moments`, bound, of all of x, `size` at a time: in one program whatever their number.
 
     The last part is filled up with its last image, whose copies are dropped.
     """
@@ -202,8 +210,12 @@ def by_parts(program: Bound[jax.Array], x: jax.Array, size: int) -> jax.Array:
     missing = -num % size if size > 1 else 0  # an export's num may be a symbol
     x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]) if missing else x
     parts = x.reshape(-1, size, *x.shape[1:])
-    done = lax.map(program, parts) if is_traced([*program.leaves, x]) else jnp.stack([program(part) for part in parts])
-    return done.reshape(-1, *done.shape[2:])[:num]
+    if is_traced([*program.leaves, x]):
+        done = lax.map(program, parts)
+    else:
+        done = jax.tree.map(lambda *of: jnp.stack(of), *map(program, parts))
+    whole: T = jax.tree.map(lambda of: of.reshape(-1, *of.shape[2:])[:num], done)
+    return whole
 
 
 draw_keys: Callable[[jax.Array, ArrayLike], jax.Array] = jax.jit(numbered_keys)

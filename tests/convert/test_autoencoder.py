@@ -207,6 +207,23 @@ def test_what_is_not_held_is_refused_by_name(tmp_path: Path, changes: dict[str, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_first_stage_that_must_be_told_something_is_told_by_itself(tmp_path: Path, fails: Any) -> None:
+    """The options of the network's conversion are the network's: what is missing here, they cannot tell."""
+    torch.save(made("kl").state_dict(), tmp_path / "stage.pt")
+    lines = jddim.info(tmp_path / "stage.pt")
+    assert lines[-1].endswith("--set norm_num_groups=N --set scaling_factor=NUMBER")  # neither is assumed
+    assert not any("untold" in line and "scaling_factor" in line for line in lines)
+    unet = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    diffusers.UNet2DModel(**unet, norm_num_groups=4, layers_per_block=1, sample_size=7).save_pretrained(
+        tmp_path / "net"
+    )
+    diffusers.DDIMScheduler().save_pretrained(tmp_path / "net")
+    told = fails("convert", tmp_path / "net", tmp_path / "out", "--autoencoder", tmp_path / "stage.pt")
+    command = f"jddim convert {tmp_path / 'stage.pt'} STAGE --set norm_num_groups=N --set scaling_factor=NUMBER"
+    assert f"This is of the first stage: convert it first, {command}, then give --autoencoder STAGE" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_half_a_first_stage_and_one_of_video_are_refused(tmp_path: Path) -> None:
     state = compvis()
     torch.save({k: v for k, v in state.items() if not k.startswith("encoder.")}, tmp_path / "half.ckpt")
