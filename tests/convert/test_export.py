@@ -136,7 +136,7 @@ def test_wrong_use_gets_one_line_and_writes_nothing(tmp_path: Path, capsys: pyte
     (tmp_path / "file").write_text("mine")
     before = tree(tmp_path)
     for arguments, message in (
-        ([str(tmp_path / "out"), "--format", "pessr"], "unknown format 'pessr' (did you mean 'pesser'? allowed: "),
+        ([str(tmp_path / "out"), "--format", "pessr"], "unknown format 'pessr' (did you mean 'pesser'?"),
         ([str(tmp_path / "file")], "exists; choose another name, or pass --overwrite"),
         ([str(checkpoint), "--overwrite"], "exists; it is a folder; choose another name"),
     ):
