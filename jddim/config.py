@@ -853,9 +853,12 @@ def number_problems(config: Any) -> list[str]:
     return problems
 
 
-def size_problems(config: ModelConfig, image_size: tuple[int, int]) -> list[str]:
-    """What is wrong with (height, width) for this network: [] or one sentence that says which sizes divide."""
-    factor = config.size_factor
+def size_problems(config: ModelConfig, image_size: tuple[int, int], pixels: int = 1) -> list[str]:
+    """What is wrong with (height, width) for this network: [] or one sentence that says which sizes divide.
+
+    pixels: how many of them one of the network's is, along a side: of latents more than 1.
+    """
+    factor = config.size_factor * pixels
     if all(side >= factor and side % factor == 0 for side in image_size):
         return []
     lower = [max(side // factor, 1) * factor for side in image_size]

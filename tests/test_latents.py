@@ -26,7 +26,7 @@ from convert.families import autoencoder  # noqa: E402
 from convert.reference.openai_unet import OpenAIUNet  # noqa: E402
 from convert.reference.unet import redraw_  # noqa: E402
 from jddim.cli.main import main  # noqa: E402
-from jddim.config import AutoencoderConfig  # noqa: E402
+from jddim.config import AutoencoderConfig, DiTConfig  # noqa: E402
 from jddim.images import load_images, settings_of  # noqa: E402
 from jddim.models import build  # noqa: E402
 from jddim.models.autoencoder import Autoencoder  # noqa: E402
@@ -266,6 +266,17 @@ def test_images_of_other_channels_than_the_latents_are_edited_and_inverted(ddim:
             four.edit(wrong, 0, strength=0.5, steps=4)
     with pytest.raises(RequestError, match="latents of 3 channels, the network samples 4: they do not belong together"):
         dataclasses.replace(four, autoencoder=ddim.autoencoder).sample(0, steps=1)
+
+
+def test_a_size_that_does_not_divide_is_told_in_pixels(ddim: jddim.DDIM) -> None:
+    """A patch of 2x2 latents of 2x2 pixels each: what is nearest is of pixels, too."""
+    config = DiTConfig((8, 8), in_channels=3, out_channels=3, channels=8, depth=1, num_heads=1)
+    patches = dataclasses.replace(ddim, model=build(config, dtype=np.float32, rngs=nnx.Rngs(0)))
+    told = "image size 18x16 does not divide: height and width must be multiples of 4 .nearest: 16x16 or 20x16.$"
+    with pytest.raises(RequestError, match=told):
+        patches.sample(0, image_size=(18, 16), steps=1)
+    with pytest.raises(TypeError, match=r"edit\(\) takes no 'latents' \(allowed: "):  # nor x_T
+        ddim.edit(X_T, 0, strength=0.5, latents=True)  # type: ignore[call-arg]
 
 
 def test_decode_and_encode_refuse_what_they_have_no_program_for(ddim: jddim.DDIM) -> None:

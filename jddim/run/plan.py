@@ -371,7 +371,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     height, width = config.image_size if size is None else size
     misfits: Problems = []
     if stage is not None and size is not None and (request.image_size is not None or inputs.images is not None):
-        misfits = latent_problems(stage, size)
+        misfits = latent_problems(stage, config, size)
         height, width = stage.latent_size(size)
     shape = (height, width, config.in_channels)
     own_images = (factor * height, factor * width, channels)

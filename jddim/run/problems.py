@@ -50,9 +50,9 @@ def decode_problems(size: int) -> Problems:
     return [] if size >= 1 else [("decode_batch", f"decode_batch must be at least 1, got {size}")]
 
 
-def latent_problems(stage: AutoencoderConfig, image_size: tuple[int, int]) -> Problems:
-    """What is wrong with images of (height, width) pixels for a first stage."""
-    return [("image_size", problem) for problem in size_problems(stage, image_size)]
+def latent_problems(stage: AutoencoderConfig, config: ModelConfig, image_size: tuple[int, int]) -> Problems:
+    """What is wrong with images of (height, width) pixels for a first stage and the network of its latents."""
+    return [("image_size", problem) for problem in size_problems(config, image_size, stage.size_factor)]
 
 
 def pair_problems(stage: AutoencoderConfig, config: ModelConfig) -> Problems:

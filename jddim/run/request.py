@@ -469,7 +469,7 @@ def check_names(given: Mapping[str, Any], known: Sequence[str], of: str) -> None
     """Raise TypeError that names what is unknown among the keyword arguments of a function, and the nearest known."""
     if unknown := [name for name in given if name not in known]:
         meant = of_peers(unknown[0])
-        hint = did_you_mean(unknown[0], known) if meant is None else f" (here it is {meant!r})"
+        hint = f" (here it is {meant!r})" if meant in known else did_you_mean(meant or unknown[0], known)
         if meant in ELSEWHERE and meant not in known:
             hint = f" ({ELSEWHERE[meant]})"
         raise TypeError(f"{of}() takes no {unknown[0]!r}{hint}")

@@ -169,7 +169,7 @@ class Sharded:
             if request.decode_batch is not None:
                 problems = problems + decode_problems(request.decode_batch)
             if request.image_size is not None:
-                problems = problems + latent_problems(stage, request.image_size)
+                problems = problems + latent_problems(stage, config, request.image_size)
                 asked = dataclasses.replace(asked, image_size=stage.latent_size(request.image_size))
         shape = (num, *(asked.image_size or config.image_size))
         problems = problems or label_problems(config, held, num)
