@@ -76,7 +76,7 @@ from jddim.train import data as training_data
 from jddim.train.task import Task
 
 MEMORY = 1_500_000_000
-SECONDS_A_CASE = 20
+SECONDS_A_CASE = 60
 CONFIG = b"""\
 data: {image_size: 6, channels: 1, rescaled: true}
 model: {ch: 8, ch_mult: [1, 2], num_res_blocks: 1, attn_resolutions: [3], in_channels: 1, out_ch: 1}

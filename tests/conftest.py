@@ -123,5 +123,10 @@ def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
 
 if find_spec("torch") is None:
     print("tests of the PyTorch side are left out: torch is not installed (pip install 'jddim[convert]')")
-    measured = ["measure_digits.py", "measure_training.py", "parity/make_source_golden.py"]
+    measured = [
+        "measure_digits.py",
+        "measure_training.py",
+        "parity/make_source_golden.py",
+        "parity/make_flax_golden.py",
+    ]
     collect_ignore_glob = ["convert/reference/*", *measured]
