@@ -8,7 +8,7 @@ into a new folder or over an old checkpoint. Of these an eighth is verified, and
 A case fails if it raises anything but ConversionError or CheckpointError (readers of arrays, pictures, sets and
 settings: ValueError or OSError), if it would run a program, import by pickle, connect, or write, rename or remove
 outside its folder, or there where it only reads (audit hooks, which see what Python does whoever asks for it), if it
-needs more than 1.5 GB or 20 seconds, if it changes its source, if a refusal leaves anything behind, or what was written
+needs more than 1.5 GB or 60 seconds, if it changes its source, if a refusal leaves anything behind, or what was written
 cannot be loaded. What failed is kept, and named.
 """
 
