@@ -33,6 +33,7 @@ from jddim.config import AutoencoderConfig, ClassifierConfig, ModelConfig, did_y
 from jddim.converting import Check, Located, Paths, UnsettledError, Verification, Warns
 from jddim.files import MOST_JSON, parse_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
+from jddim.run.problems import pair_problems
 
 from . import verify as verification
 from .engine import ConversionError, fill, refusing
@@ -192,11 +193,8 @@ def _first_stage(
         config = stage.plan.model
     if not isinstance(config, AutoencoderConfig):
         raise ConversionError(f"--autoencoder {given} is no first stage: {config.summary}")
-    if plan.model.in_channels != config.latent_channels:
-        raise ConversionError(
-            f"the first stage has latents of {config.latent_channels} channels, the network samples "
-            f"{plan.model.in_channels}: they do not belong together"
-        )
+    for _, problem in pair_problems(config, plan.model):
+        raise ConversionError(problem)
     return config, stage
 
 

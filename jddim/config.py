@@ -349,8 +349,36 @@ TIME_EMBEDDINGS = ("sinusoidal", "fourier", *BY_TABLE)
 CLASS_EMBEDDINGS = ("learned", "timestep", "identity")
 
 
+class _NoCondition:
+    """Of a network that is given no image beside x_t."""
+
+    @property
+    def condition_channels(self) -> int:
+        """0: no image is given beside x_t."""
+        return 0
+
+    @property
+    def condition_first(self) -> bool:
+        """Whether a condition would come first."""
+        return False
+
+
+class _NoLabels:
+    """Of a network that takes no labels."""
+
+    @property
+    def class_embedding(self) -> str | None:
+        """None: it takes no labels."""
+        return None
+
+    @property
+    def num_classes(self) -> int | None:
+        """None: it takes no labels."""
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
-class LucidrainsConfig:
+class LucidrainsConfig(_NoCondition, _NoLabels):
     """The UNet of lucidrains' denoising-diffusion-pytorch 2.x (`jddim.models.lucidrains`); its `Unet`'s arguments.
 
     image_size: (height, width) in pixels that the checkpoint was trained at. in_channels: the image's;
@@ -405,26 +433,6 @@ class LucidrainsConfig:
         return 1 << (len(self.channel_mults) - 1)
 
     @property
-    def class_embedding(self) -> str | None:
-        """None: there are no classes in this wiring."""
-        return None
-
-    @property
-    def num_classes(self) -> int | None:
-        """None: there are no classes in this wiring."""
-        return None
-
-    @property
-    def condition_channels(self) -> int:
-        """0: no image is given beside x_t, but the self-conditioning's."""
-        return 0
-
-    @property
-    def condition_first(self) -> bool:
-        """Whether a condition would come first."""
-        return False
-
-    @property
     def summary(self) -> str:
         """The network in one line, for people."""
         full = [level for level, full in enumerate(self.full_attention) if full]
@@ -473,7 +481,7 @@ LUCIDRAINS_TIME_EMBEDDINGS = ("sinusoidal", "learned")
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(_NoCondition):
     """The diffusion transformer of Peebles and Xie (arXiv:2212.09748; `jddim.models.dit`): adaLN-zero blocks.
 
     One wiring, two sources: facebookresearch/DiT, whose names of sizes are in brackets, and diffusers'
@@ -508,16 +516,6 @@ class DiTConfig:
     def input_channels(self) -> int:
         """Channels of the network's input: x_t's."""
         return self.in_channels
-
-    @property
-    def condition_channels(self) -> int:
-        """0: no image is given beside x_t."""
-        return 0
-
-    @property
-    def condition_first(self) -> bool:
-        """Whether a condition would come first."""
-        return False
 
     @property
     def size_factor(self) -> int:
@@ -572,7 +570,7 @@ class DiTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(_NoCondition):
     """A classifier of noisy images, for guidance: guided-diffusion's EncoderUNetModel (`jddim.models.classifier`).
 
     Half of OpenAI's UNet, then logits. The fields are those of `UNetConfig` with the same names, and
@@ -630,16 +628,6 @@ class ClassifierConfig:
         return self.in_channels
 
     @property
-    def condition_channels(self) -> int:
-        """0: no image is given beside x_t."""
-        return 0
-
-    @property
-    def condition_first(self) -> bool:
-        """Whether a condition would come first."""
-        return False
-
-    @property
     def out_channels(self) -> int:
         """How many logits it returns."""
         return self.num_classes
@@ -677,7 +665,7 @@ POOLS = ("attention", "adaptive")
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(_NoCondition, _NoLabels):
     """A first stage (arXiv:2112.10752): images to latents z and back. `jddim.models.autoencoder`.
 
     image_size: (height, width) in pixels that it was trained at. in_channels, out_channels: of the images.
@@ -730,29 +718,9 @@ class AutoencoderConfig:
         return self.in_channels
 
     @property
-    def condition_channels(self) -> int:
-        """0: no image is given beside it."""
-        return 0
-
-    @property
-    def condition_first(self) -> bool:
-        """Whether a condition would come first."""
-        return False
-
-    @property
     def size_factor(self) -> int:
         """Height and width must be multiples of it: each level but the last halves them."""
         return 1 << (len(self.channel_mults) - 1)
-
-    @property
-    def class_embedding(self) -> str | None:
-        """None: it takes no labels."""
-        return None
-
-    @property
-    def num_classes(self) -> int | None:
-        """None: it takes no labels."""
-        return None
 
     @property
     def summary(self) -> str:

@@ -2,8 +2,8 @@
 
 The folder holds two Orbax items, `params` (a nested dict of float32 arrays) and `metadata` (JSON: model config,
 schedule, sampler defaults, where the weights came from; classifiers and first stages have no schedule and no sampler),
-a model card
-(`README.md`: the metadata for people, never read back), and whatever reports are put beside them (`verify.json`).
+a model card (`README.md`: the metadata for people, never read back), and whatever reports are put beside them
+(`verify.json`).
 It is written under another name and renamed when whole, and it carries digests of its own contents, so a folder
 that loads is the folder that was written.
 """
