@@ -29,11 +29,12 @@ from jddim.checkpoint.folder import (
     save_checkpoint,
 )
 from jddim.checkpoint.metadata import FIRST_STAGE, Metadata, PartMetadata
-from jddim.config import AutoencoderConfig, ClassifierConfig, ModelConfig, did_you_mean
+from jddim.config import EDM, AutoencoderConfig, ClassifierConfig, ModelConfig, did_you_mean
 from jddim.converting import Check, Located, Paths, UnsettledError, Verification, Warns
 from jddim.files import MOST_JSON, parse_json, read_regular, whole_number
 from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.run.problems import pair_problems
+from jddim.schedule import ContinuousSchedule, make_schedule
 
 from . import verify as verification
 from .engine import ConversionError, fill, refusing
@@ -523,6 +524,17 @@ def _params(family: Family, source: Source, plan: Plan) -> dict[str, np.ndarray]
     return fill({**source.tensors, **plan.implied}, expected, plan.rules, plan.ignored, family.pointwise)
 
 
+def _told_times(plan: Plan) -> np.ndarray:
+    """The first, the middle and the last t of a plan's schedule, as its network is told them."""
+    T = 1000 if plan.schedule is None else plan.schedule.num_train_timesteps
+    schedule = None if plan.schedule is None else make_schedule(plan.schedule)
+    if plan.sampler is None or not isinstance(schedule, ContinuousSchedule):
+        return np.array([0, T // 2, T - 1], np.int32)
+    t = np.linspace(schedule.t_min, schedule.t_max, 3, dtype=np.float32)
+    t = np.log(t) if plan.sampler.prediction_type == EDM else 1 - t if plan.sampler.reversed_time else t
+    return t * np.float32(plan.sampler.timestep_scale)
+
+
 def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.ndarray]) -> Verification:
     tensors = {n: value for n, value in {**source.tensors, **plan.implied}.items() if n not in plan.ignored}
     return verification.verify(
@@ -530,7 +542,7 @@ def _verify(family: Family, source: Source, plan: Plan, params: Mapping[str, np.
         tensors,
         family,
         plan.model,
-        1000 if plan.schedule is None else plan.schedule.num_train_timesteps,
+        _told_times(plan),
         reference_options=plan.reference_options,
     )
 

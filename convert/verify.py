@@ -42,15 +42,15 @@ def verify(
     tensors: Mapping[str, np.ndarray],
     family: Family,
     config: ModelConfig,
-    num_t: int,
+    t: np.ndarray,
     seed: int = 0,
     reference_options: Mapping[str, Any] | None = None,
 ) -> Verification:
     """Run the Flax model and the family's PyTorch reference, loaded from the source's own tensors, on random inputs.
 
-    num_t: T; the batch has three samples, at t = 0 (1 where the network takes log t), T // 2 and T - 1; a `LARGE`
-    network's only the second. reference_options: the plan's. JAX multiplies in its highest precision (a GPU would use
-    TF32 by default). Raises ConversionError where PyTorch is not installed.
+    t: three, as the network is told them (1 in place of 0 where it takes log t), one for each sample of the batch; a
+    `LARGE` network's has only the second. reference_options: the plan's. JAX multiplies in its highest precision (a GPU
+    would use TF32 by default). Raises ConversionError where PyTorch is not installed.
     """
     if not can_verify():
         raise ConversionError(f"comparing with PyTorch needs PyTorch: {install_line('convert')}")
@@ -58,7 +58,7 @@ def verify(
 
     rng = np.random.default_rng(seed)
     large = sum(np.size(value) for value in tensors.values()) > LARGE
-    t = np.array([num_t // 2] if large else [0, num_t // 2, num_t - 1], np.int32)
+    t = t[1:2] if large else t
     if getattr(config, "time_embedding", None) == "fourier":
         t = np.maximum(t, 1)
     image_size = small_image_size(config)
@@ -73,7 +73,7 @@ def verify(
     with torch.no_grad():
         outputs = reference.activations(
             torch.from_numpy(x_t.transpose(0, 3, 1, 2).copy()),
-            torch.from_numpy(t.astype(np.int64)),
+            torch.from_numpy(t.astype(np.int64) if t.dtype == np.int32 else t),
             None if labels is None else torch.from_numpy(labels),
         )
         expected = {name: _nhwc(output.numpy()) for name, output in outputs}
@@ -90,7 +90,7 @@ def verify(
         raise AssertionError(f"the reference's blocks {list(expected)} are not the model's {list(actual)}")
     return Verification(
         blocks={name: scaled_error(np.asarray(actual[name], np.float32), expected[name]) for name in expected},
-        t=tuple(int(i) for i in t),
+        t=tuple(t.tolist()),
         image_size=image_size,
         seed=seed,
         torch=torch.__version__,

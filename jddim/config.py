@@ -27,6 +27,8 @@ class ScheduleConfig:
     name: a key of `jddim.schedule.SCHEDULES`, or "betas" for the explicit list in `betas`.
     beta_start, beta_end: for the schedules that take them; None means the schedule's own default.
     zero_terminal_snr: the betas are rescaled so that alpha_bar ends at 0 (arXiv:2305.08891, Algorithm 1).
+    t_min, t_max: of the continuous schedules "flow", "edm" and "vp", which have no T and take nothing else, but vp its
+        beta_start and beta_end; None means the schedule's own default.
     """
 
     name: str = "linear"
@@ -35,20 +37,29 @@ class ScheduleConfig:
     beta_end: float | None = None
     betas: tuple[float, ...] | None = None
     zero_terminal_snr: bool = False
+    t_min: float | None = later(None)
+    t_max: float | None = later(None)
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
     """A source's sampling conventions (the defaults of `DDIM.sample`; every one can be overridden).
 
-    spacing: a key of `jddim.timesteps.SPACINGS`, or OpenAI's "ddimN" or "10,15,20", which say their own S.
+    spacing: a key of `jddim.timesteps.SPACINGS`, or OpenAI's "ddimN" or "10,15,20", which say their own S; or of
+        `jddim.timesteps.RATIOS`, off the grid; of a continuous schedule "even" or one of RATIOS.
     steps_offset: added to every t of the spacing "leading". set_alpha_to_one: False: the last step of diffusers'
         spacings ends at alpha_bar_0, not at 1.
     clip: clamp x0 to `clip_range`. threshold_ratio: instead, dynamic thresholding (Imagen, arXiv:2205.11487): x0 is
         clamped to that quantile of its magnitude, between 1 and threshold_max, and divided by it.
     rederive_eps: recompute eps from the clipped x0 for the direction term.
-    prediction_type: what the network predicts: "epsilon", "sample" (x0) or "v_prediction".
-    timestep_scale: the network is given t times this (OpenAI's rescale_timesteps: 1000 / T).
+    prediction_type: what the network predicts: "epsilon", "sample" (x0), "v_prediction", "velocity" (eps - x0, the
+        derivative of a flow's x_t by t) or "edm" (EDM's F, whose input is scaled and whose t is log sigma).
+    timestep_scale: the network is given t times this (OpenAI's rescale_timesteps: 1000 / T); with "edm", log t times
+        this (1/4).
+    reversed_time: the network is given 1 - t, and its velocity points to the image (SiT, whose t = 1 is clean).
+    sigma_data: EDM's, the images' standard deviation. boundary: with "edm", x0 at t_min is x_t itself (consistency
+        models, arXiv:2303.01469, appendix C).
+    shift: of the flow's spacing "even": each t becomes shift t / (1 + (shift - 1) t). rho: of the spacing "karras".
     self_condition: the network also takes the last step's x0 (lucidrains).
     variance: "fixed_small", "fixed_large" or "learned_range", the ancestral sampler's variance. With "learned_range"
         the network has twice the channels, of which the second half interpolates the log-variance (Nichol, Eq. 15);
@@ -74,10 +85,15 @@ class SamplerConfig:
     variance: str = "fixed_small"
     clean_known: bool = later(False)
     guidance_channels: int | None = later(None)
+    reversed_time: bool = later(False)
+    sigma_data: float = later(0.5)
+    boundary: bool = later(False)
+    shift: float = later(1.0)
+    rho: float = later(7.0)
 
 
 METHODS = ("ddim", "ddpm", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "velocity", EDM := "edm")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 DTYPES = ("float32", "bfloat16")
 """What a network may compute in when it samples."""

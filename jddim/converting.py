@@ -82,7 +82,7 @@ class Verification:
     """
 
     blocks: Mapping[str, float]
-    t: tuple[int, ...]
+    t: tuple[float, ...]
     image_size: tuple[int, int]
     seed: int
     torch: str

@@ -1,7 +1,8 @@
 """The maths of DDIM (Song et al., arXiv:2010.02502): pure functions of arrays. No loop, no random keys, no network.
 
-A noisy image is x_t = alpha_t x_0 + sigma_t eps, alpha_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t). Equation
-numbers are the paper's, which writes alpha_t for alpha_bar_t and sigma for the noise that a step adds (`ddim_sigma`).
+A noisy image is x_t = alpha_t x_0 + sigma_t eps. The paper's are alpha_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 -
+alpha_bar_t); its steps hold on every such path (flow: 1 - t and t; EDM: 1 and sigma). Equation numbers are the paper's,
+which writes alpha_t for alpha_bar_t and sigma for the noise that a step adds (`ddim_sigma`).
 Coefficients (`Coefficients`, `eta`) are scalars or one value per sample, `(b,)`; images are `(b, ...)`.
 """
 
@@ -18,20 +19,33 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jddim.config import PREDICTION_TYPES, SamplerConfig, did_you_mean
-from jddim.schedule import NoiseSchedule
-from jddim.timesteps import check_timesteps, counts_itself, make_timesteps, of_diffusers, previous_timesteps
+from jddim.schedule import ContinuousSchedule, NoiseSchedule, Schedule
+from jddim.timesteps import (
+    check_times,
+    check_timesteps,
+    counts_itself,
+    even_times,
+    make_timesteps,
+    of_diffusers,
+    of_ratios,
+    previous_timesteps,
+    spaced_ratios,
+)
 
 Column = Array | np.ndarray
 
-Floats = TypeVar("Floats", Array, npt.NDArray[np.float64])
+Float64 = npt.NDArray[np.float64]
+
+Floats = TypeVar("Floats", Array, Float64)
 
 
 class StepTable(NamedTuple):
     """The sampler's steps, one row each, in the order taken; what `lax.scan` runs over.
 
     step: int32, the step's number from 0: which noise it uses.
-    t, t_prev: int32, the timestep left and the timestep reached; the last t_prev is -1.
-    alpha_t, sigma_t, alpha_prev, sigma_prev, fresh: float in [0, 1], the steps' `Coefficients`. The last alpha_prev and
+    t, t_prev: the timestep left and the timestep reached, int32; float between whole timesteps and on continuous
+        schedules. The last t_prev is the clean image's, -1, of continuous schedules 0.
+    alpha_t, sigma_t, alpha_prev, sigma_prev, fresh: float, the steps' `Coefficients`. The last alpha_prev and
         sigma_prev are 1 and 0, unless set_alpha_to_one is False.
     Each `(S,)`; a slice of rows is again a table (`jax.tree.map(lambda c: c[i:j], table)`).
     """
@@ -49,10 +63,10 @@ class StepTable(NamedTuple):
         """One line of a table on the host; the columns of a row, or of a table that is elsewhere or traced."""
         if not all(isinstance(column, np.ndarray) and column.ndim == 1 and column.size for column in self):
             return f"StepTable{tuple(self)!r}"
-        t = ", ".join(map(str, self.t if self.num_steps <= 8 else (*self.t[:4], "...", *self.t[-3:])))
-        return (
-            f"StepTable({self.num_steps} steps: t = {t}; ends at t = {self.t_prev[-1]}, sigma {self.sigma_prev[-1]:g})"
-        )
+        named = [f"{t:g}" for t in self.t]
+        t = ", ".join(named if self.num_steps <= 8 else [*named[:4], "...", *named[-3:]])
+        ends = f"ends at t = {self.t_prev[-1]:g}, sigma {self.sigma_prev[-1]:g}"
+        return f"StepTable({self.num_steps} steps: t = {t}; {ends})"
 
     @property
     def num_steps(self) -> int:
@@ -87,7 +101,7 @@ class Coefficients(TypedDict):
 
 
 def step_table(
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     timesteps: npt.ArrayLike,
     dtype: npt.DTypeLike = np.float32,
     *,
@@ -96,13 +110,20 @@ def step_table(
 ) -> StepTable:
     """The table of a schedule and a descending list of timesteps: float64 on the host, cast once to `dtype`.
 
-    timesteps: `(S,)`, descending within 0..T-1; an entry may repeat (ermongroup's quad), and then steps to itself.
+    timesteps: `(S,)`, descending within 0..T-1; an entry may repeat (ermongroup's quad), and then steps to itself. Of a
+        continuous schedule real numbers in t_min..t_max, above 0, each ending at the next and the last at 0; it takes
+        no timesteps_prev and no set_alpha_to_one.
     timesteps_prev: `(S,)`, where each step ends, in -1..t (-1 is the clean image; see
     `jddim.timesteps.previous_timesteps`); None: at the next entry, the last at -1.
     set_alpha_to_one: the last step ends at the clean image; False: at t = 0 (diffusers' option of that name).
 
-    Raises ValueError if `timesteps` does not descend within 0..T-1, or `timesteps_prev` does not precede it.
+    Raises ValueError if `timesteps` does not descend within its bounds, or `timesteps_prev` does not precede it.
     """
+    if isinstance(schedule, ContinuousSchedule):
+        if timesteps_prev is not None or not set_alpha_to_one:
+            raise ValueError("timesteps_prev and set_alpha_to_one are of schedules with T timesteps: leave them out")
+        times = check_times(timesteps, schedule.t_min, schedule.t_max)
+        return _path_table(times, schedule.alpha(times), schedule.sigma(times), 0, dtype)
     t = check_timesteps(timesteps, schedule.num_train_timesteps, repeats=True)
     t_prev = np.append(t[1:], -1) if timesteps_prev is None else np.asarray(timesteps_prev)
     if t_prev.shape != t.shape or (t_prev > t).any() or (t_prev < -1).any():
@@ -114,8 +135,17 @@ def step_table(
     return StepTable(*integers, **{name: np.asarray(column).astype(dtype) for name, column in rows.items()})
 
 
+def _path_table(t: np.ndarray, alpha: Float64, sigma: Float64, clean: int, dtype: npt.DTypeLike) -> StepTable:
+    """The table of a run along these points, `(S,)`, each step to the next, the last to the clean image, t = clean."""
+    ends = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
+    ends_at = np.append(t[1:], np.array(clean, t.dtype))
+    columns = (c if c.dtype == np.int32 else c.astype(dtype) for c in (t, ends_at))
+    rows = {name: np.asarray(c).astype(dtype) for name, c in path_rows(alpha, sigma, *ends).items()}
+    return StepTable(np.arange(len(t), dtype=np.int32), *columns, **rows)
+
+
 def sampler_table(
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     sampler: SamplerConfig,
     num_steps: int | None = None,
     dtype: npt.DTypeLike = np.float32,
@@ -126,6 +156,10 @@ def sampler_table(
     num_steps, spacing: in place of the conventions' own; spacing may be an explicit list, which takes no num_steps.
     """
     spacing = sampler.spacing if spacing is None else spacing
+    if isinstance(schedule, ContinuousSchedule):
+        return _continuous_table(schedule, sampler, num_steps, dtype, spacing)
+    if isinstance(spacing, str) and of_ratios(spacing):
+        return _off_grid_table(schedule, sampler, sampler.num_steps if num_steps is None else num_steps, dtype, spacing)
     if num_steps is None and isinstance(spacing, str) and not counts_itself(spacing):
         num_steps = sampler.num_steps
     T = schedule.num_train_timesteps
@@ -136,6 +170,62 @@ def sampler_table(
         dtype,
         timesteps_prev=previous_timesteps(timesteps, spacing, T),
         set_alpha_to_one=sampler.set_alpha_to_one or not of_diffusers(spacing),
+    )
+
+
+def _continuous_table(
+    schedule: ContinuousSchedule,
+    sampler: SamplerConfig,
+    num_steps: int | None,
+    dtype: npt.DTypeLike,
+    spacing: str | Sequence[float] | np.ndarray,
+) -> StepTable:
+    """`sampler_table` where t is continuous: even in t, or in some measure of sigma / alpha, or a list of t."""
+    steps, ends = sampler.num_steps if num_steps is None else num_steps, (schedule.t_min, schedule.t_max)
+    if not isinstance(spacing, str):
+        if num_steps not in (None, len(spacing)):
+            raise ValueError(f"an explicit list of {len(spacing)} timesteps does not take num_steps={num_steps}")
+        t: npt.ArrayLike = spacing
+    elif spacing == "even":
+        t = even_times(*ends, steps, sampler.shift)
+    else:
+        with np.errstate(divide="ignore"):
+            least, largest = schedule.sigma(ends) / schedule.alpha(ends)
+        t = schedule.time_of(spaced_ratios(spacing, least, largest, steps, sampler.rho))
+    return step_table(schedule, t, dtype)
+
+
+def _off_grid_table(
+    schedule: NoiseSchedule, sampler: SamplerConfig, num_steps: int, dtype: npt.DTypeLike, spacing: str
+) -> StepTable:
+    """`sampler_table` between T - 1 and 0 by sigma / alpha, whatever whole timesteps there are."""
+    ends = [0, schedule.num_train_timesteps - 1]
+    with np.errstate(divide="ignore"):
+        least, largest = schedule.sigma(ends) / schedule.alpha(ends)
+    ratios = spaced_ratios(spacing, least, largest, num_steps, sampler.rho)
+    t = schedule.time_of(ratios)
+    t = t.round().astype(np.int32) if spacing.endswith("_rounded") else t
+    alpha = 1 / np.sqrt(1 + ratios**2)
+    return _path_table(t, alpha, alpha * ratios, -1, dtype)
+
+
+def path_rows(
+    alpha_t: npt.ArrayLike, sigma_t: npt.ArrayLike, alpha_prev: npt.ArrayLike, sigma_prev: npt.ArrayLike
+) -> Coefficients:
+    """The coefficients of steps between any two points of a Gaussian path, the second with less noise: host, float64.
+
+    sigma_t, alpha_prev > 0. For alpha^2 + sigma^2 = 1 they are `vp_rows`'s.
+    """
+    alpha, sigma, alpha_prev, sigma_prev = (
+        np.asarray(c, np.float64) for c in (alpha_t, sigma_t, alpha_prev, sigma_prev)
+    )
+    q = (alpha / alpha_prev) * (sigma_prev / sigma)
+    return Coefficients(
+        alpha_t=alpha,
+        sigma_t=sigma,
+        alpha_prev=alpha_prev,
+        sigma_prev=sigma_prev,
+        fresh=np.sqrt((1 - q) * (1 + q)),
     )
 
 
@@ -189,9 +279,9 @@ def predict_both(
 ) -> tuple[Array, Array]:
     """(x0, eps) from a network's output, `(b, ...)` like x_t.
 
-    prediction_type: "epsilon"; "sample", x0; or "v_prediction", v = alpha_t eps - sigma_t x0 where alpha_t^2 +
-    sigma_t^2 = 1 (Salimans and Ho, arXiv:2202.00512, appendix D), the one of the three that also serves at alpha_t = 0
-    and at sigma_t = 0.
+    prediction_type: "epsilon"; "sample", x0; "v_prediction", v = alpha_t eps - sigma_t x0 where alpha_t^2 + sigma_t^2 =
+    1 (Salimans and Ho, arXiv:2202.00512, appendix D); or "velocity", eps - x0, which on the straight path is the
+    derivative of x_t by t (flow matching, arXiv:2209.03003). The last two also serve at alpha_t = 0 and at sigma_t = 0.
     """
     match prediction_type:
         case "epsilon":
@@ -201,6 +291,9 @@ def predict_both(
         case "v_prediction":
             alpha, sigma = per_sample(alpha_t, x_t), per_sample(sigma_t, x_t)
             return alpha * x_t - sigma * output, alpha * output + sigma * x_t
+        case "velocity":
+            alpha, sigma = per_sample(alpha_t, x_t), per_sample(sigma_t, x_t)
+            return (x_t - sigma * output) / (alpha + sigma), (x_t + alpha * output) / (alpha + sigma)
     raise ValueError(f"unknown prediction_type {prediction_type!r}{did_you_mean(prediction_type, PREDICTION_TYPES)}")
 
 

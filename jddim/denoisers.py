@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from jddim.ddim import per_sample
 from jddim.sampling import Denoiser
 
 
@@ -21,6 +22,35 @@ def with_scaled_time(denoise: Denoiser, scale: ArrayLike) -> Denoiser:
     What else it takes, labels for instance, is passed on.
     """
     return lambda x_t, t, *rest: denoise(x_t, t * jnp.asarray(scale, x_t.dtype), *rest)
+
+
+def with_reversed_time(denoise: Denoiser) -> Denoiser:
+    """A flow's denoiser of a network whose t = 1 is the clean image, and whose velocity leads there (SiT).
+
+    Given 1 - t, it returns minus the velocity eps - x0. What else it takes is passed on.
+    """
+    return lambda x_t, t, *rest: -denoise(x_t, 1 - t, *rest)
+
+
+def with_edm(denoise: Denoiser, sigma_data: float = 0.5, time_scale: float = 0.25, t_free: float = 0.0) -> Denoiser:
+    """The velocity eps - x0 from a network F of EDM's preconditioning (arXiv:2206.00364, Table 1), where t is sigma.
+
+    x0 = c_skip x_t + c_out F(c_in x_t, time_scale log t), with c_in = 1 / r, c_skip = sigma_data^2 / r^2, c_out = t
+    sigma_data / r, r^2 = t^2 + sigma_data^2. The velocity has no division by a small t.
+    t_free: where x0 is x_t itself, whatever F is: in c_skip and c_out t is t - t_free (consistency models,
+    arXiv:2303.01469, appendix C). What else the network takes is passed on.
+    """
+
+    def velocity(x_t: Array, t: Array, *rest: Array) -> Array:
+        sigma = per_sample(t.astype(x_t.dtype), x_t)
+        r, left = jnp.hypot(sigma, sigma_data), sigma - t_free
+        F = denoise(x_t / r, time_scale * jnp.log(t), *rest)
+        skip = left**2 + sigma_data**2
+        # x0 = (sigma_data^2 / skip) x_t + (left sigma_data / r) F, and eps = (x_t - x0) / sigma
+        eps = left / sigma * (left / skip * x_t - sigma_data / r * F)
+        return eps - (sigma_data**2 / skip * x_t + left * sigma_data / r * F)
+
+    return velocity
 
 
 def without_variance(denoise: Denoiser) -> Denoiser:

@@ -32,7 +32,7 @@ from jddim.sampling import (
     limiter,
     update_loop,
 )
-from jddim.schedule import NoiseSchedule
+from jddim.schedule import ContinuousSchedule, NoiseSchedule, Schedule
 
 Scale = ArrayLike | Callable[[Array], ArrayLike]
 
@@ -242,8 +242,10 @@ def classifier_guided(
     return guided
 
 
-def schedule_columns(schedule: NoiseSchedule) -> tuple[np.ndarray, np.ndarray]:
-    """Alpha and sigma at each t of a schedule, float64 `(T,)`."""
+def schedule_columns(schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+    """Alpha and sigma at each t of a schedule, float64 `(T,)`. Raises ValueError for a continuous one."""
+    if isinstance(schedule, ContinuousSchedule):
+        raise ValueError("this needs a schedule of T timesteps, whose t it looks alpha and sigma up by")
     every_t = np.arange(schedule.num_train_timesteps)
     return schedule.alpha(every_t), schedule.sigma(every_t)
 

@@ -40,9 +40,10 @@ def inversion_table(table: StepTable, convention: str = "diffusers") -> StepTabl
     """The rows of inversion, from x_0 up to x_T, for the sampler's `table`, whose timesteps are on the host.
 
     convention: "paper", the sampler's steps taken backwards, each asking the network at the t it leaves (Eq. 13; t = 0
-    for the clean image, whose eps no network is trained for); "diffusers" (DDIMInverseScheduler), the same steps,
-    asking at the t they reach; "openai" (ddim_reverse_sample), from each t to the next above it, asking at the t it
-    leaves: x_0 is taken for the sample at the least t, and the last step ends at noise alone, beyond the largest.
+    for the clean image, whose eps no network is trained for; where t is no whole number, the least t); "diffusers"
+    (DDIMInverseScheduler), the same steps, asking at the t they reach; "openai" (ddim_reverse_sample), from each t to
+    the next above it, asking at the t it leaves: x_0 is taken for the sample at the least t, and the last step ends at
+    noise alone, beyond the largest.
 
     Returns as many rows as `table` has. t: what the network is asked; t_prev, alpha_prev, sigma_prev: the timestep
     reached, which is the noisier one, and its image and noise; alpha_t, sigma_t: those of the sample left, 1 and 0 for
@@ -57,10 +58,13 @@ def inversion_table(table: StepTable, convention: str = "diffusers") -> StepTabl
     step, fresh = table.step, 0 * table.fresh
     match convention:
         case "paper":
-            return StepTable(step, np.maximum(t_prev, 0), t, alpha_prev, sigma_prev, alpha, sigma, fresh)
+            from_clean = np.maximum(t_prev, 0) if np.issubdtype(t.dtype, np.integer) else np.append(t[:1], t_prev[1:])
+            return StepTable(step, from_clean, t, alpha_prev, sigma_prev, alpha, sigma, fresh)
         case "diffusers":
             return StepTable(step, t, t, alpha_prev, sigma_prev, alpha, sigma, fresh)
         case "openai":
+            if not np.issubdtype(t.dtype, np.integer):
+                raise ValueError("the convention 'openai' is of whole timesteps: take 'paper' or 'diffusers'")
             t_next = np.append(t[1:], t[-1:] + 1)
             return StepTable(step, t, t_next, alpha, sigma, _then(alpha[1:], 0.0), _then(sigma[1:], 1.0), fresh)
     raise ValueError(f"unknown convention {convention!r}{did_you_mean(convention, CONVENTIONS)}")

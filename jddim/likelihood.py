@@ -60,7 +60,9 @@ def log_likelihood(
         raise ValueError("the ODE has no end at alpha_t = 0 (zero terminal SNR): leave the table's first timestep out")
     if probes is not None and probes.shape[1:] != x_0.shape:
         raise ValueError(f"probes must have shape (n, {', '.join(map(str, x_0.shape))}), got {probes.shape}")
-    t = np.asarray(table.t, np.int32)[::-1]
+    if np.abs(alpha[-1] ** 2 + sigma[-1] ** 2 - 1) > 1e-3:
+        raise ValueError("a likelihood needs a path with alpha_t^2 + sigma_t^2 = 1, whose x_T is standard normal")
+    t = np.asarray(table.t)[::-1]
     r = sigma / alpha
 
     def flow(y: Array, t: Array, alpha_t: Array, sigma_t: Array) -> tuple[Array, Array]:

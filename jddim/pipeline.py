@@ -47,10 +47,10 @@ from jddim.run.problems import (
     label_problems,
     stage_problems,
 )
-from jddim.run.programs import Program, by_parts, decode, encode, moments, network_denoiser
+from jddim.run.programs import Program, by_parts, decode, denoiser_returns, encode, moments, network_denoiser
 from jddim.run.request import Request, RequestError, check_names
 from jddim.sampling import Denoiser, Trajectory
-from jddim.schedule import NoiseSchedule, make_schedule
+from jddim.schedule import NoiseSchedule, Schedule, make_schedule
 from jddim.solvers import Solver
 
 Images = Array | np.ndarray
@@ -122,6 +122,11 @@ class Conventions(TypedDict, total=False):
     variance: str
     clean_known: bool
     guidance_channels: int | None
+    reversed_time: bool
+    sigma_data: float
+    boundary: bool
+    shift: float
+    rho: float
 
 
 RUN = ("batch_size", "progress", "on_segment")
@@ -253,7 +258,7 @@ class DDIM(metaclass=_Led):
     """
 
     model: Network
-    schedule: NoiseSchedule
+    schedule: Schedule
     sampler: SamplerConfig
     metadata: Metadata | None = None
     autoencoder: Autoencoder | None = None
@@ -270,7 +275,7 @@ class DDIM(metaclass=_Led):
         source = "" if self.metadata is None else f", {self.metadata.provenance.get('family', 'jddim')}"
         source += "" if self.autoencoder is None else f"; latents of {self.autoencoder.config.summary}"
         return (
-            f"DDIM({self.model.config.summary}; {count:,} parameters; T = {self.schedule.num_train_timesteps}; "
+            f"DDIM({self.model.config.summary}; {count:,} parameters; {self.schedule.summary}; "
             f"{used.spacing}, {used.num_steps} steps, predicts {used.prediction_type}{source})"
         )
 
@@ -280,11 +285,14 @@ class DDIM(metaclass=_Led):
             table = self.table()
             visited, told = table.t, repr(table)
         except ValueError as error:  # of conventions that make no table; what is only looked at does not raise
-            visited, told = np.array([]), str(error)
+            visited, told = np.array([], int), str(error)
         facts = {"default timetable": told} | ({} if self.metadata is None else card.facts(self.metadata))
         pairs = [(html.escape(name), html.escape(fact)) for name, fact in facts.items()]
         rows = (f'<tr><th align="left">{name}</th><td align="left">{fact}</td></tr>' for name, fact in pairs)
-        line, curve = html.escape(repr(self)), alpha_bar_curve(self.schedule.alphas_cumprod, visited)
+        line, schedule = html.escape(repr(self)), self.schedule
+        curve = ""
+        if isinstance(schedule, NoiseSchedule) and np.issubdtype(visited.dtype, np.integer):
+            curve = alpha_bar_curve(schedule.alphas_cumprod, visited)
         return f"<div><code>{line}</code><br/>{curve}<table>{''.join(rows)}</table></div>"
 
     def with_sampler(self, **conventions: Unpack[Conventions]) -> DDIM:
@@ -530,10 +538,7 @@ class DDIM(metaclass=_Led):
         problems += condition_problems(config, beside, lead, at_least_float32(self.model.dtype))  # type: ignore[arg-type]
         if problems:
             raise RequestError(problems, "denoiser")
-        program = Program(
-            *(find("ddim"), c.prediction_type, c.timestep_scale, c.rederive_eps, c.variance, c.self_condition),
-            guidance_channels=c.guidance_channels,
-        )
+        program = Program.of(find("ddim"), c, self.schedule, guidance_channels=c.guidance_channels)
         guidance: Any = None if guidance_scale is None else Guidance(guidance_scale, null_label)  # type: ignore[arg-type]
         return network_denoiser(self.model, program, labels, guidance, beside)
 
@@ -544,7 +549,7 @@ class DDIM(metaclass=_Led):
         the sampler's clean_known beside them, which the other two do not take.
         """
         options: dict[str, Any] = {
-            "prediction_type": self.sampler.prediction_type,
+            "prediction_type": denoiser_returns(self.sampler),
             "rederive_eps": self.sampler.rederive_eps,
             **limits(self.sampler, dtype),
         }

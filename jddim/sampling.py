@@ -1,6 +1,7 @@
 """The sampling loops: one `lax.scan` over a step table, for any denoiser. The only user of random keys.
 
-A denoiser is a function `denoise(x_t, t) -> output`: x_t `(b, ..., c)` float, t `(b,)` int32, the output like x_t: what
+A denoiser is a function `denoise(x_t, t) -> output`: x_t `(b, ..., c)` float, t `(b,)` as in the table (int32; float on
+a continuous schedule or off the grid), the output like x_t: what
 the network predicts, the noise unless `prediction_type` says otherwise. Labels, guidance, rescaled t and the like are
 functions around it (`jddim.denoisers`). The loops are traceable and hold no jit of their own: wrap them as you like,
 and pass a model to the jitted function as an argument (closing over it compiles every weight in as a constant).
@@ -69,8 +70,9 @@ Table = TypeVar("Table", bound=Rows)
 class Trajectory(NamedTuple):
     """The way from x_T to x_0, kept every k steps; n = ceil(S / k).
 
-    t: int32 `(n,)`, the timestep reached (-1 is x_0); x_t: `(n, b, ...)`, the sample there; x0_hat: `(n, b, ...)`,
-    the clean image predicted by the step that led there (clipped, if the sampler clips). The last entry is the end.
+    t: `(n,)`, the timestep reached, of the table's dtype (-1, on a continuous schedule 0, is x_0); x_t: `(n, b, ...)`,
+    the sample there; x0_hat: `(n, b, ...)`, the clean image predicted by the step that led there (clipped, if the
+    sampler clips). The last entry is the end.
     """
 
     t: Array
@@ -173,7 +175,8 @@ def sample_loop(
 ) -> Array | tuple[Array, Trajectory]:
     """DDIM from x_T to x_0 (Eq. 12 of arXiv:2010.02502 at every row of `table`). Traceable.
 
-    denoise: see the module's docstring. x_T: `(b, ...)` float, standard normal. table: `jddim.ddim.step_table`.
+    denoise: see the module's docstring. x_T: `(b, ...)` float, standard normal; on EDM's path, that times the first
+    sigma_t. table: `jddim.ddim.step_table`.
     eta: >= 0, scalar or `(b,)`, may be traced; 0 is deterministic, 1 has the DDPM posterior's variance.
     key: one key, whose sample i then draws from `fold_in(key, i)`, or one key per sample `(b,)`; or
     noise: `(S, b, ...)`, row s used in the s-th step taken. One of the two is needed unless `is_zero(eta)`.
@@ -267,7 +270,7 @@ def init_state(x_T: Array, table: Rows, trajectory_every: int | None = None) -> 
             raise ValueError(f"trajectory_every must be at least 1, got {trajectory_every}")
         slots = -(-table.num_steps // trajectory_every)
         empty = jnp.broadcast_to(jnp.zeros_like(x_T), (slots, *x_T.shape))
-        trajectory = Trajectory(jnp.zeros_like(x_T, jnp.int32, shape=slots), empty, empty)
+        trajectory = Trajectory(jnp.zeros_like(x_T, table.t_prev.dtype, shape=slots), empty, empty)
     return State(x_T, jnp.full_like(_all_finite(x_T), -1, jnp.int32), trajectory, jnp.zeros_like(x_T))
 
 
@@ -424,7 +427,17 @@ def as_eta(eta: ArrayLike, x_t: Array) -> Array:
 
 
 def check_prediction(table: Rows, prediction_type: str) -> None:
-    """Raise ValueError if x0 would be divided by alpha_t = 0. Only a table on the host is looked at."""
+    """Raise ValueError if the table's path has no such prediction. Only a table on the host is looked at.
+
+    It has none where x0 would be divided by alpha_t = 0, and no v where alpha_t^2 + sigma_t^2 is not 1.
+    """
+    if prediction_type == "v_prediction" and isinstance(table.alpha_t, np.ndarray):
+        alpha, sigma = table.alpha_t.astype(np.float64), table.sigma_t.astype(np.float64)
+        if np.abs(alpha**2 + sigma**2 - 1).max() > 1e-3:
+            raise ValueError(
+                "v is of paths with alpha_t^2 + sigma_t^2 = 1, which this table's is not: such networks predict the "
+                "velocity eps - x0, prediction_type velocity"
+            )
     if prediction_type == "epsilon" and isinstance(table.alpha_t, np.ndarray) and (table.alpha_t == 0).any():
         raise ValueError(
             "a predicted eps tells nothing of x0 at alpha_t = 0, where this table starts (zero terminal SNR); such "

@@ -1,11 +1,13 @@
-"""Noise schedules: betas and alphas_cumprod, in float64 on the host.
+"""Noise schedules, in float64 on the host: how much image and how much noise x_t = alpha_t x_0 + sigma_t eps holds.
 
-A schedule is what the network was trained with. Every function here returns the whole `NoiseSchedule`;
-nothing is cast to float32 until a step table is built (`jddim.ddim.step_table`).
+A schedule is what the network was trained with: T discrete timesteps (`NoiseSchedule`, of betas), or a t that is
+continuous (`ContinuousSchedule`: flow, EDM, continuous VP). Nothing is cast to float32 until a step table is built
+(`jddim.ddim.step_table`).
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import html
 from collections.abc import Callable, Sequence
@@ -15,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from jddim.config import ScheduleConfig, did_you_mean
 from jddim.curve import alpha_bar_curve
+from jddim.timesteps import LARGEST_S
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -49,6 +52,20 @@ class NoiseSchedule:
             raise ValueError(f"timesteps must lie in -1..{self.num_train_timesteps - 1}, got {t.min()}..{t.max()}")
         return np.concatenate([self.alphas_cumprod, [1.0]])[t]  # index -1 is the appended 1
 
+    @property
+    def summary(self) -> str:
+        """In a few words, for people."""
+        return f"T = {self.num_train_timesteps}"
+
+    @property
+    def most_steps(self) -> int:
+        """The most steps that a spacing takes: T."""
+        return self.num_train_timesteps
+
+    def shown_times(self, num: int = 200) -> NDArray[np.int64]:
+        """At most `num` timesteps from 0 to T-1, to draw the schedule at."""
+        return np.unique(np.linspace(0, self.num_train_timesteps - 1, num).round().astype(np.int64))
+
     def alpha(self, timesteps: ArrayLike) -> NDArray[np.float64]:
         """sqrt(alpha_bar) at integer timesteps in -1..T-1: how much of the image is in x_t."""
         return np.sqrt(self.alpha_bar(timesteps))
@@ -56,6 +73,172 @@ class NoiseSchedule:
     def sigma(self, timesteps: ArrayLike) -> NDArray[np.float64]:
         """sqrt(1 - alpha_bar) at integer timesteps in -1..T-1: how much noise is in x_t."""
         return np.sqrt(1 - self.alpha_bar(timesteps))
+
+    def time_of(self, ratio: ArrayLike) -> NDArray[np.float64]:
+        """The t in 0..T-1, between whole ones too, where sigma / alpha is `ratio`: log sigma / alpha is linear between.
+
+        As k-diffusion and diffusers have it; a ratio beyond the ends has theirs.
+        """
+        every_t = np.arange(self.num_train_timesteps)
+        with np.errstate(divide="ignore"):  # at zero terminal SNR the last is infinite
+            logs = np.log(self.sigma(every_t) / self.alpha(every_t))
+        return np.asarray(np.interp(np.log(ratio), logs, every_t))
+
+    def prior_scale(self, t: float) -> float:
+        """1: a run starts from N(0, I) at any t."""
+        del t
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuousSchedule(abc.ABC):
+    """A Gaussian path x_t = alpha(t) x_0 + sigma(t) eps for every real t in t_min..t_max; t = 0 is the clean image.
+
+    t_min: the least t that the network was trained at, above 0 where it cannot be asked at less; 0 <= t_min < t_max.
+    """
+
+    t_min: float
+    t_max: float
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for other bounds."""
+        if not 0 <= self.t_min < self.t_max < np.inf:
+            raise ValueError(f"t_min and t_max must be numbers with 0 <= t_min < t_max, got {self.t_min}, {self.t_max}")
+
+    @property
+    def summary(self) -> str:
+        """In a few words, for people."""
+        return f"t in {self.t_min:g}..{self.t_max:g}"
+
+    @property
+    def most_steps(self) -> int:
+        """The most steps that a spacing takes."""
+        return LARGEST_S
+
+    def shown_times(self, num: int = 200) -> NDArray[np.float64]:
+        """`num` times from t_min to t_max, to draw the schedule at."""
+        return np.linspace(self.t_min, self.t_max, num)
+
+    @abc.abstractmethod
+    def alpha(self, t: ArrayLike) -> NDArray[np.float64]:
+        """How much of the image is in x_t, for t in 0..t_max."""
+
+    @abc.abstractmethod
+    def sigma(self, t: ArrayLike) -> NDArray[np.float64]:
+        """How much noise is in x_t, for t in 0..t_max."""
+
+    @abc.abstractmethod
+    def time_of(self, ratio: ArrayLike) -> NDArray[np.float64]:
+        """The t where sigma / alpha is `ratio`, >= 0."""
+
+    def prior_scale(self, t: float) -> float:
+        """What a standard normal x_T is multiplied by, to be x_t at the t where a run starts."""
+        del t
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowSchedule(ContinuousSchedule):
+    """Flow matching's straight path, alpha = 1 - t, sigma = t (Liu et al., arXiv:2209.03003; SiT, arXiv:2401.08740).
+
+    A shifted flow (arXiv:2403.03206, Eq. 23) is this path at other t: the sampler's `shift`.
+    """
+
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for other bounds."""
+        super().__post_init__()
+        if self.t_max > 1:
+            raise ValueError(f"the flow's t_max is at most 1, pure noise, got {self.t_max}")
+
+    def alpha(self, t: ArrayLike) -> NDArray[np.float64]:
+        """1 - t."""
+        return 1 - np.asarray(t, np.float64)
+
+    def sigma(self, t: ArrayLike) -> NDArray[np.float64]:
+        """The t itself."""
+        return np.array(t, np.float64)
+
+    def time_of(self, ratio: ArrayLike) -> NDArray[np.float64]:
+        """Ratio / (1 + ratio)."""
+        r = np.asarray(ratio, np.float64)
+        return r / (1 + r)
+
+
+@dataclasses.dataclass(frozen=True)
+class EDMSchedule(ContinuousSchedule):
+    """Karras et al.'s variance-exploding path, alpha = 1, sigma = t (arXiv:2206.00364, section 3): t is sigma.
+
+    The image is not scaled down, so a run starts from noise of standard deviation t.
+    """
+
+    t_min: float = 0.002
+    t_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for other bounds."""
+        super().__post_init__()
+        if self.t_min == 0:
+            raise ValueError("edm's t_min, the least sigma, must be above 0: the network is told its logarithm")
+
+    def alpha(self, t: ArrayLike) -> NDArray[np.float64]:
+        """1."""
+        return np.ones_like(np.asarray(t, np.float64))
+
+    def sigma(self, t: ArrayLike) -> NDArray[np.float64]:
+        """The t itself."""
+        return np.array(t, np.float64)
+
+    def time_of(self, ratio: ArrayLike) -> NDArray[np.float64]:
+        """The ratio itself."""
+        return np.array(ratio, np.float64)
+
+    def prior_scale(self, t: float) -> float:
+        """The t itself."""
+        return float(t)
+
+
+@dataclasses.dataclass(frozen=True)
+class VPSchedule(ContinuousSchedule):
+    """The continuous variance-preserving SDE of linear beta(t) (Song et al., arXiv:2011.13456, appendix B, Eq. 29).
+
+    alpha = exp(-t^2 (beta_end - beta_start) / 4 - t beta_start / 2), sigma = sqrt(1 - alpha^2).
+    """
+
+    t_min: float = 1e-3
+    t_max: float = 1.0
+    beta_start: float = 0.1
+    beta_end: float = 20.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for other bounds."""
+        super().__post_init__()
+        if not 0 < self.beta_start < self.beta_end < np.inf:
+            told = f"got {self.beta_start}, {self.beta_end}"
+            raise ValueError(f"vp's beta_start and beta_end must be numbers with 0 < beta_start < beta_end, {told}")
+
+    def alpha(self, t: ArrayLike) -> NDArray[np.float64]:
+        """See the class."""
+        return np.exp(-self._decay(t))
+
+    def sigma(self, t: ArrayLike) -> NDArray[np.float64]:
+        """See the class; without the difference, which would lose digits at small t."""
+        return np.sqrt(-np.expm1(-2 * self._decay(t)))
+
+    def time_of(self, ratio: ArrayLike) -> NDArray[np.float64]:
+        """Where -2 log alpha is log(1 + ratio^2), the root of a quadratic."""
+        twice = np.log1p(np.square(np.asarray(ratio, np.float64)))
+        rise = self.beta_end - self.beta_start
+        return 2 * twice / (self.beta_start + np.sqrt(self.beta_start**2 + 2 * rise * twice))
+
+    def _decay(self, t: ArrayLike) -> NDArray[np.float64]:
+        t = np.asarray(t, np.float64)
+        return t**2 * (self.beta_end - self.beta_start) / 4 + t * self.beta_start / 2
+
+
+Schedule = NoiseSchedule | ContinuousSchedule
 
 
 def from_betas(betas: ArrayLike) -> NoiseSchedule:
@@ -161,16 +344,39 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
 _WITHOUT_BETA_RANGE = ("cosine", "sigmoid_alpha_bar")
 
 
-def make_schedule(config: ScheduleConfig) -> NoiseSchedule:
+CONTINUOUS: dict[str, Callable[..., ContinuousSchedule]] = {"flow": FlowSchedule, "edm": EDMSchedule, "vp": VPSchedule}
+
+
+def make_schedule(config: ScheduleConfig) -> Schedule:
     """The schedule that `config` names. Raises ValueError on an unknown name or a field it does not take."""
+    if config.name not in CONTINUOUS:
+        return noise_schedule(config)
+    taken = ("t_min", "t_max", "beta_start", "beta_end") if config.name == "vp" else ("t_min", "t_max")
+    given = _given(config, "t_min", "t_max", "beta_start", "beta_end")
+    unused = [name for name in given if name not in taken]
+    unused += ["num_train_timesteps"] if config.num_train_timesteps != ScheduleConfig.num_train_timesteps else []
+    unused += [name for name in ("betas", "zero_terminal_snr") if getattr(config, name)]
+    if unused:
+        raise ValueError(f"schedule {config.name!r} is continuous: it takes no {' or '.join(unused)}")
+    return CONTINUOUS[config.name](**given)
+
+
+def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
+    """The schedule of T discrete timesteps that `config` names. Raises as `make_schedule`, and on a continuous one."""
     schedule = _named(config)
     return zero_terminal_snr(schedule) if config.zero_terminal_snr else schedule
 
 
+def _given(config: ScheduleConfig, *names: str) -> dict[str, float]:
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
+
+
 def _named(config: ScheduleConfig) -> NoiseSchedule:
-    given: dict[str, float] = {
-        name: value for name in ("beta_start", "beta_end") if (value := getattr(config, name)) is not None
-    }
+    given = _given(config, "beta_start", "beta_end")
+    if config.name in CONTINUOUS:
+        raise ValueError(f"schedule {config.name!r} is continuous, and has no T timesteps")
+    if bounds := _given(config, "t_min", "t_max"):
+        raise ValueError(f"schedule {config.name!r} takes no {' or '.join(bounds)}: its t are 0..T-1")
     if config.name == "betas":
         if config.betas is None or len(config.betas) != config.num_train_timesteps or given:
             raise ValueError(
@@ -178,7 +384,9 @@ def _named(config: ScheduleConfig) -> NoiseSchedule:
             )
         return from_betas(config.betas)
     if config.name not in SCHEDULES:
-        raise ValueError(f"unknown schedule {config.name!r}{did_you_mean(config.name, [*SCHEDULES, 'betas'])}")
+        raise ValueError(
+            f"unknown schedule {config.name!r}{did_you_mean(config.name, [*SCHEDULES, 'betas', *CONTINUOUS])}"
+        )
     if config.betas is not None:
         raise ValueError(f"schedule {config.name!r} takes no list of betas; name it 'betas' to use one")
     if given and config.name in _WITHOUT_BETA_RANGE:

@@ -2,10 +2,14 @@
 
 The last visited t is followed by t = -1, the clean image, which is not in the table. Between two entries a step goes
 from each to the next, but for diffusers' spacings, which have a rule of their own (`previous_timesteps`).
+
+At the end of the file are the spacings off the grid: of t itself where it is continuous, or of sigma / alpha
+(`RATIOS`), which is between two whole timesteps where there are T.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from jddim.config import did_you_mean
 
 Timesteps = NDArray[np.int64]
+Times = NDArray[np.float64]
 
 
 def linspace_timesteps(num_train_timesteps: int, num_steps: int) -> Timesteps:
@@ -213,8 +218,12 @@ def make_timesteps(
     elif counts_itself(spacing):
         numbers = [int(number) for number in re.findall(r"\d+", spacing)]
         table = ddim_timesteps(T, numbers[0]) if spacing.startswith("ddim") else section_timesteps(T, numbers)
+    elif spacing == "even":
+        raise ValueError("spacing 'even' is of continuous schedules; with T whole timesteps take 'linspace'")
     elif spacing not in SPACINGS:
-        raise ValueError(f"unknown spacing {spacing!r}{did_you_mean(spacing, [*SPACINGS, 'ddimN', 'N,N,...'])}")
+        raise ValueError(
+            f"unknown spacing {spacing!r}{did_you_mean(spacing, [*SPACINGS, *RATIOS, 'ddimN', 'N,N,...'])}"
+        )
     elif num_steps is None:
         raise ValueError(f"spacing {spacing!r} needs num_steps")
     else:
@@ -276,3 +285,103 @@ def _check(num_train_timesteps: int, num_steps: int) -> tuple[int, int]:
             f"num_steps (--steps) must lie in 1..{num_train_timesteps} (the training timesteps), got {num_steps}"
         )
     return num_train_timesteps, num_steps
+
+
+def even_times(t_min: float, t_max: float, num_steps: int, shift: float = 1.0) -> Times:
+    """Even in t, from t_max down: to t_min, or where that is 0, the clean image, to the last before it.
+
+    shift: > 0; each t becomes shift t / (1 + (shift - 1) t) (arXiv:2403.03206, Eq. 23), for t in 0..1.
+
+    >>> even_times(0.0, 1.0, 4)
+    array([1.  , 0.75, 0.5 , 0.25])
+    """
+    S = _check_steps(num_steps)
+    if not 0 < shift < np.inf:
+        raise ValueError(f"shift must be a number above 0, got {shift}")
+    if shift != 1 and t_max > 1:
+        raise ValueError(f"shift is of a t in 0..1, as a flow has; this schedule's goes to {t_max:g}")
+    t = np.linspace(t_max, 0, S + 1)[:-1] if t_min == 0 else np.linspace(t_max, t_min, S)
+    return np.asarray(shift * t / (1 + (shift - 1) * t))
+
+
+def _karras(u: Times, least: float, largest: float, rho: float) -> Times:
+    """Even in ratio^(1 / rho) (arXiv:2206.00364, Eq. 5)."""
+    high, low = largest ** (1 / rho), least ** (1 / rho)
+    return np.asarray((high + u * (low - high)) ** rho)
+
+
+def _exponential(u: Times, least: float, largest: float, rho: float) -> Times:
+    """Even in log ratio, DPM-Solver's lambda (arXiv:2206.00927): diffusers' use_exponential_sigmas, use_lu_lambdas."""
+    del rho
+    return np.exp(math.log(largest) + u * math.log(least / largest))
+
+
+def _beta(u: Times, least: float, largest: float, rho: float) -> Times:
+    """Quantiles of the distribution Beta(0.6, 0.6) (arXiv:2407.12173): diffusers' use_beta_sigmas."""
+    from scipy.special import betaincinv  # type: ignore[import-untyped]
+
+    del rho
+    return np.asarray(least + (largest - least) * betaincinv(0.6, 0.6, 1 - u))
+
+
+RATIOS: dict[str, Callable[[Times, float, float, float], Times]] = {
+    "karras": _karras,
+    "exponential": _exponential,
+    "beta": _beta,
+}
+"""Spacings of sigma / alpha: (u, even in 0..1; the least and the largest ratio; rho) -> the ratios, descending.
+
+With T whole timesteps the network is told t between them (k-diffusion; diffusers' Euler, Heun and LMS), or, of a name
+with "_rounded" behind it, the nearest whole one (diffusers' DPM-Solver, UniPC and DEIS).
+"""
+
+
+def of_ratios(spacing: str) -> bool:
+    """Whether a spacing's name is one of `RATIOS`, rounded or not."""
+    return spacing.removesuffix("_rounded") in RATIOS
+
+
+def spaced_ratios(spacing: str, least: float, largest: float, num_steps: int, rho: float = 7.0) -> Times:
+    """`num_steps` of sigma / alpha, from the largest to the least, both in (0, inf), of a spacing of `RATIOS`.
+
+    rho: of "karras", > 0.
+    """
+    S = _check_steps(num_steps)
+    if not of_ratios(spacing):
+        told = f"spacing {spacing!r} is not of continuous schedules, which take even, {', '.join(RATIOS)}"
+        raise ValueError(told + did_you_mean(spacing, ["even", *RATIOS]))
+    if not 0 < least < largest < np.inf:
+        told = f"spacing {spacing!r} needs sigma / alpha within (0, inf); this schedule's goes from {largest:g} to "
+        raise ValueError(f"{told}{least:g}: take another spacing, or give the schedule other ends")
+    if not 0 < rho < np.inf:
+        raise ValueError(f"rho must be a number above 0, got {rho}")
+    made = RATIOS[spacing.removesuffix("_rounded")](np.linspace(0, 1, S), least, largest, rho)
+    made[0] = largest  # to the bit, whatever the powers round to
+    made[1:][-1:] = least
+    return made
+
+
+def check_times(times: ArrayLike, t_min: float, t_max: float) -> Times:
+    """`times` as float64, or ValueError: real numbers, not empty, descending, all above 0 and within t_min..t_max."""
+    table = np.array(times, np.float64)
+    if table.ndim != 1 or table.size == 0:
+        raise ValueError(f"timesteps must be a non-empty list, got an array of shape {table.shape}")
+    slack = 1e-9 * t_max  # of powers and roots
+    if (
+        not (np.diff(table) < 0).all()
+        or not table[-1] > 0
+        or not t_min - slack <= table[-1] <= table[0] <= t_max + slack
+    ):
+        told = f"timesteps must strictly descend within {t_min:g}..{t_max:g}, above 0"
+        raise ValueError(f"{told}, got {', '.join(f'{t:g}' for t in table[:5])}{', ...' if len(table) > 5 else ''}")
+    return table
+
+
+def _check_steps(num_steps: int) -> int:
+    if not 1 <= num_steps <= LARGEST_S:
+        raise ValueError(f"num_steps (--steps) must lie in 1..{LARGEST_S}, got {num_steps}")
+    return num_steps
+
+
+LARGEST_S = 1_000_000
+"""Of a spacing off the grid; more is a damaged number."""

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jddim.ddim import StepTable
-from jddim.schedule import NoiseSchedule
+from jddim.schedule import ContinuousSchedule, NoiseSchedule, Schedule
 from jddim.timesteps import Timesteps, check_timesteps
 
 Floats = NDArray[np.float64]
@@ -82,12 +82,19 @@ def search_timesteps(costs: ArrayLike, num_steps: int, start: int | None = None)
     return check_timesteps(timesteps, T)
 
 
-def traps(table: StepTable, schedule: NoiseSchedule, prediction_type: str = "epsilon") -> list[str]:
+def traps(table: StepTable, schedule: Schedule, prediction_type: str = "epsilon") -> list[str]:
     """What is known to go wrong with such a table, as sentences; none for most."""
     t, t_prev = np.asarray(table.t), np.asarray(table.t_prev)
+    if isinstance(schedule, ContinuousSchedule):
+        if t[0] < (1 - 1e-6) * schedule.t_max:
+            return [
+                f"the first step is at t = {t[0]:g}, not at the noisiest, {schedule.t_max:g}: what was trained there "
+                "is not asked for"
+            ]
+        return []
     T, found = schedule.num_train_timesteps, []
     if t[0] < T - 1:
-        first, last = schedule.alphas_cumprod[[t[0], -1]]
+        first, last = table.alpha_bar_t[0], schedule.alphas_cumprod[-1]
         found.append(
             f"the first step is at t = {t[0]}, not at the noisiest, T-1 = {T - 1}: it takes pure noise for less noise "
             f"than it is (alpha_bar {first:.2g}; at T-1 {last:.2g})"

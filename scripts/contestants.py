@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jddim.config import ScheduleConfig, UNetConfig, from_json, to_json
-from jddim.schedule import make_schedule
+from jddim.schedule import noise_schedule
 
 MNIST_SOURCE = Path(__file__).resolve().parent / "assets" / "mnist-ddpm"
 CIFAR10 = UNetConfig(image_size=(32, 32))  # ch 128, mult 1,2,2,2, 2 blocks, attention at 16x16: Ho et al.'s
@@ -153,7 +153,7 @@ def build_jddim(case: Case, device: str) -> Sampler:
     with jax.default_device(on):
         model = build_model(case.config, case.params, jnp.bfloat16 if half else jnp.float32)
         x_T = jax.device_put(case.x_T, on)
-    ddim = DDIM(model, make_schedule(case.schedule), SamplerConfig())
+    ddim = DDIM(model, noise_schedule(case.schedule), SamplerConfig())
 
     def sample() -> Any:
         with jax.default_device(on), jax.default_matmul_precision(precision):
@@ -190,7 +190,7 @@ def torch_sampler(case: Case, denoise: Any, device: str, *, channels_last: bool)
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x_T = torch.from_numpy(nchw(case.x_T)).to(torch_device(device), memory_format=layout)
-    alphas_cumprod = torch.tensor(make_schedule(case.schedule).alphas_cumprod)
+    alphas_cumprod = torch.tensor(noise_schedule(case.schedule).alphas_cumprod)
     timesteps = case.timesteps.tolist()
 
     network = denoise if case.precision != "bfloat16" else in_bfloat16(denoise)
@@ -276,7 +276,7 @@ def build_diffusers(case: Case, device: str, *, channels_last: bool, compile: bo
 
     scheduler: Any = diffusers.DDIMScheduler(
         num_train_timesteps=case.schedule.num_train_timesteps,
-        trained_betas=make_schedule(case.schedule).betas,
+        trained_betas=noise_schedule(case.schedule).betas,
         clip_sample=True,
         set_alpha_to_one=True,
         timestep_spacing="leading",

@@ -134,7 +134,7 @@ def test_the_command_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[
     (leading, other), schedule = found["tables"], linear_schedule(1000)
     table = sampler_table(schedule, SamplerConfig("leading"), 7, np.float64)
     assert [row["t"] for row in leading["steps"]] == table.t.tolist()
-    assert [row["alpha_bar_prev"] for row in leading["steps"]] == table.alpha_bar_prev.tolist()
+    assert [row["alpha_prev"] for row in leading["steps"]] == table.alpha_prev.tolist()
     sigma = ddim_sigma(sigma_prev=table.sigma_prev, fresh=table.fresh, eta=0.5)
     np.testing.assert_allclose([row["added"] for row in leading["steps"]], sigma, rtol=1e-6)
     assert leading["notes"] == traps(table, schedule)

@@ -15,7 +15,7 @@ from typing import Any
 
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig, did_you_mean
-from jddim.schedule import make_schedule
+from jddim.schedule import noise_schedule
 
 from ..engine import ConversionError, cannot_hold, refuse, refusing, shortened
 from ..files.pickles import printable
@@ -739,7 +739,7 @@ def scheduler_json(metadata: Metadata) -> dict[str, Any]:
     ancestral = config.name == "sigmoid" or s.variance == "learned_range"
     names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
     known = config.name in names
-    betas = make_schedule(dataclasses.replace(config, zero_terminal_snr=False)).betas
+    betas = noise_schedule(dataclasses.replace(config, zero_terminal_snr=False)).betas
     # A sigmoid's betas do not reach its ends; the other schedules' do.
     ends = (float(betas[0]), float(betas[-1])) if config.name != "sigmoid" else (1e-4, 0.02)
     ends = (1e-4, 0.02) if config.name == "cosine" or not known else ends

@@ -20,7 +20,7 @@ import numpy as np
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import LucidrainsConfig, SamplerConfig, ScheduleConfig
 from jddim.ddim import largest_eta, step_table
-from jddim.schedule import make_schedule, schedule_config_from_betas
+from jddim.schedule import noise_schedule, schedule_config_from_betas
 from jddim.timesteps import make_timesteps
 
 from ..engine import ConversionError, refuse, refusing
@@ -296,7 +296,7 @@ def _schedule(tensors: Tensors) -> tuple[ScheduleConfig, str | None]:
     previous = np.concatenate([[1.0], alpha_bar[:-1].astype(np.float64)])
     config = schedule_config_from_betas(list(1 - alpha_bar.astype(np.float64) / previous))
     with refusing("the buffer alphas_cumprod is no noise schedule"):
-        make_schedule(config)
+        noise_schedule(config)
     return config, None
 
 
@@ -309,7 +309,7 @@ def _source_schedule(name: str, T: int) -> ScheduleConfig:
 
 def _built(config: ScheduleConfig) -> Any:
     try:
-        return make_schedule(config)
+        return noise_schedule(config)
     except ValueError:
         return None
 
@@ -359,7 +359,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     if not 1 <= steps <= T:
         problems.append(f"sampling_timesteps={steps} must lie in 1..{T}")
     elif _built(schedule) is not None:
-        limit = largest_eta(step_table(make_schedule(schedule), make_timesteps("linspace", T, steps)))
+        limit = largest_eta(step_table(noise_schedule(schedule), make_timesteps("linspace", T, steps)))
         if not 0 <= eta <= limit:
             problems.append(f"ddim_sampling_eta={eta:g} must lie in 0..{limit:.4g} for this table of steps")
     untold = ["image_size", "auto_normalize"]
@@ -585,7 +585,7 @@ def write_unet(metadata: Metadata, params: Tensors, path: Path) -> None:
 
 def buffers(schedule: ScheduleConfig, objective: str) -> dict[str, np.ndarray]:
     """GaussianDiffusion's buffers `(T,)`, computed in float64 and rounded to float32 as there; no min-SNR clipping."""
-    built = make_schedule(schedule)
+    built = noise_schedule(schedule)
     betas, alpha_bar = built.betas, built.alphas_cumprod
     previous = np.concatenate([[1.0], alpha_bar[:-1]])
     variance = betas * (1 - previous) / (1 - alpha_bar)

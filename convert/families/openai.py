@@ -19,7 +19,7 @@ import numpy as np
 
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
-from jddim.schedule import make_schedule, schedule_config_from_betas
+from jddim.schedule import noise_schedule, schedule_config_from_betas
 from jddim.timesteps import make_timesteps
 
 from ..engine import ConversionError, cannot_hold, refuse, refusing
@@ -560,7 +560,7 @@ def schedule_of(betas: np.ndarray) -> ScheduleConfig:
     linear, scaled = (ScheduleConfig(name, T, start, end) for name in ("linear", "scaled_linear"))
     for config in (ScheduleConfig("cosine", T), linear, scaled):
         with contextlib.suppress(ValueError):  # ends that are none of this schedule's
-            if np.allclose(make_schedule(config).betas, betas, rtol=1e-5, atol=0):
+            if np.allclose(noise_schedule(config).betas, betas, rtol=1e-5, atol=0):
                 return config
     return checked(schedule_config_from_betas(betas.tolist()))
 
@@ -573,7 +573,7 @@ def _schedule_problems(told: Mapping[str, Any], schedule: ScheduleConfig | None)
     name = told.get("noise_schedule")
     if told.get("diffusion_steps", T) != T:
         return [f"diffusion_steps is {told['diffusion_steps']} by the flags, but {T} by the betas in the file"]
-    if name and not np.allclose(make_schedule(_schedule(name, T)).betas, make_schedule(schedule).betas):
+    if name and not np.allclose(noise_schedule(_schedule(name, T)).betas, noise_schedule(schedule).betas):
         return [f"noise_schedule is {name} by the flags, but the betas in the file are others"]
     return []
 
@@ -748,9 +748,9 @@ def _diffusion_problems(metadata: Metadata) -> list[str]:
     """Why the sources' diffusion cannot be a checkpoint's."""
     problems = []
     T = metadata.schedule.num_train_timesteps
-    betas = make_schedule(metadata.schedule).betas
+    betas = noise_schedule(metadata.schedule).betas
     # The sources' own formulas, ours, agree to the last digits of float64.
-    if not any(np.allclose(betas, make_schedule(_schedule(name, T)).betas, rtol=1e-9) for name in _schedules(T)):
+    if not any(np.allclose(betas, noise_schedule(_schedule(name, T)).betas, rtol=1e-9) for name in _schedules(T)):
         problems.append(f"the schedule is {metadata.schedule.name} (T = {T}), there linear from {0.1 / T:g} or cosine")
     if metadata.sampler.prediction_type not in ("epsilon", "sample"):
         problems.append(f"prediction_type is {metadata.sampler.prediction_type}, there epsilon or sample")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
-from jddim.schedule import make_schedule
+from jddim.schedule import noise_schedule
 
 from ..engine import ConversionError, refuse
 from ..rules import Rules
@@ -185,7 +185,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     model = dataclasses.replace(model, condition_first=True, time_embedding="noise_level", num_timesteps=T)
     sampler = SamplerConfig(num_steps=T, eta=1.0, rederive_eps=True, clean_known=True)
     check_sampler(sampler, schedule)
-    levels = make_schedule(schedule).alphas_cumprod
+    levels = noise_schedule(schedule).alphas_cumprod
     return Plan(
         model,
         schedule,
@@ -258,12 +258,12 @@ def _own_schedule(tensors: Tensors) -> ScheduleConfig | None:
 
 
 def _same(a: ScheduleConfig, b: ScheduleConfig) -> bool:
-    ours, theirs = (make_schedule(config).betas for config in (a, b))
+    ours, theirs = (noise_schedule(config).betas for config in (a, b))
     return len(ours) == len(theirs) and np.allclose(ours, theirs, rtol=1e-5, atol=0)
 
 
 def _said(schedule: ScheduleConfig) -> str:
-    betas = make_schedule(schedule).betas
+    betas = noise_schedule(schedule).betas
     return f"T = {len(betas)}, beta {betas[0]:.4g} to {betas[-1]:.4g}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jddim.checkpoint.metadata import Metadata, Recorded
 from jddim.config import AutoencoderConfig, ClassifierConfig, SamplerConfig, ScheduleConfig, counted, to_json
+from jddim.schedule import CONTINUOUS
 
 NAME = "README.md"
 ALL_ZERO = "its output is all zero: untrained?"
@@ -113,10 +114,12 @@ def _classes(metadata: Recorded) -> str:
 
 def schedule_line(config: ScheduleConfig) -> str:
     """A schedule in one line, for people."""
-    ends = [f"{name} {value:g}" for name in ("beta_start", "beta_end") if (value := getattr(config, name)) is not None]
+    told = ("t_min", "t_max", "beta_start", "beta_end")
+    ends = [f"{name} {value:g}" for name in told if (value := getattr(config, name)) is not None]
     zero = ["zero terminal SNR"] if config.zero_terminal_snr else []
     name = config.name if config.betas is None else "betas listed one by one"
-    return ", ".join([name, f"T = {config.num_train_timesteps}", *ends, *zero])
+    times = "continuous t" if config.name in CONTINUOUS else f"T = {config.num_train_timesteps}"
+    return ", ".join([name, times, *ends, *zero])
 
 
 def sampler_line(config: SamplerConfig) -> str:

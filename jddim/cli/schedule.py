@@ -15,11 +15,11 @@ from jddim.installing import install_line
 from jddim.run.request import SPACING_NAMES
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from jddim.ddim import StepTable
+    from jddim.schedule import Schedule
 
 PLOTS = (".png", ".svg", ".pdf")
+ENDS = ("alpha_t", "sigma_t", "alpha_prev", "sigma_prev")
 
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -32,7 +32,9 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--schedule cosine --steps 50 --plot cosine.png",
     )
     add_ckpt(sub, "?", f"take the schedule and defaults from a checkpoint: {CKPT}")
-    sub.add_argument("--schedule", default="linear", metavar="NAME", help="without a checkpoint: linear, cosine, ...")
+    sub.add_argument(
+        "--schedule", default="linear", metavar="NAME", help="without a checkpoint: linear, cosine, ..., flow, edm, vp"
+    )
     sub.add_argument(
         "--train-timesteps", type=int, default=1000, metavar="T", help="without a checkpoint (default 1000)"
     )
@@ -52,7 +54,7 @@ def _schedule(args: argparse.Namespace) -> int:
 
     from jddim.config import SamplerConfig, ScheduleConfig
     from jddim.ddim import largest_eta, sampler_table
-    from jddim.schedule import make_schedule
+    from jddim.schedule import CONTINUOUS, make_schedule
     from jddim.timetables import traps
 
     if args.ckpt is not None:
@@ -61,11 +63,13 @@ def _schedule(args: argparse.Namespace) -> int:
     else:
         refuse_told(args)
         config, sampler = ScheduleConfig(args.schedule, args.train_timesteps), SamplerConfig()
+        if config.name in CONTINUOUS:
+            sampler = dataclasses.replace(sampler, spacing="even" if config.name == "flow" else "karras")
     schedule = make_schedule(config)
     sampler = dataclasses.replace(
         sampler,
         spacing=args.spacing or sampler.spacing,
-        num_steps=min(sampler.num_steps, schedule.num_train_timesteps),
+        num_steps=min(sampler.num_steps, schedule.most_steps),
     )
     table = sampler_table(schedule, sampler, args.steps, np.float64)
     other = None
@@ -86,7 +90,7 @@ def _schedule(args: argparse.Namespace) -> int:
     tables = [(sampler.spacing, table), *([] if other is None else [(args.compare, other)])]
     found: dict[str, Any] = {
         "schedule": config.name,
-        "train_timesteps": schedule.num_train_timesteps,
+        "times": schedule.summary,
         "eta": args.eta,
         "tables": [
             {"spacing": name, **_table(each, args.eta), "notes": traps(each, schedule, sampler.prediction_type)}
@@ -95,8 +99,8 @@ def _schedule(args: argparse.Namespace) -> int:
         "plot": None if args.plot is None else str(args.plot),
     }
     if args.plot is not None:
-        sigma = [row["added"] for row in found["tables"][0]["steps"]]
-        _plot(args.plot, schedule.alphas_cumprod, table, sigma, f"{config.name}, {sampler.spacing}, eta {args.eta:g}")
+        added = [row["added"] for row in found["tables"][0]["steps"]]
+        _plot(args.plot, schedule, table, added, f"{config.name}, {sampler.spacing}, eta {args.eta:g}")
     if args.json:
         print_json(found)
     else:
@@ -109,7 +113,10 @@ def _table(table: StepTable, eta: float) -> dict[str, Any]:
     from jddim.ddim import ddim_sigma, largest_eta
 
     limit = largest_eta(table)
-    columns = {name: getattr(table, name).tolist() for name in ("t", "t_prev", "alpha_bar_t", "alpha_bar_prev")}
+    columns = {
+        name: getattr(table, name).tolist()
+        for name in ("t", "t_prev", "alpha_t", "sigma_t", "alpha_prev", "sigma_prev")
+    }
     columns["added"] = [None] * table.num_steps
     if eta <= limit:
         columns["added"] = ddim_sigma(sigma_prev=table.sigma_prev, fresh=table.fresh, eta=eta).tolist()
@@ -124,25 +131,25 @@ def _lines(found: dict[str, Any]) -> list[str]:
     first, *others = found["tables"]
     rows = first["steps"]
     lines = [
-        f"{found['schedule']}, T = {found['train_timesteps']}; {first['spacing']}, {len(rows)} steps; "
+        f"{found['schedule']}, {found['times']}; {first['spacing']}, {len(rows)} steps; "
         f"eta {found['eta']:g} (at most {first['largest_eta']:.4g})",
-        f"{'step':>5} {'t':>5} {'t_prev':>6} {'alpha_bar_t':>12} {'alpha_bar_prev':>14} {'added':>10}",
+        f"{'step':>5} {'t':>9} {'t_prev':>9} {' '.join(f'{name:>10}' for name in ENDS)} {'added':>10}",
     ]
     for i, row in enumerate(rows, 1):
-        ends = f"{row['alpha_bar_t']:>12.6g} {row['alpha_bar_prev']:>14.6g}"
-        lines.append(f"{i:>5} {row['t']:>5} {row['t_prev']:>6} {ends} {row['added']:>10.5f}")
+        ends = " ".join(f"{row[name]:>10.6g}" for name in ENDS)
+        lines.append(f"{i:>5} {row['t']:>9.6g} {row['t_prev']:>9.6g} {ends} {row['added']:>10.5f}")
     lines += [f"note: {note}" for note in first["notes"]]
     for other in others:
-        lines += ["", f"{first['spacing']} beside {other['spacing']}: where they are in each step, t (alpha_bar_t)"]
+        lines += ["", f"{first['spacing']} beside {other['spacing']}: where they are in each step, t (alpha_t)"]
         for i, pair in enumerate(itertools.zip_longest(rows, other["steps"]), 1):
-            a, b = (f"{row['t']:>5} ({row['alpha_bar_t']:.4g})" if row else "-" for row in pair)
+            a, b = (f"{row['t']:>5.6g} ({row['alpha_t']:.4g})" if row else "-" for row in pair)
             lines.append(f"{i:>5} {a:<22} {b:<22}{'' if a == b else '  differs'}".rstrip())
         lines += [f"note ({other['spacing']}): {note}" for note in other["notes"]]
     return [*lines, f"plot: {found['plot']}"] if found["plot"] else lines
 
 
-def _plot(path: Path, alphas_cumprod: np.ndarray, table: StepTable, sigma: Sequence[float], title: str) -> None:
-    """alpha_bar and log SNR over t with the visited timesteps marked, and sigma of each step."""
+def _plot(path: Path, schedule: Schedule, table: StepTable, added: Sequence[float], title: str) -> None:
+    """Alpha, sigma and log SNR over t with the visited timesteps marked, and the noise that each step adds."""
     import matplotlib
     import numpy as np
 
@@ -152,16 +159,18 @@ def _plot(path: Path, alphas_cumprod: np.ndarray, table: StepTable, sigma: Seque
     from jddim.files import atomic
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    left.plot(alphas_cumprod, color="0.6", label=r"$\bar\alpha_t$")
-    left.plot(table.t, table.alpha_bar_t, "o", markersize=4, label="visited t")
-    left.set(xlabel="t", ylabel=r"$\bar\alpha$", title=title)
+    t = schedule.shown_times(1000)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    for name, curve, visited in ((r"\alpha_t", alpha, table.alpha_t), (r"\sigma_t", sigma, table.sigma_t)):
+        line = left.plot(t, curve, label=f"${name}$")
+        left.plot(table.t, visited, "o", markersize=4, color=line[0].get_color())
+    left.set(xlabel="t", title=title)
     left.legend()
     with np.errstate(divide="ignore"):  # at zero terminal SNR log SNR is -inf, which is not drawn
-        log_snr = np.log(alphas_cumprod / (1 - alphas_cumprod))
-    middle.plot(log_snr, color="0.6")
-    middle.plot(table.t, log_snr[table.t], "o", markersize=4)
+        middle.plot(t, 2 * np.log(alpha / sigma), color="0.6")
+        middle.plot(table.t, 2 * np.log(table.alpha_t / table.sigma_t), "o", markersize=4)
     middle.set(xlabel="t", ylabel="log SNR", title="even steps here are even in lambda")
-    right.plot(table.t, sigma, "o-", markersize=4)
+    right.plot(table.t, added, "o-", markersize=4)
     right.set(xlabel="t", ylabel=r"$\sigma$", title="noise added by the step from t")
     with atomic(path) as staging:
         figure.savefig(staging, dpi=120)

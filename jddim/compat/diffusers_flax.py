@@ -30,7 +30,7 @@ from jddim.models.autoencoder import Autoencoder
 from jddim.models.building import build_model, flat_params
 from jddim.pipeline import load_autoencoder
 from jddim.sampling import as_eta, is_zero
-from jddim.schedule import NoiseSchedule, make_schedule
+from jddim.schedule import NoiseSchedule, noise_schedule
 from jddim.timesteps import leading_timesteps
 
 # -- schedulers -------------------------------------------------------------------------------------------------------
@@ -142,10 +142,10 @@ class _Scheduler:
         T = self.num_train_timesteps
         if self.trained_betas is not None:
             betas = tuple(np.asarray(self.trained_betas, np.float64).tolist())
-            return make_schedule(ScheduleConfig("betas", T, betas=betas))
+            return noise_schedule(ScheduleConfig("betas", T, betas=betas))
         name = _SCHEDULES[self.beta_schedule]
         ends = (None, None) if name == "cosine" else (self.beta_start, self.beta_end)
-        return make_schedule(ScheduleConfig(name, T, *ends))
+        return noise_schedule(ScheduleConfig(name, T, *ends))
 
     def _coefficients(self, stride: int) -> dict[str, Array]:
         """Row t is the step from t to t - stride."""

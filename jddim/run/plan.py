@@ -55,7 +55,7 @@ from jddim.run.problems import (
 from jddim.run.programs import Program, by_parts, decode, draw_keys, draw_noise, encode, segment
 from jddim.run.request import CFG_PLUS_PLUS, CLASSIFIER_FREE, Problems, Request, RequestError
 from jddim.sampling import State, init_state, is_zero
-from jddim.schedule import NoiseSchedule
+from jddim.schedule import Schedule
 from jddim.solvers import cast
 from jddim.timesteps import openai_respacing
 
@@ -70,7 +70,7 @@ class Source(Protocol):
         """The network."""
 
     @property
-    def schedule(self) -> NoiseSchedule:
+    def schedule(self) -> Schedule:
         """What it was trained with."""
 
     @property
@@ -137,6 +137,7 @@ class Plan:
     sampler: the conventions used. table: the steps asked for; rows: what the scan runs over, as the method takes them.
     num: images, of `shape` (h, w, c) and `dtype`; with an autoencoder these are its latents, which it decodes, unless
         latents are asked for, decode_batch at a time; pastes: what a mask keeps is put back into the decoded images.
+    prior_scale: the standard deviation of x_t where a run starts from noise; x_T is standard normal at every door.
     inputs: with defaults filled in, eta and guidance_scale `(num,)`.
     null_label, rescale, interval: of the guidance. problems: (field, sentence); with any, there is nothing to run.
     """
@@ -155,11 +156,12 @@ class Plan:
     rescale: float | None
     interval: tuple[float, float] | None
     problems: Problems
-    schedule: NoiseSchedule
+    schedule: Schedule
     autoencoder: Autoencoder | None = None
     decodes: bool = False
     decode_batch: int = 1
     pastes: bool = False
+    prior_scale: float = 1.0
 
     def part(self, batch: Batch) -> Part:
         """The run of one batch."""
@@ -171,10 +173,19 @@ class Plan:
         return segment.bound(self.model)
 
     def images(self, z: Array) -> Array:
-        """What the caller gets of samples `(n, h, w, c)`: they, decoded where images are asked for of latents."""
+        """What the caller gets of the last x_t `(n, h, w, c)`: it, decoded where images are asked for of latents.
+
+        Of inversion x_T, standard normal.
+        """
+        if isinstance(self.program.method, Inversion):
+            return z if self.prior_scale == 1 else z / self.prior_scale
         if self.autoencoder is None or not self.decodes:
             return z
         return by_parts(self._decode, z, self.decode_batch)
+
+    def noised(self, x_T: Array) -> Array:
+        """The x_t where a run starts, of a standard normal x_T."""
+        return x_T if self.prior_scale == 1 else x_T * self.prior_scale
 
     def latents(self, images: Array) -> Array:
         """Images to edit or to invert as the network knows them: encoded by a first stage, or as they are."""
@@ -284,7 +295,7 @@ class Part:
         elif x is not None and plan.inputs.mask is None:  # image to image: the images, noised to where the rows begin
             x = add_noise(plan.latents(self.batch.of(x)), self.x_T, plan.rows.alpha_t[0], plan.rows.sigma_t[0])
         else:
-            x, kept = self.x_T, self.given.kept
+            x, kept = plan.noised(self.x_T), self.given.kept
             if kept is not None and kept.noise is None:
                 x = kept.keep * kept.known + (1 - kept.keep) * x
         state = _fresh(x) if trajectory_every is None else init_state(x, plan.rows, trajectory_every)
@@ -340,7 +351,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         sampler, problems = ddim.sampler, problems + error.problems
     resampled = inputs.mask is not None and request.resample > 1
     with _refusing(request, inputs):
-        spacing = spacing_of(request, sampler, ddim.schedule.num_train_timesteps)
+        spacing = spacing_of(request, sampler, ddim.schedule.most_steps)
         table = sampler_table(ddim.schedule, sampler, request.steps, np.float64, spacing)
         if isinstance(spacing, str):
             sampler = dataclasses.replace(sampler, spacing=spacing)
@@ -390,13 +401,10 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     rederives = classifier is not None and method.rederives_eps and bool(limits(sampler, dtype))
     if rederives:
         sampler = dataclasses.replace(sampler, rederive_eps=True)
-    program = Program(
-        method=method,
-        prediction_type=sampler.prediction_type,
-        timestep_scale=sampler.timestep_scale,
-        rederive_eps=sampler.rederive_eps,
-        variance=sampler.variance,
-        self_condition=sampler.self_condition,
+    program = Program.of(
+        method,
+        sampler,
+        ddim.schedule,
         guidance=None if scale is None else request.guidance or CLASSIFIER_FREE,
         resampled=resampled,
         guidance_channels=None if scale is None else sampler.guidance_channels,
@@ -404,7 +412,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
 
     problems += misfits or network_problems(config, sampler, (height, width))
     problems += num_problems(num)
-    problems += sampler_problems(sampler, table) + batch_size_problems(batch_size)
+    problems += sampler_problems(sampler, table, ddim.schedule) + batch_size_problems(batch_size)
     problems += _unused(request, program, rederives=rederives) + _of_latents(request, stage is not None)
     weight = inputs.classifier_scale if inputs.classifier_scale is not None else request.classifier_scale
     if not method.takes_eta and asked_eta is not None:
@@ -490,6 +498,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         decodes=stage is not None and not request.latents and not isinstance(method, Inversion),
         decode_batch=request.decode_batch or 1,
         pastes=request.paste,
+        prior_scale=ddim.schedule.prior_scale(float(table.t[0])),
     )
 
 

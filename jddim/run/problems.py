@@ -11,14 +11,15 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.config import AutoencoderConfig, ClassifierConfig, ModelConfig, SamplerConfig, size_problems
+from jddim.config import EDM, AutoencoderConfig, ClassifierConfig, ModelConfig, SamplerConfig, size_problems
 from jddim.ddim import StepTable, largest_eta
 from jddim.run.request import CFG_PLUS_PLUS, Problems
 from jddim.sampling import check_prediction
+from jddim.schedule import EDMSchedule, FlowSchedule, Schedule
 
 
-def sampler_problems(sampler: SamplerConfig, table: StepTable) -> Problems:
-    """What is wrong with the conventions, on this table."""
+def sampler_problems(sampler: SamplerConfig, table: StepTable, schedule: Schedule) -> Problems:
+    """What is wrong with the conventions, on this table of this schedule."""
     problems: Problems = []
     low, high = sampler.clip_range
     if sampler.clip and not low < high:
@@ -32,6 +33,16 @@ def sampler_problems(sampler: SamplerConfig, table: StepTable) -> Problems:
         check_prediction(table, sampler.prediction_type)
     except ValueError as error:
         problems.append(("prediction_type", str(error)))
+    if sampler.prediction_type == EDM:
+        if not isinstance(schedule, EDMSchedule):
+            problems.append(("prediction_type", "prediction_type edm is of the schedule edm, whose t is sigma"))
+        if not 0 < sampler.sigma_data < np.inf:
+            problems.append(("prediction_type", f"sigma_data must be a number above 0, got {sampler.sigma_data}"))
+    elif sampler.boundary:
+        problems.append(("prediction_type", "boundary is of prediction_type edm"))
+    if sampler.reversed_time and (sampler.prediction_type != "velocity" or not isinstance(schedule, FlowSchedule)):
+        told = "reversed_time is of the schedule flow and the prediction_type velocity"
+        problems.append(("prediction_type", told))
     return problems
 
 
@@ -293,6 +304,9 @@ def classifier_problems(
             f"method {method!r} would have its mean shifted by its variance times the classifier's gradient (OpenAI's "
         )
         problems.append(("method", f"{told}condition_mean), which is not built here: take method ddim"))
+    if np.asarray(table.t).dtype != np.int32:
+        told = "classifier looks alpha and sigma up by whole timesteps, which this table's t are not"
+        problems.append(("classifier", told))
     if kind == CFG_PLUS_PLUS:
         problems.append(("guidance", "guidance cfg++ goes without a classifier: take classifier-free or projected"))
     if not isinstance(table.alpha_t, jax.core.Tracer) and np.asarray(table.alpha_t)[0] == 0:

@@ -12,9 +12,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jddim.config import PREDICTION_TYPES, VARIANCES, did_you_mean
+from jddim.config import EDM, PREDICTION_TYPES, VARIANCES, SamplerConfig, did_you_mean
 from jddim.ddim import predict_both, rederive_eps
-from jddim.denoisers import with_condition, with_labels, with_scaled_time, with_self_condition, without_variance
+from jddim.denoisers import (
+    with_condition,
+    with_edm,
+    with_labels,
+    with_reversed_time,
+    with_scaled_time,
+    with_self_condition,
+    without_variance,
+)
 from jddim.editing import keep_known, repaint
 from jddim.guidance import (
     Pair,
@@ -34,6 +42,7 @@ from jddim.run import request
 from jddim.run.compiling import Bound, Jit, is_traced
 from jddim.run.methods import Classified, Given, Guidance, Method
 from jddim.sampling import Denoiser, State, Update, initial_noise, limiter, numbered_keys, update_steps
+from jddim.schedule import EDMSchedule, Schedule
 
 T = TypeVar("T")
 
@@ -42,8 +51,9 @@ T = TypeVar("T")
 class Program:
     """What a compiled segment depends on beside shapes: static, hashable.
 
-    guidance: its kind, or None. resampled: inpainting by RePaint, whose rows draw twice. guidance_channels: as in
-    `SamplerConfig`.
+    guidance: its kind, or None. resampled: inpainting by RePaint, whose rows draw twice. guidance_channels,
+    reversed_time: as in `SamplerConfig`. prediction_type: what the denoiser returns; edm: for a network of EDM's
+    preconditioning, whose denoiser returns the velocity, its sigma_data and `with_edm`'s t_free.
     """
 
     method: Method
@@ -55,6 +65,8 @@ class Program:
     guidance: str | None = None
     resampled: bool = False
     guidance_channels: int | None = None
+    reversed_time: bool = False
+    edm: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for a name that is not known."""
@@ -66,6 +78,34 @@ class Program:
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
 
+    @staticmethod
+    def of(
+        method: Method,
+        sampler: SamplerConfig,
+        schedule: Schedule,
+        *,
+        guidance: str | None = None,
+        resampled: bool = False,
+        guidance_channels: int | None = None,
+    ) -> Program:
+        """The program of a source's conventions on its schedule."""
+        edm = None
+        if sampler.prediction_type == EDM:
+            edm = sampler.sigma_data, schedule.t_min if sampler.boundary and isinstance(schedule, EDMSchedule) else 0.0
+        return Program(
+            method=method,
+            prediction_type=denoiser_returns(sampler),
+            timestep_scale=sampler.timestep_scale,
+            rederive_eps=sampler.rederive_eps,
+            variance=sampler.variance,
+            self_condition=sampler.self_condition,
+            guidance=guidance,
+            resampled=resampled,
+            guidance_channels=guidance_channels,
+            reversed_time=sampler.reversed_time,
+            edm=edm,
+        )
+
     @property
     def learned_variance(self) -> bool:
         """Whether a step reads the network's second half of channels."""
@@ -75,6 +115,11 @@ class Program:
     def outputs(self) -> int:
         """How many times x_t's channels the denoiser returns."""
         return 2 if self.learned_variance or self.guidance == request.CFG_PLUS_PLUS else 1
+
+
+def denoiser_returns(sampler: SamplerConfig) -> str:
+    """The prediction_type of `network_denoiser`'s output: the network's, but that of EDM's F the velocity."""
+    return "velocity" if sampler.prediction_type == EDM else sampler.prediction_type
 
 
 @partial(Jit, static_argnames=("program", "trajectory_every"))
@@ -121,9 +166,16 @@ def network_denoiser(
 
     condition: `(b, h, w, channels)`, for a network that is given an image beside each x_t.
     """
-    denoise: Denoiser = model if program.timestep_scale == 1 else with_scaled_time(model, program.timestep_scale)
+    denoise: Denoiser = model
+    if program.edm is not None:
+        sigma_data, t_free = program.edm
+        denoise = with_edm(model, sigma_data, program.timestep_scale, t_free)
+    elif program.timestep_scale != 1:
+        denoise = with_scaled_time(model, program.timestep_scale)
     if program.variance == "learned_range" and not program.learned_variance:
         denoise = without_variance(denoise)
+    if program.reversed_time:
+        denoise = with_reversed_time(denoise)
     if labels is not None and guidance is not None:
         denoise = _guided(denoise, labels, guidance, program)
     elif labels is not None:

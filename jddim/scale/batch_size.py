@@ -77,7 +77,7 @@ def _network(ddim: DDIM, size: int) -> tuple[Callable[[], Array], int | None]:
     """A call of the network with so many images, and the bytes that it needs beside the weights; None: not told."""
     config = ddim.model.config
     x_t = jnp.zeros((size, *config.image_size, config.input_channels), jnp.float32)
-    t = jnp.full(size, ddim.schedule.num_train_timesteps // 2, jnp.int32)
+    t = jnp.broadcast_to(jnp.asarray(ddim.table().t[0]), size)
     labels = {
         None: None,
         "learned": jnp.zeros(size, jnp.int32),

@@ -87,7 +87,7 @@ def export_sampler(
     def sample(weights: dict[str, Array], seed: Array, numbers: Array, *rest: Array) -> Array:
         given = dict(zip(names[3:], rest, strict=True))
         keys = numbered_keys(jax.random.key(seed), numbers)
-        state = init_state(x_T := draw_noise(keys, planned.shape, dtype), planned.rows)
+        state = init_state(x_T := planned.noised(draw_noise(keys, planned.shape, dtype)), planned.rows)
         state = state._replace(memory=method.memory(planned.rows, x_T))
         each = lambda value: jnp.broadcast_to(jnp.asarray(value, dtype), numbers.shape)  # noqa: E731
         rows = jax.tree.map(jnp.asarray, planned.rows)
@@ -122,9 +122,10 @@ def export_sampler(
 def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[str, ...] = PLATFORMS) -> Exported:
     """One DDIM step: `program(weights, x_t, t, *ends, eta, noise[, labels][, x0_hat][, condition])` -> (x_prev, x0).
 
-    x_t, noise: `(b, h, w, c)` float32. t: int32; ends: its row's `jddim.ddim.Coefficients`, in order, float32.
-    labels: int32 `(b,)`, for a network with classes; x0_hat: the last step's x0, for a self-conditioned one. The rows
-    of the `DDIM`'s table stand in `about.json`. The arguments and what is raised are `export_sampler`'s.
+    x_t, noise: `(b, h, w, c)` float32. t: int32, float32 on a continuous schedule; ends: its row's
+    `jddim.ddim.Coefficients`, in order, float32. labels: int32 `(b,)`, for a network with classes; x0_hat: the last
+    step's x0, for a self-conditioned one. The rows of the `DDIM`'s table stand in `about.json`. The arguments and what
+    is raised are `export_sampler`'s.
     """
     _need_flatbuffers()
     ddim = dataclasses.replace(ddim, autoencoder=None)  # a step is of latents
@@ -140,22 +141,23 @@ def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[s
         denoise = dataclasses.replace(ddim, model=model).denoiser(given.get("labels"), condition=given.get("condition"))
         t = jnp.broadcast_to(given["t"], x_t.shape[:1])
         output = denoise(x_t, t, given["x0_hat"]) if selfish else denoise(x_t, t)
-        zero = jnp.zeros((), jnp.int32)
-        row = StepTable(zero, given["t"], zero, *(given[name] for name in ends))
+        row = StepTable(
+            jnp.zeros((), jnp.int32), given["t"], jnp.zeros_like(given["t"]), *(given[name] for name in ends)
+        )
         update = ddim_update(eta=given["eta"], **conventions)
         x_prev, x0 = update(x_t, output.astype(x_t.dtype), given["noise"], row)
         return x_prev, x0
 
     batch, ends = _batch(batch_size), StepTable._fields[3:]
     image = _of((batch, *config.image_size, config.in_channels), jnp.float32)
-    takes = {"weights": _shapes(ddim), "x_t": image, "t": _of((), jnp.int32)}
+    table = ddim.table()
+    takes = {"weights": _shapes(ddim), "x_t": image, "t": _of((), table.t.dtype)}
     takes |= {name: _of((), jnp.float32) for name in (*ends, "eta")} | {"noise": image}
     takes |= {"labels": _of((batch,), jnp.int32)} if labelled else {}
     takes |= {"x0_hat": image} if selfish else {}
     beside = _of((batch, *config.image_size, config.condition_channels), jnp.float32)
     takes |= {"condition": beside} if config.condition_channels else {}
     names = list(takes)
-    table = ddim.table()
     rows = {name: np.asarray(getattr(table, name)).tolist() for name in ("t", *ends)}
     return _exported(ddim, step, takes, {"kind": "step", "table": rows}, platforms, ddim.sampler)
 

@@ -135,7 +135,7 @@ class Inverted:
         if self.inversion.done < self.inversion.total:
             self.inversion.step()
         else:
-            self.sampling = self.sampling or Stepping(self.then(np.repeat(self.inversion.x_t(), self.num, axis=0)))
+            self.sampling = self.sampling or Stepping(self.then(np.repeat(self._found(), self.num, axis=0)))
             self.sampling.step()
         self.done += 1
 
@@ -154,7 +154,10 @@ class Inverted:
 
     def noise(self) -> Floats:
         """The x_T found."""
-        return self.sampling.noise() if self.sampling else self.x_t()
+        return self.sampling.noise() if self.sampling else np.repeat(self._found(), self.num, axis=0)
+
+    def _found(self) -> Floats:
+        return self.inversion.x_t() / np.float32(self.inversion.plan.prior_scale)
 
 
 class Between:

@@ -158,7 +158,7 @@ def parse(
 
     checkpoint = choice("checkpoint", tuple(served), next(iter(served)))
     ddim = served[checkpoint]
-    config, T = ddim.model.config, ddim.schedule.num_train_timesteps
+    config, T = ddim.model.config, ddim.schedule.most_steps
     mode = choice("mode", MODES, "sample")
     method = choice("method", methods[checkpoint], "ddim")
     if mode != "sample" and method != "ddim":

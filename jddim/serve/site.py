@@ -225,7 +225,7 @@ class Site:
             "classes": ddim.model.config.num_classes,
             "null_label": ddim.null_label,
             "guidance_scale": GOOD_CFG_PLUS_PLUS if self.start.guidance == CFG_PLUS_PLUS else GOOD_SCALE,
-            "train_timesteps": ddim.schedule.num_train_timesteps,
+            "train_timesteps": ddim.schedule.most_steps,
             "spacings": spacings(ddim),
             "methods": self.methods[name],
             "invertible": not ddim.sampler.self_condition,
@@ -239,20 +239,19 @@ class Site:
     def _table(self, request: Asked) -> dict[str, Any]:
         ddim, asked = self.served[request.checkpoint], request.request
         sampler = asked.sampler(ddim.sampler)
-        spacing = spacing_of(asked, sampler, ddim.schedule.num_train_timesteps)
+        spacing = spacing_of(asked, sampler, ddim.schedule.most_steps)
         table = sampler_table(ddim.schedule, sampler, asked.steps, np.float64, spacing)
-        alpha_bar = np.asarray(ddim.schedule.alphas_cumprod)
+        shown = ddim.schedule.shown_times()
         with np.errstate(divide="ignore"):
-            log_snr = np.log(alpha_bar) - np.log1p(-alpha_bar)
-        shown = np.unique(np.linspace(0, len(alpha_bar) - 1, 200).round().astype(int))
-        visited = np.asarray(table.t)
+            log_snr = 2 * (np.log(ddim.schedule.alpha(shown)) - np.log(ddim.schedule.sigma(shown)))
+            visited_log_snr = 2 * (np.log(table.alpha_t) - np.log(table.sigma_t))
         sigma = np.asarray((asked.eta or 0.0) * table.sigma_prev * table.fresh)
         return {
-            "train_timesteps": len(alpha_bar),
+            "last_t": shown[-1].item(),
             "t": shown.tolist(),
-            "log_snr": _finite(log_snr[shown]),
-            "visited": visited.tolist(),
-            "visited_log_snr": _finite(log_snr[visited]),
+            "log_snr": _finite(log_snr),
+            "visited": np.asarray(table.t).tolist(),
+            "visited_log_snr": _finite(visited_log_snr),
             "sigma": _finite(sigma),
             "largest_eta": _finite(np.array([largest_eta(table)]))[0],
             "notes": traps(table, ddim.schedule, ddim.sampler.prediction_type),

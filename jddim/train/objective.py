@@ -24,7 +24,7 @@ from jddim.denoisers import with_scaled_time
 from jddim.models.building import build_model
 from jddim.models.layers import at_least_float32
 from jddim.sampling import sample_keys
-from jddim.schedule import NoiseSchedule, make_schedule
+from jddim.schedule import NoiseSchedule, noise_schedule
 from jddim.train.task import Task
 
 Params = dict[str, Array]
@@ -49,7 +49,7 @@ class Table(NamedTuple):
 
 def training_table(task: Task) -> Table:
     """The float64 table of a task's schedule and weights."""
-    schedule = make_schedule(task.schedule)
+    schedule = noise_schedule(task.schedule)
     T, a, beta = schedule.num_train_timesteps, schedule.alphas_cumprod, schedule.betas
     a_prev = schedule.alpha_bar(np.arange(T) - 1)
     posterior = beta * (1 - a_prev) / (1 - a)
@@ -63,7 +63,8 @@ def training_table(task: Task) -> Table:
 def snr_weights(schedule: NoiseSchedule, prediction_type: str, gamma: float) -> NDArray[np.float64]:
     """min-SNR-gamma's weights `(T,)` of each prediction's squared error, section 3.4 of arXiv:2303.09556.
 
-    min(SNR, gamma) for x_0, and what that is in terms of the others: / SNR for eps, / (SNR + 1) for v.
+    min(SNR, gamma) for x_0, and what that is in terms of the others: / SNR for eps, / (SNR + 1) for v, and
+    / (1 + sqrt(SNR))^2 for the velocity eps - x_0, by which x_0 is (x_t - sigma_t velocity) / (alpha_t + sigma_t).
     """
     a = schedule.alphas_cumprod
     with np.errstate(divide="ignore"):
@@ -75,11 +76,13 @@ def snr_weights(schedule: NoiseSchedule, prediction_type: str, gamma: float) -> 
             return np.minimum(snr, gamma)
         case "v_prediction":
             return np.minimum(a, gamma * (1 - a))  # SNR + 1 = 1 / (1 - alpha_bar)
+        case "velocity":
+            return np.asarray(np.minimum(snr, gamma) / (1 + np.sqrt(snr)) ** 2)
     raise ValueError(f"unknown prediction_type {prediction_type!r}{did_you_mean(prediction_type, PREDICTION_TYPES)}")
 
 
 def target_of(prediction_type: str, x_0: Array, noise: Array, alpha_t: ArrayLike, sigma_t: ArrayLike) -> Array:
-    """What the network is to predict, like x_0: eps, x_0, or v = alpha_t eps - sigma_t x_0."""
+    """What the network is to predict, like x_0: eps, x_0, v = alpha_t eps - sigma_t x_0, or the velocity eps - x_0."""
     match prediction_type:
         case "epsilon":
             return noise
@@ -87,6 +90,8 @@ def target_of(prediction_type: str, x_0: Array, noise: Array, alpha_t: ArrayLike
             return x_0
         case "v_prediction":
             return per_sample(alpha_t, x_0) * noise - per_sample(sigma_t, x_0) * x_0
+        case "velocity":
+            return noise - x_0
     raise ValueError(f"unknown prediction_type {prediction_type!r}{did_you_mean(prediction_type, PREDICTION_TYPES)}")
 
 

@@ -19,7 +19,7 @@ from jddim.config import (
 )
 from jddim.ddim import sampler_table
 from jddim.models import MODELS, wiring_of
-from jddim.schedule import make_schedule
+from jddim.schedule import CONTINUOUS, noise_schedule
 
 LOSSES = ("simple", "min_snr")
 T_SAMPLINGS = ("uniform", "antithetic")
@@ -146,7 +146,11 @@ class Task:
             )
             if value not in known
         ]
-        schedule, model, train = make_schedule(self.schedule), self.model, self.train
+        if self.schedule.name in CONTINUOUS or self.sampler.prediction_type == "edm":
+            raise ValueError(
+                "networks of a continuous schedule, or that predict edm's F, are sampled, not trained here"
+            )
+        schedule, model, train = noise_schedule(self.schedule), self.model, self.train
         if self.sampler.prediction_type == "epsilon" and schedule.alphas_cumprod[-1] == 0:
             problems.append("zero_terminal_snr needs prediction_type v_prediction or sample: eps tells nothing there")
         wanted = model.in_channels * (2 if self.learns_variance else 1)

@@ -5,8 +5,8 @@ export function draw(place, table) {
   const W = Math.max(place.clientWidth, 240); // so that letters have their size
   const finite = table.log_snr.filter((value) => value !== null);
   const low = Math.floor(Math.min(...finite)), high = Math.ceil(Math.max(...finite));
-  const T = table.train_timesteps;
-  const x = (t) => LEFT + ((T - 1 - t) / Math.max(T - 1, 1)) * (W - LEFT - RIGHT);
+  const last = table.last_t;
+  const x = (t) => LEFT + ((last - t) / (last || 1)) * (W - LEFT - RIGHT);
   const y = (value) => TOP + ((high - (value ?? low)) / (high - low || 1)) * (H - TOP - BOTTOM);
   const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img" });
   const n = table.visited.length;
@@ -17,9 +17,9 @@ export function draw(place, table) {
     svg.append(text(LEFT - 8, y(v) + 4, `${v}`, "end"));
   }
   const bottom = H - BOTTOM + BARS;
-  for (const t of ticks(T, W < 420 ? 4 : 6)) {
+  for (const t of ticks(last, W < 420 ? 4 : 6)) {
     svg.append(make("line", { x1: x(t), x2: x(t), y1: TOP, y2: bottom, class: "grid" }));
-    svg.append(text(x(t), bottom + 16, t === T - 1 ? `t = ${t}` : `${t}`, t === T - 1 ? "start" : "middle"));
+    svg.append(text(x(t), bottom + 16, t === last ? `t = ${t}` : `${+t.toFixed(2)}`, t === last ? "start" : "middle"));
   }
   const points = table.t.map((t, i) => `${x(t)},${y(table.log_snr[i])}`).join(" ");
   svg.append(make("polyline", { points, class: "curve" }));
@@ -45,16 +45,16 @@ export function mark(place, part) {
   dots.forEach((dot, i) => dot.classList.toggle("gone", i < Math.round(part * dots.length)));
 }
 
-function ticks(T, most) {
-  const step = niceStep((T - 1) / most);
+function ticks(last, most) {
+  const step = niceStep(last / most, last > 1 ? 1 : 0);
   const all = [];
-  for (let t = 0; t < T - 1 - step / 2; t += step) all.push(t);
-  return [...all, T - 1];
+  for (let t = 0; t < last - step / 2; t += step) all.push(t);
+  return [...all, last];
 }
 
-function niceStep(rough) {
+function niceStep(rough, least = 1) {
   const power = 10 ** Math.floor(Math.log10(Math.max(rough, 1e-9)));
-  return Math.max(1, [1, 2, 5, 10].map((factor) => factor * power).find((step) => step >= rough));
+  return Math.max(least, [1, 2, 5, 10].map((factor) => factor * power).find((step) => step >= rough));
 }
 
 function make(name, attributes) {
