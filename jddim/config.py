@@ -63,7 +63,7 @@ class SamplerConfig:
     self_condition: the network also takes the last step's x0 (lucidrains).
     variance: "fixed_small", "fixed_large" or "learned_range", the ancestral sampler's variance. With "learned_range"
         the network has twice the channels, of which the second half interpolates the log-variance (Nichol, Eq. 15);
-        DDIM drops it.
+        DDIM drops it. With "unused" it has them too, but they were never trained (SiT): "fixed_small" without them.
     clean_known: what a mask keeps of an image is clean in every x_t, as in training (Palette), not as noisy as x_t.
     guidance_channels: guidance changes the first so many of x_t's channels alone, 3 of 4 in facebookresearch's DiT; the
         rest is the prediction with the label. None: all.
@@ -94,7 +94,9 @@ class SamplerConfig:
 
 METHODS = ("ddim", "ddpm", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "velocity", EDM := "edm")
-VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+VARIANCES = ("fixed_small", "fixed_large", LEARNED := "learned_range", UNUSED := "unused")
+TWICE = (LEARNED, UNUSED)
+"""The variances of networks with twice x_t's channels out."""
 DTYPES = ("float32", "bfloat16")
 """What a network may compute in when it samples."""
 

@@ -15,7 +15,7 @@ class Preset:
     samples by), and the variance of its ancestral sampler, as in `jddim.ScheduleConfig` and `jddim.SamplerConfig`.
     fid: what `fid_from` reports, of its own sampler.
     file, origin: of one that is no hub id: the file's name, and who publishes it. options: `jddim convert`'s for it.
-    refused: why jddim does not read it.
+    A schedule "flow" has no train_timesteps.
     """
 
     name: str
@@ -32,13 +32,10 @@ class Preset:
     file: str = ""
     origin: str = ""
     options: str = ""
-    refused: str = ""
 
     @property
     def advice(self) -> str:
         """How to come by it; "" for a hub id, which is fetched by itself."""
-        if self.refused:
-            return f"jddim does not read {self.name}: {self.refused}"
         if not self.file:
             return ""
         return (
@@ -171,11 +168,12 @@ presets: tuple[Preset, ...] = (
     _dit("dit-xl-2-256", 256, 2.27),
     _dit("dit-xl-2-512", 512, 3.04),
     Preset(
-        *("sit-xl-2-256", "dit", 256, 1000, "MIT"),
+        *("sit-xl-2-256", "dit", 256, 1000, "MIT", "flow", 0, "velocity"),
+        fid=2.06,
+        fid_from="willisma/SiT's README, with guidance, by its SDE",
         file="SiT-XL-2-256.pt",
         origin="willisma/SiT",
         options="--preset SiT-XL/2-256",
-        refused="it is trained by flow matching, whose path jddim does not sample along",
     ),
 )
 """The published checkpoints that jddim knows of; `jddim list` prints them."""

@@ -11,7 +11,7 @@ import pytest
 import jddim
 from jddim import converting
 from jddim.cli.main import main
-from jddim.schedule import SCHEDULES
+from jddim.schedule import CONTINUOUS, SCHEDULES
 
 pytestmark = pytest.mark.quick
 
@@ -20,14 +20,14 @@ def test_each_row_is_whole() -> None:
     assert isinstance(jddim.presets, tuple)
     assert len({each.name for each in jddim.presets}) == len(jddim.presets)
     for each in jddim.presets:
-        assert each.schedule in SCHEDULES
-        assert each.prediction == "epsilon"
+        assert each.schedule in {**SCHEDULES, **CONTINUOUS}
+        assert each.prediction == ("velocity" if each.schedule == "flow" else "epsilon")
         assert (each.fid is None) == (each.fid_from == "")
         assert each.variance in ("", "fixed_small", "fixed_large", "learned_range")
         on_hub = converting.hub_id(each.name) is not None
         assert on_hub == (each.file == each.options == each.origin == "")
-        assert bool(each.advice) == (bool(each.refused) or not on_hub)
-        assert each.licence or each.refused
+        assert bool(each.advice) == (not on_hub)
+        assert each.licence
 
 
 def test_what_is_told_of_a_file_is_what_its_preset_says() -> None:
@@ -36,7 +36,7 @@ def test_what_is_told_of_a_file_is_what_its_preset_says() -> None:
     ).FAMILIES
     named = set()
     for each in jddim.presets:
-        assert each.refused or each.family in families
+        assert each.family in families
         if not each.options.startswith("--preset "):
             continue
         preset = shlex.split(each.options)[1]
@@ -47,8 +47,8 @@ def test_what_is_told_of_a_file_is_what_its_preset_says() -> None:
             ("diffusion_steps", "num_diffusion_timesteps", "n_timestep"),
             ("noise_schedule", "beta_schedule", "schedule"),
         )
-        assert [each.train_timesteps] == [int(told[name]) for name in counts if name in told]
-        assert [each.schedule] == [told[name] for name in schedules if name in told]
+        assert [each.train_timesteps or None] == [int(told[name]) for name in counts if name in told] or [None]
+        assert [each.schedule] == [told[name] for name in schedules if name in told] or ["flow"]
         assert each.classes == (1000 if told.get("class_cond") == "True" or "num_classes" in told else 0)
         if "var_type" in told:
             assert each.variance == {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}[told["var_type"]]

@@ -1,14 +1,15 @@
 """facebookresearch's DiT: bare state dicts, and what its train.py saves: `model`, `ema`, `opt` and `args`.
 
-willisma's SiT has the same network under the same names, trained on another path.
+willisma's SiT has the same network under the same names, trained along the straight path of flow matching.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ SETTINGS = {
     "noise_schedule": "linear or squaredcos_cap_v2; linear in the source's train.py",
     "predict_xstart": "true: the network predicts x_0; false in the source's train.py",
     "num_sampling_steps": "default number of steps; 250 in the source",
+    "path_type": "of a SiT: Linear, the source's default; its other paths are not taken",
+    "prediction": "of a SiT: velocity, the source's default; its others are not taken",
 }
 _SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
 _PARSERS = {
@@ -70,7 +73,11 @@ _PARSERS = {
     **dict.fromkeys(("num_heads", "num_classes", "diffusion_steps", "num_sampling_steps"), integer),
     "noise_schedule": one_of(*_SCHEDULES),
     "predict_xstart": boolean,
+    "path_type": one_of("Linear", "GVP", "VP"),
+    "prediction": one_of("velocity", "score", "noise"),
 }
+_OF_DIFFUSION = ("diffusion_steps", "noise_schedule", "predict_xstart")
+_OF_FLOW = {"path_type": "Linear", "prediction": "velocity"}
 
 
 def infer(tensors: Tensors) -> dict[str, Any]:
@@ -107,11 +114,17 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     width, patch, rows = found["hidden_size"], found["patch_size"], found["rows"]
     size, problems = _size(told, tensors.get("pos_embed"), patch)
     problems += _contradictions(told, found)
-    if str(told.get("model")).startswith("SiT"):
-        problems.append(
-            f"{told['model']} is trained on another path than DDIM's, by flow matching; its network is DiT's, but "
-            "jddim cannot sample along that path, and a checkpoint cannot say it"
-        )
+    flow = str(told.get("model")).startswith("SiT")
+    problems += [
+        f"{key} is of {'a DiT, and this is a SiT: leave it out' if flow else 'a SiT: give model=SiT too, or leave it out'}"
+        for key in (_OF_DIFFUSION if flow else _OF_FLOW)
+        if key in told
+    ]
+    problems += [
+        f"{key} {told[key]} is not taken: jddim samples a SiT of {key} {own}"
+        for key, own in _OF_FLOW.items()
+        if flow and told.get(key, own) != own
+    ]
     of_width = {width: heads for _, width, heads in SIZES.values()}
     missing = {}
     if size is None and not problems:
@@ -126,7 +139,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     assumed: list[str] = []
     settle = settling(told, assumed)
     if "model" not in told:
-        assumed.append("a DiT, trained by diffusion (SiT's files, trained by flow matching, have the same names)")
+        assumed.append("a DiT, trained by diffusion (a SiT's files, trained by flow matching, have the same names)")
     if told.get("model") in MODELS:
         heads = told.get("num_heads", of_width[width])
     else:
@@ -150,21 +163,9 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             f"the network maps {channels} channels to {model.out_channels}: DDIM needs both equal, or twice as many "
             "out, the second half of a learned variance"
         )
-    T = settle("diffusion_steps", 1000, "train.py's")
-    name = _SCHEDULES[settle("noise_schedule", "linear", "train.py's")]
-    ends = (0.1 / T, 20 / T) if name == "linear" and T > 0 else ()
-    with refusing("the noise schedule cannot be built"):
-        schedule = checked(ScheduleConfig(name, T, *ends))
-    predict_x0 = settle("predict_xstart", False, "train.py's")
-    sampler = SamplerConfig(
-        spacing="openai",
-        num_steps=min(told.get("num_sampling_steps", 250), T),
-        clip=False,
-        rederive_eps=True,
-        prediction_type="sample" if predict_x0 else "epsilon",
-        variance="learned_range" if model.out_channels == 2 * channels else "fixed_large",
-        guidance_channels=3 if channels > 3 else None,
-    )
+    schedule, sampler, wording = (_flow if flow else _diffusion)(told, settle, twice=model.out_channels > channels)
+    if channels > 3:
+        sampler = dataclasses.replace(sampler, guidance_channels=3)
     check_sampler(sampler, schedule)
     null_label = None if told.get("num_classes") == rows else rows - 1
     ignored = {}
@@ -184,17 +185,53 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         ),
         asks=asking(("model",), told),
         unchecked=tuple(key for key in given if _unchecked(key, tensors)),
-        wording=Wording(
-            {"diffusion_steps": str(T), "noise_schedule": told.get("noise_schedule", "linear")},
-            {
-                "num_sampling_steps": str(sampler.num_steps),
-                "clip_denoised": "False",
-                "predict_xstart": str(predict_x0),
-                "learn_sigma": str(sampler.variance == "learned_range"),
-            },
-        ),
+        wording=wording,
         null_label=null_label,
     )
+
+
+Sampled = tuple[ScheduleConfig, SamplerConfig, Wording]
+
+
+def _diffusion(told: Mapping[str, Any], settle: Callable[[str, Any, str], Any], *, twice: bool) -> Sampled:
+    """How a DiT is sampled, and the source's words for it. twice: it has twice x_t's channels out."""
+    T = settle("diffusion_steps", 1000, "train.py's")
+    name = _SCHEDULES[settle("noise_schedule", "linear", "train.py's")]
+    ends = (0.1 / T, 20 / T) if name == "linear" and T > 0 else ()
+    with refusing("the noise schedule cannot be built"):
+        schedule = checked(ScheduleConfig(name, T, *ends))
+    predict_x0 = settle("predict_xstart", False, "train.py's")
+    sampler = SamplerConfig(
+        spacing="openai",
+        num_steps=min(told.get("num_sampling_steps", 250), T),
+        clip=False,
+        rederive_eps=True,
+        prediction_type="sample" if predict_x0 else "epsilon",
+        variance="learned_range" if twice else "fixed_large",
+    )
+    words = {
+        "num_sampling_steps": str(sampler.num_steps),
+        "clip_denoised": "False",
+        "predict_xstart": str(predict_x0),
+        "learn_sigma": str(twice),
+    }
+    of_schedule = {"diffusion_steps": str(T), "noise_schedule": told.get("noise_schedule", "linear")}
+    return schedule, sampler, Wording(of_schedule, words)
+
+
+def _flow(told: Mapping[str, Any], settle: Callable[[str, Any, str], Any], *, twice: bool) -> Sampled:
+    """How a SiT is sampled: its ODE from noise at its t = 0 to the image at 1, evenly (integrators.py)."""
+    words = {key: settle(key, own, "train_utils.py's") for key, own in _OF_FLOW.items()}
+    sampler = SamplerConfig(
+        spacing="even",
+        num_steps=told.get("num_sampling_steps", 250),
+        clip=False,
+        prediction_type="velocity",
+        reversed_time=True,
+        variance="unused" if twice else "fixed_small",
+    )
+    told_steps = {"num_sampling_steps": str(sampler.num_steps), "learn_sigma": str(twice)}
+    return ScheduleConfig("flow"), sampler, Wording({"path_type": words["path_type"]}, told_steps | words)
 
 
 def _size(told: Mapping[str, Any], table: np.ndarray | None, patch: int) -> tuple[tuple[int, int] | None, list[str]]:
@@ -256,7 +293,7 @@ def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
 def _unchecked(key: str, tensors: Tensors) -> bool:
     """Whether the tensors would not contradict a wrong value of this setting."""
     of_size = key in ("image_size", "input_size") and "pos_embed" not in tensors
-    return of_size or key in ("num_heads", "diffusion_steps", "noise_schedule", "predict_xstart")
+    return of_size or key in ("num_heads", *_OF_DIFFUSION, *_OF_FLOW)
 
 
 _BLOCK = {
@@ -307,7 +344,8 @@ def write(metadata: Metadata, params: Tensors, path: Path) -> None:
 
 
 _PUBLISHED = {
-    **{"num_classes": "1000", "diffusion_steps": "1000", "noise_schedule": "linear", "predict_xstart": "false"}
+    "DiT": {"diffusion_steps": "1000", "noise_schedule": "linear", "predict_xstart": "false"},
+    "SiT": dict(_OF_FLOW),
 }
 
 FAMILY = Family(
@@ -323,8 +361,8 @@ FAMILY = Family(
     presets={
         **{name: {"model": name} for name in MODELS},
         **{
-            f"{kind}-XL/2-{side}": {"model": f"{kind}-XL/2", "image_size": str(side), **_PUBLISHED}
-            for kind in ("DiT", "SiT")
+            f"{kind}-XL/2-{side}": {"model": f"{kind}-XL/2", "image_size": str(side), "num_classes": "1000", **told}
+            for kind, told in _PUBLISHED.items()
             for side in (256, 512)
         },
     },

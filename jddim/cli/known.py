@@ -35,20 +35,17 @@ def _list(args: argparse.Namespace) -> int:
         print("\n".join(_card(found[0])))
     else:
         heads = ("name", "family", "side", "classes", "licence", "schedule", "variance", "FID")
-        rows = [heads, *(_row(each) for each in found if not each.refused)]
+        rows = [heads, *(_row(each) for each in found)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             print("  ".join(map(str.ljust, row, widths)).rstrip())
-        for each in found:
-            if each.refused:
-                print(f"not read: {each.name}: {each.refused}")
         print("jddim list NAME says how to get one")
     return 0
 
 
 def _row(known: Preset) -> tuple[str, ...]:
     fid = "" if known.fid is None else f"{known.fid:g}"
-    trained = f"{known.schedule}, T {known.train_timesteps}"
+    trained = f"{known.schedule}, T {known.train_timesteps}" if known.train_timesteps else known.schedule
     own = (known.name, known.family, str(known.image_size), str(known.classes or "-"), known.licence)
     return (*own, trained, known.variance, fid)
 
@@ -60,8 +57,9 @@ def _card(known: Preset) -> list[str]:
         "classes": str(known.classes or "none"),
         "licence": known.licence or "not stated",
     }
-    if not known.refused:
-        facts["schedule"] = f"{known.schedule} betas, T = {known.train_timesteps}, predicting {known.prediction}"
+    discrete = f"{known.schedule} betas, T = {known.train_timesteps}"
+    facts["schedule"] = f"{discrete if known.train_timesteps else known.schedule}, predicting {known.prediction}"
+    if known.train_timesteps:
         facts["variance"] = known.variance or "as its config says"
     if known.fid is not None:
         facts["FID"] = f"{known.fid:g} ({known.fid_from})"

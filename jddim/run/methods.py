@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jddim import solvers
-from jddim.config import did_you_mean
+from jddim.config import UNUSED, did_you_mean
 from jddim.ddim import StepTable
 from jddim.guidance import cfg_plus_plus_update
 from jddim.inversion import inversion_table, invert_update
@@ -166,7 +166,8 @@ class Ddpm(Ddim):
     def update(self, denoise: Denoiser, given: Given, statics: Statics) -> Update:
         """`ancestral_update`."""
         limits: Any = {"clip_range": None, **given.limits}
-        return ancestral_update(variance=statics.variance, prediction_type=statics.prediction_type, **limits)
+        variance = "fixed_small" if statics.variance == UNUSED else statics.variance
+        return ancestral_update(variance=variance, prediction_type=statics.prediction_type, **limits)
 
 
 @dataclasses.dataclass(frozen=True)

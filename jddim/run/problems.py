@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jddim.config import EDM, AutoencoderConfig, ClassifierConfig, ModelConfig, SamplerConfig, size_problems
+from jddim.config import EDM, TWICE, AutoencoderConfig, ClassifierConfig, ModelConfig, SamplerConfig, size_problems
 from jddim.ddim import StepTable, largest_eta
 from jddim.run.request import CFG_PLUS_PLUS, Problems
 from jddim.sampling import check_prediction
@@ -77,9 +77,9 @@ def pair_problems(stage: AutoencoderConfig, config: ModelConfig) -> Problems:
 def network_problems(config: ModelConfig, sampler: SamplerConfig, image_size: tuple[int, int]) -> Problems:
     """What is wrong with sampling this network at (height, width)."""
     problems: Problems = [("image_size", problem) for problem in size_problems(config, image_size)]
-    outputs = 2 if sampler.variance == "learned_range" else 1
+    outputs = 2 if sampler.variance in TWICE else 1
     if outputs * config.in_channels != config.out_channels:
-        needs = "twice as many out (its variance is learned)" if outputs == 2 else "both equal"
+        needs = f"twice as many out (its variance is {sampler.variance})" if outputs == 2 else "both equal"
         problems.append(
             (
                 "variance",

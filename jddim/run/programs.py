@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jddim.config import EDM, PREDICTION_TYPES, VARIANCES, SamplerConfig, did_you_mean
+from jddim.config import EDM, LEARNED, PREDICTION_TYPES, TWICE, VARIANCES, SamplerConfig, did_you_mean
 from jddim.ddim import predict_both, rederive_eps
 from jddim.denoisers import (
     with_condition,
@@ -109,7 +109,7 @@ class Program:
     @property
     def learned_variance(self) -> bool:
         """Whether a step reads the network's second half of channels."""
-        return self.variance == "learned_range" and self.method.takes_variance
+        return self.variance == LEARNED and self.method.takes_variance
 
     @property
     def outputs(self) -> int:
@@ -172,7 +172,7 @@ def network_denoiser(
         denoise = with_edm(model, sigma_data, program.timestep_scale, t_free)
     elif program.timestep_scale != 1:
         denoise = with_scaled_time(model, program.timestep_scale)
-    if program.variance == "learned_range" and not program.learned_variance:
+    if program.variance in TWICE and not program.learned_variance:
         denoise = without_variance(denoise)
     if program.reversed_time:
         denoise = with_reversed_time(denoise)

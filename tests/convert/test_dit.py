@@ -68,10 +68,35 @@ def test_the_tensors_tell_the_network_and_the_source_the_sampling() -> None:
     told = planned(state(), **SETTINGS, model="DiT")
     assert (told.model, told.asks) == (CONFIG, ())
     assert not any("a DiT" in fact for fact in told.assumed)
-    with pytest.raises(ConversionError, match="SiT is trained on another path than DDIM's"):
-        planned(state(), **SETTINGS, model="SiT")
     assert planned(state(), **SETTINGS, diffusion_steps="100").schedule == ScheduleConfig("linear", 100, 1e-3, 0.2)
     assert planned(state(), num_heads="3", image_size="80").model == CONFIG
+
+
+def test_a_sit_is_sampled_along_the_straight_path(tmp_path: Path) -> None:
+    plan = planned(state(), **SETTINGS, model="SiT")
+    assert (plan.model, plan.schedule) == (CONFIG, ScheduleConfig("flow"))
+    assert plan.sampler == SamplerConfig(
+        spacing="even",
+        num_steps=250,
+        clip=False,
+        prediction_type="velocity",
+        reversed_time=True,
+        variance="unused",
+        guidance_channels=3,
+    )
+    assert any("path_type = Linear" in fact for fact in plan.assumed)
+    save_file(state(), tmp_path / "a.safetensors")
+    given = {**SETTINGS, "model": "SiT"}
+    metadata = convert(tmp_path / "a.safetensors", tmp_path / "ckpt", settings=given)
+    checked = metadata.provenance["verification"]
+    assert checked["t"] == (1.0, 0.5, 0.0)  # as its network is told them
+    assert checked["output_error"] <= 2e-5
+    ddim = jddim.load(tmp_path / "ckpt")
+    assert (ddim.metadata.schedule, ddim.metadata.sampler) == (plan.schedule, plan.sampler)
+    with pytest.raises(ValueError, match="spacing 'linspace' is not of continuous schedules, which take even, karras"):
+        ddim.sample(0, 1, labels=2, spacing="linspace")
+    with pytest.raises(ValueError, match="v is of paths with alpha_t"):
+        ddim.sample(0, 1, labels=2, steps=3, prediction_type="v_prediction")
 
 
 def test_a_file_that_may_be_sits_is_taken_for_dits_and_the_user_is_warned(tmp_path: Path) -> None:
@@ -79,7 +104,7 @@ def test_a_file_that_may_be_sits_is_taken_for_dits_and_the_user_is_warned(tmp_pa
     lines: list[str] = []
     given = {"input_size": "10", "num_heads": "3"}
     metadata = convert(tmp_path / "a.safetensors", tmp_path / "ckpt", settings=given, say=lines.append)
-    assert any("a DiT, trained by diffusion (SiT's files" in fact for fact in metadata.provenance["assumed"])
+    assert any("a DiT, trained by diffusion (a SiT's files" in fact for fact in metadata.provenance["assumed"])
     assert any("WARNING: no tensor tells model" in line for line in lines)
     assert metadata.null_label == 5
     assert jddim.load(tmp_path / "ckpt").null_label == 5
@@ -155,8 +180,7 @@ def test_the_sources_names_of_networks() -> None:
         match=r"has depth 28, the tensors 12; .*hidden_size 1152, the tensors 384; .*patch_size 2, the tensors 8",
     ):
         planned(tensors, **dit.FAMILY.presets["DiT-XL/2-256"])
-    with pytest.raises(ConversionError, match="SiT-S/8 is trained on another path than DDIM's, by flow matching"):
-        planned(tensors, model="SiT-S/8", image_size="320")
+    assert planned(tensors, model="SiT-S/8", image_size="320").model == plan.model
     assert planned(big("DiT-XL/2"), **dit.FAMILY.presets["DiT-XL/2-512"]).model.summary == (
         "a transformer: 64x64x4 in patches of 2x2, 28 blocks of 1152 channels and 16 heads, 1,001 classes"
     )
@@ -173,6 +197,12 @@ def test_the_sources_names_of_networks() -> None:
         ({"model": "DiT-M/2"}, "model must be one of DiT, SiT, DiT-S/2"),
         ({"head": "3"}, "unknown --set key 'head'"),
         ({"diffusion_steps": "0"}, "schedule cannot be built"),
+        ({"path_type": "Linear"}, "path_type is of a SiT: give model=SiT too, or leave it out"),
+        (
+            {"model": "SiT", "path_type": "GVP", "prediction": "score", "noise_schedule": "linear"},
+            "noise_schedule is of a DiT, and this is a SiT: leave it out; path_type GVP is not taken: jddim samples a "
+            "SiT of path_type Linear; prediction score is not taken",
+        ),
     ],
 )
 def test_settings_that_cannot_be(given: dict[str, str], told: str) -> None:

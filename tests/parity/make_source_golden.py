@@ -7,7 +7,7 @@
     python tests/parity/make_source_golden.py palette CHECKOUT            # Janspiry/Palette-... at 136b29f
     python tests/parity/make_source_golden.py openai_classifier CHECKOUT  # openai/guided-diffusion at 22e0df8
     python tests/parity/make_source_golden.py dit CHECKOUT CHECKOUT       # facebookresearch/DiT at ed81ce2,
-                                                                          # willisma/SiT at 947f95b
+                                                                          # willisma/SiT at 947f95b (and torchdiffeq)
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
@@ -192,7 +192,7 @@ def classifier(name: str, case: SourceCase) -> dict[str, Any]:
 
 
 def dit(name: str, case: SourceCase) -> dict[str, Any]:
-    """The network, whose positions stay as they are; of DiT, its loops, guided as sample.py does it and not."""
+    """The network, whose positions stay as they are; its loops, a SiT's ODE, guided as sample.py does it and not."""
     checkout = Path(sys.path[0 if name == "DiT" else 1])
     spec = importlib.util.spec_from_file_location(name, checkout / "models.py")
     models = importlib.util.module_from_spec(spec)
@@ -204,13 +204,21 @@ def dit(name: str, case: SourceCase) -> dict[str, Any]:
     del shapes["pos_embed"]
     x_t, t, labels = nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t), torch.tensor(case.labels)
     found = {"shapes": shapes, "eps": network(x_t, t, labels)}
+    many = len(labels)
+    x_T = nchw(images(case, many, seed=2))
+    both = torch.cat([labels, torch.full_like(labels, case.network["num_classes"])])
     if name == "SiT":
+        from transport import Sampler, create_transport
+
+        ode = Sampler(create_transport()).sample_ode(sampling_method="euler", num_steps=STEPS + 1)
+        found["ODE"] = ode(x_T, network, y=labels)[-1]
+        found["ODE, guided"] = ode(torch.cat([x_T, x_T]), network.forward_with_cfg, y=both, cfg_scale=CFG_SCALE)[-1][
+            :many
+        ]
         return found
     from diffusion import create_diffusion
 
-    diffusion, many = create_diffusion(str(STEPS)), len(labels)
-    x_T = nchw(images(case, many, seed=2))
-    both = torch.cat([labels, torch.full_like(labels, case.network["num_classes"])])
+    diffusion = create_diffusion(str(STEPS))
     for way, model, start, given in (
         ("", network, x_T, {"y": labels}),
         (", guided", network.forward_with_cfg, torch.cat([x_T, x_T]), {"y": both, "cfg_scale": CFG_SCALE}),

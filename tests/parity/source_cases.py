@@ -52,10 +52,10 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
             (2, 5, 0),
         ),
         "SiT": SourceCase(
-            {**TRANSFORMER, "patch_size": 5, "in_channels": 3, "mlp_ratio": 3.0},
-            {"input_size": "10", "num_heads": "3"},
+            {**TRANSFORMER, "patch_size": 5, "in_channels": 4, "mlp_ratio": 3.0},
+            {"input_size": "10", "num_heads": "3", "model": "SiT", "num_sampling_steps": str(STEPS)},
             (10, 10),
-            3,
+            4,
             (0.0, 0.37, 1.0),
             (2, 5, 0),
         ),

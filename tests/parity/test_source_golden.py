@@ -62,6 +62,25 @@ def test_dit_samples_as_its_loops_do(run: str, options: dict[str, Any], guided: 
         assert error(everywhere, expected) > 1e-2
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_sit_samples_as_its_ode_by_eulers_method_does(guided: bool) -> None:
+    """From noise at its t = 0 to the image at 1; DDIM at eta 0 along the straight path."""
+    case = SOURCES["dit"]["SiT"]
+    plan, params = converted("dit", "SiT")
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    given: dict[str, Any] = {"labels": np.array(case.labels), "x_T": images(case, 3, seed=2)}
+    if guided:
+        given |= {"guidance_scale": CFG_SCALE, "null_label": plan.null_label}
+    x_0 = ddim.sample(**given)
+    expected = golden("dit")[f"SiT/ODE{', guided' if guided else ''}"]
+    assert error(x_0, expected) <= 1e-4
+    assert error(ddim.sample(**given, noise=images(case, STEPS, 3, seed=3), eta=0.5), expected) > 1e-2
+    if not guided:
+        known = images(case, 3, seed=4).clip(-1, 1)
+        again = ddim.sample(x_T=ddim.invert(known, labels=given["labels"], refine=20), labels=given["labels"])
+        assert error(again, known) <= 1e-3
+
+
 @pytest.mark.parametrize("var_type", ["fixedlarge", "fixedsmall"])
 def test_pytorch_ddpms_sampler(var_type: str) -> None:
     case = SOURCES["pytorch_ddpm"]["one block"]
