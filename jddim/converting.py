@@ -345,8 +345,7 @@ def near(src: str) -> str:
 
 def shadowed(src: str) -> str:
     """A note where a path here has the name of what would be fetched; "" elsewhere."""
-    known = published(src)
-    if hub_id(src) is None or (known is not None and known.refused) or not Path(src).exists():
+    if hub_id(src) is None or not Path(src).exists():
         return ""
     return f"note: {src} is a path here, so the hub is not asked"
 

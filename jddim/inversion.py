@@ -166,8 +166,8 @@ def invert_update(
                 return noised(ddim.predict_x0(x_t, eps, row.alpha_t, row.sigma_t), eps)
             # By eps - x0, which tells something of x_t at alpha_next = 0 too, where eps is x_next itself.
             along = row.alpha_t * row.sigma_prev - row.sigma_t * row.alpha_prev
-            ends = (row.alpha_prev + row.sigma_prev) * x_t + along * (eps - x0)
-            return ends / (row.alpha_t + row.sigma_t)
+            reached: Array = (row.alpha_prev + row.sigma_prev) * x_t + along * (eps - x0)
+            return reached / (row.alpha_t + row.sigma_t)
 
         x_next = noised(x0, eps)
         return lax.fori_loop(0, refine, again, x_next), x0

@@ -116,7 +116,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     problems += _contradictions(told, found)
     flow = str(told.get("model")).startswith("SiT")
     problems += [
-        f"{key} is of {'a DiT, and this is a SiT: leave it out' if flow else 'a SiT: give model=SiT too, or leave it out'}"
+        f"{key} is of a {'DiT, and this is a SiT: leave it out' if flow else 'SiT: give model=SiT too, or leave it out'}"
         for key in (_OF_DIFFUSION if flow else _OF_FLOW)
         if key in told
     ]

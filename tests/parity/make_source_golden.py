@@ -212,9 +212,8 @@ def dit(name: str, case: SourceCase) -> dict[str, Any]:
 
         ode = Sampler(create_transport()).sample_ode(sampling_method="euler", num_steps=STEPS + 1)
         found["ODE"] = ode(x_T, network, y=labels)[-1]
-        found["ODE, guided"] = ode(torch.cat([x_T, x_T]), network.forward_with_cfg, y=both, cfg_scale=CFG_SCALE)[-1][
-            :many
-        ]
+        guided = ode(torch.cat([x_T, x_T]), network.forward_with_cfg, y=both, cfg_scale=CFG_SCALE)[-1]
+        found["ODE, guided"] = guided[:many]
         return found
     from diffusion import create_diffusion
 
