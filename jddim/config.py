@@ -46,7 +46,8 @@ class SamplerConfig:
     """A source's sampling conventions (the defaults of `DDIM.sample`; every one can be overridden).
 
     spacing: a key of `jddim.timesteps.SPACINGS`, or OpenAI's "ddimN" or "10,15,20", which say their own S; or of
-        `jddim.timesteps.RATIOS`, off the grid; of a continuous schedule "even" or one of RATIOS.
+        `jddim.timesteps.RATIOS`, off the grid; of a continuous schedule "even", one of RATIOS, or the t themselves,
+        "80,0.66", which say their own S.
     steps_offset: added to every t of the spacing "leading". set_alpha_to_one: False: the last step of diffusers'
         spacings ends at alpha_bar_0, not at 1.
     clip: clamp x0 to `clip_range`. threshold_ratio: instead, dynamic thresholding (Imagen, arXiv:2205.11487): x0 is
@@ -92,7 +93,7 @@ class SamplerConfig:
     rho: float = later(7.0)
 
 
-METHODS = ("ddim", "ddpm", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
+METHODS = ("ddim", "ddpm", "consistency", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "velocity", EDM := "edm")
 VARIANCES = ("fixed_small", "fixed_large", LEARNED := "learned_range", UNUSED := "unused")
 TWICE = (LEARNED, UNUSED)

@@ -403,7 +403,7 @@ def _eps_plan(table: StepTable, rows: NDArray[np.int64], weights: list[list[floa
         by_age[again] = np.eye(by_age.shape[1])[:2].mean(axis=0)
     asked = asked._replace(
         step=np.arange(len(rows), dtype=np.int32),
-        t=np.where(again, np.maximum(asked.t_prev, 0), asked.t).astype(np.int32),
+        t=np.where(again, np.maximum(asked.t_prev, 0), asked.t),
         alpha_t=np.where(again, asked.alpha_prev, asked.alpha_t),
         sigma_t=np.where(again, asked.sigma_prev, asked.sigma_t),
         fresh=np.where(again, 0.0, asked.fresh),

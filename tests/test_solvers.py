@@ -204,4 +204,4 @@ def test_sample_by_a_method(method: str) -> None:
 
 
 def test_the_command_knows_them_all() -> None:
-    assert ("ddim", "ddpm", *(name for name in SOLVERS if name != "ddim")) == METHODS
+    assert ("ddim", "ddpm", "consistency", *(name for name in SOLVERS if name != "ddim")) == METHODS
