@@ -98,8 +98,9 @@ def infer(tensors: Tensors) -> dict[str, Any]:
         **{side: f"enc.{side}x{side}_block0.conv1.weight" for side in sides},
     }
     found_shapes = {key: np.shape(tensors.get(name, 0)) for key, name in shapes.items()}
-    whole_sides = all(side == sides[0] >> level for level, side in enumerate(sides))
-    if not whole_sides or len(set(counts)) != 1 or not all(len(shape) in (2, 4) for shape in found_shapes.values()):
+    halved = all(side == sides[0] >> level > 0 for level, side in enumerate(sides))
+    whole_shapes = all(len(shape) in (2, 4) and min(shape) > 0 for shape in found_shapes.values())
+    if not halved or not whole_shapes or len(set(counts)) != 1 or found_shapes["layer0"][1] < 2:
         raise ConversionError("too few tensors of the network are there to tell its shape; is the file whole?")
     song = any(name.startswith("dec.") and "_aux_norm." in name for name in tensors)
     frequencies = "map_noise.freqs" in tensors
@@ -136,7 +137,11 @@ def _taps(tensors: Tensors) -> tuple[float, ...]:
     if any(each.shape != first.shape or not np.allclose(each, first) for each in filters):
         raise ConversionError("the network resamples by several filters; one is what it has in the source")
     taps = first[0, 0].sum(axis=1) if first.ndim == 4 and min(first.shape) > 0 else first.reshape(-1)
-    if first.shape != (1, 1, len(taps), len(taps)) or not np.allclose(first[0, 0], np.outer(taps, taps), atol=1e-6):
+    if (
+        first.shape != (1, 1, len(taps), len(taps))
+        or taps[0] == 0
+        or not np.allclose(first[0, 0], np.outer(taps, taps), atol=1e-6)
+    ):
         raise ConversionError(f"resample_filter of shape {first.shape} is no product of taps with themselves")
     return () if len(taps) == 2 and taps[0] == taps[1] else tuple(float(f"{tap / taps[0]:.6g}") for tap in taps)
 
@@ -219,7 +224,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         table = np.asarray(tensors["map_label.weight"], np.float32).T
         if song:  # the source's one-hot vectors are sqrt(classes) long
             ignored["map_label.bias"] = "added to each class's row"
-            table = table * np.float32(math.sqrt(classes)) + np.asarray(tensors.get("map_label.bias", 0), np.float32)
+            with refusing("map_label.bias is not of map_label.weight"):
+                table = table * np.float32(math.sqrt(classes)) + np.float32(tensors.get("map_label.bias", 0))
         implied["map_label.weight"] = table
     return Plan(
         model,
