@@ -218,7 +218,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         ignored["map_augment.weight"] = "of training's augmentations, of which an image that is sampled has none"
     implied: dict[str, np.ndarray] = {}
     if found["frequencies"]:
-        ignored["map_noise.freqs"] = "kept as a parameter that is not trained"
+        ignored["map_noise.freqs"] = "kept as map_noise.weight"
         implied["map_noise.weight"] = np.asarray(tensors["map_noise.freqs"])
     if classes is not None:
         table = np.asarray(tensors["map_label.weight"], np.float32).T

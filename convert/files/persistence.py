@@ -85,12 +85,12 @@ def _known() -> dict[str, Any]:
             big_endian=source.big_endian,
         )
 
-    containers = ("ModuleDict", "ModuleList", "Sequential")
-    return known_globals(array) | {
+    known, containers = known_globals(array), ("ModuleDict", "ModuleList", "Sequential")
+    return known | {
         f"{NAME}_reconstruct_persistent_obj": Constructor(_persistent),
-        **dict.fromkeys((f"torch.nn.modules.container.{name}" for name in containers), Constructor(Record)),
+        **{f"torch.nn.modules.container.{name}": known["argparse.Namespace"] for name in containers},
         "torch.storage._load_from_bytes": Constructor(_storage),
-        "dnnlib.util.EasyDict": Constructor(dict),
+        "dnnlib.util.EasyDict": known["collections.OrderedDict"],
     }
 
 
