@@ -39,7 +39,10 @@ class RequestError(ValueError):
 
 GUIDANCES = CLASSIFIER_FREE, PROJECTED, CFG_PLUS_PLUS = ("classifier-free", "projected", "cfg++")
 COMMANDS = ("sample", "bulk", "warmup", "sweep", "edit", "interpolate", "invert", "export", "serve", "page")
-SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, openai_ddim, ddimN or N,N,..."
+SPACING_NAMES = (
+    "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, openai_ddim, ddimN or N,N,...; even (of a "
+    "continuous t), karras, exponential, beta"
+)
 
 OWN = "an option of its own"
 """In place of a reason: the command has an option of this name that it defines itself."""
