@@ -47,7 +47,7 @@ from jddim.run.problems import (
     label_problems,
     stage_problems,
 )
-from jddim.run.programs import Program, by_parts, decode, encode, moments, network_denoiser
+from jddim.run.programs import Program, by_parts, check_decoded, decode, encode, moments, network_denoiser
 from jddim.run.request import Request, RequestError, check_names
 from jddim.sampling import Denoiser, Trajectory
 from jddim.schedule import NoiseSchedule, make_schedule
@@ -469,13 +469,14 @@ class DDIM(metaclass=_Led):
         """Images `(n, h, w, c)` float32, nominally in [-1, 1], of latents z `(n, h / f, w / f, c')`.
 
         decode_batch: how many at a time, which does not change the images but for rounding. Raises RequestError for z
-        of another shape or type, or with a NaN, ValueError for a checkpoint without a first stage.
+        of another shape or type, or with a NaN, ValueError for a checkpoint without a first stage, FloatingPointError
+        if the decoder makes a NaN or infinity (outside tracing only).
         """
         stage = self._first_stage("decode")
         problems = stage_problems("z", z, stage.config.latent_channels, self.model.config.image_size)
         if problems := problems + decode_problems(decode_batch):
             raise RequestError(problems, "decode")
-        return by_parts(decode.bound(stage), jnp.asarray(z), decode_batch)
+        return check_decoded(by_parts(decode.bound(stage), jnp.asarray(z), decode_batch), np.arange(len(z)))
 
     def encode(self, images: Images, key: Array | int | None = None) -> Array:
         """Latents z `(n, h / f, w / f, c')` of images `(n, h, w, c)` float32 in [-1, 1].

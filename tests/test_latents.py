@@ -289,6 +289,33 @@ def test_decode_and_encode_refuse_what_they_have_no_program_for(ddim: jddim.DDIM
             call()
 
 
+def test_an_image_that_the_decoder_makes_no_number_of_is_told(ddim: jddim.DDIM) -> None:
+    """By each door; of three images the one that has it, by its number."""
+    from jddim.run.programs import check_decoded
+    from jddim.scale.sharding import Sharded, make_mesh
+
+    assert ddim.autoencoder is not None
+    graph, state = nnx.split(ddim.autoencoder)
+    state["decoder"]["conv_out"]["bias"][...] = np.full(3, np.inf, np.float32)
+    bad = dataclasses.replace(ddim, autoencoder=nnx.merge(graph, state))
+    images, mask = np.zeros((1, 10, 14, 3), np.float32), np.ones((10, 14, 1), np.float32)
+    told = "decoder made a NaN or infinity of finite latents, in image {}, in 1 of 1 images"
+    for call, number in (
+        (lambda: bad.sample(0, steps=1, start=5), 5),
+        (lambda: bad.edit(images, 0, mask=mask, steps=1, paste=True), 0),
+        (lambda: bad.decode(X_T[:1]), 0),
+        (lambda: Sharded(bad, make_mesh(devices=jax.devices()[:1])).sample(0, 1, start=7, steps=1), 7),
+    ):
+        with pytest.raises(FloatingPointError, match=told.format(number)):
+            call()
+    assert bad.sample(0, steps=1, latents=True).shape == (1, 7, 7, 3)
+    assert jax.jit(lambda key: bad.sample(key, steps=1))(jax.random.key(0)).shape == (1, 14, 14, 3)
+    images = np.zeros((3, 2, 2, 1), np.float32)
+    images[1, 0, 1] = np.nan
+    with pytest.raises(FloatingPointError, match="in image 8, in 1 of 3 images"):
+        check_decoded(jax.numpy.asarray(images), [7, 8, 9])
+
+
 def test_a_drawn_z_is_the_first_stages_own(ddim: jddim.DDIM) -> None:
     stage = Autoencoder(dataclasses.replace(STAGE, num_codes=None), rngs=nnx.Rngs(0))
     images = np.tanh(RNG.standard_normal((3, 6, 4, 3))).astype(np.float32)

@@ -52,7 +52,7 @@ from jddim.run.problems import (
     sampler_problems,
     start_problems,
 )
-from jddim.run.programs import Program, by_parts, decode, draw_keys, draw_noise, encode, segment
+from jddim.run.programs import Program, by_parts, check_decoded, decode, draw_keys, draw_noise, encode, segment
 from jddim.run.request import CFG_PLUS_PLUS, CLASSIFIER_FREE, Problems, Request, RequestError
 from jddim.sampling import State, init_state, is_zero
 from jddim.schedule import NoiseSchedule
@@ -290,10 +290,15 @@ class Part:
         state = _fresh(x) if trajectory_every is None else init_state(x, plan.rows, trajectory_every)
         return state._replace(memory=plan.program.method.memory(plan.rows, x))
 
-    def images(self, state: State) -> Array:
-        """What the caller gets of the state after the last row, without the copies that filled the batch up."""
+    def images(self, x_0: Array) -> Array:
+        """What the caller gets of the samples after the last row, without the copies that filled the batch up.
+
+        Raises FloatingPointError if a decoder makes a NaN or infinity of one.
+        """
         plan, batch = self.plan, self.batch
-        made = plan.images(state.x_t[: batch.taken])
+        made = plan.images(x_0[: batch.taken])
+        if plan.decodes:
+            made = check_decoded(made, plan.inputs.numbers[batch.low : batch.low + batch.taken])  # type: ignore[index]
         if not plan.pastes:
             return made
         assert plan.inputs.images is not None

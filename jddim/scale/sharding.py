@@ -30,7 +30,7 @@ from jddim.run.batches import run as run_plan
 from jddim.run.compiling import compiler_options, faster, kind_of
 from jddim.run.plan import Images, Inputs, as_key, labels_of, one_each, plan
 from jddim.run.problems import condition_problems, decode_problems, label_problems, latent_problems
-from jddim.run.programs import by_parts, decode
+from jddim.run.programs import by_parts, check_decoded, decode
 from jddim.run.request import Request, RequestError, check_names, taken_by
 
 Rules = Sequence[tuple[str, P]]
@@ -186,7 +186,10 @@ class Sharded:
                 f"a NaN or infinity appeared in image {firsts[part] + place}, in {int(bad.sum())} of {num}; "
                 "DDIM.sample says at which step"
             )
-        return images if stage is None or request.latents else self._decoded(images, request.decode_batch or 1)
+        if stage is None or request.latents:
+            return images
+        numbers = np.concatenate([np.arange(f, f + size) for f in firsts])
+        return check_decoded(self._decoded(images, request.decode_batch or 1), numbers)
 
     def _decoded(self, z: Array, size: int) -> Array:
         """Images of latents, those of each device decoded there, by the program that a device alone has."""
