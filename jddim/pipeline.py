@@ -80,6 +80,7 @@ class Common(TypedDict, total=False):
     classifier: Classifier | None
     classifier_scale: ArrayLike | None
     batch_size: int | None
+    decode_batch: int | None
     progress: bool | None
 
 
@@ -91,7 +92,6 @@ class EditOptions(Common, total=False):
     variance: str | None
     noise: Images | None
     start: int
-    decode_batch: int | None
 
 
 class SampleOptions(EditOptions, total=False):
@@ -373,7 +373,8 @@ class DDIM(metaclass=_Led):
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
         image_size: (height, width) in pixels, other than the checkpoint's. latents: of a checkpoint with a first stage,
             z `(num, h / f, w / f, c)` in place of images, as x_T and noise are always, and a trajectory. decode_batch:
-            how many latents are decoded at a time; 1 by default. batch_size: images per compiled call, default all.
+            how many images are encoded or decoded at a time; 1 by default.
+        batch_size: images per compiled call, default all.
         progress: a bar on stderr, in a notebook or at a terminal alone by default; True: elsewhere a line every 10 s.
             Then Ctrl-C is heard between segments.
         on_segment: called with a `Preview` after each segment, of which a batch has eight or more (or as many as it has
@@ -476,7 +477,9 @@ class DDIM(metaclass=_Led):
         problems = stage_problems("z", z, stage.config.latent_channels, self.model.config.image_size)
         if problems := problems + decode_problems(decode_batch):
             raise RequestError(problems, "decode")
-        return check_decoded(by_parts(decode.bound(stage), jnp.asarray(z), decode_batch), np.arange(len(z)))
+        images = by_parts(decode.bound(stage), jnp.asarray(z), decode_batch)
+        check_decoded(images, np.arange(len(images)))
+        return images
 
     def encode(self, images: Images, key: Array | int | None = None) -> Array:
         """Latents z `(n, h / f, w / f, c')` of images `(n, h, w, c)` float32 in [-1, 1].

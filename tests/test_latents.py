@@ -309,7 +309,6 @@ def test_an_image_that_the_decoder_makes_no_number_of_is_told(ddim: jddim.DDIM) 
         with pytest.raises(FloatingPointError, match=told.format(number)):
             call()
     assert bad.sample(0, steps=1, latents=True).shape == (1, 7, 7, 3)
-    assert jax.jit(lambda key: bad.sample(key, steps=1))(jax.random.key(0)).shape == (1, 14, 14, 3)
     images = np.zeros((3, 2, 2, 1), np.float32)
     images[1, 0, 1] = np.nan
     with pytest.raises(FloatingPointError, match="in image 8, in 1 of 3 images"):

@@ -176,6 +176,16 @@ class Plan:
             return z
         return by_parts(self._decode, z, self.decode_batch)
 
+    def pasted(self, made: Array, low: int) -> Array:
+        """Images low, low + 1, ... of the run with what the mask keeps put back, where that is asked for."""
+        if not self.pastes:
+            return made
+        assert self.inputs.images is not None
+        assert self.inputs.mask is not None
+        keep = jnp.asarray(keep_of(self.inputs.mask), made.dtype)
+        known = jnp.asarray(self.inputs.images[low : low + len(made)], made.dtype)
+        return keep * known + (1 - keep) * made
+
     def latents(self, images: Array) -> Array:
         """Images to edit or to invert as the network knows them: encoded by a first stage, or as they are."""
         return images if self.autoencoder is None else by_parts(self._encode, images, self.decode_batch)
@@ -298,14 +308,8 @@ class Part:
         plan, batch = self.plan, self.batch
         made = plan.images(x_0[: batch.taken])
         if plan.decodes:
-            made = check_decoded(made, plan.inputs.numbers[batch.low : batch.low + batch.taken])  # type: ignore[index]
-        if not plan.pastes:
-            return made
-        assert plan.inputs.images is not None
-        assert plan.inputs.mask is not None
-        keep = jnp.asarray(keep_of(plan.inputs.mask), made.dtype)
-        known = jnp.asarray(plan.inputs.images[batch.low : batch.low + batch.taken], made.dtype)
-        return keep * known + (1 - keep) * made
+            check_decoded(made, plan.inputs.numbers[batch.low : batch.low + batch.taken])  # type: ignore[index]
+        return plan.pasted(made, batch.low)
 
     def advance(self, state: State, rows: Any, trajectory_every: int | None = None) -> State:
         """The state after `rows`, all or a segment of the plan's. trajectory_every: as in `begin`."""
@@ -410,7 +414,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     problems += misfits or network_problems(config, sampler, (height, width))
     problems += num_problems(num)
     problems += sampler_problems(sampler, table) + batch_size_problems(batch_size)
-    problems += _unused(request, program, rederives=rederives) + _of_latents(request, stage is not None)
+    problems += _unused(request, program, rederives=rederives) + stage_options(request, stage is not None)
     weight = inputs.classifier_scale if inputs.classifier_scale is not None else request.classifier_scale
     if not method.takes_eta and asked_eta is not None:
         problems += _eta_of_none(method, request, asked_eta)
@@ -678,7 +682,7 @@ def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
     return problems
 
 
-def _of_latents(request: Request, has_stage: bool) -> Problems:
+def stage_options(request: Request, has_stage: bool) -> Problems:
     """What is wrong with the options on a first stage."""
     asked = [name for name in ("latents", "decode_batch", "paste") if name in request.asked()]
     told = "is of a checkpoint with a first stage, of which this has none: leave it out"

@@ -219,14 +219,14 @@ def by_parts(program: Bound[T], x: jax.Array, size: int) -> T:
     return whole
 
 
-def check_decoded(images: jax.Array, numbers: ArrayLike) -> jax.Array:
-    """The images that a decoder made of finite latents. Raises FloatingPointError if a NaN or infinity is in one.
+def check_decoded(images: jax.Array, numbers: ArrayLike) -> None:
+    """Raise FloatingPointError if a NaN or infinity is in an image that a decoder made of finite latents.
 
     numbers: which images they are, `(num,)`. Of traced images nothing is known.
     """
     finite = jnp.isfinite(images).all(axis=(1, 2, 3))
     if isinstance(finite, jax.core.Tracer):
-        return images
+        return
     bad = np.flatnonzero(~np.asarray(finite))
     if bad.size:
         raise FloatingPointError(
@@ -234,7 +234,6 @@ def check_decoded(images: jax.Array, numbers: ArrayLike) -> jax.Array:
             f"{np.asarray(numbers)[bad[0]]}, in {bad.size} of {len(finite)} images of this batch; check its weights "
             "(jddim verify), or look at the latents (latents=True, --latents), or use float32"
         )
-    return images
 
 
 draw_keys: Callable[[jax.Array, ArrayLike], jax.Array] = jax.jit(numbered_keys)

@@ -188,8 +188,9 @@ class Sharded:
             )
         if stage is None or request.latents:
             return images
-        numbers = np.concatenate([np.arange(f, f + size) for f in firsts])
-        return check_decoded(self._decoded(images, request.decode_batch or 1), numbers)
+        images = self._decoded(images, request.decode_batch or 1)
+        check_decoded(images, np.concatenate([np.arange(f, f + size) for f in firsts]))
+        return images
 
     def _decoded(self, z: Array, size: int) -> Array:
         """Images of latents, those of each device decoded there, by the program that a device alone has."""

@@ -305,11 +305,12 @@ async function run() {
         await done(Object.assign(made, told, { visited: await visited }), first, all);
       } else if (told.state !== "running") {
         $("said").textContent = waiting(told);
-      } else if (told.images) {
-        first ??= since();
+      } else if (told.done) {
         $("progress").value = told.done / told.total;
         mark($("plot"), told.done / told.total);
         $("said").textContent = going(made.mode, told);
+        if (!told.images) continue;
+        first ??= since();
         await preview(told.images, { ...made, columns: data.columns?.length ?? 0 }, take);
       }
     }
@@ -345,6 +346,7 @@ function waiting({ state, before, now, needs, waited }) {
 }
 
 function going(now, { done, total, row, rows }) {
+  if (row === rows && done < total) return "decoding the images";
   if (!rows) return `evaluation ${done} of ${total}`;
   if (now !== "invert") return `step ${row} of ${rows}`;
   return row <= rows / 2 ? `to the noise: step ${row} of ${rows / 2}` : `and back: step ${row - rows / 2} of ${rows / 2}`;
