@@ -222,6 +222,7 @@ class Site:
             "height": height,
             "width": width,
             "channels": channels,
+            "latent": ddim.autoencoder is not None,
             "condition_channels": ddim.model.config.condition_channels,
             "classes": ddim.model.config.num_classes,
             "null_label": ddim.null_label,

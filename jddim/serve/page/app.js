@@ -78,6 +78,7 @@ function listed() {
   const data = {};
   for (const field of about.fields) {
     const controls = controlsOf(field);
+    if (controls[0].closest(".field").hidden) continue;
     if (controls.every((control) => control.value === "" && !control.validity.badInput)) continue;
     if (field.kind === "switch") data[field.name] = controls[0].value === "true";
     else data[field.name] = controls.length === 1 ? typed(controls[0].id) : controls.map((control) => typed(control.id));
@@ -173,6 +174,7 @@ function arrange() {
     field.hidden = !modes.includes(now) || ("classes" in field.dataset && current.classes === null);
   }
   $("null_label").closest(".field").hidden ||= !$("guided").checked || current.null_label !== null;
+  $("paste").closest(".field").hidden = now !== "inpaint" || !current.latent;
   $("num-name").textContent = now === "grid" ? "etas, a row each" : "images";
   const ddim = now !== "sample" || $("method").value === "ddim";
   for (const id of ["eta", "eta-slider"]) $(id).disabled = !ddim;
