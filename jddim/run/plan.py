@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -541,24 +541,38 @@ def labels_of(
             low, colon, high = text.partition(":")
             each = range(int(low), int(high)) if colon else [int(part) for part in text.split(",")]
     if not each and (names := ddim.label_names):
-        asked = [name.strip() for name in text.split(",")]
-        if unknown := [name for name in asked if name not in names]:
-            near = ", ".join(map(repr, difflib.get_close_matches(unknown[0], names)))
+        asked = _names(text, names)
+        if unknown := [name for name in asked if name not in names and not name.isdecimal()]:
+            plain = {name.casefold(): name for name in names}
+            close = difflib.get_close_matches(unknown[0].casefold(), plain)
+            near = ", ".join(repr(plain[name]) for name in close)
             hint = f"did you mean {near}?" if near else f"give a number in 0..{classes - 1}"
             return None, [("labels", f"labels: no class is called {unknown[0]!r} ({hint})")]
-        each = [names[name] for name in asked]
+        each = [names[name] if name in names else int(name) for name in asked]
     if not each:
         named = "" if text[:1].isdigit() else "; this checkpoint has no names of classes"
         told = f"labels are one number, several as in 207,388, a range as in 0:10, or balanced; got {text!r}{named}"
         return None, [("labels", told)]
-    if "," in text and len(each) != num:
+    listed = "," in text and len(each) > 1
+    if listed and len(each) != num:
         told = f"labels names {len(each)} labels for {num} images; give one for each, one for all, or a range"
         return None, [("labels", told)]
     if outside := [label for label in (each[0], each[-1], *each[:num]) if not 0 <= label < classes]:
         shown = classes if isinstance(each, range) and 0 <= each[0] < classes else outside[0]
         return None, [("labels", f"labels must lie in 0..{classes - 1}, got {shown}")]
-    places = np.arange(num) if "," in text else np.asarray(numbers).astype(np.int64)
+    places = np.arange(num) if listed else np.asarray(numbers).astype(np.int64)
     return np.array(each, np.int32)[places % len(each)], []
+
+
+def _names(text: str, known: Container[str]) -> list[str]:
+    """The names in a text with commas between; where a name has commas itself, the longest that is known."""
+    parts, names = [part.strip() for part in text.split(",")], []
+    while parts:
+        ends = range(len(parts), 0, -1)
+        end = next((end for end in ends if ", ".join(parts[:end]) in known), 1)
+        names.append(", ".join(parts[:end]))
+        del parts[:end]
+    return names
 
 
 def one_each(labels: ArrayLike | None, num: int) -> tuple[Array | np.ndarray | None, Problems]:

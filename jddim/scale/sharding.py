@@ -122,7 +122,7 @@ class Sharded:
         num: int,
         *,
         start: int = 0,
-        labels: ArrayLike | None = None,
+        labels: ArrayLike | str | None = None,
         condition: Images | None = None,
         **options: Any,
     ) -> Array:
@@ -139,7 +139,9 @@ class Sharded:
         parts = self.mesh.shape["data"]
         batch_size = options.pop("batch_size", None)
         firsts = [start + i * (num // parts) for i in range(parts)]
-        return self.sample_request(Request(**options), key, firsts, num // parts, num, labels, condition, batch_size)
+        held, text = (None, labels) if isinstance(labels, str) else (labels, None)
+        request = Request(labels=text, **options)
+        return self.sample_request(request, key, firsts, num // parts, num, held, condition, batch_size)
 
     def sample_request(
         self,
