@@ -786,6 +786,14 @@ class AutoencoderConfig(_NoCondition, _NoLabels):
             raise ValueError("AutoencoderConfig: " + "; ".join(problems))
 
 
+def image_shape(config: ModelConfig, stage: AutoencoderConfig | None) -> tuple[int, int, int]:
+    """(height, width, channels) of the images of a network, whose latents a first stage makes images of."""
+    height, width = config.image_size
+    if stage is None:
+        return height, width, config.in_channels
+    return height * stage.size_factor, width * stage.size_factor, stage.out_channels
+
+
 def _shape(config: UNetConfig | ClassifierConfig) -> str:
     """A network's images, widths, blocks and attention, for people."""
     return (

@@ -341,7 +341,7 @@ def eta_problems(eta: ArrayLike, num: int, table: StepTable) -> Problems:
 
 
 def range_problems(images: Array | np.ndarray) -> Problems:
-    """What is wrong with images to invert: unclipped samples overshoot [-1, 1] a little; [-2, 2] they do not leave."""
+    """What is wrong with images to edit, encode or invert: values beyond -2..2. Samples overshoot [-1, 1] a little."""
     if not isinstance(images, (Array, np.ndarray)) or isinstance(images, jax.core.Tracer):
         return []
     if images.size == 0 or not _all_finite(images):
@@ -349,7 +349,8 @@ def range_problems(images: Array | np.ndarray) -> Problems:
     low, high = float(images.min()), float(images.max())
     if low >= -2 and high <= 2:
         return []
-    told = f"images must lie in [-1, 1], got {low:g}..{high:g}; of numbers in 0..255 take x / 127.5 - 1"
+    told = f"images must lie in [-1, 1], got {low:g}..{high:g}, beyond what samples overshoot it by (to -2..2)"
+    told += "; of numbers in 0..255 take x / 127.5 - 1"
     return [("images", told)]
 
 
@@ -382,6 +383,8 @@ def _label_problem(
         return f"labels must have shape ({num},), one an image, got {shape}"
     if kind == "timestep" or isinstance(labels, jax.core.Tracer):
         return None
+    if labels.dtype.kind in "OUS":
+        return "labels must be integers; DDIM.label_names has each name's number"
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         return f"labels must be integers, got {labels.dtype}"
     outside = [int(label) for label in np.asarray(labels) if not 0 <= label < classes]

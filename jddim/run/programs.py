@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -268,6 +269,23 @@ def by_parts(program: Bound[T], x: jax.Array, size: int) -> T:
         done = jax.tree.map(lambda *of: jnp.stack(of), *map(program, parts))
     whole: T = jax.tree.map(lambda of: of.reshape(-1, *of.shape[2:])[:num], done)
     return whole
+
+
+def check_decoded(images: jax.Array, numbers: ArrayLike) -> None:
+    """Raise FloatingPointError if a NaN or infinity is in an image that a decoder made of finite latents.
+
+    numbers: which images they are, `(num,)`. Of traced images nothing is known.
+    """
+    finite = jnp.isfinite(images).all(axis=(1, 2, 3))
+    if isinstance(finite, jax.core.Tracer):
+        return
+    bad = np.flatnonzero(~np.asarray(finite))
+    if bad.size:
+        raise FloatingPointError(
+            f"the first stage's decoder made a NaN or infinity of finite latents, in image "
+            f"{np.asarray(numbers)[bad[0]]}, in {bad.size} of {len(finite)} images of this batch; check its weights "
+            "(jddim verify), or look at the latents (latents=True, --latents), or use float32"
+        )
 
 
 draw_keys: Callable[[jax.Array, ArrayLike], jax.Array] = jax.jit(numbered_keys)
