@@ -17,7 +17,7 @@ import pytest
 
 from jddim.config import ScheduleConfig
 from jddim.ddim import StepTable, step_table
-from jddim.schedule import make_schedule
+from jddim.schedule import NoiseSchedule, make_schedule, zero_terminal_snr
 from jddim.solvers import (
     SOLVERS,
     Solver,
@@ -255,6 +255,19 @@ def test_deis(order: int, S: int) -> None:
         solver = Solver(partial(deis_plan, order=order, lower_order_final=falls), history="eps")
         table = table_at(timesteps, set_alpha_to_one=False)
         assert_close(ours(x_T, table, "deis" if order == 2 and falls else solver, prediction_type), expected)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_zero_terminal_snr_as_diffusers_has_it(prediction_type: str) -> None:
+    # Its solvers' alpha_bar ends at 2^-24, not at 0 as its DDIMScheduler's and ours.
+    x_T, _ = draws(0)
+    zero = zero_terminal_snr(SCHEDULE)
+    schedule = NoiseSchedule(zero.betas, np.append(zero.alphas_cumprod[:-1], 2.0**-24))
+    options = {"prediction_type": prediction_type, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    for kind, name in (("DPMSolverMultistep", "dpm++2m"), ("UniPCMultistep", "unipc")):
+        expected, timesteps = theirs(getattr(diffusers, f"{kind}Scheduler")(**BETAS, **options), x_T, 8)
+        assert timesteps[0] == T - 1
+        assert_close(ours(x_T, step_table(schedule, np.int64(timesteps), np.float64), name, prediction_type), expected)
 
 
 # -- PNDM -----------------------------------------------------------------------------------------------------------
