@@ -69,6 +69,9 @@ def test_each_of_first_order_is_ddim() -> None:
         assert_plans_equal(plan(TABLE, order=1, history="eps"), eps)
     for plan in (deis_plan, lms_plan):
         assert_plans_equal(plan(TABLE, order=1), eps)
+    noisy = SOLVERS["dpm2m-sde"].rows(TABLE)
+    assert noisy.noise[-2] > noisy.noise[-1] == 0  # to the clean image
+    np.testing.assert_allclose([noisy.step_x[-1], *noisy.step_history[-1]], [eps.step_x[-1], *eps.step_history[-1], 0])
 
 
 def assert_plans_equal(plan: SolverTable, expected: SolverTable) -> None:
@@ -127,8 +130,8 @@ def error(solver: str | Solver, steps: int) -> float:
 
 WHOLE = partial(dpm_singlestep_plan, lower_order_final=False)
 
-# Heun's and PNDM's count by steps, of several evaluations; singlestep's by rows. A start or an end of lower order holds
-# the error of some back, so that it falls by more than the order says they do, and by less than their highest would.
+# From a quarter below the first number to the second: of one that starts or ends at a lower order than it has between,
+# the error falls at a rate in between. Heun's and PNDM's is by steps, of several evaluations, singlestep's by rows.
 ORDERS = {
     "ddim": (1, 1.3),
     **dict.fromkeys(["dpm++2m", "dpm++3m", "dpm2m", "dpm3m", "deis", "heun"], (2, 2.3)),
