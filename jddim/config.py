@@ -92,7 +92,11 @@ class SamplerConfig:
     rho: float = later(7.0)
 
 
-METHODS = ("ddim", "ddpm", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
+METHODS = (
+    *("ddim", "ddpm", "dpm++2m", "dpm++3m", "dpm++2s", "dpm++3s", "dpm++2m-sde"),
+    *("dpm2m", "dpm3m", "dpm2s", "dpm3s", "dpm2m-sde", "unipc", "unipc-bh1", "deis", "lms"),
+    *("heun", "plms", "pndm", "euler-a"),
+)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "velocity", EDM := "edm")
 VARIANCES = ("fixed_small", "fixed_large", LEARNED := "learned_range", UNUSED := "unused")
 TWICE = (LEARNED, UNUSED)

@@ -25,6 +25,9 @@ SETTINGS = {"norm_groups": "4", "image_size": "6x10"}
 """What `convert` must be told of a bare state dict of SMALL."""
 SETTING_OPTIONS = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
 
+SOLVER_KINDS = ("dpm++2m", "dpm++3s", "dpm++2m-sde", "unipc", "heun", "plms", "pndm", "euler-a")
+"""Names of `jddim.solvers.SOLVERS`, one of each kind, where a test is slow: those of a kind differ in numbers alone."""
+
 
 def state_dict(seed: int = 1, **changes: Any) -> dict[str, Any]:
     """A PyTorch state dict with this family's names. changes: over SMALL, arguments of `ReferenceUNet`."""

@@ -15,6 +15,9 @@ from jddim.cli.options import CKPT, add_ckpt, add_request, request_of, resolved,
 from jddim.config import METHODS
 from jddim.installing import install_line
 
+OFFERED = ("ddim", "ddpm", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
+"""The default: each more is a program more, or two, to compile."""
+
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the command. command: `(name, run, text, examples)` -> its parser."""
@@ -36,9 +39,9 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--methods",
         type=_methods,
-        default=METHODS,
+        default=OFFERED,
         metavar="LIST",
-        help=f"to compile and offer, ddim among them (default {','.join(METHODS)})",
+        help=f"to compile and offer, ddim among them (default {','.join(OFFERED)})",
     )
     sub.add_argument("--max-steps", type=int, default=250, metavar="S", help="of a run (default 250)")
     sub.add_argument("--max-num", type=int, default=16, metavar="N", help="images of a run (default 16)")

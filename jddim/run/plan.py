@@ -366,7 +366,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
             sampler = dataclasses.replace(sampler, spacing=spacing)
         if request.strength is not None:
             table = tail(table, request.strength)
-        rows = method.rows(table, dtype)
+        rows = method.rows(table, dtype, ddim.schedule)
         if resampled and not problems:
             rows = cast(repaint_table(table, request.resample, request.jump_length), dtype)
         table = cast(table, dtype)
