@@ -425,6 +425,8 @@ def pndm_plan(table: StepTable, schedule: Schedule) -> SolverTable:
         if table.t.dtype != np.int32:
             raise ValueError("pndm asks halfway between whole timesteps, which this table's t are not")
         halfway = np.maximum(np.floor(halfway), 0).astype(np.int32)
+    else:
+        halfway = np.maximum(halfway, schedule.t_min)  # the last step's, which is not asked
     middle = step_table(schedule, halfway, np.float64)
     return _eps_plan(table, rows, weights, asked=asked, ends=ends, middle=middle)
 
@@ -489,7 +491,8 @@ def _check_form(history: str, solver_type: str) -> None:
 
 
 NO_SIGNAL = (
-    "this solver has no step from alpha_t = 0 (zero terminal SNR): leave that timestep out, or take dpm++2m or unipc"
+    "this solver has no step from alpha_t = 0 (a flow's start, or zero terminal SNR): leave that timestep out, or take "
+    "dpm++2m or unipc"
 )
 
 
