@@ -33,16 +33,22 @@ def sampler_problems(sampler: SamplerConfig, table: StepTable, schedule: Schedul
         check_prediction(table, sampler.prediction_type)
     except ValueError as error:
         problems.append(("prediction_type", str(error)))
+    problems += [("prediction_type", told) for told in denoiser_problems(sampler, schedule)]
+    return problems
+
+
+def denoiser_problems(sampler: SamplerConfig, schedule: Schedule) -> list[str]:
+    """What is wrong with how a network is told t, on this schedule."""
+    problems = []
     if sampler.prediction_type == EDM:
         if not isinstance(schedule, EDMSchedule):
-            problems.append(("prediction_type", "prediction_type edm is of the schedule edm, whose t is sigma"))
+            problems.append("prediction_type edm is of the schedule edm, whose t is sigma")
         if not 0 < sampler.sigma_data < np.inf:
-            problems.append(("prediction_type", f"sigma_data must be a number above 0, got {sampler.sigma_data}"))
+            problems.append(f"sigma_data must be a number above 0, got {sampler.sigma_data}")
     elif sampler.boundary:
-        problems.append(("prediction_type", "boundary is of prediction_type edm"))
+        problems.append("boundary is of prediction_type edm")
     if sampler.reversed_time and (sampler.prediction_type != "velocity" or not isinstance(schedule, FlowSchedule)):
-        told = "reversed_time is of the schedule flow and the prediction_type velocity"
-        problems.append(("prediction_type", told))
+        problems.append("reversed_time is of the schedule flow and the prediction_type velocity")
     return problems
 
 

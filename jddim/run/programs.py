@@ -167,16 +167,9 @@ def network_denoiser(
 
     condition: `(b, h, w, channels)`, for a network that is given an image beside each x_t.
     """
-    denoise: Denoiser = model
-    if program.edm is not None:
-        sigma_data, t_free = program.edm
-        denoise = with_edm(model, sigma_data, program.timestep_scale, t_free)
-    elif program.timestep_scale != 1:
-        denoise = with_scaled_time(model, program.timestep_scale)
+    denoise = told_t(model, program)
     if program.variance in TWICE and not program.learned_variance:
         denoise = without_variance(denoise)
-    if program.reversed_time:
-        denoise = with_reversed_time(denoise)
     if labels is not None and guidance is not None:
         denoise = _guided(denoise, labels, guidance, program)
     elif labels is not None:
@@ -184,6 +177,17 @@ def network_denoiser(
     if condition is not None:
         denoise = with_condition(denoise, condition, first=model.config.condition_first)
     return with_self_condition(denoise) if program.self_condition else denoise
+
+
+def told_t(model: Denoiser, program: Program) -> Denoiser:
+    """The network given the loops' t, and returning what they expect. What else it takes is passed on."""
+    denoise = model
+    if program.edm is not None:
+        sigma_data, t_free = program.edm
+        denoise = with_edm(model, sigma_data, program.timestep_scale, t_free)
+    elif program.timestep_scale != 1:
+        denoise = with_scaled_time(model, program.timestep_scale)
+    return with_reversed_time(denoise) if program.reversed_time else denoise
 
 
 def _classified(denoise: Denoiser, given: Given, classifier: Classified, program: Program) -> Update:
