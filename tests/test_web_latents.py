@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import shlex
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from tiny import write_checkpoint
 
@@ -110,8 +112,6 @@ def test_what_is_copied_makes_the_pictures_again(
 
 
 def test_latents_are_decoded_a_few_at_a_call(checkpoint: Path) -> None:
-    import dataclasses
-
     served = {"a": jddim.load(checkpoint)}
     asked = parse({"steps": 2, "num": 3}, served, {"a": ["ddim"]}, Bounds())
     asked = dataclasses.replace(asked, request=dataclasses.replace(asked.request, decode_batch=2))
@@ -122,3 +122,22 @@ def test_latents_are_decoded_a_few_at_a_call(checkpoint: Path) -> None:
         run.step()
     same = served["a"].sample(0, 3, steps=2, decode_batch=2)
     np.testing.assert_allclose(run.x_t(), same, atol=1e-5)
+    graph, state = nnx.split(served["a"].autoencoder)
+    state["decoder"]["conv_out"]["bias"][...] = np.full(3, np.inf, np.float32)
+    run = run_of(asked, dataclasses.replace(served["a"], autoencoder=nnx.merge(graph, state)))
+    run.step()
+    run.step()
+    with pytest.raises(
+        FloatingPointError, match="decoder made a NaN or infinity of finite latents, in image 0, in 2 of"
+    ):
+        run.step()
+
+
+def test_what_the_page_does_not_take_is_told_at_the_start(tmp_path: Path, fails: Any) -> None:
+    pixels = write_checkpoint(tmp_path / "pixels", **SMALL)
+    told = fails("serve", pixels, "--port", "0", "--decode-batch", "2")
+    assert "decode_batch is of a checkpoint with a first stage, of which this has none" in told
+    beside: dict[str, Any] = {"image_size": (5, 7), "in_channels": 2, "out_channels": 2, "condition_channels": 1}
+    latents = write_checkpoint(tmp_path / "latents", autoencoder=STAGE, **beside, **SMALL)
+    told = fails("serve", latents, "--port", "0")
+    assert "the page draws no latents, and this network is given some beside x_t" in told
