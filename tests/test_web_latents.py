@@ -28,7 +28,7 @@ for package in ("starlette", "uvicorn"):
 
 from web_server import SMALL, events, post, send, serving  # noqa: E402
 
-from jddim.serve.jobs import DECODED  # noqa: E402
+from jddim.serve.jobs import DECODED, Job  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised
 
@@ -86,7 +86,8 @@ def test_what_is_copied_makes_the_pictures_again(
     *on_the_way, (name, data) = events(post(port, "/api/run", asked))
     assert name == "done", data
     previews = [told["images"] for _, told in on_the_way if "images" in told]
-    assert (len(data["way"]), bool(previews)) == ((0, False) if run["mode"] == "grid" else (DECODED, True))
+    assert len(data["way"]) == (0 if run["mode"] == "grid" else DECODED)
+    assert len(previews) <= len(data["way"])  # each is sent once
     images = pixels(base64.b64decode(data["images"])).astype(int)
     assert images.shape[1:] == pixels(base64.b64decode(data["x_T"])).shape[1:] == SIZE
     for name in data["files"]:
@@ -118,8 +119,13 @@ def test_latents_are_decoded_a_few_at_a_call(checkpoint: Path) -> None:
     run = run_of(asked, served["a"])
     assert isinstance(run, Decoded)
     assert run.total == 2 + 2
-    while run.done < run.total:
-        run.step()
+    job, previews = Job(run, lambda: None), []
+    while not job.finished:
+        job.advance()
+        previews.append(job.preview())
+    assert [preview is not None for preview in previews] == [True, True, False, False]  # one a step that is kept
+    assert previews[0] is job.frames[0].x0_hat
+    assert previews[0].shape == (3, *SIZE)
     same = served["a"].sample(0, 3, steps=2, decode_batch=2)
     np.testing.assert_allclose(run.x_t(), same, atol=1e-5)
     graph, state = nnx.split(served["a"].autoencoder)
