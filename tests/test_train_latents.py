@@ -37,7 +37,8 @@ LABELS = RNG.integers(0, 2, 11).astype(np.int32)
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields: dict[str, Any] = {"image_size": (5, 7), "in_channels": 2, "out_channels": 2, "attention_levels": ()}
     fields |= {"class_embedding": "learned", "num_classes": 3}
-    recorded = {"null_label": 2, "label_names": {"cat": 0, "dog": 1}}
+    recorded: dict[str, Any] = {"autoencoder": {"family": "autoencoder"}}  # as a conversion has them
+    recorded |= {"null_label": 2, "label_names": {"cat": 0, "dog": 1}}
     return write_checkpoint(tmp_path_factory.mktemp("train") / "c", autoencoder=STAGE, provenance=recorded, **fields)
 
 
@@ -53,6 +54,7 @@ def test_images_are_encoded_and_the_first_stage_stays(ckpt: Path, tmp_path: Path
     made, before = load_metadata(Path(out)), load_params(ckpt, load_metadata(ckpt))
     assert made.provenance["data"]["latents"] == "encoded by the mean"
     assert (made.autoencoder, made.null_label, made.label_names) == (STAGE, 2, {"cat": 0, "dog": 1})
+    assert made.provenance["autoencoder"] == {"family": "autoencoder"}
     for name, value in load_params(Path(out), made).items():
         assert np.array_equal(value, before[name]) == name.startswith(FIRST_STAGE), name
     with Image.open(tmp_path / "out.run" / "samples" / "step-00000002.png") as grid:

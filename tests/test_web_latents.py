@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import shlex
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from tiny import write_checkpoint
 
@@ -26,7 +28,7 @@ for package in ("starlette", "uvicorn"):
 
 from web_server import SMALL, events, post, send, serving  # noqa: E402
 
-from jddim.serve.jobs import DECODED  # noqa: E402
+from jddim.serve.jobs import DECODED, Job  # noqa: E402
 
 pytestmark = pytest.mark.unoptimised
 
@@ -84,7 +86,8 @@ def test_what_is_copied_makes_the_pictures_again(
     *on_the_way, (name, data) = events(post(port, "/api/run", asked))
     assert name == "done", data
     previews = [told["images"] for _, told in on_the_way if "images" in told]
-    assert (len(data["way"]), bool(previews)) == ((0, False) if run["mode"] == "grid" else (DECODED, True))
+    assert len(data["way"]) == (0 if run["mode"] == "grid" else DECODED)
+    assert len(previews) <= len(data["way"])  # each is sent once
     images = pixels(base64.b64decode(data["images"])).astype(int)
     assert images.shape[1:] == pixels(base64.b64decode(data["x_T"])).shape[1:] == SIZE
     for name in data["files"]:
@@ -110,15 +113,37 @@ def test_what_is_copied_makes_the_pictures_again(
 
 
 def test_latents_are_decoded_a_few_at_a_call(checkpoint: Path) -> None:
-    import dataclasses
-
     served = {"a": jddim.load(checkpoint)}
     asked = parse({"steps": 2, "num": 3}, served, {"a": ["ddim"]}, Bounds())
     asked = dataclasses.replace(asked, request=dataclasses.replace(asked.request, decode_batch=2))
     run = run_of(asked, served["a"])
     assert isinstance(run, Decoded)
     assert run.total == 2 + 2
-    while run.done < run.total:
-        run.step()
+    job, previews = Job(run, lambda: None), []
+    while not job.finished:
+        job.advance()
+        previews.append(job.preview())
+    assert [preview is not None for preview in previews] == [True, True, False, False]  # one a step that is kept
+    assert previews[0] is job.frames[0].x0_hat
+    assert previews[0].shape == (3, *SIZE)
     same = served["a"].sample(0, 3, steps=2, decode_batch=2)
     np.testing.assert_allclose(run.x_t(), same, atol=1e-5)
+    graph, state = nnx.split(served["a"].autoencoder)
+    state["decoder"]["conv_out"]["bias"][...] = np.full(3, np.inf, np.float32)
+    run = run_of(asked, dataclasses.replace(served["a"], autoencoder=nnx.merge(graph, state)))
+    run.step()
+    run.step()
+    with pytest.raises(
+        FloatingPointError, match="decoder made a NaN or infinity of finite latents, in image 0, in 2 of"
+    ):
+        run.step()
+
+
+def test_what_the_page_does_not_take_is_told_at_the_start(tmp_path: Path, fails: Any) -> None:
+    pixels = write_checkpoint(tmp_path / "pixels", **SMALL)
+    told = fails("serve", pixels, "--port", "0", "--decode-batch", "2")
+    assert "decode_batch is of a checkpoint with a first stage, of which this has none" in told
+    beside: dict[str, Any] = {"image_size": (5, 7), "in_channels": 2, "out_channels": 2, "condition_channels": 1}
+    latents = write_checkpoint(tmp_path / "latents", autoencoder=STAGE, **beside, **SMALL)
+    told = fails("serve", latents, "--port", "0")
+    assert "the page draws no latents, and this network is given some beside x_t" in told

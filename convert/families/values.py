@@ -84,9 +84,8 @@ def not_read(unread: list[str]) -> list[str]:
     return [f"config: not read: {shortened([printable(name) for name in unread])}"] if unread else []
 
 
-def misspelt(odd: Iterable[str], known: Iterable[str], file: str) -> tuple[list[str], list[str]]:
+def misspelt(odd: list[str], known: Collection[str], file: str) -> tuple[list[str], list[str]]:
     """Of unknown keys of diffusers' configs: what is wrong with those that are near a known one; and the rest."""
-    known = [*known]
     near = {key: found[0] for key in odd if (found := difflib.get_close_matches(key, known, n=1))}
     problems = [
         f"{file}: unknown key {printable(key)!r}, which diffusers ignores (did you mean {meant!r}?)"

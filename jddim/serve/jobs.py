@@ -70,6 +70,7 @@ class Job:
         self.finished = False
         self.error: str | None = None
         self.frames: list[Frame] = []
+        self._previewed = 0
         self._most = DECODED if isinstance(run, Decoded) else FRAMES
         self._before: tuple[int, NDArray[np.uint8] | None] | None = None
         self.started: float | None = None
@@ -96,10 +97,11 @@ class Job:
         self.changed()
 
     def preview(self) -> NDArray[np.uint8] | None:
-        """The clean images predicted last; of latents those of the last frame, and None before it."""
+        """The clean images predicted last; of latents those of the last frame, once: None until there is another."""
         if not isinstance(self.run, Decoded):
             return to_uint8(self.run.x0_hat())
-        return self.frames[-1].x0_hat if self.frames else None
+        before, self._previewed = self._previewed, len(self.frames)
+        return self.frames[-1].x0_hat if self._previewed > before else None
 
     def _step(self) -> None:
         row, rows, most = self.run.row, self.run.rows, self._most

@@ -336,7 +336,7 @@ def write_checkpoint(
     }
     if parent is not None:
         provenance["parent"] = about["parent"]
-        kept = ("reference_options", "label_names")
+        kept = ("reference_options", "label_names", "autoencoder")
         provenance |= {name: parent.provenance[name] for name in kept if name in parent.provenance}
     weights = {name: np.asarray(value, np.float32) for name, value in ema.items()}
     if stage is not None:
