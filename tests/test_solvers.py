@@ -213,7 +213,7 @@ def test_what_solvers_refuse() -> None:
         solver_loop(denoise, X_T, TABLE, "heun", noise=X_T)
     zero = starting_at(0.0)
     for name in set(SOLVERS) - set(FROM_NOISE):
-        with pytest.raises(ValueError, match=r"from alpha_t = 0 \(zero terminal SNR\)"):
+        with pytest.raises(ValueError, match=r"from alpha_t = 0 \(a flow's start, or zero terminal SNR\)"):
             SOLVERS[name].rows(zero, SCHEDULE)
     with pytest.raises(ValueError, match="asks between the table's timesteps: give it the schedule"):
         solver_loop(denoise, X_T, TABLE, "pndm")
