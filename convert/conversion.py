@@ -508,7 +508,15 @@ def _fitting_presets(
 
 def _tried(asks: Iterable[str]) -> dict[str, str]:
     """Settings with values that any tensors go with, in place of those that a person has to give."""
-    neutral = {"SIDE": "512", "N": "1", "NUMBER": "1", "BOOLEAN": "False", "BETA": "0.01", "NAME": "linear"}
+    neutral = {
+        "SIDE": "512",
+        "N": "1",
+        "NUMBER": "1",
+        "BOOLEAN": "False",
+        "BETA": "0.01",
+        "NAME": "linear",
+        "MODE": "edm",
+    }
     return {key: neutral[what] for key, _, what in (ask.partition("=") for ask in asks) if what in neutral}
 
 

@@ -46,7 +46,8 @@ class SamplerConfig:
     """A source's sampling conventions (the defaults of `DDIM.sample`; every one can be overridden).
 
     spacing: a key of `jddim.timesteps.SPACINGS`, or OpenAI's "ddimN" or "10,15,20", which say their own S; or of
-        `jddim.timesteps.RATIOS`, off the grid; of a continuous schedule "even" or one of RATIOS.
+        `jddim.timesteps.RATIOS`, off the grid; of a continuous schedule "even", one of RATIOS, or the t themselves,
+        "80,0.66", which say their own S.
     steps_offset: added to every t of the spacing "leading". set_alpha_to_one: False: the last step of diffusers'
         spacings ends at alpha_bar_0, not at 1.
     clip: clamp x0 to `clip_range`. threshold_ratio: instead, dynamic thresholding (Imagen, arXiv:2205.11487): x0 is
@@ -93,7 +94,7 @@ class SamplerConfig:
 
 
 METHODS = (
-    *("ddim", "ddpm", "dpm++2m", "dpm++3m", "dpm++2s", "dpm++3s", "dpm++2m-sde"),
+    *("ddim", "ddpm", "consistency", "dpm++2m", "dpm++3m", "dpm++2s", "dpm++3s", "dpm++2m-sde"),
     *("dpm2m", "dpm3m", "dpm2s", "dpm3s", "dpm2m-sde", "unipc", "unipc-bh1", "deis", "lms"),
     *("heun", "plms", "pndm", "euler-a"),
 )

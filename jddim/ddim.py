@@ -25,6 +25,7 @@ from jddim.timesteps import (
     check_timesteps,
     counts_itself,
     even_times,
+    listed_times,
     make_timesteps,
     of_diffusers,
     of_ratios,
@@ -182,6 +183,8 @@ def _continuous_table(
 ) -> StepTable:
     """`sampler_table` where t is continuous: even in t, or in some measure of sigma / alpha, or a list of t."""
     steps, ends = sampler.num_steps if num_steps is None else num_steps, (schedule.t_min, schedule.t_max)
+    if isinstance(spacing, str):
+        spacing = listed_times(spacing)
     if not isinstance(spacing, str):
         if num_steps not in (None, len(spacing)):
             raise ValueError(f"an explicit list of {len(spacing)} timesteps does not take num_steps={num_steps}")

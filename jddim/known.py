@@ -15,7 +15,7 @@ class Preset:
     samples by), and the variance of its ancestral sampler, as in `jddim.ScheduleConfig` and `jddim.SamplerConfig`.
     fid: what `fid_from` reports, of its own sampler.
     file, origin: of one that is no hub id: the file's name, and who publishes it. options: `jddim convert`'s for it.
-    A schedule "flow" has no train_timesteps.
+    Schedules "flow" and "edm" have no train_timesteps.
     """
 
     name: str
@@ -115,6 +115,25 @@ def _dit(name: str, image_size: int, fid: float | None = None) -> Preset:
     )
 
 
+def _consistency(file: str, preset: str, image_size: int, classes: int = 0) -> Preset:
+    """One step from noise, or an EDM network."""
+    return Preset(
+        *(
+            file.removesuffix(".pt").replace("_", "-"),
+            "consistency",
+            image_size,
+            classes,
+            "MIT",
+            "edm",
+            0,
+            "edm",
+        ),
+        file=file,
+        origin="openai/consistency_models",
+        options=f"--preset {preset}",
+    )
+
+
 _GUIDED = f"{_ADM}'s README, with its classifier"
 _UNGUIDED = f"{_ADM}'s README"
 _HYBRID, _IMPROVED = "arXiv:2102.09672", ("cosine", 4000)
@@ -174,6 +193,15 @@ presets: tuple[Preset, ...] = (
         file="SiT-XL-2-256.pt",
         origin="willisma/SiT",
         options="--preset SiT-XL/2-256",
+    ),
+    _consistency("edm_imagenet64_ema.pt", "edm_imagenet64", 64, 1000),
+    _consistency("cd_imagenet64_l2.pt", "cd_imagenet64", 64, 1000),
+    _consistency("cd_imagenet64_lpips.pt", "cd_imagenet64", 64, 1000),
+    _consistency("ct_imagenet64.pt", "ct_imagenet64", 64, 1000),
+    *(
+        _consistency(f"{kind.format(data)}.pt", f"{kind.partition('_')[0]}_lsun256", 256)
+        for data in ("bedroom256", "cat256")
+        for kind in ("edm_{}_ema", "cd_{}_l2", "cd_{}_lpips", "ct_{}")
     ),
 )
 """The published checkpoints that jddim knows of; `jddim list` prints them."""

@@ -301,6 +301,29 @@ def ddim_update(
     return update
 
 
+def consistency_update(
+    *,
+    least_sigma: float = 0.0,
+    prediction_type: str = "epsilon",
+    clip_range: Limits | None = None,
+    threshold: Limits | None = None,
+) -> Callable[..., tuple[Array, Array]]:
+    """Multistep consistency sampling (Song et al., arXiv:2303.01469, Algorithm 1), for `update_loop`.
+
+    Each step's x0 is noised anew, to where the step ends; no eps is kept. least_sigma: where the network takes x_t for
+    clean; a step adds noise of sqrt(sigma_prev^2 - least_sigma^2). The other arguments are `sample_loop`'s.
+    """
+    limit = limiter(clip_range, threshold)
+
+    def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
+        x0, _ = ddim.predict_both(output, x_t, row.alpha_t, row.sigma_t, prediction_type)
+        x0 = x0 if limit is None else limit(x0)
+        added = jnp.maximum((row.sigma_prev - least_sigma) * (row.sigma_prev + least_sigma), 0)
+        return ddim.add_noise(x0, noise, row.alpha_prev, ddim.root(added)), x0
+
+    return update
+
+
 def ancestral_update(
     *,
     variance: str = "fixed_small",

@@ -349,7 +349,7 @@ def spaced_ratios(spacing: str, least: float, largest: float, num_steps: int, rh
     """
     S = _check_steps(num_steps)
     if not of_ratios(spacing):
-        told = f"spacing {spacing!r} is not of continuous schedules, which take even, {', '.join(RATIOS)}"
+        told = f"spacing {spacing!r} is not of continuous schedules, which take even, {', '.join(RATIOS)} or T,T,..."
         raise ValueError(told + did_you_mean(spacing, ["even", *RATIOS]))
     if not 0 < least < largest < np.inf:
         told = f"spacing {spacing!r} needs sigma / alpha within (0, inf); this schedule's goes from {largest:g} to "
@@ -360,6 +360,14 @@ def spaced_ratios(spacing: str, least: float, largest: float, num_steps: int, rh
     made[0] = largest  # to the bit, whatever the powers round to
     made[1:][-1:] = least
     return made
+
+
+def listed_times(spacing: str) -> str | list[float]:
+    """The t of a continuous schedule that a spacing lists, "80,0.66", or the spacing itself if it is a name."""
+    try:
+        return [float(part) for part in spacing.split(",")]
+    except ValueError:
+        return spacing
 
 
 def check_times(times: ArrayLike, t_min: float, t_max: float) -> Times:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.families import FAMILIES, ho, lucidrains
+from convert.families import FAMILIES, consistency, ho, lucidrains
 from convert.families import diffusers_config as configs
 from convert.writers import state_shapes
 from jddim.config import LucidrainsConfig, ModelConfig, ScheduleConfig, UNetConfig
@@ -500,6 +500,46 @@ def _openai() -> dict[str, Row]:
     }
 
 
+# -- OpenAI's consistency models --------------------------------------------------------------------------------------
+
+
+def of_consistency(flags: str, mode: str, preset: str, **fields: Any) -> Row:
+    """flags: of scripts/launch.sh, over the defaults of cm/script_util.py."""
+    words = flags.split()
+    own = {"attention_resolutions": "32,16,8", "sigma_min": "0.002", "sigma_max": "80.0", "weight_schedule": "karras"}
+    taken = {key: value for key, value in (_DEFAULTS | own).items() if key in consistency.SETTINGS}
+    taken |= dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+    sampler = {"spacing": "karras", "rederive_eps": True, "prediction_type": "edm", "timestep_scale": 250.0}
+    return Row(
+        "openai/consistency_models, scripts/launch.sh and cm/script_util.py",
+        *(
+            "consistency",
+            guided(taken),
+            taken | {"training_mode": mode},
+            ScheduleConfig("edm", t_min=0.002, t_max=80.0),
+        ),
+        sampler | {"boundary": mode != "edm", "num_steps": 40 if mode == "edm" else 1},
+        preset=preset,
+        wrong=("class_cond", "no" if taken["class_cond"] == "True" else "yes"),
+        **fields,
+    )
+
+
+_CM_64 = (
+    "--class_cond True --use_scale_shift_norm True --image_size 64 --num_channels 192 --num_head_channels 64 "
+    "--num_res_blocks 3 --resblock_updown True --use_fp16 True "
+)
+_CM_256 = (
+    "--class_cond False --use_scale_shift_norm False --image_size 256 --num_channels 256 --num_head_channels 64 "
+    "--num_res_blocks 2 --resblock_updown True --use_fp16 True "
+)
+CONSISTENCY_MODELS = {
+    f"{prefix} of {data}": of_consistency(flags, mode, f"{prefix}_{data}")
+    for prefix, mode in (("edm", "edm"), ("cd", "consistency_distillation"), ("ct", "consistency_training"))
+    for data, flags in (("imagenet64", _CM_64), ("lsun256", _CM_256))
+}
+
+
 # -- lucidrains' ------------------------------------------------------------------------------------------------------
 
 
@@ -535,4 +575,4 @@ LUCIDRAINS = {
     "lucidrains' MNIST": of_lucidrains("SeungyounShin/gp-diffusion, train_mnist.py", 1, (1, 2, 4), 28),
 }
 
-ROWS: dict[str, Row] = DIFFUSERS | _openai() | HO | LUCIDRAINS
+ROWS: dict[str, Row] = DIFFUSERS | _openai() | CONSISTENCY_MODELS | HO | LUCIDRAINS

@@ -21,7 +21,7 @@ def test_each_row_is_whole() -> None:
     assert len({each.name for each in jddim.presets}) == len(jddim.presets)
     for each in jddim.presets:
         assert each.schedule in {**SCHEDULES, **CONTINUOUS}
-        assert each.prediction == ("velocity" if each.schedule == "flow" else "epsilon")
+        assert each.prediction == {"flow": "velocity", "edm": "edm"}.get(each.schedule, "epsilon")
         assert (each.fid is None) == (each.fid_from == "")
         assert each.variance in ("", "fixed_small", "fixed_large", "learned_range")
         on_hub = converting.hub_id(each.name) is not None
@@ -48,7 +48,9 @@ def test_what_is_told_of_a_file_is_what_its_preset_says() -> None:
             ("noise_schedule", "beta_schedule", "schedule"),
         )
         assert [each.train_timesteps or None] == [int(told[name]) for name in counts if name in told] or [None]
-        assert [each.schedule] == [told[name] for name in schedules if name in told] or ["flow"]
+        assert [each.schedule] == [told[name] for name in schedules if name in told] or [
+            {"dit": "flow"}.get(each.family, "edm")
+        ]
         assert each.classes == (1000 if told.get("class_cond") == "True" or "num_classes" in told else 0)
         if "var_type" in told:
             assert each.variance == {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}[told["var_type"]]

@@ -18,6 +18,7 @@ from jddim.guidance import cfg_plus_plus_loop
 from jddim.inversion import invert_loop
 from jddim.sampling import (
     ancestral_loop,
+    consistency_update,
     ddim_update,
     init_state,
     initial_noise,
@@ -197,6 +198,20 @@ def test_eta_per_sample() -> None:
     together = run(x_T, TABLE, jnp.array([0.0, 0.5, 1.0]), keys)
     for i, eta in enumerate((0.0, 0.5, 1.0)):
         chex.assert_trees_all_close(together[i], run(x_T[i : i + 1], TABLE, eta, keys[i : i + 1])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("least_sigma", [0.0, 0.2])
+def test_consistency_sampling_noises_each_x0_anew(least_sigma: float) -> None:
+    x_T, noise = start(2), jax.random.normal(jax.random.key(3), (S, 2, *SHAPE))
+    update = consistency_update(least_sigma=least_sigma, clip_range=(-0.5, 0.7))
+    x_0 = update_loop(denoise, update, x_T, TABLE, noise=noise)
+    x = x_T
+    for i in range(S):
+        t, alpha, sigma, alpha_prev, sigma_prev = (float(column[i]) for column in (TABLE.t, *TABLE[3:7]))
+        clean = ((x - sigma * denoise(x, jnp.full(2, t))) / alpha).clip(-0.5, 0.7)
+        x = alpha_prev * clean + max(sigma_prev**2 - least_sigma**2, 0) ** 0.5 * noise[i]
+    np.testing.assert_allclose(x_0, x, atol=1e-5)  # float32 rounding of 13 steps
+    assert float(abs(x_0 - clean).max()) == 0  # the last step adds none
 
 
 def test_rederived_eps_differs_only_where_x0_was_clipped() -> None:

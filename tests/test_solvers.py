@@ -278,4 +278,4 @@ def test_a_predicted_x0_near_the_clean_image_keeps_its_digits(solver: str) -> No
 
 
 def test_the_command_knows_them_all() -> None:
-    assert ("ddim", "ddpm", *(name for name in SOLVERS if name != "ddim")) == METHODS
+    assert ("ddim", "ddpm", "consistency", *(name for name in SOLVERS if name != "ddim")) == METHODS

@@ -20,7 +20,7 @@ import yaml
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig, levels_at_resolutions
 from jddim.models.building import abstract_model, flat_params
-from jddim.schedule import LARGEST_T, noise_schedule, schedule_config_from_betas
+from jddim.schedule import CONTINUOUS, LARGEST_T, noise_schedule, schedule_config_from_betas
 
 from ..engine import ConversionError, cannot_hold, refuse, refusing
 from ..rules import Rules, from_layout, source_of
@@ -476,6 +476,8 @@ def _config_problems(metadata: Metadata) -> list[str]:
 
 def _source_schedule(config: ScheduleConfig) -> tuple[str, float, float] | None:
     """The source's beta_schedule, beta_start and beta_end, or None if it has no such schedule."""
+    if config.name in CONTINUOUS:
+        return None
     betas = noise_schedule(config).betas
     if config.name == "betas" and np.all(betas == betas[0]):
         return "const", float(betas[0]), float(betas[0])

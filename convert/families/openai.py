@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import types
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from jddim.checkpoint.metadata import Metadata
 from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
-from jddim.schedule import noise_schedule, schedule_config_from_betas
+from jddim.schedule import CONTINUOUS, noise_schedule, schedule_config_from_betas
 from jddim.timesteps import make_timesteps
 
 from ..engine import ConversionError, cannot_hold, refuse, refusing
@@ -90,13 +91,6 @@ def _refusal(tensors: Tensors) -> str | None:
         return (
             "is a latent-diffusion UNet with cross-attention to a context (Stable Diffusion's text, cin256's one token "
             "for a class); jddim's networks take class labels or nothing"
-        )
-    projections = [value.ndim for name, value in tensors.items() if name.endswith(".qkv.weight")]
-    if projections and set(projections) == {4}:
-        return (
-            "has attention by 2-D convolutions, as openai/consistency_models has (edm_, cd_ and ct_ files): its "
-            "networks are given 250 ln(sigma) in place of t, and sampled by EDM's or a consistency model's steps, "
-            "which jddim does not have; as networks that predict noise at t they would give wrong images"
         )
     return None
 
@@ -277,14 +271,21 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def read_settings(config: Mapping[str, Any] | None, given: Mapping[str, str]) -> dict[str, Any]:
+def read_settings(
+    config: Mapping[str, Any] | None,
+    given: Mapping[str, str],
+    known: Iterable[str] = SETTINGS,
+    more: Mapping[str, Callable[[str], Any]] = types.MappingProxyType({}),
+) -> dict[str, Any]:
     """The flags of a config file (flat, or in sections; other keys are not ours) and of --set, parsed; --set wins.
 
+    known: which flags there are. more: the parsers of those that are not this family's.
     Raises ConversionError for unknown or bad ones, all in one message.
     """
-    found, _, problems = sections(_of_compvis(config), SETTINGS)
+    parsers = {key: {**_PARSERS, **more}[key] for key in known}
+    found, _, problems = sections(_of_compvis(config), parsers)
     filed = {key: _spelled(value).strip() for key, value in found.items()}
-    told, refused = parse({"config": filed, "--set": {k: v.strip() for k, v in given.items()}}, _PARSERS)
+    told, refused = parse({"config": filed, "--set": {k: v.strip() for k, v in given.items()}}, parsers)
     refuse(problems + refused)
     return told
 
@@ -324,7 +325,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         told = {"image_size": told["large_size"], **told}
     assumed: list[str] = []
     settle = settling(told, assumed)
-    problems = _contradictions(told, found)
+    problems = contradictions(told, found)
 
     both = "the default of both sources"
     betas = tensors.get("betas")
@@ -334,16 +335,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     if schedule is None and _of_compvis(config) is not config:
         problems.append("latent-diffusion's schedule is read from the betas beside the weights; there are none")
     rescale = told.get("rescale_timesteps", False)
-    missing = {}
-    if "image_size" not in told:
-        usual = next((side for side, mult in _MULTIPLIERS.items() if mult == found["channel_mult"]), None)
-        hint = f", which is {usual} if channel_mult was left to the source" if usual else ""
-        missing["image_size=SIDE"] = f"the image size{hint}: --set image_size={usual or 'SIDE'}"
-    if told.get("num_head_channels") is None and "num_heads" not in told:
-        missing["num_heads=N"] = (
-            "how attention is split into heads: --set num_heads=4 (the default of both sources) or "
-            "--set num_head_channels=64 (most published ones), which goes before num_heads unless it is -1"
-        )
+    missing = untold(told, found)
     if T != 1000 and "rescale_timesteps" not in told:
         missing["rescale_timesteps=BOOLEAN"] = (
             f"whether the network is given t or 1000 t / {T}: --set rescale_timesteps=True (improved-diffusion's "
@@ -386,7 +378,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         timestep_scale=1000 / T if rescale else 1.0,
         variance="learned_range" if learned else "fixed_small" if small else "fixed_large",
     )
-    notes = _notes(told)
+    notes = notes_on(told)
     if latent := _samples_latents(config):  # its own DDIM: t + 1, to alpha_bar_0, nothing is clipped
         sampler = dataclasses.replace(
             sampler,
@@ -425,6 +417,21 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     )
 
 
+def untold(told: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, str]:
+    """What has to be told of the network and is not: KEY=WHAT -> a phrase on it."""
+    missing = {}
+    if "image_size" not in told:
+        usual = next((side for side, mult in _MULTIPLIERS.items() if mult == found["channel_mult"]), None)
+        hint = f", which is {usual} if channel_mult was left to the source" if usual else ""
+        missing["image_size=SIDE"] = f"the image size{hint}: --set image_size={usual or 'SIDE'}"
+    if told.get("num_head_channels") is None and "num_heads" not in told:
+        missing["num_heads=N"] = (
+            "how attention is split into heads: --set num_heads=4 (the source's default) or "
+            "--set num_head_channels=64 (most published ones), which goes before num_heads unless it is -1"
+        )
+    return missing
+
+
 def _asked(told: Mapping[str, Any], T: int, betas: bool, *, one_head: bool) -> list[str]:
     """Flags of the network and its training that no tensor tells. betas: these tell T and the schedule."""
     by_width = told.get("num_head_channels") is not None
@@ -455,7 +462,7 @@ def _with_condition(found: dict[str, Any], told: Mapping[str, Any]) -> dict[str,
     return {**found, "in_channels": channels_in - beside, "condition_channels": beside}
 
 
-def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Flags that say otherwise than the tensors, each with both values."""
     channels_in, channels_out = found["in_channels"], found["out_channels"]
     facts = {
@@ -587,7 +594,8 @@ def _spacing(respacing: str, T: int) -> tuple[str, int]:
     return ("openai", int(respacing)) if respacing else ("openai_ddim", min(50, T))
 
 
-def _notes(told: Mapping[str, Any]) -> tuple[str, ...]:
+def notes_on(told: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to know of flags that change nothing here."""
     notes = []
     if idle := [key for key in TRAINING_ONLY if key in told]:
         notes.append(f"{', '.join(idle)}: of training only, without effect on sampling")
@@ -674,8 +682,8 @@ def _attention_rules(source: str, target: str, groups: int) -> dict[str, Target]
     }
 
 
-def reference(config: UNetConfig, *, use_new_attention_order: bool) -> Any:
-    """The PyTorch reference of this config, whose parameters have the sources' names."""
+def reference(config: UNetConfig, *, use_new_attention_order: bool, flat: bool = True) -> Any:
+    """The PyTorch reference of this config, whose parameters have the sources' names. flat: of its attention."""
     from ..reference.openai_unet import OpenAIUNet
 
     return OpenAIUNet(
@@ -690,6 +698,7 @@ def reference(config: UNetConfig, *, use_new_attention_order: bool) -> Any:
         resample=config.downsample[0],
         scale_shift=config.scale_shift,
         new_order=use_new_attention_order,
+        flat=flat,
         num_classes=config.num_classes,
         groups=config.norm_groups,
         noise_levels=config.num_timesteps,
@@ -706,7 +715,7 @@ def write_openai(metadata: Metadata, params: Tensors, path: Path) -> None:
     family. A state dict does not say so, nor the heads, the schedule and the rest: they are flags in the source.
     """
     config = of_wiring(metadata.model, UNetConfig)
-    refuse(_wiring_problems(config) + _diffusion_problems(metadata))
+    refuse(wiring_problems(config) + _diffusion_problems(metadata))
     options = {"use_new_attention_order": True}
     if metadata.provenance.get("family") == FAMILY.name:
         options = dict(metadata.provenance["reference_options"])
@@ -722,7 +731,7 @@ _VARIES = (
 )
 
 
-def _wiring_problems(c: UNetConfig) -> list[str]:
+def wiring_problems(c: UNetConfig) -> list[str]:
     """Why this family's network cannot be a model."""
     problems = cannot_hold(c, _VARIES, _FIXED)
     if c.up_attention_levels not in (None, c.attention_levels):
@@ -747,6 +756,8 @@ def _wiring_problems(c: UNetConfig) -> list[str]:
 def _diffusion_problems(metadata: Metadata) -> list[str]:
     """Why the sources' diffusion cannot be a checkpoint's."""
     problems = []
+    if metadata.schedule.name in CONTINUOUS:
+        return [f"the schedule is {metadata.schedule.name}, of a continuous t, there linear or cosine"]
     T = metadata.schedule.num_train_timesteps
     betas = noise_schedule(metadata.schedule).betas
     # The sources' own formulas, ours, agree to the last digits of float64.

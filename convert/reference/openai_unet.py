@@ -80,21 +80,24 @@ class AttentionBlock(nn.Module):
     """Self-attention of several heads over the pixels, plus the input; q, k and v come from one projection.
 
     new_order: the projection's channels are [q, k, v][head]; else (improved-diffusion's, and the default of
-    guided-diffusion) [head][q, k, v].
+    guided-diffusion) [head][q, k, v]. flat: the projections are 1-D convolutions, over the pixels in a row; else 2-D.
     """
 
-    def __init__(self, channels: int, *, heads: int, new_order: bool, groups: int):
+    def __init__(self, channels: int, *, heads: int, new_order: bool, groups: int, flat: bool):
         super().__init__()
         self.heads = heads
         self.new_order = new_order
         self.norm = nn.GroupNorm(groups, channels)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv1d(channels, channels, 1)
+        conv = nn.Conv1d if flat else nn.Conv2d
+        self.flat = flat
+        self.qkv = conv(channels, 3 * channels, 1)
+        self.proj_out = conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: `(b, c, h, w)`. Returns the same shape."""
-        pixels = x.flatten(2)
-        mixed = _mixed(self.qkv(self.norm(pixels)), self.heads, new_order=self.new_order)
+        pixels = x.flatten(2) if self.flat else x
+        qkv = self.qkv(self.norm(pixels)).flatten(2)
+        mixed = _mixed(qkv, self.heads, new_order=self.new_order).reshape(pixels.shape)
         return (pixels + self.proj_out(mixed)).reshape(x.shape)
 
 
@@ -137,6 +140,7 @@ class _Encoder(nn.Module):
         resample: str = "conv",
         scale_shift: bool = True,
         new_order: bool = False,
+        flat: bool = True,
         num_classes: int | None = None,
         groups: int = 32,
         noise_levels: int | None = None,
@@ -147,7 +151,7 @@ class _Encoder(nn.Module):
         self.num_levels = len(widths)
         time_channels = 4 * model_channels
         self.block = partial(ResBlock, time_channels=time_channels, scale_shift=scale_shift, groups=groups)
-        self.attention = partial(AttentionBlock, new_order=new_order, groups=groups)
+        self.attention = partial(AttentionBlock, new_order=new_order, groups=groups, flat=flat)
         embed = nn.Sequential(
             nn.Linear(model_channels, time_channels), nn.SiLU(), nn.Linear(time_channels, time_channels)
         )
@@ -221,9 +225,9 @@ class OpenAIUNet(_Encoder):
     model_channels: the width that time's embedding has; widths: of each level, full resolution first.
     attention_levels: levels whose blocks are followed by attention, on both ways; the middle always has one.
     heads: of each level's attention on the way down; the last entry is the middle's too. heads_up: on the way up.
-    resample: "conv", "resnet" (the source's resblock_updown) or "pool" (its conv_resample=False). new_order: of q, k
-    and v. num_classes: None without classes. groups: the sources' are always 32. noise_levels: how many there are in
-    a table by t, one of which is embedded in place of t, by a `cond_embed` (Palette); None: t itself is.
+    resample: "conv", "resnet" (the source's resblock_updown) or "pool" (its conv_resample=False). new_order, flat:
+    `AttentionBlock`'s. num_classes: None without classes. groups: the sources' are always 32. noise_levels: how many
+    there are in a table by t, one of which is embedded in place of t, by a `cond_embed` (Palette); None: t itself is.
     """
 
     def __init__(

@@ -109,6 +109,22 @@ _PALETTE = _paper(
     2022,
     "2111.05826",
 )
+_EDM = _paper(
+    "karras2022edm",
+    "Tero Karras and Miika Aittala and Timo Aila and Samuli Laine",
+    "Elucidating the Design Space of Diffusion-Based Generative Models",
+    _NEURIPS,
+    2022,
+    "2206.00364",
+)
+_CONSISTENCY = _paper(
+    "song2023consistency",
+    "Yang Song and Prafulla Dhariwal and Mark Chen and Ilya Sutskever",
+    "Consistency Models",
+    "International Conference on Machine Learning",
+    2023,
+    "2303.01469",
+)
 _PALETTE_CODE = Entry(
     "misc",
     "palette-pytorch",
@@ -203,6 +219,7 @@ def _origin(family: str | None, provenance: Mapping[str, Any]) -> tuple[list[Ent
             "openai_classifier": [_GUIDED],
         },
         "palette": [_PALETTE, _PALETTE_CODE],
+        "consistency": [_EDM, _CONSISTENCY],
         **{"autoencoder": [_LATENT], "dit": [_DIT], "diffusers_dit": [_DIT, _DIFFUSERS]},
     }
     if family not in known:

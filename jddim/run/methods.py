@@ -15,12 +15,12 @@ from jax.typing import DTypeLike
 
 from jddim import solvers
 from jddim.config import UNUSED, did_you_mean
-from jddim.ddim import StepTable
+from jddim.ddim import StepTable, predict_both, rederive_eps
 from jddim.guidance import cfg_plus_plus_update
 from jddim.inversion import inversion_table, invert_update
 from jddim.models.classifier import Classifier
 from jddim.run.request import CFG_PLUS_PLUS
-from jddim.sampling import Denoiser, Update, ancestral_update, ddim_update
+from jddim.sampling import Denoiser, Update, ancestral_update, consistency_update, ddim_update, limiter
 from jddim.schedule import Schedule
 from jddim.solvers import Solver, SolverTable, cast, memory_of, solver_update
 
@@ -90,6 +90,10 @@ class Statics(Protocol):
     @property
     def guidance(self) -> str | None:
         """The kind of guidance, or None."""
+
+    @property
+    def edm(self) -> tuple[float, float] | None:
+        """Of a network of EDM's preconditioning, its sigma_data and the t where it returns x_t itself, 0: nowhere."""
 
 
 class Method(Protocol):
@@ -172,14 +176,32 @@ class Ddpm(Ddim):
 
 
 @dataclasses.dataclass(frozen=True)
+class Consistency(Ddim):
+    """Multistep consistency sampling: each x0 is noised anew."""
+
+    takes_eta = False
+    stochastic = True
+    rederives_eps = False
+
+    def update(self, denoise: Denoiser, given: Given, statics: Statics) -> Update:
+        """`consistency_update`."""
+        least = 0.0 if statics.edm is None else statics.edm[1]
+        return consistency_update(least_sigma=least, prediction_type=statics.prediction_type, **given.limits)
+
+
+@dataclasses.dataclass(frozen=True)
 class BySolver:
     """One of `jddim.solvers`, or a `Solver` of the caller's."""
 
     solver: Solver
     takes_eta = False
     takes_variance = False
-    rederives_eps = False
     remembers = True
+
+    @property
+    def rederives_eps(self) -> bool:
+        """Whether it remembers eps, and so can take it from the limited x0."""
+        return self.solver.history == "eps"
 
     @property
     def stochastic(self) -> bool:
@@ -199,8 +221,17 @@ class BySolver:
         return memory_of(rows, x_T)
 
     def update(self, denoise: Denoiser, given: Given, statics: Statics) -> Update:
-        """`solver_update`."""
-        return solver_update(self.solver, prediction_type=statics.prediction_type, **given.limits)
+        """`solver_update`, of the eps that the limited x0 implies where the source derives it so."""
+        limit = limiter(given.limits.get("clip_range"), given.limits.get("threshold"))
+        if limit is None or not (self.rederives_eps and statics.rederive_eps):
+            return solver_update(self.solver, prediction_type=statics.prediction_type, **given.limits)
+        step = solver_update(self.solver)
+
+        def update(x_t: Array, output: Array, noise: Array, row: Any, *memory: Any) -> Any:
+            x0, eps = predict_both(output, x_t, row.alpha_t, row.sigma_t, statics.prediction_type)
+            return step(x_t, rederive_eps(x_t, limit(x0), eps, row.alpha_t, row.sigma_t), noise, row, *memory)
+
+        return update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +258,7 @@ class Inversion(Ddim):
         )
 
 
-METHODS: dict[str, Method] = {"ddim": Ddim(), "ddpm": Ddpm()}
+METHODS: dict[str, Method] = {"ddim": Ddim(), "ddpm": Ddpm(), "consistency": Consistency()}
 """By name, beside the solvers of `jddim.solvers.SOLVERS` whose names are not here."""
 
 

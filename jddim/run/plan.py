@@ -698,7 +698,9 @@ def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
         )
     if request.rederive_eps and (program.guidance == CFG_PLUS_PLUS or not program.method.rederives_eps):
         who = "guidance cfg++" if program.guidance == CFG_PLUS_PLUS else f"method {request.method!r}"
-        problems.append(("rederive_eps", f"rederive_eps is DDIM's; {who} re-derives none: leave it out"))
+        problems.append(
+            ("rederive_eps", f"rederive_eps is of DDIM and of solvers of eps; {who} derives none: leave it out")
+        )
     elif request.rederive_eps is False and rederives:
         told = "rederive_eps is not False beside a classifier, whose eps is taken from the limited x0: leave it out"
         problems.append(("rederive_eps", told))

@@ -123,7 +123,8 @@ class Request:
     method: str = _option(
         "ddim",
         "--method",
-        "ddpm: ancestral sampling; the rest: other solvers (heun asks the network twice a step); default ddim",
+        "ddpm: ancestral sampling; consistency: each x0 noised anew; the rest: other solvers (heun asks the network "
+        "twice a step); default ddim",
         {
             "invert": "inversion takes DDIM's own steps backwards",
             "sweep": "a sweep goes over eta, which is DDIM's",

@@ -23,7 +23,7 @@ from real_configs import ROWS, Row
 
 from convert.conversion import describe
 from convert.engine import matched, refuse_misfits
-from convert.families import Family, Plan, Source, openai
+from convert.families import Family, Plan, Source, consistency, openai
 from convert.rules import to_layout
 from jddim.checkpoint.metadata import Metadata
 from jddim.cli.main import main
@@ -119,6 +119,7 @@ def test_the_weights_alone_convert_with_what_info_asks_for(
 
 def test_every_preset_of_openais_networks_is_held_to_its_flags() -> None:
     assert {row.preset for row in ROWS.values() if row.family == "openai"} == {*openai.PRESETS, None}
+    assert {row.preset for row in ROWS.values() if row.family == "consistency"} == {*consistency.PRESETS}
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.files])

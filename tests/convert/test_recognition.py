@@ -19,7 +19,18 @@ import named
 from lucidrains_files import COSINE, diffusion, draw
 
 from convert.engine import ConversionError, fill
-from convert.families import FAMILIES, Source, diffusers, diffusers_dit, dit, monai, openai, palette, pytorch_ddpm
+from convert.families import (
+    FAMILIES,
+    Source,
+    consistency,
+    diffusers,
+    diffusers_dit,
+    dit,
+    monai,
+    openai,
+    palette,
+    pytorch_ddpm,
+)
 from convert.families import diffusers_config as configs
 from convert.recognition import as_asked, recognise
 from convert.writers import state_shapes
@@ -78,6 +89,12 @@ CASES: dict[str, tuple[str, Callable[[int], State], Any, dict[str, str]]] = {
     "ho": ("ho", lambda seed: tiny.arrays(seed=seed), None, tiny.SETTINGS),
     "diffusers": ("diffusers", diffusers_state, {"unet": DIFFUSERS}, {}),
     "openai": ("openai", lambda seed: drawn(openai, OPENAI, seed, use_new_attention_order=False), None, FLAGS),
+    "consistency": (
+        "consistency",
+        lambda seed: named.state_dict(consistency, OPENAI, seed),
+        None,
+        FLAGS | {"training_mode": "edm"},
+    ),
     "palette": ("palette", palette_state, None, FLAGS | SCHEDULE),
     "pytorch_ddpm": (
         "pytorch_ddpm",

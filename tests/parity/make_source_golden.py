@@ -8,6 +8,7 @@
     python tests/parity/make_source_golden.py openai_classifier CHECKOUT  # openai/guided-diffusion at 22e0df8
     python tests/parity/make_source_golden.py dit CHECKOUT CHECKOUT       # facebookresearch/DiT at ed81ce2,
                                                                           # willisma/SiT at 947f95b (and torchdiffeq)
+    python tests/parity/make_source_golden.py consistency CHECKOUT  # openai/consistency_models at e32b69e
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ from source_cases import (
     SOURCES,
     STEPS,
     UPSAMPLER,
+    VISITED,
     SourceCase,
     drawn,
     images,
@@ -234,6 +237,50 @@ def dit(name: str, case: SourceCase) -> dict[str, Any]:
     return found
 
 
+class SlowAttention(torch.nn.Module):
+    """What flash attention computes, which is of GPUs and float16 alone: qkv `(b, pixels, 3, heads, d)`."""
+
+    def __init__(self, **options: Any):
+        super().__init__()
+
+    def forward(self, qkv: torch.Tensor, **options: Any) -> tuple[torch.Tensor, None]:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2), None
+
+
+class Noise:
+    """The source's generator of noise: x_T, then a step's each."""
+
+    def __init__(self, case: SourceCase, many: int):
+        self.x_T, self.steps = nchw(images(case, many, seed=2)), iter(nchw(images(case, STEPS, many, seed=3)))
+
+    def randn(self, *shape: int, **options: Any) -> torch.Tensor:
+        return self.x_T
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        return next(self.steps)
+
+
+def consistency(name: str, case: SourceCase) -> dict[str, Any]:
+    """The network, and runs of its samplers with their default settings."""
+    sys.modules["flash_attn.flash_attention"] = types.ModuleType("flash_attention")
+    sys.modules["flash_attn.flash_attention"].FlashAttention = SlowAttention
+    from cm.karras_diffusion import KarrasDenoiser, karras_sample
+    from cm.unet import UNetModel
+
+    network, shapes = redrawn(UNetModel(**case.network))
+    labels = {} if case.labels is None else {"y": torch.tensor(case.labels)}
+    found = {"shapes": shapes, "eps": network(nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t), **labels)}
+    ends = {key: float(case.settings[key]) for key in ("sigma_min", "sigma_max") if key in case.settings}
+    diffusion = KarrasDenoiser(**ends, distillation=name != "edm", loss_norm="l2")
+    for sampler in ("euler", "heun", "ancestral") if name == "edm" else ("onestep", "multistep"):
+        many = len(case.labels or (0, 0))
+        shape = (many, case.channels, *case.size)
+        how = {"model_kwargs": labels, "generator": Noise(case, many), "ts": VISITED, **ends}
+        found[sampler] = karras_sample(diffusion, network, shape, STEPS, sampler=sampler, **how)
+    return found
+
+
 MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "pytorch_ddpm": pytorch_ddpm,
     "openai": openai,
@@ -241,6 +288,7 @@ MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "monai": monai,
     "palette": palette,
     "dit": dit,
+    "consistency": consistency,
 }
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from jddim.models.building import abstract_model, flat_params
 
 STEPS, ETA = 7, 0.6  # of the runs by DDIM
 CFG_SCALE = 1.5  # of DiT's guided runs
+VISITED = (0, 2, 5, 6)  # of a consistency model's STEPS noise levels, the last of which ends the run
 INPAINTER = "residual resampling"
 UPSAMPLER = "guided-diffusion's SuperResModel"
 GOLDEN = Path(__file__).parent / "golden"
@@ -95,6 +96,27 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
             6,
             (0, 39),
             (4, 0),
+        ),
+    },
+    "consistency": {
+        "edm": SourceCase(
+            {"image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "channel_mult": (1, 2)}
+            | {"num_res_blocks": 1, "attention_resolutions": (2,), "num_head_channels": 16, "num_classes": 5}
+            | {"use_scale_shift_norm": True, "resblock_updown": True},
+            {"image_size": "6x10", "num_head_channels": "16", "training_mode": "edm"},
+            (6, 10),
+            3,
+            (-1553.652, 0.0, 1095.5067),  # 250 times the logarithms of 0.002, 1 and 80
+            (4, 0, 2),
+        ),
+        "consistency": SourceCase(
+            {"image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "channel_mult": (1, 1, 2)}
+            | {"num_res_blocks": 2, "attention_resolutions": (1,), "num_heads": 2, "resblock_updown": True},
+            {"image_size": "8x12", "num_heads": "2", "training_mode": "consistency_training", "sigma_min": "0.02"}
+            | {"sigma_max": "20"},
+            (8, 12),
+            3,
+            (-100.0, 748.9331),
         ),
     },
     "palette": {

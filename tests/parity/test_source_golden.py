@@ -9,7 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from source_cases import CFG_SCALE, ETA, INPAINTER, SOURCES, STEPS, UPSAMPLER, converted, golden, images, mask_of
+from source_cases import (
+    CFG_SCALE,
+    ETA,
+    INPAINTER,
+    SOURCES,
+    STEPS,
+    UPSAMPLER,
+    VISITED,
+    converted,
+    golden,
+    images,
+    mask_of,
+)
 
 from jddim.ddim import sampler_table, step_table
 from jddim.models.building import build_model
@@ -19,7 +31,7 @@ from jddim.run import plan as planning
 from jddim.run.request import Request
 from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import make_schedule
-from jddim.timesteps import make_timesteps
+from jddim.timesteps import make_timesteps, spaced_ratios
 
 pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
 
@@ -79,6 +91,44 @@ def test_sit_samples_as_its_ode_by_eulers_method_does(guided: bool) -> None:
         known = images(case, 3, seed=4).clip(-1, 1)
         again = ddim.sample(x_T=ddim.invert(known, labels=given["labels"], refine=20), labels=given["labels"])
         assert error(again, known) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("run", "options"),
+    [("euler", {"eta": 0.0}), ("heun", {"method": "heun"}), ("ancestral", {"eta": 1.0})],
+)
+def test_edms_networks_sample_as_the_source_does(run: str, options: dict[str, Any]) -> None:
+    """Each evaluation's x0 is clipped, and eps derived from it: Heun's two alike."""
+    case = SOURCES["consistency"]["edm"]
+    plan, params = converted("consistency", "edm")
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    noise = None if run == "heun" else images(case, STEPS, 3, seed=3)
+    given: dict[str, Any] = {"labels": np.array(case.labels), "x_T": images(case, 3, seed=2), "steps": STEPS}
+    x_0 = ddim.sample(**given, noise=noise, **options)
+    expected = golden("consistency")[f"edm/{run}"]
+    assert error(x_0, expected) <= 1e-4
+    if run == "heun":
+        assert error(ddim.sample(**given, **options, clip=False), expected) > 1e-2
+
+
+def test_consistency_sample_as_the_source_does() -> None:
+    case = SOURCES["consistency"]["consistency"]
+    plan, params = converted("consistency", "consistency")
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    given: dict[str, Any] = {"x_T": images(case, 2, seed=2), "noise": images(case, STEPS, 2, seed=3)}
+    expected = golden("consistency")
+    for method in ("ddim", "consistency"):  # one step is the same by both
+        first = ddim.sample(x_T=given["x_T"], noise=given["noise"][:1], method=method)
+        assert error(first, expected["consistency/onestep"]) <= 1e-4
+    every = spaced_ratios("karras", 0.02, 20.0, STEPS)
+    spacing = ",".join(f"{every[i]:.9g}" for i in VISITED[:-1])
+    given["noise"] = given["noise"][: len(VISITED) - 1]
+    assert error(ddim.sample(**given, method="consistency", spacing=spacing), expected["consistency/multistep"]) <= 1e-4
+    assert error(ddim.sample(**given, spacing=spacing), expected["consistency/multistep"]) > 1e-2
+    unbound = DDIM(ddim.model, ddim.schedule, dataclasses.replace(plan.sampler, boundary=False))
+    assert (
+        error(unbound.sample(**given, method="consistency", spacing=spacing), expected["consistency/multistep"]) > 1e-2
+    )
 
 
 @pytest.mark.parametrize("var_type", ["fixedlarge", "fixedsmall"])

@@ -169,7 +169,7 @@ def test_images_of_bytes_are_not_edited(ddim: DDIM) -> None:
         ({"x_T": np.ones((1, 2), np.float32)}, "x_T must have shape"),
         ({"clip": True, "threshold": (0.9, 1.0)}, "threshold and clip exclude each other"),
         ({"clip_range": (-1.0, 1.0)}, "clip_range without clip"),
-        ({"rederive_eps": True, "method": "heun"}, "rederive_eps is DDIM's; method 'heun' re-derives none"),
+        ({"rederive_eps": True, "method": "unipc"}, "rederive_eps is of DDIM and of solvers of eps; method 'unipc'"),
         ({"variance": "fixed_large"}, "variance is for method ddpm, not for 'ddim'"),
         ({"guidance": "projected"}, "guidance is for guidance: give guidance_scale too"),
         ({"labels": [1, 2, 3]}, "this network has no classes"),
