@@ -25,6 +25,7 @@ import pytest
 
 from jddim import sampling
 from jddim.ddim import StepTable, step_table
+from jddim.denoisers import with_edm
 from jddim.inversion import inversion_table, invert_update
 from jddim.schedule import NoiseSchedule
 from jddim.solvers import (
@@ -40,7 +41,6 @@ from jddim.solvers import (
     unipc_plan,
 )
 
-NOT_YET = "EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler"
 ROUNDED = {
     "DDPMSchedulerTest::test_full_loop_with_noise": "387.9466, which is 387.9676 where they, too, take "
     "1 - alpha_bar_t / alpha_bar_prev in float64: at t = 1 float32 rounds it to 6e-4 of itself"
@@ -200,7 +200,10 @@ def lms(scheduler: Any, given: dict[str, Any]) -> Solver:
 
 # From the whole timetable, wherever a run starts (else from the rest of it); of x_t / alpha_t.
 WHOLE = ("DPMSolverSinglestepScheduler", "LMSDiscreteScheduler", "HeunDiscreteScheduler")
-OF_SIGMA = ("LMSDiscreteScheduler", "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+OF_SIGMA = (
+    *("LMSDiscreteScheduler", "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"),
+)
+OF_EDM = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
 
 
 def solver_step(scheduler: Any, given: dict[str, Any], *, make: Callable[..., Solver]) -> tuple[Any, Any]:
@@ -227,9 +230,7 @@ def begin(solver: Solver, scheduler: Any) -> dict[str, Any]:
     start = scheduler.step_index
     if name == "HeunDiscreteScheduler":  # each but the first and the last is there twice
         s = np.append(s[:1], s[1::2])
-    if config.prediction_type == "flow_prediction":
-        pytest.skip("flow_prediction (not yet)")
-    alpha = 1 - s if config.get("use_flow_sigmas") else 1 / np.sqrt(1 + s**2)
+    alpha = 1 - s if config.get("use_flow_sigmas") else np.ones_like(s) if name in OF_EDM else 1 / np.sqrt(1 + s**2)
     sigma = s if config.get("use_flow_sigmas") else s * alpha
     number = np.arange(len(s) - 1, dtype=np.int32)
     table = StepTable(
@@ -255,12 +256,38 @@ def advance(scheduler: Any, x: Any, output: Any, noise: Any, *, scaled: bool = F
     if run["solver"].history == "eps" and (config.get("thresholding") or config.get("clip_sample")):
         pytest.skip("a limited x0 of a solver that remembers eps")
     row = SolverTable(*(column[run["at"]] for column in run["rows"]))
-    update = compiled(made, history=run["solver"].history, prediction_type=config.prediction_type, **limits(config))
+    kind = {"flow_prediction": "velocity"}.get(config.prediction_type, config.prediction_type)
+    if type(scheduler).__name__ in OF_EDM:
+        kind, sign = "velocity", -1 if config.prediction_type == "v_prediction" else 1
+        output = velocity(x, sign * output, np.asarray(row.sigma_t), config.sigma_data)
+    update = compiled(made, history=run["solver"].history, prediction_type=kind, **limits(config))
     x = x * row.alpha_t if scaled else x
     memory = memory_of(run["rows"], x) if run["memory"] is None else run["memory"]
     x_prev, x0, run["memory"] = update(x, output, noise, row, memory)
     run["at"] += 1
     return x_prev / row.alpha_prev if scaled else x_prev, x0
+
+
+@partial(jax.jit, static_argnames="sigma_data")
+def velocity(x: Any, F: Any, t: Any, sigma_data: float) -> Any:
+    """Of the output of a network of EDM's preconditioning."""
+    return with_edm(lambda *_: F, sigma_data)(x, jax.numpy.broadcast_to(t, x.shape[:1]))
+
+
+def consistency_step(scheduler: Any, given: dict[str, Any]) -> tuple[Any, Any]:
+    """Of x0 itself, which its network's boundary gives."""
+    if scheduler.step_index is None:
+        scheduler._init_step_index(given["timestep"])
+    config, s, i = scheduler.config, scheduler.sigmas.double().numpy(), scheduler.step_index
+    least, x, output = config.sigma_min, array(given["sample"]), array(given["model_output"])
+    denoiser = with_edm(lambda *_: output, config.sigma_data, 0.25, least)
+    velocity = denoiser(jax.numpy.asarray(x), jax.numpy.full(len(x), s[i]))
+    clip = (-1.0, 1.0) if config.clip_denoised else None
+    row = StepTable(*(np.asarray(c) for c in (i, s[i], s[i + 1], 1.0, s[i], 1.0, s[i + 1], 0.0)))
+    update = sampling.consistency_update(least_sigma=least, prediction_type="velocity", clip_range=clip)
+    scheduler._step_index += 1
+    noise = drawn(given) if len(scheduler.timesteps) > 1 else np.zeros_like(x)
+    return update(x, velocity, noise, row)
 
 
 def made(history: str, **options: Any) -> Any:
@@ -301,6 +328,10 @@ SCHEDULERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "PNDMScheduler": ("pndm", pndm_step),
     "DEISMultistepScheduler": ("deis", partial(solver_step, make=deis)),
     "LMSDiscreteScheduler": ("lms", partial(solver_step, make=lms)),
+    "EulerDiscreteScheduler": ("euler", partial(solver_step, make=lambda *_: SOLVERS["ddim"])),
+    "EDMEulerScheduler": ("edm_euler", partial(solver_step, make=lambda *_: SOLVERS["ddim"])),
+    "EDMDPMSolverMultistepScheduler": ("edm_dpmsolver_multistep", partial(solver_step, make=multistep)),
+    "CMStochasticIterativeScheduler": ("consistency_model", consistency_step),
 }
 
 
@@ -370,7 +401,7 @@ class Report:
             numbers = [self.counts[f"test_scheduler_{file}", p, what] for p in (True, False) for what in COUNTED]
             lines.append(f"| {name} | {' | '.join(map(str, numbers))} |")
         reasons = [f"- {file.removeprefix('test_scheduler_')}: {n} of {why}" for (file, why), n in self.reasons.items()]
-        return "\n".join([*lines, "", *sorted(reasons), f"- not yet: {NOT_YET}"])
+        return "\n".join([*lines, "", *sorted(reasons)])
 
 
 def main(argv: list[str]) -> int:
