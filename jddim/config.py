@@ -96,7 +96,7 @@ class SamplerConfig:
 METHODS = (
     *("ddim", "ddpm", "consistency", "dpm++2m", "dpm++3m", "dpm++2s", "dpm++3s", "dpm++2m-sde"),
     *("dpm2m", "dpm3m", "dpm2s", "dpm3s", "dpm2m-sde", "unipc", "unipc-bh1", "deis", "lms"),
-    *("heun", "plms", "pndm", "euler-a"),
+    *("heun", "heun-flow", "plms", "pndm", "euler-a"),
 )
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "velocity", EDM := "edm")
 VARIANCES = ("fixed_small", "fixed_large", LEARNED := "learned_range", UNUSED := "unused")

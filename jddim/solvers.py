@@ -1,7 +1,7 @@
 """The solvers that DDIM is compared with, on the same tables and denoisers: each is a table of coefficients.
 
 A step of any linear multistep solver is a sum: of where it starts, of the network's last few predictions m_0, m_1, ...
-(newest first, as x0 or as eps), and of noise,
+(newest first, as x0, eps or eps - x0), and of noise,
 
     base   = base_x x_t + base_last last + sum_j base_history[j] m_j,     last <- base
     x_prev = step_x base + sum_j step_history[j] m_j + noise z,           z ~ N(0, I).
@@ -83,7 +83,8 @@ class SolverTable(NamedTuple):
 class Solver:
     """A linear multistep solver.
 
-    plan: a float64 step table on the host -> its `SolverTable`. history: "x0" or "eps", what it remembers.
+    plan: a float64 step table on the host -> its `SolverTable`. history: "x0", "eps" or "velocity" (eps - x0), what it
+    remembers.
     stochastic: whether it adds noise. asks_between: it also asks at t that the table has not, and its plan takes the
     schedule after the table.
     """
@@ -186,7 +187,8 @@ def solver_update(
         last, older = memory
         x0, eps = ddim.predict_both(output, x_t, row.alpha_t, row.sigma_t, prediction_type)
         x0 = x0 if limit is None else limit(x0)
-        history = jnp.concatenate([(x0 if solver.history == "x0" else eps)[None], older])
+        latest = {"x0": x0, "eps": eps, "velocity": eps - x0}[solver.history]
+        history = jnp.concatenate([latest[None], older])
         base = x_t * row.base_x + last * row.base_last + _sum(row.base_history, history)
         x_prev = base * row.step_x + _sum(row.step_history, history) + noise * row.noise
         return x_prev, x0, (base, history[:-1])
@@ -386,11 +388,15 @@ def heun_plan(table: StepTable) -> SolverTable:
     Each step is taken twice, to where eps is asked again and then by the mean of both, but one to the clean image:
     2 S - 1 evaluations.
     """
-    rows = np.repeat(np.arange(table.num_steps), np.where(np.asarray(table.sigma_prev) == 0, 1, 2))
-    again = np.append(False, np.diff(rows) == 0)
-    return _eps_plan(
-        table, rows, [[0.5, 0.5] if second else [1.0, 0.0] for second in again], asked=np.where(again, 2, 0)
-    )
+    return _heun(table)
+
+
+def heun_flow_plan(table: StepTable) -> SolverTable:
+    """Heun's method of the velocity eps - x0, in 2 S - 1 evaluations as `heun_plan`. Over sigma / (alpha + sigma).
+
+    Of a flow that is t, and x_t / (alpha + sigma) x_t itself: Heun's method of its ODE, from pure noise on.
+    """
+    return _heun(table, velocity=True)
 
 
 def plms_plan(table: StepTable) -> SolverTable:
@@ -403,7 +409,7 @@ def plms_plan(table: StepTable) -> SolverTable:
     weights = [_adams_bashforth([j for j in range(i, -1, -1) if j != 1], i) for i in range(len(rows))]
     if len(rows) > 1:
         weights[1] = [0.5, 0.5]
-    return _eps_plan(table, rows, weights, asked=np.where(np.arange(len(rows)) == 1, 2, 0))
+    return _tries_plan(table, rows, weights, asked=np.where(np.arange(len(rows)) == 1, 2, 0))
 
 
 def pndm_plan(table: StepTable, schedule: Schedule) -> SolverTable:
@@ -428,7 +434,7 @@ def pndm_plan(table: StepTable, schedule: Schedule) -> SolverTable:
     else:
         halfway = np.maximum(halfway, schedule.t_min)  # the last step's, which is not asked
     middle = step_table(schedule, halfway, np.float64)
-    return _eps_plan(table, rows, weights, asked=asked, ends=ends, middle=middle)
+    return _tries_plan(table, rows, weights, asked=asked, ends=ends, middle=middle)
 
 
 def euler_ancestral_plan(table: StepTable) -> SolverTable:
@@ -468,6 +474,7 @@ SOLVERS: dict[str, Solver] = {
     "deis": Solver(deis_plan, history="eps"),
     "lms": Solver(lms_plan, history="eps"),
     "heun": Solver(heun_plan, history="eps"),
+    "heun-flow": Solver(heun_flow_plan, history="velocity"),
     "plms": Solver(plms_plan, history="eps"),
     "pndm": Solver(pndm_plan, history="eps", asks_between=True),
     "euler-a": Solver(euler_ancestral_plan, history="eps", stochastic=True),
@@ -492,7 +499,7 @@ def _check_form(history: str, solver_type: str) -> None:
 
 NO_SIGNAL = (
     "this solver has no step from alpha_t = 0 (a flow's start, or zero terminal SNR): leave that timestep out, or take "
-    "dpm++2m or unipc"
+    "dpm++2m, unipc or heun-flow"
 )
 
 
@@ -649,7 +656,14 @@ def _checked(plan: SolverTable) -> SolverTable:
     return plan
 
 
-def _eps_plan(
+def _heun(table: StepTable, *, velocity: bool = False) -> SolverTable:
+    rows = np.repeat(np.arange(table.num_steps), np.where(np.asarray(table.sigma_prev) == 0, 1, 2))
+    again = np.append(False, np.diff(rows) == 0)
+    weights = [[0.5, 0.5] if second else [1.0, 0.0] for second in again]
+    return _tries_plan(table, rows, weights, asked=np.where(again, 2, 0), velocity=velocity)
+
+
+def _tries_plan(
     table: StepTable,
     rows: NDArray[np.int64],
     weights: list[list[float]],
@@ -657,12 +671,15 @@ def _eps_plan(
     asked: NDArray[np.int64],
     ends: NDArray[np.int64] | None = None,
     middle: StepTable | None = None,
+    velocity: bool = False,
 ) -> SolverTable:
-    """DDIM's steps `rows` of the table, each by a weighted sum of the eps so far, by age. The network is asked where
-    the step starts (0), halfway, at its row of `middle` (1), or where it ends (2); so `ends` says where the row leads.
+    """DDIM's steps `rows` of the table, each by a weighted sum of the eps so far, by age, or of the velocities. The
+    network is asked where the step starts (0), halfway, at its row of `middle` (1), or where it ends (2); so `ends`
+    says where the row leads.
     """
     alpha, sigma, _, _ = _alphas(table)
-    _check_signal(alpha)
+    if not velocity:
+        _check_signal(alpha)
     middle = table if middle is None else middle
     ends = np.full(len(rows), 2) if ends is None else ends
     t, alphas, sigmas = (
@@ -684,7 +701,9 @@ def _eps_plan(
         fresh=np.where(asked == 0, np.asarray(table.fresh)[rows], 0.0),
     )
     _, _, alpha_prev, sigma_prev = _alphas(tries)
-    ratio = alpha_prev / alpha[rows]
+    # x_t / alpha goes by eps over sigma / alpha, x_t / (alpha + sigma) by the velocity over sigma / (alpha + sigma).
+    scale, scale_prev = (alpha + sigma, alpha_prev + sigma_prev) if velocity else (alpha, alpha_prev)
+    ratio = scale_prev / scale[rows]
     by_age = np.array([row + [0.0] * (max(map(len, weights)) - len(row)) for row in weights])
     total = sigma_prev - ratio * sigma[rows]
     return _plan(tries, step_x=ratio, step_history=total[:, None] * by_age, again=asked > 0)

@@ -182,7 +182,7 @@ def test_edms_preconditioning_is_its_table_1(t_free: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["flow", "edm", "vp"])
-@pytest.mark.parametrize("solver", ["dpm++2m", "unipc", "dpm2m", "heun", "pndm", "lms"])
+@pytest.mark.parametrize("solver", ["dpm++2m", "unipc", "dpm2m", "heun", "heun-flow", "pndm", "lms"])
 def test_solvers_reach_the_mixture_along_each_path(name: str, solver: str) -> None:
     """At 60 steps DDIM is 0.014 to 0.04 of a quantile off; those that ask in between are told the schedule's own t."""
     config, _ = PATHS[name]
@@ -202,12 +202,34 @@ def test_solvers_reach_the_mixture_along_each_path(name: str, solver: str) -> No
 
     with jax.enable_x64(True):
         run = partial(solver_loop, denoise, table=table, solver=solver, prediction_type="velocity", schedule=schedule)
-        if name == "flow" and solver not in ("dpm++2m", "unipc"):
+        if name == "flow" and solver not in ("dpm++2m", "unipc", "heun-flow"):
             with pytest.raises(ValueError, match=r"no step from alpha_t = 0 \(a flow's start, or zero terminal SNR\)"):
                 run(jnp.asarray(start))
             return
         reached = np.asarray(jax.jit(run)(jnp.asarray(start)))
     assert np.abs(quantiles_of(reached, 1.0, 0.0) - quantiles_of(start, a, s)).max() < 5e-3
+
+
+def test_heun_of_a_flow_is_heuns_method_of_its_ode() -> None:
+    def velocity(x: Any, t: Any, sin: Any) -> Any:
+        return 0.8 * sin(1.3 * x + 4 * t) + 0.1 * x
+
+    table = sampler_table(FlowSchedule(), SamplerConfig("even"), 6, np.float64)
+    x_T = np.random.default_rng(2).standard_normal((3, 5))
+    x = x_T
+    for t, s in zip(table.t, table.t_prev, strict=True):
+        first = velocity(x, t, np.sin)
+        tried = x + (s - t) * first
+        x = tried if s == 0 else x + (s - t) * (first + velocity(tried, s, np.sin)) / 2
+    with jax.enable_x64(True):
+        made = solver_loop(
+            lambda x_t, t: velocity(x_t, t[:, None], jnp.sin),
+            jnp.asarray(x_T),
+            table,
+            "heun-flow",
+            prediction_type="velocity",
+        )
+    np.testing.assert_allclose(made, x, rtol=1e-12)
 
 
 # -- tables -------------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ WHOLE = partial(dpm_singlestep_plan, lower_order_final=False)
 # the error falls at a rate in between. Heun's and PNDM's is by steps, of several evaluations, singlestep's by rows.
 ORDERS = {
     "ddim": (1, 1.3),
-    **dict.fromkeys(["dpm++2m", "dpm++3m", "dpm2m", "dpm3m", "deis", "heun"], (2, 2.3)),
+    **dict.fromkeys(["dpm++2m", "dpm++3m", "dpm2m", "dpm3m", "deis", "heun", "heun-flow"], (2, 2.3)),
     **dict.fromkeys(["unipc", "plms", "pndm", "lms"], (2, 3.6)),
 }
 OTHERS = {
@@ -232,7 +232,7 @@ def test_what_solvers_refuse() -> None:
             plan(TABLE, **wrong)
 
 
-FROM_NOISE = ("ddim", "dpm++2m", "dpm++3m", "dpm++2m-sde", "unipc")
+FROM_NOISE = ("ddim", "dpm++2m", "dpm++3m", "dpm++2m-sde", "unipc", "heun-flow")
 
 
 @pytest.mark.parametrize("solver", FROM_NOISE)

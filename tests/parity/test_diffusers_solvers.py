@@ -349,4 +349,5 @@ def in_sigmas(scheduler, x_T, S: int, **options) -> tuple[np.ndarray, list[float
 
 def test_every_solver_has_a_case_here() -> None:
     others = {"ddim", "unipc", "unipc-bh1", "deis", "lms", "heun", "plms", "pndm", "euler-a"}
+    others.add("heun-flow")  # tests/test_paths.py has its ODE
     assert {name for name in SOLVERS if not name.startswith("dpm")} == others
