@@ -516,6 +516,7 @@ def _tried(asks: Iterable[str]) -> dict[str, str]:
         "BETA": "0.01",
         "NAME": "linear",
         "MODE": "edm",
+        "PRECOND": "EDMPrecond",
     }
     return {key: neutral[what] for key, _, what in (ask.partition("=") for ask in asks) if what in neutral}
 

@@ -25,7 +25,9 @@ _MARKS = {
     r"(^|\.)conv_in\.conv\.": (
         "is a network of MONAI's, but no whole DiffusionModelUNet (down_blocks, middle_block, time_embed)"
     ),
-    r"(^|\.)map_layer0\.": "is an EDM network (SongUNet or DhariwalUNet); this family is not supported",
+    r"(^|\.)map_layer0\.": (
+        "has map_layer0 as EDM's networks have (SongUNet, DhariwalUNet), but not also enc.NxN_ and dec.NxN_"
+    ),
     r"(^|\.)all_modules\.": "is a score_sde model; this family is not supported",
     r"timembedding\.": "has a timembedding as w86763777/pytorch-ddpm's networks have, but too few of their blocks",
     r"down_blocks[._].*transformer_blocks[._]": (

@@ -184,6 +184,12 @@ class UNetConfig:
     class_embedding: None, "learned" (num_classes rows), "timestep" (a number, embedded as t is) or "identity" (a
         vector of the time MLP's width), added to the time MLP's output.
     center_input: the network first maps x to 2 x - 1.
+    Of EDM's networks (NVlabs/edm; Song et al.'s DDPM++, NCSN++): block_scale: each block and attention, but the
+        middle's, divides its sum with the residual by it. resample_shortcut: a block that resamples has a 1x1
+        convolution in its shortcut. resample_filter: blocks resample by these taps in each direction, in place of means
+        and nearest neighbours. up_attention_last: in the decoder only a level's last block is followed by attention.
+        early_class: the class is added to what the time MLP is given. input_pyramid: the input, halved again and again,
+        comes into each level by a convolution. time_embedding "frequencies" is "fourier" of t itself, without division.
     condition_channels: of an image that it is given beside x_t, after x_t's channels, or before them with
         condition_first (image to image: a low resolution, a mask, a grey image, ...). in_channels counts x_t's alone.
     """
@@ -223,6 +229,12 @@ class UNetConfig:
     center_input: bool = False
     condition_channels: int = later(0)
     condition_first: bool = later(False)
+    block_scale: float = later(1.0)
+    resample_shortcut: bool = later(False)
+    resample_filter: tuple[float, ...] = later(())
+    up_attention_last: bool = later(False)
+    early_class: bool = later(False)
+    input_pyramid: bool = later(False)
 
     @property
     def input_channels(self) -> int:
@@ -254,6 +266,11 @@ class UNetConfig:
     def time_width(self) -> int:
         """Channels of the time MLP's output."""
         return 4 * self.channels if self.time_channels is None else self.time_channels
+
+    @property
+    def time_features(self) -> int:
+        """Channels of the time MLP's input."""
+        return (2 if self.time_embedding in ("fourier", "frequencies") else 1) * self.channels
 
     def resampling(self, level: int) -> tuple[str, str]:
         """How levels `level` and `level` + 1 are joined: (down, up)."""
@@ -329,8 +346,11 @@ class UNetConfig:
         if (self.time_embedding in BY_TABLE) != (self.num_timesteps is not None):
             told = f"num_timesteps={self.num_timesteps} goes with time_embedding={' or '.join(map(repr, BY_TABLE))}"
             problems.append(f"{told}, and only with them")
-        if self.mid_scale == 0:
-            problems.append("mid_scale must not be 0")
+        problems += [f"{name} must not be 0" for name in ("mid_scale", "block_scale") if getattr(self, name) == 0]
+        if len(self.resample_filter) % 2 or (self.resample_filter and sum(self.resample_filter) == 0):
+            problems.append(f"resample_filter={self.resample_filter} must be an even number of taps whose sum is not 0")
+        if self.early_class and self.class_embedding != "learned":
+            problems.append("early_class goes with class_embedding='learned'")
         if self.condition_channels < 0:
             problems.append(f"condition_channels={self.condition_channels} must not be negative")
         if self.condition_first and not self.condition_channels:
@@ -368,7 +388,7 @@ class UNetConfig:
 RESAMPLINGS = ("conv", "pool", "resnet")
 ACTIVATIONS = ("silu", "gelu", "mish", "relu")
 BY_TABLE = ("learned", "noise_level")
-TIME_EMBEDDINGS = ("sinusoidal", "fourier", *BY_TABLE)
+TIME_EMBEDDINGS = ("sinusoidal", "fourier", "frequencies", *BY_TABLE)
 CLASS_EMBEDDINGS = ("learned", "timestep", "identity")
 
 

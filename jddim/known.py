@@ -115,6 +115,18 @@ def _dit(name: str, image_size: int, fid: float | None = None) -> Preset:
     )
 
 
+def _edm(name: str, image_size: int, classes: int, fid: float) -> Preset:
+    """A snapshot of NVIDIA's, which holds the EMA alone."""
+    return Preset(
+        *(f"edm-{name}", "edm", image_size, classes, "cc-by-nc-sa-4.0", "edm", 0, "edm"),
+        fid=fid,
+        fid_from="NVlabs/edm's example.py, by Heun's method",
+        file=f"edm-{name}.pkl",
+        origin="NVlabs/edm",
+        options="--weights ema",
+    )
+
+
 def _consistency(file: str, preset: str, image_size: int, classes: int = 0) -> Preset:
     """One step from noise, or an EDM network."""
     return Preset(
@@ -194,6 +206,10 @@ presets: tuple[Preset, ...] = (
         origin="willisma/SiT",
         options="--preset SiT-XL/2-256",
     ),
+    _edm("cifar10-32x32-cond-vp", 32, 10, 1.79),
+    _edm("ffhq-64x64-uncond-vp", 64, 0, 2.39),
+    _edm("afhqv2-64x64-uncond-vp", 64, 0, 1.96),
+    _edm("imagenet-64x64-cond-adm", 64, 1000, 1.36),
     _consistency("edm_imagenet64_ema.pt", "edm_imagenet64", 64, 1000),
     _consistency("cd_imagenet64_l2.pt", "cd_imagenet64", 64, 1000),
     _consistency("cd_imagenet64_lpips.pt", "cd_imagenet64", 64, 1000),

@@ -81,6 +81,7 @@ def test_the_parser_refuses_what_bibtex_would() -> None:
         ({"family": "pytorch_ddpm"}, ["ho2020ddpm", "pytorch-ddpm"]),
         ({"family": "palette"}, ["ho2020ddpm", "saharia2022palette", "palette-pytorch"]),
         ({"family": "consistency"}, ["ho2020ddpm", "karras2022edm", "song2023consistency"]),
+        ({"family": "edm"}, ["ho2020ddpm", "karras2022edm"]),
         ({"family": "monai"}, ["ho2020ddpm", "pinaya2023monai"]),
         ({"family": "openai", "preset": "guided-256"}, ["ho2020ddpm", "dhariwal2021guided"]),
         ({"family": "openai", "preset": "improved-cifar10"}, ["ho2020ddpm", "nichol2021improved"]),

@@ -8,6 +8,7 @@ from . import (
     diffusers,
     diffusers_dit,
     dit,
+    edm,
     flax_autoencoder,
     ho,
     lucidrains,
@@ -23,7 +24,7 @@ FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
     for module in (
         *(autoencoder, ho, pytorch_ddpm, monai, diffusers, openai_classifier, consistency, openai, palette),
-        *(lucidrains, dit, diffusers_dit, flax_autoencoder),
+        *(lucidrains, dit, diffusers_dit, edm, flax_autoencoder),
     )
 }
 """In the order in which they are asked: diffusers would take MONAI's names for its own where a file is damaged, and

@@ -45,9 +45,12 @@ class LayoutError(UnreadableError):
 
 @dataclasses.dataclass(frozen=True)
 class MappedFile:
-    """A file's bytes, read-only; an operating system reads them when they are touched and may drop them again."""
+    """A file's bytes, read-only; an operating system reads them when they are touched and may drop them again.
 
-    buffer: mmap.mmap
+    Or bytes that are in memory, for `array` alone.
+    """
+
+    buffer: Any
 
     @classmethod
     def open(cls, path: Path) -> MappedFile:
@@ -62,7 +65,8 @@ class MappedFile:
 
     def bytes(self, start: int, length: int) -> bytes:
         """A copy of a part of the file."""
-        return self.buffer[start : start + length]
+        part: bytes = self.buffer[start : start + length]
+        return part
 
     def release(self) -> None:
         """Give back the memory of what has been read; reading it again brings it back."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import ConversionError
-from . import flax_msgpack, safetensors_file, torch_legacy, torch_zip
+from . import flax_msgpack, persistence, safetensors_file, torch_legacy, torch_zip
 from .mapped import UnreadableError
 from .pickles import RefusedGlobalError, printable
 
@@ -34,7 +34,12 @@ def read(path: str | os.PathLike[str]) -> Any:
             return flax_msgpack.read(path)
         if kind == "zip":
             return torch_zip.read(path)
-        return torch_legacy.read(path)
+        try:
+            return torch_legacy.read(path)
+        except RefusedGlobalError as error:
+            if not error.name.startswith(persistence.NAME):
+                raise
+            return persistence.read(path)
     except UnreadableError as error:
         raise _refusal(path, error) from error
 
@@ -103,10 +108,10 @@ def _refusal(path: Path, error: Exception) -> ConversionError:
     if path.suffix in (".safetensors", ".msgpack"):
         return ConversionError(f"{path} is not a whole {path.suffix} file: {told}")
     match error:
-        case RefusedGlobalError() if error.name.startswith("torch_utils.persistence."):
+        case RefusedGlobalError() if error.name.startswith(persistence.NAME):
             return ConversionError(
-                f"{path} is a pickle of NVIDIA's networks (EDM, StyleGAN), which holds their source code to be run; "
-                "jddim never runs code from a checkpoint, and supports none of these networks"
+                f"{path} is a file of torch.save with NVIDIA's networks in it, which hold their source code to be run, "
+                "and jddim never runs code from a checkpoint; of these networks it reads the .pkl snapshots"
             )
         case RefusedGlobalError():
             return ConversionError(

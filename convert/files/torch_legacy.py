@@ -6,6 +6,7 @@ storages lie behind the pickle that refers to them: it is read once for their si
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,11 @@ def read(path: Path) -> Any:
         return found
 
     known = known_globals(lambda *_: None)
-    if load(stream, known, storage) != _MAGIC:
-        raise NotTorchError
-    if load(stream, {}, _no_storage) != _PROTOCOL:
-        raise DamagedFileError("it has an unknown protocol")
-    machine = load(stream, {}, _no_storage)
-    big_endian = type(machine) is dict and machine.get("little_endian") is False
+    big_endian = header(stream, known)
     at = stream.tell()
     load(stream, known, storage)
     length = stream.tell() - at
-    keys = load(stream, {}, _no_storage)
+    keys = load(stream, {}, no_storage)
     if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(storages):
         raise DamagedFileError("its storages are not those that its tensors lie in")
     starts: dict[str, int] = {}
@@ -84,5 +80,19 @@ def read(path: Path) -> Any:
     return plain(load(stream, known_globals(array), storage), leaf, 4 * length + 1000)
 
 
-def _no_storage(identity: Any) -> Any:
+def header(stream: Any, known: Mapping[str, Any]) -> bool:
+    """Whether the numbers are big-endian, of the stream's first three pickles. Raises NotTorchError if it is another's.
+
+    known: as of `load`, for a first pickle that is another's.
+    """
+    if load(stream, known, no_storage) != _MAGIC:
+        raise NotTorchError
+    if load(stream, {}, no_storage) != _PROTOCOL:
+        raise DamagedFileError("it has an unknown protocol")
+    machine = load(stream, {}, no_storage)
+    return type(machine) is dict and machine.get("little_endian") is False
+
+
+def no_storage(identity: Any) -> Any:
+    """For `load`, where no persistent id may be."""
     raise PickleError("it refers to a storage where there are none")

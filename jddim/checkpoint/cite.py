@@ -219,7 +219,7 @@ def _origin(family: str | None, provenance: Mapping[str, Any]) -> tuple[list[Ent
             "openai_classifier": [_GUIDED],
         },
         "palette": [_PALETTE, _PALETTE_CODE],
-        "consistency": [_EDM, _CONSISTENCY],
+        **{"edm": [_EDM], "consistency": [_EDM, _CONSISTENCY]},
         **{"autoencoder": [_LATENT], "dit": [_DIT], "diffusers_dit": [_DIT, _DIFFUSERS]},
     }
     if family not in known:

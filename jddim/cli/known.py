@@ -34,7 +34,7 @@ def _list(args: argparse.Namespace) -> int:
     elif args.name is not None:
         print("\n".join(_card(found[0])))
     else:
-        heads = ("name", "family", "side", "classes", "licence", "schedule", "variance", "FID")
+        heads = ("name", "family", "side", "classes", "licence", "schedule, T", "variance", "FID")
         rows = [heads, *(_row(each) for each in found)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
@@ -45,7 +45,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _row(known: Preset) -> tuple[str, ...]:
     fid = "" if known.fid is None else f"{known.fid:g}"
-    trained = f"{known.schedule}, T {known.train_timesteps}" if known.train_timesteps else known.schedule
+    trained = f"{known.schedule}, {known.train_timesteps}" if known.train_timesteps else known.schedule
     own = (known.name, known.family, str(known.image_size), str(known.classes or "-"), known.licence)
     return (*own, trained, known.variance, fid)
 

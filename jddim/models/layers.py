@@ -149,15 +149,20 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class FourierFeatures(nnx.Module):
     """Sines, then cosines, of 2 pi log t times fixed frequencies drawn at training: t `(b,)` -> `(b, 2 channels)`.
 
-    diffusers' GaussianFourierProjection, score_sde's. t = 0 has no logarithm: NaN, as in the source.
+    diffusers' GaussianFourierProjection, score_sde's. t = 0 has no logarithm: NaN, as in the source. logarithm: False:
+    of t itself (NVlabs/edm, which multiplies the frequencies by 2 pi first).
     """
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, logarithm: bool = True, rngs: nnx.Rngs):
+        self.logarithm = logarithm
         self.kernel = nnx.Param(16 * jax.random.normal(rngs.params(), (channels,), jnp.float32))
 
     def __call__(self, t: Array, dtype: DTypeLike = jnp.float32) -> Array:
-        frequencies = self.kernel[...].astype(dtype)
-        angles = jnp.log(t.astype(dtype))[:, None] * frequencies[None] * np.asarray(2 * math.pi, dtype)
+        frequencies, turn = self.kernel[...].astype(dtype), np.asarray(2 * math.pi, dtype)
+        if self.logarithm:
+            angles = jnp.log(t.astype(dtype))[:, None] * frequencies[None] * turn
+        else:
+            angles = t.astype(dtype)[:, None] * (turn * frequencies)[None]
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
 
@@ -177,6 +182,7 @@ class ResBlock(nnx.Module):
 
     Time is added before the second norm, or scales and shifts its output; time_channels None: no time comes in.
     resample: "down" halves and "up" doubles both branches after the first activation (h', w'); None keeps the size.
+    taps: of the filter by which it does. resample_shortcut: the shortcut then has a convolution.
     scale: what the sum is divided by.
     """
 
@@ -192,6 +198,8 @@ class ResBlock(nnx.Module):
         scale_shift: bool = False,
         activation: str = "silu",
         resample: str | None = None,
+        taps: tuple[float, ...] = (),
+        resample_shortcut: bool = False,
         scale: float = 1.0,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -199,6 +207,7 @@ class ResBlock(nnx.Module):
         self.scale_shift = scale_shift
         self.activation = activation
         self.resample = resample
+        self.taps = taps
         self.scale = scale
         self.norm1 = group_norm(channels_in, groups, epsilon, dtype=dtype, rngs=rngs)
         self.conv1 = conv(channels_in, channels_out, 3, dtype=dtype, rngs=rngs)
@@ -211,7 +220,7 @@ class ResBlock(nnx.Module):
         self.conv2 = conv(channels_out, channels_out, 3, dtype=dtype, rngs=rngs)
         self.shortcut = (
             None
-            if channels_in == channels_out
+            if channels_in == channels_out and not (resample and resample_shortcut)
             else conv(channels_in, channels_out, 3 if conv_shortcut else 1, dtype=dtype, rngs=rngs)
         )
 
@@ -219,8 +228,8 @@ class ResBlock(nnx.Module):
         act = ACTIVATIONS[self.activation]
         h = act(self.norm1(x))
         if self.resample is not None:
-            resize = average_pool if self.resample == "down" else nearest
-            h, x = resize(h), resize(x)
+            resize = halved if self.resample == "down" else doubled
+            h, x = resize(h, self.taps), resize(x, self.taps)
         h = self.conv1(h)
         assert (self.time_proj is None) == (time is None)
         if self.time_proj is None or time is None:
@@ -315,6 +324,42 @@ def average_pool(x: Array) -> Array:
 def nearest(x: Array) -> Array:
     """Each pixel as a 2x2 square: `(b, h, w, c)` -> `(b, 2h, 2w, c)`."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+def halved(x: Array, taps: tuple[float, ...] = (), padding: int | None = None) -> Array:
+    """Every second pixel of x filtered by the taps in each direction: `(b, h, w, c)` -> `(b, h/2, w/2, c)`.
+
+    taps: divided by their sum; none: the mean of each 2x2 square. padding: on each side; None: keeps h and w even.
+    """
+    if not taps:
+        return average_pool(x)
+    side = (len(taps) - 1) // 2 if padding is None else padding
+    return _filtered(x, taps, side, stride=2)
+
+
+def doubled(x: Array, taps: tuple[float, ...] = ()) -> Array:
+    """Zeros between the pixels, filtered by twice the taps in each direction: `(b, h, w, c)` -> `(b, 2h, 2w, c)`.
+
+    taps: divided by their sum; none: each pixel as a 2x2 square.
+    """
+    if not taps:
+        return nearest(x)
+    return 4 * _filtered(x, taps[::-1], len(taps) // 2, between=2)
+
+
+def _filtered(x: Array, taps: tuple[float, ...], side: int, *, stride: int = 1, between: int = 1) -> Array:
+    c = x.shape[3]
+    kernel = jnp.asarray(np.outer(taps, taps) / sum(taps) ** 2, x.dtype)[:, :, None, None]
+    filtered: Array = jax.lax.conv_general_dilated(
+        x,
+        jnp.broadcast_to(kernel, (*kernel.shape[:2], 1, c)),
+        window_strides=(stride, stride),
+        padding=((side, side), (side, side)),
+        lhs_dilation=(between, between),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=c,
+    )
+    return filtered
 
 
 def _divided(x: Array, scale: float) -> Array:

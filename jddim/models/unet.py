@@ -23,6 +23,7 @@ from jddim.models.layers import (
     at_least_float32,
     conv,
     group_norm,
+    halved,
     per_sample,
     timestep_embedding,
 )
@@ -82,7 +83,7 @@ class Encoder(nnx.Module):
                 width, with_conv=kind == "conv", symmetric=config.symmetric_padding, dtype=dtype, rngs=rngs
             )
 
-        features = 2 * config.channels if config.time_embedding == "fourier" else config.channels
+        features = config.time_features
         time_mlp = partial(TimeMLP, features, config.time_width, dtype=dtype, rngs=rngs)
         self.time_proj = _time_projection(config, rngs)
         self.time_embed = time_mlp()
@@ -90,8 +91,8 @@ class Encoder(nnx.Module):
         self.conv_in = conv(config.input_channels, config.stem, 3, dtype=dtype, rngs=rngs)
 
         widths = config.widths
-        before = config.stem
-        down = []
+        before, given = config.stem, config.input_channels
+        down, pyramid = [], []
         for level, width in enumerate(widths):
             blocks = []
             for _ in range(config.num_res_blocks):
@@ -100,7 +101,12 @@ class Encoder(nnx.Module):
             downsample = halve(level) if level < len(widths) - 1 else None
             attentions = _attentions(config, level, config.num_res_blocks, up=False, dtype=dtype, rngs=rngs)
             down.append(Level(blocks, attentions, downsample=downsample))
+            if config.input_pyramid and level > 0:
+                side = 1 + (len(config.resample_filter or (1, 1)) - 1) // 2
+                pyramid.append(conv(given, widths[level - 1], 3, padding=(side, side), dtype=dtype, rngs=rngs))
+                given = widths[level - 1]
         self.down = nnx.List(down)
+        self.pyramid = nnx.List(pyramid)
 
         width = widths[-1]
         mid_groups = config.norm_groups if config.mid_norm_groups is None else config.mid_norm_groups
@@ -125,7 +131,8 @@ class Encoder(nnx.Module):
         time = self._embedding(per_sample(t, x_t), None if labels is None else per_sample(labels, x_t))
         yield "time_embed", time
 
-        h = self.conv_in(2 * x_t - 1 if self.config.center_input else x_t)
+        aux = 2 * x_t - 1 if self.config.center_input else x_t
+        h = self.conv_in(aux)
         yield "conv_in", h
         skips = [h]
         for i, level in enumerate(self.down):
@@ -139,6 +146,9 @@ class Encoder(nnx.Module):
             if level.downsample is not None:
                 h = level.downsample(h, time)
                 yield f"down.{i}.downsample", h
+                if self.pyramid:
+                    h = aux = (h + halved(self.pyramid[i](aux), self.config.resample_filter, 0)) / 2**0.5
+                    yield f"down.{i}.pyramid", h
                 skips.append(h)
 
         if self.mid is not None:
@@ -157,7 +167,11 @@ class Encoder(nnx.Module):
         if (kind is None) != (labels is None):
             wanted = "takes no labels: it has no classes" if kind is None else f"needs labels ({kind} class embedding)"
             raise ValueError(f"UNet: this model {wanted}")
-        time = self.time_embed(self._features(t))
+        features = self._features(t)
+        if labels is not None and self.config.early_class:
+            assert isinstance(self.class_embed, nnx.Embed)
+            return self.time_embed(features + self.class_embed(labels))
+        time = self.time_embed(features)
         if labels is None:
             return time
         if isinstance(self.class_embed, nnx.Embed):
@@ -237,8 +251,8 @@ class UNet(Encoder):
             for j, block in enumerate(level.blocks):
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), time)
                 yield f"up.{i}.block.{j}", h
-                if level.attentions:
-                    h = level.attentions[j](h)
+                if (k := j - len(level.blocks) + len(level.attentions)) >= 0:  # fewer attentions are of the last blocks
+                    h = level.attentions[k](h)
                     yield f"up.{i}.attn.{j}", h
             if level.upsample is not None:
                 h = level.upsample(h, time)
@@ -259,6 +273,9 @@ def _blocks(config: UNetConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> Callable[..
         conv_shortcut=config.conv_shortcut,
         scale_shift=config.scale_shift,
         activation=config.activation,
+        taps=config.resample_filter,
+        resample_shortcut=config.resample_shortcut,
+        scale=config.block_scale,
         dtype=dtype,
         rngs=rngs,
     )
@@ -274,16 +291,18 @@ def _attentions(
         groups=config.norm_groups,
         epsilon=config.norm_epsilon,
         heads=config.heads(width, up=up),
+        scale=config.block_scale,
         dtype=dtype,
         rngs=rngs,
     )
+    count = 1 if up and config.up_attention_last else count
     return [make() for _ in range(count if config.has_attention(level, up=up) else 0)]
 
 
 def _time_projection(config: UNetConfig, rngs: nnx.Rngs) -> FourierFeatures | nnx.Embed | None:
     """What turns t into the time MLP's input; None: the sinusoid, which has no parameters."""
-    if config.time_embedding == "fourier":
-        return FourierFeatures(config.channels, rngs=rngs)
+    if config.time_embedding in ("fourier", "frequencies"):
+        return FourierFeatures(config.channels, logarithm=config.time_embedding == "fourier", rngs=rngs)
     if config.time_embedding in BY_TABLE:
         assert config.num_timesteps is not None
         width = config.channels if config.time_embedding == "learned" else 1
@@ -296,4 +315,5 @@ def _class_table(config: UNetConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Em
         return None
     assert config.num_classes is not None
     normal = nnx.initializers.normal(1.0)
-    return nnx.Embed(config.num_classes, config.time_width, embedding_init=normal, dtype=dtype, rngs=rngs)
+    width = config.time_features if config.early_class else config.time_width
+    return nnx.Embed(config.num_classes, width, embedding_init=normal, dtype=dtype, rngs=rngs)

@@ -268,11 +268,12 @@ def test_a_whole_module_is_refused_with_its_class(tmp_path: Path) -> None:
         read(tmp_path / "a.pth")
 
 
-def test_a_pickle_of_networks_with_their_source_is_named(tmp_path: Path) -> None:
+def test_networks_with_their_source_in_a_file_of_torch_save_are_named(tmp_path: Path) -> None:
     pickled = b"\x80\x04ctorch_utils.persistence\n_reconstruct_persistent_obj\n}\x85R."
-    (tmp_path / "edm.pkl").write_bytes(pickled)
-    with pytest.raises(ConversionError, match=r"edm\.pkl is a pickle of NVIDIA's networks \(EDM, StyleGAN\)"):
-        read(tmp_path / "edm.pkl")
+    with zipfile.ZipFile(tmp_path / "state.pt", "w") as archive:
+        archive.writestr("state/data.pkl", pickled)
+    with pytest.raises(ConversionError, match=r"state\.pt is a file of torch\.save with NVIDIA's networks in it"):
+        read(tmp_path / "state.pt")
 
 
 # -- what stands for objects ------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from convert.families import (
     diffusers,
     diffusers_dit,
     dit,
+    edm,
     ho,
     lucidrains,
     monai,
@@ -32,6 +33,11 @@ pytest.importorskip("torch", reason="the shapes are PyTorch's")
 SMALL: dict[str, Any] = {"image_size": (8, 8), "channels": 4, "channel_mults": (1, 2), "num_res_blocks": 1}
 SMALL |= {"in_channels": 3, "out_channels": 3}
 UNET = SMALL | {"attention_levels": (1,), "norm_groups": 2}
+SONG = SMALL | {
+    **{"channels": 32, "attention_levels": (1,), "time_embedding": "frequencies", "class_embedding": "learned"},
+    **{"num_classes": 3, "early_class": True, "up_attention_last": True, "resample_shortcut": True},
+    **{"input_pyramid": True, "downsample": ("resnet",), "upsample": ("resnet",)},
+}
 LEVELS = {"full_attention": (False, True), "num_heads": (2, 3), "head_channels": (5, 7)}
 LUCIDRAINS = {name: value for name, value in SMALL.items() if name != "num_res_blocks"} | LEVELS
 CLASSIFIER = {name: value for name, value in UNET.items() if name != "out_channels"} | {"num_classes": 3}
@@ -43,6 +49,7 @@ CASES: dict[str, tuple[ModuleType, ModelConfig, dict[str, bool]]] = {
     "diffusers": (diffusers, UNetConfig(**UNET), {}),
     "openai": (openai, UNetConfig(**UNET, **openai._FIXED, num_heads=2), {"use_new_attention_order": False}),
     "consistency": (consistency, UNetConfig(**UNET, **openai._FIXED, num_heads=2), {}),
+    "edm": (edm, UNetConfig(**SONG), {}),
     "palette": (
         palette,
         UNetConfig(**UNET, **openai._FIXED, num_heads=2, time_embedding="noise_level", num_timesteps=3),

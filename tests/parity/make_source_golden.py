@@ -9,6 +9,7 @@
     python tests/parity/make_source_golden.py dit CHECKOUT CHECKOUT       # facebookresearch/DiT at ed81ce2,
                                                                           # willisma/SiT at 947f95b (and torchdiffeq)
     python tests/parity/make_source_golden.py consistency CHECKOUT  # openai/consistency_models at e32b69e
+    python tests/parity/make_source_golden.py edm CHECKOUT                # NVlabs/edm at 008a4e5
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
@@ -281,6 +282,23 @@ def consistency(name: str, case: SourceCase) -> dict[str, Any]:
     return found
 
 
+def edm(name: str, case: SourceCase) -> dict[str, Any]:
+    """The network, whose filters and frequencies stay as they are, and its sampler by Heun's method."""
+    from generate import edm_sampler
+    from training.networks import EDMPrecond
+
+    torch.manual_seed(0)
+    whole = EDMPrecond(**case.network)
+    fixed = {key: value.clone() for key, value in whole.model.named_buffers()}
+    network, shapes = redrawn(whole.model)
+    network.load_state_dict(fixed, strict=False)
+    labels = None if case.labels is None else torch.eye(case.network["label_dim"])[list(case.labels)]
+    found = {"shapes": shapes, "fixed": {key: value.tolist() for key, value in fixed.items()}}
+    found["eps"] = network(nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t), labels)
+    found["heun"] = edm_sampler(whole, nchw(images(case, len(case.t), seed=2)), labels, num_steps=STEPS).float()
+    return found
+
+
 MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "pytorch_ddpm": pytorch_ddpm,
     "openai": openai,
@@ -289,6 +307,7 @@ MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "palette": palette,
     "dit": dit,
     "consistency": consistency,
+    "edm": edm,
 }
 
 if __name__ == "__main__":

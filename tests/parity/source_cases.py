@@ -1,8 +1,9 @@
 """Networks of sources whose own code cannot be installed here, and what golden/NAME.npz keeps of each.
 
-A file holds, for each case, the names and shapes of the source's state dict (`CASE/shapes`, JSON) and the output of
-the source's own network (`CASE/eps`); runs of its own sampler (`CASE/RUN`). Weights and inputs are drawn here, by name,
-and are not in the file. `make_source_golden.py` writes it, `test_source_golden.py` holds jddim to it.
+A file holds, for each case, the names and shapes of the source's state dict (`CASE/shapes`, JSON; `CASE/fixed`: the
+tensors that are not drawn) and the output of the source's own network (`CASE/eps`); runs of its own sampler
+(`CASE/RUN`). Weights and inputs are drawn here, by name, and are not in the file. `make_source_golden.py` writes it,
+`test_source_golden.py` holds jddim to it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ SMALL: dict[str, Any] = {
 TRANSFORMER: dict[str, Any] = {
     **{"input_size": 10, "hidden_size": 24, "depth": 2, "num_heads": 3, "num_classes": 5},
 }
+OF_EDM: dict[str, Any] = {"img_resolution": 8, "img_channels": 3, "model_channels": 128, "num_blocks": 1}
 SOURCES: dict[str, dict[str, SourceCase]] = {
     "dit": {
         "DiT": SourceCase(
@@ -117,6 +119,36 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
             (8, 12),
             3,
             (-100.0, 748.9331),
+        ),
+    },
+    "edm": {
+        "DDPM++": SourceCase(
+            OF_EDM
+            | {"model_type": "SongUNet", "label_dim": 5, "augment_dim": 9, "channel_mult": [1, 2]}
+            | {"attn_resolutions": [4]},
+            {"class_name": "EDMPrecond"},
+            (8, 12),
+            3,
+            (-1.5536520, 0.0, 1.0955067),  # a quarter of the logarithms of 0.002, 1 and 80
+            (4, 0, 2),
+        ),
+        "NCSN++": SourceCase(
+            OF_EDM
+            | {"model_type": "SongUNet", "channel_mult": [1, 1, 1], "attn_resolutions": [8, 2], "sigma_data": 0.7}
+            | {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
+            | {"resample_filter": [1, 3, 3, 1]},
+            {"class_name": "EDMPrecond", "sigma_data": "0.7"},
+            (8, 12),
+            3,
+            (-1.5536520, 1.0955067),
+        ),
+        "ADM": SourceCase(
+            OF_EDM | {"model_type": "DhariwalUNet", "label_dim": 5, "channel_mult": [1, 2], "attn_resolutions": [4]},
+            {"class_name": "EDMPrecond"},
+            (8, 12),
+            3,
+            (-1.5536520, 1.0955067),
+            (4, 0),
         ),
     },
     "palette": {
@@ -233,8 +265,11 @@ def golden(source: str) -> dict[str, np.ndarray]:
 
 def source_tensors(source: str, name: str) -> dict[str, np.ndarray]:
     """A case's state dict."""
-    shapes = json.loads(str(golden(source)[f"{name}/shapes"]))
-    return {tensor: drawn(tensor, tuple(shape)) for tensor, shape in shapes.items()}
+    kept = golden(source)
+    shapes = json.loads(str(kept[f"{name}/shapes"]))
+    fixed = json.loads(str(kept.get(f"{name}/fixed", "{}")))
+    tensors = {tensor: drawn(tensor, tuple(shape)) for tensor, shape in shapes.items()}
+    return tensors | {tensor: np.array(value, np.float32) for tensor, value in fixed.items()}
 
 
 def converted(source: str, name: str) -> tuple[Plan, dict[str, np.ndarray]]:
