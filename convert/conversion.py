@@ -43,7 +43,7 @@ from .files.pickles import plain, printable
 from .files.readers import sha256
 from .files.shards import read_weights
 from .recognition import Recognised, as_asked, recognise
-from .sources import Origin, files_read, find
+from .sources import Origin, files_read, find, first_stage_of
 
 Say = Callable[[str], None]
 
@@ -177,11 +177,14 @@ def _first_stage(
     plan = opened.plan
     if given is not None and plan.sampler is None:
         raise ConversionError(f"{opened.origin.file} is not sampled, so takes no --autoencoder; leave it out")
+    if given is None and opened.several:
+        raise ConversionError(f"{opened.origin.file}: {opened.several}")
     if given is None and plan.latent and opened.stage is None:
         raise ConversionError(f"{opened.origin.file}: {_NO_STAGE}")
     stage: _Opened | Path | None = opened.stage
     if given is not None:
         try:
+            given = first_stage_of(Path(given) / "model_index.json") or given  # of a pipeline, its part
             stage = Path(given) if (Path(given) / "metadata").is_dir() else _open(find(given), None, {}, None, None)
         except UnsettledError as error:
             raise _of_stage(error, given) from error
@@ -222,6 +225,7 @@ def locate(
     origin = find(src, weights, variant, revision)
     stage: list[Path] = []
     if autoencoder is not None:
+        autoencoder = first_stage_of(Path(autoencoder) / "model_index.json") or autoencoder
         own = Path(autoencoder) / "metadata" / "metadata"
         stage = [own] if own.is_file() else files_read(find(autoencoder))
     name = (origin.hub_id or os.path.abspath(src)).rstrip("/").rpartition("/")[2]
@@ -303,8 +307,8 @@ def describe(
         facts += [f"  WARNING     {warning}" for warning in plan.warnings]
         if plan.sampler is not None:
             lies = found.stage[1].taken if found.stage is not None else family.beside(origin.file)
-            given = autoencoder or ("SRC" if plan.latent and lies is None else None)
-            facts += [f"  needs       {_NO_STAGE}"] if given == "SRC" else []
+            given = autoencoder or ("SRC" if found.several or (plan.latent and lies is None) else None)
+            facts += [f"  needs       {found.several or _NO_STAGE}"] if given == "SRC" else []
             facts += [f"  first stage {given or lies}"] if lies or autoencoder else []
             options += ["--autoencoder", str(given)] if given else []
     except UnsettledError as error:
@@ -344,7 +348,7 @@ class _Opened:
     """A source read and understood, and lines on it.
 
     configs: the files that it took. given: --set's settings; settings: those over the preset's. stage: the first stage
-    that lies with it.
+    that lies with it. several: what to do where more than one does.
     """
 
     origin: Origin
@@ -357,6 +361,7 @@ class _Opened:
     settings: Mapping[str, str]
     lines: tuple[str, ...]
     stage: _Opened | None = None
+    several: str = ""
 
 
 def _read(origin: Origin, name: str, weights: str | None) -> Recognised:
@@ -376,6 +381,8 @@ def _open(
     """alone: without the first stage that lies with it, whose own settings are of_stage."""
     found = _read(origin, str(origin.file), weights)
     opened = _understood(found.family, found.source, origin, config, settings, preset, weights)
+    if found.several:
+        return dataclasses.replace(opened, several=found.several)
     folder = opened.family.beside(origin.file)
     if alone or opened.plan.sampler is None or (found.stage is None and folder is None):
         return opened

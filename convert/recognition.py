@@ -78,11 +78,25 @@ _Set = tuple[_Place, Source]
 
 
 class Recognised(NamedTuple):
-    """The family of a file's contents, the weights to take, and a first stage that lies beside them."""
+    """The family of a file's contents, the weights to take, and the first stages that lie beside them."""
 
     family: Family
     source: Source
-    stage: tuple[Family, Source] | None = None
+    stages: tuple[tuple[Family, Source], ...] = ()
+
+    @property
+    def stage(self) -> tuple[Family, Source] | None:
+        """The first stage, where there is one alone."""
+        return self.stages[0] if len(self.stages) == 1 else None
+
+    @property
+    def several(self) -> str:
+        """What to do where there are several first stages; "" where there are not."""
+        if len(self.stages) < 2:
+            return ""
+        taken = [str(source.taken) for _, source in self.stages]
+        way = f"convert one alone, such as with --weights {taken[0]}, and give it by --autoencoder"
+        return f"several first stages lie with it ({shortened(taken)}): {way}"
 
 
 def recognise(raw: Any, name: str, weights: str | None = None) -> Recognised:
@@ -118,9 +132,9 @@ def recognise(raw: Any, name: str, weights: str | None = None) -> Recognised:
     place, source = _chosen(networks if networks and not asked else stages, contents, name, weights, notes)
     beside = [item for item in stages if item[0] is not place]
     names_beside = (key.removesuffix(".") for step in place.beside for key in step)
-    check_companions(name, place.label, names_beside, handled=len(beside) == 1 or place.family.first_stage)
-    stage = (beside[0][0].family, beside[0][1]) if len(beside) == 1 and not place.family.first_stage else None
-    return Recognised(place.family, source, stage)
+    check_companions(name, place.label, names_beside, handled=bool(beside) or place.family.first_stage)
+    own = [] if place.family.first_stage else beside
+    return Recognised(place.family, source, tuple((other.family, opened) for other, opened in own))
 
 
 def as_asked(source: Source, weights: str | None, name: str) -> Source:

@@ -93,7 +93,11 @@ class SamplerConfig:
     rho: float = later(7.0)
 
 
-METHODS = ("ddim", "ddpm", "consistency", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
+METHODS = (
+    *("ddim", "ddpm", "consistency", "dpm++2m", "dpm++3m", "dpm++2s", "dpm++3s", "dpm++2m-sde"),
+    *("dpm2m", "dpm3m", "dpm2s", "dpm3s", "dpm2m-sde", "unipc", "unipc-bh1", "deis", "lms"),
+    *("heun", "heun-flow", "plms", "pndm", "euler-a"),
+)
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "velocity", EDM := "edm")
 VARIANCES = ("fixed_small", "fixed_large", LEARNED := "learned_range", UNUSED := "unused")
 TWICE = (LEARNED, UNUSED)
@@ -805,6 +809,14 @@ class AutoencoderConfig(_NoCondition, _NoLabels):
             problems += size_problems(self, self.image_size)
         if problems:
             raise ValueError("AutoencoderConfig: " + "; ".join(problems))
+
+
+def image_shape(config: ModelConfig, stage: AutoencoderConfig | None) -> tuple[int, int, int]:
+    """(height, width, channels) of the images of a network, whose latents a first stage makes images of."""
+    height, width = config.image_size
+    if stage is None:
+        return height, width, config.in_channels
+    return height * stage.size_factor, width * stage.size_factor, stage.out_channels
 
 
 def _shape(config: UNetConfig | ClassifierConfig) -> str:

@@ -165,9 +165,8 @@ def invert_update(
             if prediction_type == "epsilon":
                 return noised(ddim.predict_x0(x_t, eps, row.alpha_t, row.sigma_t), eps)
             # By eps - x0, which tells something of x_t at alpha_next = 0 too, where eps is x_next itself.
-            along = row.alpha_t * row.sigma_prev - row.sigma_t * row.alpha_prev
-            reached: Array = (row.alpha_prev + row.sigma_prev) * x_t + along * (eps - x0)
-            return reached / (row.alpha_t + row.sigma_t)
+            a, s, a_next, s_next = (jnp.asarray(c) for c in (row.alpha_t, row.sigma_t, row.alpha_prev, row.sigma_prev))
+            return ((a_next + s_next) * x_t + (a * s_next - s * a_next) * (eps - x0)) / (a + s)
 
         x_next = noised(x0, eps)
         return lax.fori_loop(0, refine, again, x_next), x0

@@ -44,10 +44,20 @@ from jddim.run.problems import (
     decode_problems,
     described,
     guidance_problems,
+    key_problems,
     label_problems,
     stage_problems,
 )
-from jddim.run.programs import Program, by_parts, decode, denoiser_returns, encode, moments, network_denoiser
+from jddim.run.programs import (
+    Program,
+    by_parts,
+    check_decoded,
+    decode,
+    denoiser_returns,
+    encode,
+    moments,
+    network_denoiser,
+)
 from jddim.run.request import Request, RequestError, check_names
 from jddim.sampling import Denoiser, Trajectory
 from jddim.schedule import NoiseSchedule, Schedule, make_schedule
@@ -69,7 +79,7 @@ class Common(TypedDict, total=False):
     steps_offset: int | None
     set_alpha_to_one: bool | None
     prediction_type: str | None
-    labels: ArrayLike | None
+    labels: ArrayLike | str | None
     condition: Images | None
     guidance: str | None
     guidance_scale: ArrayLike | None
@@ -80,6 +90,7 @@ class Common(TypedDict, total=False):
     classifier: Classifier | None
     classifier_scale: ArrayLike | None
     batch_size: int | None
+    decode_batch: int | None
     progress: bool | None
 
 
@@ -91,7 +102,6 @@ class EditOptions(Common, total=False):
     variance: str | None
     noise: Images | None
     start: int
-    decode_batch: int | None
 
 
 class SampleOptions(EditOptions, total=False):
@@ -263,6 +273,12 @@ class DDIM(metaclass=_Led):
     metadata: Metadata | None = None
     autoencoder: Autoencoder | None = None
 
+    def __post_init__(self) -> None:
+        """Raise TypeError for an autoencoder that is none."""
+        if not isinstance(self.autoencoder, Autoencoder | None):
+            told = f"DDIM: autoencoder must be what jddim.load_autoencoder gives, got {described(self.autoencoder)}"
+            raise TypeError(told)
+
     if not TYPE_CHECKING:
 
         def __getattr__(self, name):
@@ -299,7 +315,12 @@ class DDIM(metaclass=_Led):
         """The same model with other conventions: fields of `SamplerConfig`, e.g. `steps_offset=1`.
 
         To say `clip`, on or off, leaves the checkpoint's thresholding out, unless threshold_ratio is said as well.
+        Raises TypeError for what is no convention.
         """
+        own, elsewhere = [*Conventions.__annotations__], [*SampleOptions.__annotations__]
+        if asked := [name for name in conventions if name not in (*own, "steps") and name in elsewhere]:
+            raise TypeError(f"with_sampler() takes no {asked[0]!r}: it is an option of DDIM.sample, no convention")
+        check_names(conventions, own, "with_sampler")
         if "clip" in conventions:
             conventions = {"threshold_ratio": None, **conventions}
         return dataclasses.replace(self, sampler=dataclasses.replace(self.sampler, **conventions))
@@ -366,8 +387,9 @@ class DDIM(metaclass=_Led):
             rederive_eps: use the limited x0's eps in the direction term.
         steps_offset, set_alpha_to_one, prediction_type, variance, guidance_channels: as in
             `jddim.config.SamplerConfig`.
-        labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1, or one for all (or
-            what its `class_embedding` takes, one row an image).
+        labels: for a network with classes, and only for one: `(num,)` integers in 0..num_classes-1, or one for all, or
+            text as the command line takes it: "207,388", and "goldfish" of a checkpoint that has names. Or what its
+            `class_embedding` takes, one row an image.
         condition: for a network that is given an image beside each x_t, and only for one: `(num, h, w,
             condition_channels)` float32, scaled as in training (mostly to [-1, 1]); one that is smaller by whole
             factors is enlarged bilinearly.
@@ -381,7 +403,8 @@ class DDIM(metaclass=_Led):
         x_T: `(num, h, w, c)` float32 start; noise: `(S, num, h, w, c)` float32, row s used in the s-th step taken.
         image_size: (height, width) in pixels, other than the checkpoint's. latents: of a checkpoint with a first stage,
             z `(num, h / f, w / f, c)` in place of images, as x_T and noise are always, and a trajectory. decode_batch:
-            how many latents are decoded at a time; 1 by default. batch_size: images per compiled call, default all.
+            how many images are encoded or decoded at a time; 1 by default.
+        batch_size: images per compiled call, default all.
         progress: a bar on stderr, in a notebook or at a terminal alone by default; True: elsewhere a line every 10 s.
             Then Ctrl-C is heard between segments.
         on_segment: called with a `Preview` after each segment, of which a batch has eight or more (or as many as it has
@@ -458,6 +481,7 @@ class DDIM(metaclass=_Led):
     def _plan(self, of: str, key: Array | int | None, num: int | None, options: Any, **arrays: Any) -> Plan:
         """The plan of keyword arguments: arrays go in as they are, the rest is a `Request`."""
         asked = {name: value for name, value in options.items() if name not in RUN}
+        text = {"labels": asked.pop("labels")} if isinstance(asked.get("labels"), str) else {}
         given = {name: asked.pop(name) for name in Inputs._fields if name in asked}
         if not isinstance(asked.get("latents"), bool | None):
             told = "latents is a switch here, for z in place of images; what diffusers calls latents is x_T"
@@ -467,7 +491,7 @@ class DDIM(metaclass=_Led):
             asked["spacing"] = tuple(np.asarray(spacing).ravel().tolist())
         asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
         solver = {"method": asked.pop("method")} if isinstance(asked.get("method"), Solver) else {}
-        request = Request(**asked)
+        request = Request(**asked, **text)
         if problems := [(told.partition(" ")[0], told) for told in type_problems(request)]:
             raise RequestError(problems, of)
         inputs = Inputs(key=key, **given, **arrays)
@@ -477,28 +501,36 @@ class DDIM(metaclass=_Led):
         """Images `(n, h, w, c)` float32, nominally in [-1, 1], of latents z `(n, h / f, w / f, c')`.
 
         decode_batch: how many at a time, which does not change the images but for rounding. Raises RequestError for z
-        of another shape or type, or with a NaN, ValueError for a checkpoint without a first stage.
+        of another shape or type, or with a NaN, ValueError for a checkpoint without a first stage, FloatingPointError
+        if the decoder makes a NaN or infinity (outside tracing only).
         """
         stage = self._first_stage("decode")
         problems = stage_problems("z", z, stage.config.latent_channels, self.model.config.image_size)
         if problems := problems + decode_problems(decode_batch):
             raise RequestError(problems, "decode")
-        return by_parts(decode.bound(stage), jnp.asarray(z), decode_batch)
+        images = by_parts(decode.bound(stage), jnp.asarray(z), decode_batch)
+        check_decoded(images, np.arange(len(images)))
+        return images
 
     def encode(self, images: Images, key: Array | int | None = None) -> Array:
         """Latents z `(n, h / f, w / f, c')` of images `(n, h, w, c)` float32 in [-1, 1].
 
-        key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`; None: its mean. Raises RequestError
-        for images of another shape, type or range, ValueError for a side that does not divide, a key where nothing is
-        drawn, and for a checkpoint without a first stage.
+        key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`, or with the i-th of one key an
+        image; None: its mean. Raises RequestError for images of another shape, type or range and for what is no key,
+        ValueError for a side that does not divide, a key where nothing is drawn, and for a checkpoint without a first
+        stage.
         """
         stage = self._first_stage("encode")
-        if problems := stage_problems("images", images, stage.config.in_channels, stage.config.image_size):
+        drawn = as_key(key)
+        problems = stage_problems("images", images, stage.config.in_channels, stage.config.image_size)
+        if drawn is not None and not problems:
+            problems = key_problems(drawn, len(images), x_T=False, noise=False, needs_noise=True)
+        if problems:
             raise RequestError(problems, "encode")
         images = jnp.asarray(images)
-        if key is None:
+        if drawn is None:
             return by_parts(encode.bound(stage), images, 1)
-        return stage.z_of(by_parts(moments.bound(stage), images, 1), as_key(key))
+        return stage.z_of(by_parts(moments.bound(stage), images, 1), drawn)
 
     def _first_stage(self, of: str) -> Autoencoder:
         if self.autoencoder is None:
@@ -522,7 +554,7 @@ class DDIM(metaclass=_Led):
         Raises ValueError if labels, condition or guidance are not this network's.
         """
         one = labels is not None and np.ndim(labels) == 0
-        labels = None if labels is None else jnp.asarray(labels)
+        labels = labels if labels is None or isinstance(labels, Array) else np.asarray(labels)
         num = 1 if labels is None or one else labels.shape[0]
         config, c = self.model.config, self.sampler
         scale = 1.0 if callable(guidance_scale) else guidance_scale
@@ -540,7 +572,8 @@ class DDIM(metaclass=_Led):
             raise RequestError(problems, "denoiser")
         program = Program.of(find("ddim"), c, self.schedule, guidance_channels=c.guidance_channels)
         guidance: Any = None if guidance_scale is None else Guidance(guidance_scale, null_label)  # type: ignore[arg-type]
-        return network_denoiser(self.model, program, labels, guidance, beside)
+        told = None if labels is None else jnp.asarray(labels)
+        return network_denoiser(self.model, program, told, guidance, beside)
 
     def conventions(self, dtype: DTypeLike = np.float32) -> dict[str, Any]:
         """The checkpoint's conventions as keyword arguments of `sample_loop`, and of `inpaint_loop` and `invert_loop`.

@@ -319,7 +319,7 @@ def consistency_update(
         x0, _ = ddim.predict_both(output, x_t, row.alpha_t, row.sigma_t, prediction_type)
         x0 = x0 if limit is None else limit(x0)
         added = jnp.maximum((row.sigma_prev - least_sigma) * (row.sigma_prev + least_sigma), 0)
-        return ddim.add_noise(x0, noise, row.alpha_prev, jnp.sqrt(added)), x0
+        return ddim.add_noise(x0, noise, row.alpha_prev, ddim.root(added)), x0
 
     return update
 

@@ -331,8 +331,9 @@ RATIOS: dict[str, Callable[[Times, float, float, float], Times]] = {
 }
 """Spacings of sigma / alpha: (u, even in 0..1; the least and the largest ratio; rho) -> the ratios, descending.
 
-With T whole timesteps the network is told t between them (k-diffusion; diffusers' Euler, Heun and LMS), or, of a name
-with "_rounded" behind it, the nearest whole one (diffusers' DPM-Solver, UniPC and DEIS).
+With T whole timesteps the network is told t between them (k-diffusion; diffusers' Euler), or, of a name with "_rounded"
+behind it, the nearest whole one (diffusers' DPMSolverMultistepScheduler with use_karras_sigmas or use_lu_lambdas; of
+its exponential and beta sigmas it cuts t off).
 """
 
 

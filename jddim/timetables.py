@@ -87,10 +87,7 @@ def traps(table: StepTable, schedule: Schedule, prediction_type: str = "epsilon"
     t, t_prev = np.asarray(table.t), np.asarray(table.t_prev)
     if isinstance(schedule, ContinuousSchedule):
         if t[0] < (1 - 1e-6) * schedule.t_max:
-            return [
-                f"the first step is at t = {t[0]:g}, not at the noisiest, {schedule.t_max:g}: what was trained there "
-                "is not asked for"
-            ]
+            return [f"the first step is at t = {t[0]:g}, not at the noisiest, {schedule.t_max:g}"]
         return []
     T, found = schedule.num_train_timesteps, []
     if t[0] < T - 1:

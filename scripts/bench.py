@@ -55,10 +55,11 @@ if str(ROOT) not in sys.path:  # so that it also runs where jddim is not install
 
 import jddim  # noqa: E402
 from jddim.cli.options import OneLineParser  # noqa: E402
-from jddim.config import to_json  # noqa: E402
+from jddim.config import AutoencoderConfig, to_json  # noqa: E402
 from jddim.installing import install_line  # noqa: E402
 from scripts.contestants import (  # noqa: E402
     CONTESTANTS,
+    DEFAULT,
     PRECISIONS,
     QUICK,
     SIZES,
@@ -66,6 +67,8 @@ from scripts.contestants import (  # noqa: E402
     Case,
     Sampler,
     UnavailableError,
+    as_denoiser,
+    decoder_of,
     make_case,
     spaced,
     to_numpy,
@@ -300,8 +303,12 @@ def arithmetic(case: Case) -> int:
     model = torch_reference(plain, "cpu")
     height, width, channels = case.x_T.shape[1:]
     counter = FlopCounterMode(display=False)
+    one = dataclasses.replace(plain, x_T=case.x_T[:1])
     with counter, torch.inference_mode():
-        model(torch.zeros(1, channels, height, width), torch.zeros(1, dtype=torch.int64))
+        if isinstance(case.config, AutoencoderConfig):
+            decoder_of(model)(torch.zeros(1, channels, height, width))
+        else:
+            as_denoiser(one, model, "cpu")(torch.zeros(1, channels, height, width), torch.zeros(1, dtype=torch.int64))
     return int(counter.get_total_flops())
 
 
@@ -472,7 +479,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     defaults = "; ".join(f"{name} {','.join(map(str, size.batch_sizes['cpu']))}" for name, size in SIZES.items())
     steps = "; ".join(f"{name} {size.steps['cpu']}" for name, size in SIZES.items())
     parser.add_argument(
-        "--sizes", type=names(SIZES), metavar="LIST", help=f"networks, of {','.join(SIZES)} (default: all)"
+        "--sizes",
+        type=names(SIZES),
+        metavar="LIST",
+        help=f"networks, of {','.join(SIZES)} (default: {','.join(DEFAULT)})",
     )
     parser.add_argument(
         "--batch-sizes", type=numbers, metavar="LIST", help=f"for every size (default on CPU: {defaults})"
@@ -533,7 +543,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         raise BenchError(f"the comparison needs torch: {install_line('convert')}") from error
     use_threads(None, threads)
     device, note = choose_device()
-    sizes = args.sizes or (("mnist",) if args.quick else tuple(SIZES))
+    sizes = args.sizes or (("mnist",) if args.quick else DEFAULT)
     contestants = args.contestants or (QUICK if args.quick else tuple(CONTESTANTS))
     contestants = ("jddim", *(name for name in contestants if name != "jddim"))
     repeats = args.repeats or (1 if args.quick else 7)

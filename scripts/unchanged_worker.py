@@ -230,10 +230,11 @@ def of_loops(t: np.ndarray) -> Iterator[Setting]:
     learned = {"denoise": lambda x, t: jnp.concatenate([eps(x, t), jnp.tanh(x)], -1), "variance": "learned_range"}
     yield "ddpm, learned_range", jitted(ancestral, **learned)
     for name, solver in solvers.SOLVERS.items():
+        given = {"schedule": linear} if getattr(solver, "asks_between", False) else {}  # not of an older commit's
         for text, limits in list(LIMITS.items())[: 3 if solver.history == "x0" else 1]:
             yield (
                 f"{name}, a solver{text}",
-                jitted(solve, noise=noise if solver.stochastic else None, solver=name, **limits),
+                jitted(solve, noise=noise if solver.stochastic else None, solver=name, **given, **limits),
             )
     for convention, refine in itertools.product(inversion.CONVENTIONS, (0, 1, 3)):
         options = {"convention": convention, "refine": refine}

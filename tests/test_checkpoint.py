@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from jddim.checkpoint.cite import bibtex, citations
 from jddim.checkpoint.folder import CheckpointError, check_destination, load_metadata, load_params, save_checkpoint
 from jddim.checkpoint.metadata import Metadata
 from jddim.checkpoint.orbax import orbax, quiet_orbax
-from jddim.config import LucidrainsConfig, SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.config import DiTConfig, LucidrainsConfig, SamplerConfig, ScheduleConfig, UNetConfig
 from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.pipeline import load
 
@@ -60,6 +61,22 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     chex.assert_trees_all_equal(flat_params(ddim.model), params)
     assert ddim.schedule.betas.tolist() == [0.1, 1 / 3, 0.7]
     assert ddim.sampler == METADATA.sampler
+
+
+def test_saving_copies_no_parameters(tmp_path: Path) -> None:
+    """Or the memory of a conversion would be twice its file's."""
+    config = DiTConfig((4, 4), channels=256, depth=2, num_heads=2)
+    shapes = {name: leaf.shape for name, leaf in flat_params(abstract_model(config)).items()}
+    params = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
+    metadata = dataclasses.replace(METADATA, model=config)
+    orbax()  # its modules take memory too
+    tracemalloc.start()
+    try:
+        save_checkpoint(tmp_path / "ckpt", params, metadata)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.5 * sum(value.nbytes for value in params.values())
 
 
 def test_the_same_contents_have_the_same_identity(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_bash_completes(scripts: dict[str, Path]) -> None:
     assert completed(script, "") == list(COMMANDS)
     assert completed(script, "sam") == ["sample"]
     assert completed(script, "sample", "mnist", "--preview") == ["--preview"]
-    assert completed(script, "sample", "mnist", "out.png", "--eta", "0", "--method", "dpm++") == [
+    assert completed(script, "sample", "mnist", "out.png", "--eta", "0", "--method", "dpm++2m") == [
         "dpm++2m",
         "dpm++2m-sde",
     ]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array
+from tiny import SOLVER_KINDS
 
 from jddim import denoisers, editing, guidance, sampling
 from jddim.ddim import per_sample, step_table
@@ -69,19 +70,19 @@ def by_solver(
     solver = SOLVERS[name]
     options: dict[str, Any] = {"key": keys if solver.stochastic else None, "self_condition": self_condition}
     if wrap is not None:
-        plan = cast(solver.plan(TABLE), x_T.dtype)
+        plan = cast(solver.rows(TABLE, SCHEDULE), x_T.dtype)
         options |= {"memory": memory_of(plan, x_T), "deterministic": not solver.stochastic}
         return sampling.update_loop(denoise, wrap(solver_update(solver)), x_T, plan, **options)
-    return solver_loop(denoise, x_T, TABLE, solver=name, **options)
+    return solver_loop(denoise, x_T, TABLE, solver=name, schedule=SCHEDULE, **options)
 
 
 MINE = Solver(lambda table: ddim_plan(table)._replace(noise=np.where(table.t_prev >= 0, 0.1, 0)), stochastic=True)
 SAMPLERS: dict[str, Any] = {
     "DDIM": by_ddim,
     "ancestral": by_ancestral,
-    **{name: partial(by_solver, name=name) for name in (*SOLVERS, "mine")},
+    **{name: partial(by_solver, name=name) for name in ("ddim", *SOLVER_KINDS, "mine")},
 }
-STOCHASTIC = ["DDIM", "ancestral", "mine", *(name for name in SOLVERS if SOLVERS[name].stochastic)]
+STOCHASTIC = ["DDIM", "ancestral", "mine", *(name for name in SOLVER_KINDS if SOLVERS[name].stochastic)]
 
 
 @pytest.fixture(autouse=True)

@@ -141,7 +141,7 @@ def test_images_are_encoded_before_they_are_edited_or_inverted(ddim: jddim.DDIM)
     assert z.shape == (2, 5, 7, 3)
     pixels = dataclasses.replace(ddim, autoencoder=None)
     chex.assert_trees_all_close(
-        ddim.invert(images / 2, steps=3), pixels.invert(ddim.encode(images / 2), steps=3), atol=1e-5
+        ddim.invert(images / 2, steps=3, decode_batch=2), pixels.invert(ddim.encode(images / 2), steps=3), atol=1e-5
     )
     edited = ddim.edit(images, 0, strength=0.5, steps=4)
     chex.assert_trees_all_close(edited, ddim.decode(pixels.edit(z, 0, strength=0.5, steps=4)), atol=1e-4)
@@ -289,19 +289,59 @@ def test_decode_and_encode_refuse_what_they_have_no_program_for(ddim: jddim.DDIM
             call()
 
 
+def test_an_image_that_the_decoder_makes_no_number_of_is_told(ddim: jddim.DDIM) -> None:
+    """By each door; of three images the one that has it, by its number."""
+    from jddim.run.programs import check_decoded
+    from jddim.scale.sharding import Sharded, make_mesh
+
+    assert ddim.autoencoder is not None
+    graph, state = nnx.split(ddim.autoencoder)
+    state["decoder"]["conv_out"]["bias"][...] = np.full(3, np.inf, np.float32)
+    bad = dataclasses.replace(ddim, autoencoder=nnx.merge(graph, state))
+    images, mask = np.zeros((1, 10, 14, 3), np.float32), np.ones((10, 14, 1), np.float32)
+    told = "decoder made a NaN or infinity of finite latents, in image {}, in 1 of 1 images"
+    for call, number in (
+        (lambda: bad.sample(0, steps=1, start=5), 5),
+        (lambda: bad.edit(images, 0, mask=mask, steps=1, paste=True), 0),
+        (lambda: bad.decode(X_T[:1]), 0),
+        (lambda: Sharded(bad, make_mesh(devices=jax.devices()[:1])).sample(0, 1, start=7, steps=1), 7),
+    ):
+        with pytest.raises(FloatingPointError, match=told.format(number)):
+            call()
+    assert bad.sample(0, steps=1, latents=True).shape == (1, 7, 7, 3)
+    images = np.zeros((3, 2, 2, 1), np.float32)
+    images[1, 0, 1] = np.nan
+    with pytest.raises(FloatingPointError, match="in image 8, in 1 of 3 images"):
+        check_decoded(jax.numpy.asarray(images), [7, 8, 9])
+
+
+def test_what_is_no_key_no_first_stage_and_no_convention_is_told_in_a_line(ddim: jddim.DDIM) -> None:
+    images = np.zeros((2, 10, 14, 3), np.float32)
+    for key in ("a", 1.5, jax.random.split(jax.random.key(0), 3)):
+        with pytest.raises(RequestError, match="encode: key must be "):
+            ddim.encode(images, key)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"autoencoder must be what jddim\.load_autoencoder gives, got 'x'"):
+        dataclasses.replace(ddim, autoencoder="x")  # type: ignore[arg-type]
+    for given, told in (
+        ({"latents": True}, "no 'latents': it is an option of DDIM.sample, no convention"),
+        ({"steps": 3}, "no 'steps' .did you mean 'num_steps'"),
+    ):
+        with pytest.raises(TypeError, match=told):
+            ddim.with_sampler(**given)  # type: ignore[arg-type]
+
+
 def test_a_drawn_z_is_the_first_stages_own(ddim: jddim.DDIM) -> None:
     stage = Autoencoder(dataclasses.replace(STAGE, num_codes=None), rngs=nnx.Rngs(0))
     images = np.tanh(RNG.standard_normal((3, 6, 4, 3))).astype(np.float32)
     drawn = dataclasses.replace(ddim, autoencoder=stage).encode(images, 5)
     chex.assert_trees_all_close(drawn, stage.encode(jax.numpy.asarray(images), jax.random.key(5)), atol=1e-5)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(5), i))(np.arange(3))
+    chex.assert_trees_all_equal(dataclasses.replace(ddim, autoencoder=stage).encode(images, keys), drawn)
 
 
-def test_what_takes_no_first_stage_says_so(ckpt: Path, tmp_path: Path, fails: Any) -> None:
-    for command, told in (
-        (["train", ckpt, tmp_path, tmp_path / "out"], "jddim train takes networks of images alone"),
-        (["sample", ckpt, tmp_path / "out.npy", "--latents", "--decode-batch", "2"], "latents are asked for"),
-    ):
-        assert told in fails(*command)
+def test_latents_are_not_decoded_in_batches(ckpt: Path, tmp_path: Path, fails: Any) -> None:
+    command = ["sample", ckpt, tmp_path / "out.npy", "--latents", "--decode-batch", "2"]
+    assert "latents are asked for" in fails(*command)
     assert not [*tmp_path.iterdir()]
 
 
@@ -381,6 +421,33 @@ PARAMS: dict[str, Any] = {
         },
     },
 }
+
+
+def test_of_several_first_stages_one_is_asked_for(tmp_path: Path, fails: Any) -> None:
+    """In a file; one given, they are left."""
+    latent_diffusion(tmp_path, PARAMS)
+    src, other = tmp_path / "model.ckpt", autoencoder.reference(STAGE, compvis=True)
+    redraw_(other, 9)
+    state = torch.load(src, weights_only=True)["state_dict"]
+    state |= {f"refiner.{name}": value for name, value in other.state_dict().items()}
+    torch.save({"state_dict": state}, src)
+    few = ["--config", tmp_path / "config.yaml"]
+    told = fails("convert", src, tmp_path / "out", *few)
+    assert (
+        "several first stages lie with it (state_dict.first_stage_model; state_dict.refiner): convert one alone" in told
+    )
+    assert any("needs       several first stages lie with it" in line for line in jddim.info(src, config=few[1]))
+    stage = tmp_path / "stage"
+    how: dict[str, Any] = {"weights": "state_dict.refiner", "settings": {"norm_num_groups": 4}, "verify": False}
+    jddim.convert(src, stage, config=few[1], **how)
+    made = jddim.convert(src, tmp_path / "out", config=few[1], autoencoder=stage, verify=False)
+    assert made.provenance["autoencoder"]["taken"] == "state_dict.refiner"
+
+
+def test_of_a_pipeline_that_is_given_as_first_stage_its_own_is_taken(folder: Path, ckpt: Path, tmp_path: Path) -> None:
+    made = jddim.convert(folder / "unet", tmp_path / "out", autoencoder=folder, verify=False)
+    assert made.autoencoder == jddim.load(ckpt).metadata.autoencoder  # type: ignore[union-attr]
+    assert (folder / "vqvae" / "config.json") in jddim.converting.locate(folder / "unet", autoencoder=folder).files
 
 
 def test_latent_diffusions_file_has_both_networks(tmp_path: Path) -> None:

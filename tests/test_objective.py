@@ -11,6 +11,7 @@ import pytest
 from numpy.testing import assert_allclose
 from training_cases import SHORT, arrays, draw, task
 
+from jddim.config import ScheduleConfig
 from jddim.ddim import add_noise
 from jddim.schedule import make_schedule
 from jddim.train import objective
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.unoptimised
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "velocity"])
 def test_the_loss_is_its_formula(kind: str, loss: str) -> None:
     job = task(sampler={"prediction_type": kind}, loss=loss, min_snr_gamma=2.5)
     output, x_0, noise = arrays(3, *[(5, 3, 7, 1)] * 3)
@@ -33,9 +34,11 @@ def test_the_loss_is_its_formula(kind: str, loss: str) -> None:
     root, rest = np.sqrt(a)[:, None, None, None], np.sqrt(1 - a)[:, None, None, None]
     snr = a / (1 - a)
     assert snr.min() < 2.5 < snr.max()
-    target = {"epsilon": noise, "sample": x_0, "v_prediction": root * noise - rest * x_0}[kind]
+    target = {"epsilon": noise, "sample": x_0, "v_prediction": root * noise - rest * x_0, "velocity": noise - x_0}[kind]
     # arXiv:2303.09556: the weight is of x_0's error, whose square is 1 / SNR times eps', and 1 / (SNR + 1) times v's
-    weight = np.minimum(snr, 2.5) / {"epsilon": snr, "sample": 1, "v_prediction": snr + 1}[kind]
+    # of the velocity's, by which x_0 is (x_t - sigma velocity) / (alpha + sigma)
+    per = {"epsilon": snr, "sample": 1, "v_prediction": snr + 1, "velocity": (1 + np.sqrt(snr)) ** 2}[kind]
+    weight = np.minimum(snr, 2.5) / per
     error = ((output - target) ** 2).mean(axis=(1, 2, 3))
     assert_allclose(found, error * (weight if loss == "min_snr" else 1), rtol=2e-5)  # float32
 
@@ -97,13 +100,73 @@ def test_the_hybrid_loss_is_improved_diffusions(kind: str) -> None:
     assert np.abs(gradient[..., 1:]).max() > 1e-4
 
 
+@pytest.mark.parametrize("name", ["flow", "edm", "vp"])
+def test_a_continuous_paths_rows_are_its_schedules(name: str) -> None:
+    kind = {"flow": "velocity", "edm": "edm", "vp": "epsilon"}[name]
+    spacing = "even" if name == "flow" else "karras"
+    job = task(sampler={"prediction_type": kind, "spacing": spacing}, schedule=ScheduleConfig(name))
+    schedule = make_schedule(job.schedule)
+    assert objective.training_table(job) is None
+    t = np.linspace(*((schedule.t_min + 1e-3, schedule.t_max)), 9)
+    row = objective.rows_at(job, None, jnp.asarray(t, jnp.float32), jnp.float32)
+    assert_allclose(row.alpha, schedule.alpha(t), rtol=2e-6, atol=1e-7)
+    assert_allclose(row.sigma, schedule.sigma(t), rtol=2e-6)
+    # the weight of x_0's error makes F's error count once: c_out^2 times it is 1
+    expected = (t**2 + 0.25) / (0.5 * t) ** 2 if name == "edm" else np.ones(9)
+    assert_allclose(row.weight, expected, rtol=2e-6)
+
+
+def test_times_have_their_distributions() -> None:
+    """4,000 draws: a mean to 0.02 deviations, five of its errors 0.08."""
+
+    def drawn(name: str, kind: str, **train: object) -> np.ndarray:
+        sampler = {"prediction_type": kind, "spacing": "even" if name == "flow" else "karras"}
+        job = task(sampler=sampler, schedule=ScheduleConfig(name), **train)
+        return np.asarray(draw(jax.random.key(2), job, (4000, 1, 1, 1), jnp.float32).t)
+
+    flow = drawn("flow", "velocity")
+    assert flow.dtype == np.float32
+    assert 0 <= flow.min() < 0.01 < 0.99 < flow.max() <= 1
+    assert flow.mean() == pytest.approx(0.5, abs=0.03)
+    paired = drawn("flow", "velocity", t_sampling="antithetic")
+    assert_allclose(paired[:2000] + paired[2000:], 1, rtol=1e-6)
+    edm = np.log(drawn("edm", "edm", t_sampling="log_normal"))
+    assert (edm.mean(), edm.std()) == (pytest.approx(-1.2, abs=0.1), pytest.approx(1.2, abs=0.1))
+    sd3 = drawn("flow", "velocity", t_sampling="logit_normal", t_mean=0.5, t_std=2.0)
+    logits = np.log(sd3 / (1 - sd3))
+    assert (logits.mean(), logits.std()) == (pytest.approx(0.5, abs=0.16), pytest.approx(2, abs=0.16))
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "train", "told"),
+    [
+        ("flow", {"prediction_type": "velocity"}, {"loss": "min_snr"}, "loss min_snr is of schedules with T timesteps"),
+        ("flow", {"prediction_type": "epsilon"}, {}, "a predicted eps tells nothing of x0 at alpha_t = 0"),
+        ("flow", {"prediction_type": "edm"}, {}, "sampler: prediction_type edm is of the schedule edm"),
+        ("flow", {"prediction_type": "velocity"}, {"t_sampling": "log_normal"}, "log_normal is of the schedule edm"),
+        ("flow", {"prediction_type": "velocity", "variance": "unused"}, {}, "variance is fixed_small on a continuous"),
+        ("linear", {"spacing": "linspace"}, {"t_sampling": "logit_normal"}, "logit_normal is of a continuous schedule"),
+        ("linear", {"spacing": "linspace"}, {"t_std": 1.0}, "t_mean and t_std are of t_sampling log_normal and logit"),
+        (
+            "flow",
+            {"prediction_type": "velocity"},
+            {"t_sampling": "logit_normal", "t_std": 0.0},
+            "t_std must be above 0",
+        ),
+    ],
+)
+def test_what_a_path_is_not_trained_with(name: str, sampler: dict, train: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        task(sampler={"spacing": "even"} | sampler, schedule=ScheduleConfig(name), **train)
+
+
 def test_antithetic_pairs() -> None:
     t = jnp.array([3, 49, 0, 21, 20, 17, 5])
-    assert objective.antithetic(t, 50).tolist() == [3, 49, 0, 21, 46, 0, 49]
-    assert objective.antithetic(t[:6], 50).tolist() == [3, 49, 0, 46, 0, 49]
+    assert objective.antithetic(t, 49).tolist() == [3, 49, 0, 21, 46, 0, 49]
+    assert objective.antithetic(t[:6], 49).tolist() == [3, 49, 0, 46, 0, 49]
     drawn = draw(jax.random.key(1), task(t_sampling="antithetic"), (3, 1, 2, 1), jnp.float32).t
     plain = draw(jax.random.key(1), task(), (3, 1, 2, 1), jnp.float32).t
-    assert drawn.tolist() == objective.antithetic(plain, 50).tolist()
+    assert drawn.tolist() == objective.antithetic(plain, 49).tolist()
 
 
 def test_draws_are_per_sample_and_have_their_distributions() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jddim.config import ClassifierConfig, ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
+from jddim.config import AutoencoderConfig, ClassifierConfig, ModelConfig, SamplerConfig, ScheduleConfig, UNetConfig
 
 # Two levels: one down- and one upsampling, a change of width, attention below. 44,969 parameters.
 SMALL: dict[str, Any] = {
@@ -24,6 +24,9 @@ SIZE = (6, 10)  # height and width differ from each other and from every width, 
 SETTINGS = {"norm_groups": "4", "image_size": "6x10"}
 """What `convert` must be told of a bare state dict of SMALL."""
 SETTING_OPTIONS = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
+
+SOLVER_KINDS = ("dpm++2m", "dpm++3s", "dpm++2m-sde", "unipc", "heun", "plms", "pndm", "euler-a")
+"""Names of `jddim.solvers.SOLVERS`, one of each kind, where a test is slow: those of a kind differ in numbers alone."""
 
 
 def state_dict(seed: int = 1, **changes: Any) -> dict[str, Any]:
@@ -70,30 +73,38 @@ def write_checkpoint(
     prediction_type: str = "epsilon",
     sampler: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
+    autoencoder: AutoencoderConfig | None = None,
     **fields: Any,
 ) -> Path:
     """A jddim checkpoint with random parameters, made without torch.
 
     edit: (dotted name, array) -> what to store instead. prediction_type: what the random network is taken to predict;
     as eps its images reach hundreds, as v ("v_prediction") they stay about 1. sampler: other conventions. provenance:
-    more of it.
+    more of it. autoencoder: with this first stage, random too.
     fields: of `small_config`, over one level with attention: what reads a checkpoint does not care, and compiling takes
     half the time.
     """
     from jddim.checkpoint.folder import save_checkpoint
-    from jddim.checkpoint.metadata import Metadata
+    from jddim.checkpoint.metadata import FIRST_STAGE, Metadata
     from jddim.models.building import abstract_model, flat_params
 
     one_level: dict[str, Any] = {"channel_mults": (1,), "attention_levels": (0,), "middle": False}
     config = small_config(**(one_level | fields))
     rng = np.random.default_rng(seed)
+    shapes = flat_params(abstract_model(config))
+    if autoencoder is not None:
+        shapes |= {FIRST_STAGE + name: leaf for name, leaf in flat_params(abstract_model(autoencoder)).items()}
     params = {
         name: edit(name, (name.endswith("scale") + 0.2 * rng.standard_normal(leaf.shape)).astype(np.float32))
-        for name, leaf in flat_params(abstract_model(config)).items()
+        for name, leaf in shapes.items()
     }
     own = {"spacing": "uniform", "num_steps": 5, "clip": False, "prediction_type": prediction_type} | (sampler or {})
     metadata = Metadata(
-        config, ScheduleConfig(), SamplerConfig(**own), {"family": "ho", "source": {}} | (provenance or {})
+        config,
+        ScheduleConfig(),
+        SamplerConfig(**own),
+        {"family": "ho", "source": {}} | (provenance or {}),
+        autoencoder=autoencoder,
     )
     save_checkpoint(path, params, metadata)
     return path

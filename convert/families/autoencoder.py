@@ -28,6 +28,7 @@ from .values import (
     integers,
     is_integer,
     literal,
+    misspelt,
     not_read,
     number,
     one_of,
@@ -196,7 +197,7 @@ _PLAIN = {
     "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
     "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
 }
-_NO_MATTER = ("_class_name", "_name_or_path", "force_upcast", "lookup_from_codebook", "dropout", *_PLAIN)
+_NO_MATTER = ("force_upcast", "lookup_from_codebook", "dropout", *_PLAIN)
 
 
 def _filed(config: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str], list[str]]:
@@ -216,8 +217,12 @@ def _filed(config: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str],
         if entries.get(key) is not None:
             problems.append(f"config: {key}: z is scaled channel by channel, for which jddim has one scaling_factor")
     told = {key: value for key, value in entries.items() if key in SETTINGS}
-    skipped = (*_NO_MATTER, "latents_mean", "latents_std")
-    return told, [k for k in entries if k not in told and k not in skipped and not k.startswith("_diffusers")], problems
+    read = (*SETTINGS, *_NO_MATTER, "latents_mean", "latents_std")
+    unread = [key for key in entries if key not in read and not key.startswith("_")]
+    if kind is not None:
+        wrong, unread = misspelt(unread, read, "config")
+        problems += wrong
+    return told, unread, problems
 
 
 def _of_compvis(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,6 +262,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     ]
     if codes is None and told.get("num_vq_embeddings") is not None:
         problems.append("num_vq_embeddings is of a VQModel, and the tensors have no codebook")
+    if codes is None and not found["compvis"] and told.get("vq_embed_dim") is not None:
+        problems.append("vq_embed_dim is of a VQModel, and the tensors have no codebook")
     assumed: list[str] = []
     settle = settling(told, assumed)
     groups = settle("norm_num_groups", 32, "the source's default")

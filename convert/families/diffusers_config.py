@@ -8,7 +8,6 @@ an option. What neither holds is an argument of `DDIMPipeline`'s call; ours go i
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +19,20 @@ from jddim.schedule import noise_schedule
 from ..engine import ConversionError, cannot_hold, refuse, refusing, shortened
 from ..files.pickles import printable
 from .base import Wording, check_companions, check_sampler, checked, scaled_t
-from .values import asking, boolean, integer, is_integer, literal, number, one_of, parse, positive, sides, whole
+from .values import (
+    asking,
+    boolean,
+    integer,
+    is_integer,
+    literal,
+    misspelt,
+    number,
+    one_of,
+    parse,
+    positive,
+    sides,
+    whole,
+)
 
 # -- values: JSON's, or --set's text, to ours; a ValueError says what was wanted ---------------------------------------
 
@@ -366,14 +378,8 @@ def read_part(
     """
     told = {key: value for key, value in contents.items() if not key.startswith("_") and key not in given}
     odd = [key for key in told if key not in options]
-    misspelt = {
-        key: near[0] for key in odd if key not in _OF_OTHERS and (near := difflib.get_close_matches(key, options, n=1))
-    }
-    problems = [
-        f"{file}: unknown key {printable(key)!r}, which diffusers ignores (did you mean {near!r}?)"
-        for key, near in misspelt.items()
-    ]
-    skipped = [printable(key) for key in odd if key not in misspelt]
+    problems, left = misspelt([key for key in odd if key not in _OF_OTHERS], options, file)
+    skipped = [printable(key) for key in odd if key in left or key in _OF_OTHERS]
     notes = [f"{file}: not read, nor by diffusers: {shortened(skipped, 40)}"] if skipped else []
     known = {key: value for key, value in told.items() if key in options}
     sources = {file: known, "--set": {key: literal(given[key]) for key in sorted(given)}}

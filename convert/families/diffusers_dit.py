@@ -219,7 +219,9 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
 
 
 def label_names(told: Any, classes: int) -> dict[str, int]:
-    """A pipeline's id2label, number -> names with commas between, as name -> number; of a name twice, the last.
+    """A pipeline's id2label, number -> names with commas between, as name -> number, and all of them as one name.
+
+    Of a name twice, the last.
 
     ConversionError if it is something else.
     """
@@ -229,7 +231,8 @@ def label_names(told: Any, classes: int) -> dict[str, int]:
         if not fits or not isinstance(text, str) or not text.isprintable() or len(text) > 1000:
             said = printable(f"{label!r}: {text!r}")
             raise ConversionError(f"model_index.json: id2label must have the names of 0..{classes - 1}, it has {said}")
-        names |= dict.fromkeys(filter(None, (name.strip() for name in text.split(","))), int(label))
+        own = [name.strip() for name in text.split(",") if name.strip()]
+        names |= dict.fromkeys([*own, ", ".join(own)] if own else [], int(label))
     return names
 
 

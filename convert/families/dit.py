@@ -115,11 +115,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     size, problems = _size(told, tensors.get("pos_embed"), patch)
     problems += _contradictions(told, found)
     flow = str(told.get("model")).startswith("SiT")
-    problems += [
-        f"{key} is of a {'DiT, and this is a SiT: leave it out' if flow else 'SiT: give model=SiT too, or leave it out'}"
-        for key in (_OF_DIFFUSION if flow else _OF_FLOW)
-        if key in told
-    ]
+    what = "a DiT, and this is a SiT: leave it out" if flow else "a SiT: give model=SiT too, or leave it out"
+    problems += [f"{key} is of {what}" for key in (_OF_DIFFUSION if flow else _OF_FLOW) if key in told]
     problems += [
         f"{key} {told[key]} is not taken: jddim samples a SiT of {key} {own}"
         for key, own in _OF_FLOW.items()

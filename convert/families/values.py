@@ -6,6 +6,7 @@ The spellings here are YAML's, which several sources share; a source with its ow
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
@@ -81,6 +82,16 @@ def sections(config: Mapping[str, Any] | None, known: Collection[str]) -> tuple[
 def not_read(unread: list[str]) -> list[str]:
     """For a plan's notes: the keys of a config that no family knows."""
     return [f"config: not read: {shortened([printable(name) for name in unread])}"] if unread else []
+
+
+def misspelt(odd: list[str], known: Collection[str], file: str) -> tuple[list[str], list[str]]:
+    """Of unknown keys of diffusers' configs: what is wrong with those that are near a known one; and the rest."""
+    near = {key: found[0] for key in odd if (found := difflib.get_close_matches(key, known, n=1))}
+    problems = [
+        f"{file}: unknown key {printable(key)!r}, which diffusers ignores (did you mean {meant!r}?)"
+        for key, meant in near.items()
+    ]
+    return problems, [key for key in odd if key not in near]
 
 
 def settling(told: Mapping[str, Any], assumed: list[str]) -> Callable[[str, Any, str], Any]:

@@ -120,13 +120,17 @@ class MappedFile:
         return view.astype(stored.newbyteorder("=")).view(dtype) if swap and foreign else view
 
 
-def release(array: np.ndarray) -> None:
-    """Give back the memory of the file that an array lies in, if it lies in one; the array stays usable."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap):
-        MappedFile(base).release()
+def release(*arrays: np.ndarray) -> None:
+    """Give back the memory of the files that arrays lie in, if they lie in some; the arrays stay usable."""
+    files: dict[int, mmap.mmap] = {}
+    for array in arrays:
+        base: Any = array
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, mmap.mmap):
+            files[id(base)] = base
+    for file in files.values():
+        MappedFile(file).release()
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

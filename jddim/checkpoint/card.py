@@ -81,7 +81,7 @@ def lines(metadata: Recorded, parameters: int) -> list[str]:
                 compared = _compared(own.get("verification") or {})
                 value = [_text({key: own[key] for key in kept if own.get(key)})] + [compared] * bool(compared)
             case "label_names", {**names}:
-                value = f"{counted(len(names), 'name')}, such as {', '.join(map(str, list(names)[:3]))}"
+                value = f"{counted(len(names), 'name')}, such as {', '.join(map(repr, list(names)[:3]))}"
             case "unchecked", [*names]:
                 value = [f"{_text(each)}: told, not checked by the file" for each in names]
             case "verification", {"skipped": True, **rest}:

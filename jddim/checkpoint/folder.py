@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from jddim.checkpoint.card import NAME, card
@@ -59,9 +60,16 @@ def save_checkpoint(path: str | os.PathLike[str], params: Params, metadata: M, *
     ocp = orbax()
     try:
         with replacing(target, _is_ours if overwrite else None) as new:
-            # Trained weights hardly compress; trying takes longer than writing them, and twice their memory.
+            # Trained weights hardly compress; trying takes longer than writing them, and twice their memory. A copy of
+            # them would guard against changes meanwhile, and nothing changes them: Checkpointer returns when all is
+            # written.
+            arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+            kinds = (np.ndarray, arrays), (jax.Array, ocp.type_handlers.get_type_handler(jax.Array))
+            registry = ocp.type_handlers.create_type_handler_registry(*kinds)
             handler = ocp.CompositeCheckpointHandler(
-                params=ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False),
+                params=ocp.PyTreeCheckpointHandler(
+                    use_zarr3=True, use_compression=False, type_handler_registry=registry
+                ),
                 metadata=ocp.JsonCheckpointHandler(),
             )
             with quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:

@@ -16,6 +16,7 @@ from jddim.config import (
     ScheduleConfig,
     did_you_mean,
     from_json,
+    image_shape,
     misfits,
     to_json,
 )
@@ -144,11 +145,7 @@ class Metadata(Recorded):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of the images that `sample` makes."""
-        height, width = self.model.image_size
-        if self.autoencoder is None:
-            return height, width, self.model.in_channels
-        factor = self.autoencoder.size_factor
-        return height * factor, width * factor, self.autoencoder.out_channels
+        return image_shape(self.model, self.autoencoder)
 
     def sampled_size(self, image_size: tuple[int, int] | None = None) -> tuple[int, int]:
         """(height, width) of x_t for images of this size, or of the checkpoint's."""

@@ -19,6 +19,7 @@ from jddim.cli.options import (
     checkpoint,
     classifier_of,
     condition_of,
+    decoding,
     fastest_batch_size,
     given_classifier,
     given_file,
@@ -108,6 +109,7 @@ def _invert(args: argparse.Namespace) -> int:
             **({"condition": given_file(args.condition)} if args.condition else {}),
             **given_classifier(args),
             **request.described(up.sampler, steps, "invert"),
+            **decoding(down),
             "eta": 0.0,
         }
         save_images(args.reconstruct, again, settings)

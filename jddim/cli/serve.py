@@ -15,6 +15,9 @@ from jddim.cli.options import CKPT, add_ckpt, add_request, request_of, resolved,
 from jddim.config import METHODS
 from jddim.installing import install_line
 
+OFFERED = ("ddim", "ddpm", "dpm++2m", "dpm++2m-sde", "unipc", "heun", "plms", "euler-a")
+"""The default: each more is a program more, or two, to compile."""
+
 
 def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Define the command. command: `(name, run, text, examples)` -> its parser."""
@@ -36,9 +39,9 @@ def add(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--methods",
         type=_methods,
-        default=METHODS,
+        default=OFFERED,
         metavar="LIST",
-        help=f"to compile and offer, ddim among them (default {','.join(METHODS)})",
+        help=f"to compile and offer, ddim among them (default {','.join(OFFERED)})",
     )
     sub.add_argument("--max-steps", type=int, default=250, metavar="S", help="of a run (default 250)")
     sub.add_argument("--max-num", type=int, default=16, metavar="N", help="images of a run (default 16)")
@@ -70,16 +73,20 @@ def _serve(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"jddim serve needs {error.name}: {install_line('web')}") from error
     from jddim.checkpoint.folder import load_metadata
+    from jddim.run.plan import stage_options
     from jddim.serve.request import Bounds
 
+    request = request_of(args, "serve")
     folders = [resolved(ckpt, args) for ckpt in args.ckpt]
     for named, path in zip(args.ckpt, folders, strict=True):
         metadata = load_metadata(path, named)
-        if metadata.autoencoder is not None:
-            raise ValueError(f"{path} samples latents, which the page does not decode; jddim sample and bulk do")
-        config = metadata.model
-        if config.in_channels not in (1, 3):
-            raise ValueError(f"{path}: the page shows images of 1 or 3 channels, this one makes {config.in_channels}")
+        config, channels, stage = metadata.model, metadata.image_shape[2], metadata.autoencoder
+        if channels not in (1, 3):
+            raise ValueError(f"{path}: the page shows images of 1 or 3 channels, this one makes {channels}")
+        if config.condition_channels and stage is not None:
+            raise ValueError(f"{path}: the page draws no latents, and this network is given some beside x_t")
+        if problems := stage_options(request, stage is not None):
+            raise ValueError(f"{path}: {problems[0][1]}")
         if config.condition_channels not in (0, 1, 3):
             told = f"a picture of 1 or 3 channels beside x_t, and this network is given {config.condition_channels}"
             raise ValueError(f"{path}: the page draws {told}")
@@ -89,7 +96,6 @@ def _serve(args: argparse.Namespace) -> int:
 
     import jddim
 
-    request = request_of(args, "serve")
     served = {name: jddim.load(path, dtype=request.dtype) for name, path in zip(names, folders, strict=True)}
     for ddim in served.values():
         request.sampler(ddim.sampler)  # raises what is wrong before anything is compiled

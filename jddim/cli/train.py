@@ -15,6 +15,7 @@ from jddim.config import first_few
 
 if TYPE_CHECKING:
     from jddim.checkpoint.metadata import Metadata
+    from jddim.models.autoencoder import Autoencoder
     from jddim.train.task import Task
 
 
@@ -82,7 +83,7 @@ def _train(args: argparse.Namespace) -> int:
     from jddim.train.loop import LoopConfig, check_out, train
 
     loop = LoopConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LoopConfig)})
-    task, parent, params = _begin(args.start, args.set, args.classes)
+    task, parent, params, stage = _begin(args.start, args.set, args.classes)
     check_out(args.out, overwrite=args.overwrite)
 
     import jax
@@ -94,7 +95,7 @@ def _train(args: argparse.Namespace) -> int:
 
     make_optimizer(task)  # says what to install
     mesh = make_mesh(args.devices) if args.devices is not None or len(jax.devices()) > 1 else None
-    data = training_data.read(args.data, task.model)
+    data = training_data.read(args.data, task.model, None if stage is None else stage.config)
     if data.bad:
         total = len(data.bad) + len(data.pixels)
         say(f"note: {len(data.bad)} of {total} pictures are left out: {first_few(data.bad, 5)}")
@@ -112,6 +113,7 @@ def _train(args: argparse.Namespace) -> int:
         parent=parent,
         source=str(args.data),
         mesh=mesh,
+        stage=stage,
         overwrite=args.overwrite,
         say=say,
     )
@@ -125,11 +127,13 @@ def _train(args: argparse.Namespace) -> int:
 
 def _begin(
     start: str, settings: Sequence[str], classes: int | None
-) -> tuple[Task, Metadata | None, dict[str, Any] | None]:
-    """What CONFIG or CKPT, --set and --classes say, and the checkpoint's metadata and parameters."""
-    from jddim.checkpoint.folder import load_metadata, load_params
+) -> tuple[Task, Metadata | None, dict[str, Any] | None, Autoencoder | None]:
+    """What CONFIG or CKPT, --set and --classes say, and the checkpoint's metadata, parameters and first stage."""
+    from jddim.checkpoint.folder import load_metadata, load_params, part_of
+    from jddim.checkpoint.metadata import FIRST_STAGE
     from jddim.config import from_json
     from jddim.files import parse_json, read_json
+    from jddim.models.building import build_model
     from jddim.resolving import resolve
     from jddim.train.step import with_classes
     from jddim.train.task import Task, TrainConfig
@@ -146,15 +150,15 @@ def _begin(
     if not start.endswith(".json"):
         folder = resolve(start)
         parent = load_metadata(folder, start)
-        if parent.autoencoder is not None:
-            raise ValueError(
-                f"{start} samples latents of a first stage, and jddim train takes networks of images alone"
-            )
+        if classes is None:
+            told.setdefault("null_label", parent.null_label)
         train = from_json(TrainConfig, told)
-        model, params = parent.model, load_params(folder, parent)
+        model, held = parent.model, load_params(folder, parent)
+        params: Any = part_of(held, "")
+        stage: Any = parent.autoencoder and build_model(parent.autoencoder, part_of(held, FIRST_STAGE), "float32")
         if classes is not None:
             model, params = with_classes(model, params, classes, null_label=train.null_label, seed=train.seed)
-        return Task(model, parent.schedule, parent.sampler, train), parent, params
+        return Task(model, parent.schedule, parent.sampler, train), parent, params, stage
     if classes is not None:
         raise ValueError("--classes is for a checkpoint; a configuration has num_classes in its section model")
     try:
@@ -171,4 +175,4 @@ def _begin(
     except (TypeError, ValueError) as error:
         said = f" with --set {' '.join(settings)}" if settings else ""
         raise ValueError(f"{start}{said}: {error}") from error
-    return task, None, None
+    return task, None, None, None

@@ -97,8 +97,9 @@ class Autoencoder(nnx.Module):
     def encode(self, images: Array, key: Array | None = None) -> Array:
         """Z `(b, h / f, w / f, latent_channels)` of images `(b, h, w, in_channels)` in [-1, 1].
 
-        key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`; None: its mean. A VQModel has no
-        Gaussian: ValueError for a key. Raises ValueError for images of another shape, too.
+        key: z is drawn from the encoder's Gaussian, image i with `fold_in(key, i)`, or with the i-th of one key an
+        image; None: its mean. A VQModel has no Gaussian: ValueError for a key. Raises ValueError for images of another
+        shape, too.
         """
         return self.z_of(self.moments(images), key)
 
@@ -108,7 +109,7 @@ class Autoencoder(nnx.Module):
         if key is not None:
             if logvar is None:
                 raise ValueError("encode: a VQModel's z is not drawn: leave key out")
-            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(mean.shape[0]))
+            keys = key if key.ndim else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(mean.shape[0]))
             eps = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)
             mean = mean + jnp.exp(0.5 * logvar) * eps
         z: Array = (mean - self.config.shift_factor) * self.config.scaling_factor

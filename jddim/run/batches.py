@@ -74,7 +74,7 @@ def run(
                     x_t, x0_hat = state.x_t[: batch.taken], state.x0_hat[: batch.taken]
                     on_segment(Preview(start + low, taken, rows.num_steps, x_t, x0_hat))
             raise_if_bad(state, rows, start + low, batch.taken)
-            images.append(part.images(state))
+            images.append(part.images(state.x_t))
             if plan.decodes:
                 bar.add(batch.taken / steps)
             if state.trajectory is not None:

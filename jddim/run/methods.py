@@ -21,6 +21,7 @@ from jddim.inversion import inversion_table, invert_update
 from jddim.models.classifier import Classifier
 from jddim.run.request import CFG_PLUS_PLUS
 from jddim.sampling import Denoiser, Update, ancestral_update, consistency_update, ddim_update, limiter
+from jddim.schedule import Schedule
 from jddim.solvers import Solver, SolverTable, cast, memory_of, solver_update
 
 
@@ -118,8 +119,8 @@ class Method(Protocol):
     def remembers(self) -> bool:
         """Whether a step needs those before it."""
 
-    def rows(self, table: StepTable, dtype: DTypeLike) -> Any:
-        """What the scan runs over, from a float64 table on the host, its floats cast to `dtype`."""
+    def rows(self, table: StepTable, dtype: DTypeLike, schedule: Schedule) -> Any:
+        """What the scan runs over, from a schedule's float64 table on the host, its floats cast to `dtype`."""
 
     def memory(self, rows: Any, x_T: Array) -> Any:
         """What the first step finds of those before it; None: steps remember nothing."""
@@ -138,7 +139,7 @@ class Ddim:
     rederives_eps = True
     remembers = False
 
-    def rows(self, table: StepTable, dtype: DTypeLike) -> StepTable:
+    def rows(self, table: StepTable, dtype: DTypeLike, schedule: Schedule) -> StepTable:
         """The table itself."""
         rows: StepTable = cast(table, dtype)
         return rows
@@ -207,9 +208,9 @@ class BySolver:
         """As the solver says."""
         return self.solver.stochastic
 
-    def rows(self, table: StepTable, dtype: DTypeLike) -> SolverTable:
+    def rows(self, table: StepTable, dtype: DTypeLike, schedule: Schedule) -> SolverTable:
         """The solver's plan, of two remembered predictions at least, so that one step has several steps' program."""
-        rows: SolverTable = cast(self.solver.plan(table), dtype)
+        rows: SolverTable = cast(self.solver.rows(table, schedule), dtype)
         missing = ((0, 0), (0, max(2 - rows.step_history.shape[1], 0)))
         return rows._replace(
             base_history=np.pad(rows.base_history, missing), step_history=np.pad(rows.step_history, missing)
@@ -242,7 +243,7 @@ class Inversion(Ddim):
 
     takes_eta = False
 
-    def rows(self, table: StepTable, dtype: DTypeLike) -> StepTable:
+    def rows(self, table: StepTable, dtype: DTypeLike, schedule: Schedule) -> StepTable:
         """From x_0 up."""
         return inversion_table(cast(table, dtype), self.convention)
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -52,7 +52,7 @@ from jddim.run.problems import (
     sampler_problems,
     start_problems,
 )
-from jddim.run.programs import Program, by_parts, decode, draw_keys, draw_noise, encode, segment
+from jddim.run.programs import Program, by_parts, check_decoded, decode, draw_keys, draw_noise, encode, segment
 from jddim.run.request import CFG_PLUS_PLUS, CLASSIFIER_FREE, Problems, Request, RequestError
 from jddim.sampling import State, init_state, is_zero
 from jddim.schedule import Schedule
@@ -187,6 +187,16 @@ class Plan:
         """The x_t where a run starts, of a standard normal x_T."""
         return x_T if self.prior_scale == 1 else x_T * self.prior_scale
 
+    def pasted(self, made: Array, low: int) -> Array:
+        """Images low, low + 1, ... of the run with what the mask keeps put back, where that is asked for."""
+        if not self.pastes:
+            return made
+        assert self.inputs.images is not None
+        assert self.inputs.mask is not None
+        keep = jnp.asarray(keep_of(self.inputs.mask), made.dtype)
+        known = jnp.asarray(self.inputs.images[low : low + len(made)], made.dtype)
+        return keep * known + (1 - keep) * made
+
     def latents(self, images: Array) -> Array:
         """Images to edit or to invert as the network knows them: encoded by a first stage, or as they are."""
         return images if self.autoencoder is None else by_parts(self._encode, images, self.decode_batch)
@@ -301,17 +311,16 @@ class Part:
         state = _fresh(x) if trajectory_every is None else init_state(x, plan.rows, trajectory_every)
         return state._replace(memory=plan.program.method.memory(plan.rows, x))
 
-    def images(self, state: State) -> Array:
-        """What the caller gets of the state after the last row, without the copies that filled the batch up."""
+    def images(self, x_0: Array) -> Array:
+        """What the caller gets of the samples after the last row, without the copies that filled the batch up.
+
+        Raises FloatingPointError if a decoder makes a NaN or infinity of one.
+        """
         plan, batch = self.plan, self.batch
-        made = plan.images(state.x_t[: batch.taken])
-        if not plan.pastes:
-            return made
-        assert plan.inputs.images is not None
-        assert plan.inputs.mask is not None
-        keep = jnp.asarray(keep_of(plan.inputs.mask), made.dtype)
-        known = jnp.asarray(plan.inputs.images[batch.low : batch.low + batch.taken], made.dtype)
-        return keep * known + (1 - keep) * made
+        made = plan.images(x_0[: batch.taken])
+        if plan.decodes:
+            check_decoded(made, plan.inputs.numbers[batch.low : batch.low + batch.taken])  # type: ignore[index]
+        return plan.pasted(made, batch.low)
 
     def advance(self, state: State, rows: Any, trajectory_every: int | None = None) -> State:
         """The state after `rows`, all or a segment of the plan's. trajectory_every: as in `begin`."""
@@ -357,7 +366,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
             sampler = dataclasses.replace(sampler, spacing=spacing)
         if request.strength is not None:
             table = tail(table, request.strength)
-        rows = method.rows(table, dtype)
+        rows = method.rows(table, dtype, ddim.schedule)
         if resampled and not problems:
             rows = cast(repaint_table(table, request.resample, request.jump_length), dtype)
         table = cast(table, dtype)
@@ -413,7 +422,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
     problems += misfits or network_problems(config, sampler, (height, width))
     problems += num_problems(num)
     problems += sampler_problems(sampler, table, ddim.schedule) + batch_size_problems(batch_size)
-    problems += _unused(request, program, rederives=rederives) + _of_latents(request, stage is not None)
+    problems += _unused(request, program, rederives=rederives) + stage_options(request, stage is not None)
     weight = inputs.classifier_scale if inputs.classifier_scale is not None else request.classifier_scale
     if not method.takes_eta and asked_eta is not None:
         problems += _eta_of_none(method, request, asked_eta)
@@ -541,24 +550,38 @@ def labels_of(
             low, colon, high = text.partition(":")
             each = range(int(low), int(high)) if colon else [int(part) for part in text.split(",")]
     if not each and (names := ddim.label_names):
-        asked = [name.strip() for name in text.split(",")]
-        if unknown := [name for name in asked if name not in names]:
-            near = ", ".join(map(repr, difflib.get_close_matches(unknown[0], names)))
+        asked = _names(text, names)
+        if unknown := [name for name in asked if name not in names and not name.isdecimal()]:
+            plain = {name.casefold(): name for name in names}
+            close = difflib.get_close_matches(unknown[0].casefold(), plain)
+            near = ", ".join(repr(plain[name]) for name in close)
             hint = f"did you mean {near}?" if near else f"give a number in 0..{classes - 1}"
             return None, [("labels", f"labels: no class is called {unknown[0]!r} ({hint})")]
-        each = [names[name] for name in asked]
+        each = [names[name] if name in names else int(name) for name in asked]
     if not each:
         named = "" if text[:1].isdigit() else "; this checkpoint has no names of classes"
         told = f"labels are one number, several as in 207,388, a range as in 0:10, or balanced; got {text!r}{named}"
         return None, [("labels", told)]
-    if "," in text and len(each) != num:
+    listed = "," in text and len(each) > 1
+    if listed and len(each) != num:
         told = f"labels names {len(each)} labels for {num} images; give one for each, one for all, or a range"
         return None, [("labels", told)]
     if outside := [label for label in (each[0], each[-1], *each[:num]) if not 0 <= label < classes]:
         shown = classes if isinstance(each, range) and 0 <= each[0] < classes else outside[0]
         return None, [("labels", f"labels must lie in 0..{classes - 1}, got {shown}")]
-    places = np.arange(num) if "," in text else np.asarray(numbers).astype(np.int64)
+    places = np.arange(num) if listed else np.asarray(numbers).astype(np.int64)
     return np.array(each, np.int32)[places % len(each)], []
+
+
+def _names(text: str, known: Container[str]) -> list[str]:
+    """The names in a text with commas between; where a name has commas itself, the longest that is known."""
+    parts, names = [part.strip() for part in text.split(",")], []
+    while parts:
+        ends = range(len(parts), 0, -1)
+        end = next((end for end in ends if ", ".join(parts[:end]) in known), 1)
+        names.append(", ".join(parts[:end]))
+        del parts[:end]
+    return names
 
 
 def one_each(labels: ArrayLike | None, num: int) -> tuple[Array | np.ndarray | None, Problems]:
@@ -684,7 +707,7 @@ def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
     return problems
 
 
-def _of_latents(request: Request, has_stage: bool) -> Problems:
+def stage_options(request: Request, has_stage: bool) -> Problems:
     """What is wrong with the options on a first stage."""
     asked = [name for name in ("latents", "decode_batch", "paste") if name in request.asked()]
     told = "is of a checkpoint with a first stage, of which this has none: leave it out"

@@ -33,16 +33,22 @@ def sampler_problems(sampler: SamplerConfig, table: StepTable, schedule: Schedul
         check_prediction(table, sampler.prediction_type)
     except ValueError as error:
         problems.append(("prediction_type", str(error)))
+    problems += [("prediction_type", told) for told in denoiser_problems(sampler, schedule)]
+    return problems
+
+
+def denoiser_problems(sampler: SamplerConfig, schedule: Schedule) -> list[str]:
+    """What is wrong with how a network is told t, on this schedule."""
+    problems = []
     if sampler.prediction_type == EDM:
         if not isinstance(schedule, EDMSchedule):
-            problems.append(("prediction_type", "prediction_type edm is of the schedule edm, whose t is sigma"))
+            problems.append("prediction_type edm is of the schedule edm, whose t is sigma")
         if not 0 < sampler.sigma_data < np.inf:
-            problems.append(("prediction_type", f"sigma_data must be a number above 0, got {sampler.sigma_data}"))
+            problems.append(f"sigma_data must be a number above 0, got {sampler.sigma_data}")
     elif sampler.boundary:
-        problems.append(("prediction_type", "boundary is of prediction_type edm"))
+        problems.append("boundary is of prediction_type edm")
     if sampler.reversed_time and (sampler.prediction_type != "velocity" or not isinstance(schedule, FlowSchedule)):
-        told = "reversed_time is of the schedule flow and the prediction_type velocity"
-        problems.append(("prediction_type", told))
+        problems.append("reversed_time is of the schedule flow and the prediction_type velocity")
     return problems
 
 
@@ -341,7 +347,7 @@ def eta_problems(eta: ArrayLike, num: int, table: StepTable) -> Problems:
 
 
 def range_problems(images: Array | np.ndarray) -> Problems:
-    """What is wrong with images to invert: unclipped samples overshoot [-1, 1] a little; [-2, 2] they do not leave."""
+    """What is wrong with images to edit, encode or invert: values beyond -2..2. Samples overshoot [-1, 1] a little."""
     if not isinstance(images, (Array, np.ndarray)) or isinstance(images, jax.core.Tracer):
         return []
     if images.size == 0 or not _all_finite(images):
@@ -349,7 +355,8 @@ def range_problems(images: Array | np.ndarray) -> Problems:
     low, high = float(images.min()), float(images.max())
     if low >= -2 and high <= 2:
         return []
-    told = f"images must lie in [-1, 1], got {low:g}..{high:g}; of numbers in 0..255 take x / 127.5 - 1"
+    told = f"images must lie in [-1, 1], got {low:g}..{high:g}, beyond what samples overshoot it by (to -2..2)"
+    told += "; of numbers in 0..255 take x / 127.5 - 1"
     return [("images", told)]
 
 
@@ -382,6 +389,8 @@ def _label_problem(
         return f"labels must have shape ({num},), one an image, got {shape}"
     if kind == "timestep" or isinstance(labels, jax.core.Tracer):
         return None
+    if labels.dtype.kind in "OUS":
+        return "labels must be integers; DDIM.label_names has each name's number"
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         return f"labels must be integers, got {labels.dtype}"
     outside = [int(label) for label in np.asarray(labels) if not 0 <= label < classes]

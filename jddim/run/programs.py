@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -166,16 +167,9 @@ def network_denoiser(
 
     condition: `(b, h, w, channels)`, for a network that is given an image beside each x_t.
     """
-    denoise: Denoiser = model
-    if program.edm is not None:
-        sigma_data, t_free = program.edm
-        denoise = with_edm(model, sigma_data, program.timestep_scale, t_free)
-    elif program.timestep_scale != 1:
-        denoise = with_scaled_time(model, program.timestep_scale)
+    denoise = told_t(model, program)
     if program.variance in TWICE and not program.learned_variance:
         denoise = without_variance(denoise)
-    if program.reversed_time:
-        denoise = with_reversed_time(denoise)
     if labels is not None and guidance is not None:
         denoise = _guided(denoise, labels, guidance, program)
     elif labels is not None:
@@ -183,6 +177,17 @@ def network_denoiser(
     if condition is not None:
         denoise = with_condition(denoise, condition, first=model.config.condition_first)
     return with_self_condition(denoise) if program.self_condition else denoise
+
+
+def told_t(model: Denoiser, program: Program) -> Denoiser:
+    """The network given the loops' t, and returning what they expect. What else it takes is passed on."""
+    denoise = model
+    if program.edm is not None:
+        sigma_data, t_free = program.edm
+        denoise = with_edm(model, sigma_data, program.timestep_scale, t_free)
+    elif program.timestep_scale != 1:
+        denoise = with_scaled_time(model, program.timestep_scale)
+    return with_reversed_time(denoise) if program.reversed_time else denoise
 
 
 def _classified(denoise: Denoiser, given: Given, classifier: Classified, program: Program) -> Update:
@@ -268,6 +273,23 @@ def by_parts(program: Bound[T], x: jax.Array, size: int) -> T:
         done = jax.tree.map(lambda *of: jnp.stack(of), *map(program, parts))
     whole: T = jax.tree.map(lambda of: of.reshape(-1, *of.shape[2:])[:num], done)
     return whole
+
+
+def check_decoded(images: jax.Array, numbers: ArrayLike) -> None:
+    """Raise FloatingPointError if a NaN or infinity is in an image that a decoder made of finite latents.
+
+    numbers: which images they are, `(num,)`. Of traced images nothing is known.
+    """
+    finite = jnp.isfinite(images).all(axis=(1, 2, 3))
+    if isinstance(finite, jax.core.Tracer):
+        return
+    bad = np.flatnonzero(~np.asarray(finite))
+    if bad.size:
+        raise FloatingPointError(
+            f"the first stage's decoder made a NaN or infinity of finite latents, in image "
+            f"{np.asarray(numbers)[bad[0]]}, in {bad.size} of {len(finite)} images of this batch; check its weights "
+            "(jddim verify), or look at the latents (latents=True, --latents), or use float32"
+        )
 
 
 draw_keys: Callable[[jax.Array, ArrayLike], jax.Array] = jax.jit(numbered_keys)

@@ -39,7 +39,10 @@ class RequestError(ValueError):
 
 GUIDANCES = CLASSIFIER_FREE, PROJECTED, CFG_PLUS_PLUS = ("classifier-free", "projected", "cfg++")
 COMMANDS = ("sample", "bulk", "warmup", "sweep", "edit", "interpolate", "invert", "export", "serve", "page")
-SPACING_NAMES = "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, openai_ddim, ddimN or N,N,..."
+SPACING_NAMES = (
+    "linspace, uniform, quad, leading, trailing, linspace_diffusers, openai, openai_ddim, ddimN or N,N,...; even (of a "
+    "continuous t), karras, exponential, beta"
+)
 
 OWN = "an option of its own"
 """In place of a reason: the command has an option of this name that it defines itself."""
@@ -75,9 +78,8 @@ def _option(
 ) -> Any:
     """A field with its `Option`."""
     if only:
-        left_out = {
-            command: f"it is of jddim {' and '.join(only)} alone" for command in COMMANDS if command not in only
-        }
+        own = " and ".join(command for command in only if command != "page")
+        left_out = {command: f"it is of jddim {own} alone" for command in COMMANDS if command not in only}
     return dataclasses.field(default=default, metadata={"option": Option(flag, text, how, left_out, only, convention)})
 
 
@@ -96,10 +98,6 @@ _ASKED_ON_THE_PAGE = {"serve": "whoever uses the page chooses it there"}
 _COMPILED = {"page": "another value is another program, and the page has those of its start: give it to jddim serve"}
 _WHEN_RUN = {"export": "it is given when the exported sampler is run"}
 _SWITCH = argparse.BooleanOptionalAction
-_DECODES = {
-    **dict.fromkeys(("serve", "page"), "it does not take checkpoints with a first stage"),
-    "invert": "an x_T is of latents always",
-}
 ONE_NETWORK = {
     "bulk": "a set is of one checkpoint; give it to jddim sample",
     "sweep": "a sweep is of one checkpoint; give it to jddim sample, an eta a time",
@@ -280,14 +278,17 @@ class Request:
         None,
         "--latents",
         "of a checkpoint with a first stage: z, not decoded",
-        {**dict.fromkeys(("bulk", "edit", "interpolate", "warmup", "sweep"), "it makes pictures"), **_DECODES},
+        {
+            **dict.fromkeys(("bulk", "edit", "interpolate", "warmup", "sweep", "serve", "page"), "it makes pictures"),
+            "invert": "an x_T is of latents always",
+        },
         action=_SWITCH,
     )
     decode_batch: int | None = _option(
         None,
         "--decode-batch",
-        "of a checkpoint with a first stage: how many latents are decoded at a time; default 1",
-        {**_DECODES, "export": "an exported sampler decodes one at a time"},
+        "of a checkpoint with a first stage: how many images are encoded or decoded at a time; default 1",
+        {**_COMPILED, "export": "an exported sampler decodes one at a time"},
         type=int,
         metavar="N",
     )
@@ -342,7 +343,7 @@ class Request:
         False,
         "--paste",
         "with --mask, of a checkpoint with a first stage: what is kept is put back as it was, pixel for pixel",
-        only=("edit",),
+        only=("edit", "page"),
         action="store_true",
     )
     convention: str = _option(
@@ -407,7 +408,7 @@ class Request:
             value = asked.get(name)
             if value is None:
                 continue
-            if option.how.get("action") is _SWITCH:
+            if isinstance(value, bool):
                 words.append(option.flag if value else f"--no-{option.flag[2:]}")
             else:
                 words += [option.flag, *(map(repr, value) if isinstance(value, tuple) else [str(value)])]

@@ -30,7 +30,7 @@ from jddim.run.batches import run as run_plan
 from jddim.run.compiling import compiler_options, faster, kind_of
 from jddim.run.plan import Images, Inputs, as_key, labels_of, one_each, plan
 from jddim.run.problems import condition_problems, decode_problems, label_problems, latent_problems
-from jddim.run.programs import by_parts, decode
+from jddim.run.programs import by_parts, check_decoded, decode
 from jddim.run.request import Request, RequestError, check_names, taken_by
 
 Rules = Sequence[tuple[str, P]]
@@ -122,7 +122,7 @@ class Sharded:
         num: int,
         *,
         start: int = 0,
-        labels: ArrayLike | None = None,
+        labels: ArrayLike | str | None = None,
         condition: Images | None = None,
         **options: Any,
     ) -> Array:
@@ -139,7 +139,9 @@ class Sharded:
         parts = self.mesh.shape["data"]
         batch_size = options.pop("batch_size", None)
         firsts = [start + i * (num // parts) for i in range(parts)]
-        return self.sample_request(Request(**options), key, firsts, num // parts, num, labels, condition, batch_size)
+        held, text = (None, labels) if isinstance(labels, str) else (labels, None)
+        request = Request(labels=text, **options)
+        return self.sample_request(request, key, firsts, num // parts, num, held, condition, batch_size)
 
     def sample_request(
         self,
@@ -186,7 +188,11 @@ class Sharded:
                 f"a NaN or infinity appeared in image {firsts[part] + place}, in {int(bad.sum())} of {num}; "
                 "DDIM.sample says at which step"
             )
-        return images if stage is None or request.latents else self._decoded(images, request.decode_batch or 1)
+        if stage is None or request.latents:
+            return images
+        images = self._decoded(images, request.decode_batch or 1)
+        check_decoded(images, np.concatenate([np.arange(f, f + size) for f in firsts]))
+        return images
 
     def _decoded(self, z: Array, size: int) -> Array:
         """Images of latents, those of each device decoded there, by the program that a device alone has."""

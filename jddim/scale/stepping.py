@@ -10,10 +10,12 @@ Nothing is drawn or compiled before the first `step`; each makes the next evalua
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpy.typing import NDArray
@@ -23,7 +25,7 @@ from jddim.pipeline import DDIM
 from jddim.run.batches import raise_if_bad
 from jddim.run.methods import Inversion
 from jddim.run.plan import Batch, Part, Plan
-from jddim.run.programs import draw_keys, draw_noise
+from jddim.run.programs import check_decoded, draw_keys, draw_noise
 from jddim.sampling import State
 
 GROUP = 4
@@ -35,9 +37,12 @@ Floats = NDArray[np.float32]
 class Run(Protocol):
     """Images on their way, one call after the other. rows: steps on the way of each; 0: they differ."""
 
-    done: int
     total: int
     rows: int
+
+    @property
+    def done(self) -> int:
+        """Calls made."""
 
     @property
     def row(self) -> int:
@@ -53,7 +58,7 @@ class Run(Protocol):
         """The clean images that each one's last call predicted, likewise."""
 
     def start(self) -> Floats:
-        """What each began with: x_T, or the picture that is inverted."""
+        """What each began with: x_T, or the picture that is inverted, encoded where there is a first stage."""
 
     def noise(self) -> Floats:
         """The x_T that each is sampled from, likewise."""
@@ -100,17 +105,21 @@ class Stepping:
         return self._seen(lambda g, state: state.x0_hat)
 
     def start(self) -> Floats:
-        """What each began with: x_T, or the picture that is inverted."""
+        """As of `Run`."""
         return self.noise()
 
     def noise(self) -> Floats:
         """The x_T that each began from, likewise."""
         return self._seen(lambda g, state: self.parts[g].x_T)
 
+    @functools.cached_property
+    def begun(self) -> Floats:
+        """Of an inversion, the pictures as the network knows them."""
+        return np.asarray(self.plan.latents(jnp.asarray(self.plan.inputs.images)), np.float32)
+
     def _seen(self, of: Callable[[int, State], Array]) -> Floats:
-        start = self.plan.inputs.images if isinstance(self.plan.program.method, Inversion) else None
-        if start is not None and not self.done:
-            return np.asarray(start, np.float32)
+        if isinstance(self.plan.program.method, Inversion) and not self.done:
+            return self.begun
         empty = np.zeros((self.group, *self.plan.shape), np.float32)
         groups = [None if state is None else of(g, state) for g, state in enumerate(self.states)]
         return np.concatenate([empty if x is None else np.asarray(x, np.float32) for x in groups])[: self.plan.num]
@@ -149,8 +158,7 @@ class Inverted:
 
     def start(self) -> Floats:
         """The picture."""
-        picture = np.asarray(self.inversion.plan.inputs.images, np.float32)
-        return np.repeat(picture, self.num, axis=0)
+        return np.repeat(self.inversion.begun, self.num, axis=0)
 
     def noise(self) -> Floats:
         """The x_T found."""
@@ -219,6 +227,61 @@ class Between:
         config = self.ddim.model.config
         empty = np.zeros((self.num, *config.image_size, config.in_channels), np.float32)
         return empty if self.sampling is None else of(self.sampling)
+
+
+class Decoded:
+    """A run of latents, and then their images, of which each call decodes as many as the plan says: x_t at the end.
+
+    On the way x_t, x0_hat and start are decoded when they are asked for, which takes the time of calls; noise is of
+    latents always. plan: of the run's sampling, whose first stage and mask are used.
+    """
+
+    def __init__(self, run: Run, plan: Plan, num: int):
+        self.run, self.plan = run, plan
+        self.lows = range(0, num, plan.decode_batch)
+        self.images: list[Floats] = []
+        self.rows = run.rows
+        self.total = run.total + len(self.lows)
+
+    @property
+    def done(self) -> int:
+        """Calls made."""
+        return self.run.done + len(self.images)
+
+    @property
+    def row(self) -> int:
+        """As of the run."""
+        return self.run.row
+
+    def step(self) -> None:
+        """The run's next call, or once it is done, the next images. Raises FloatingPointError for a NaN in these."""
+        if self.run.done < self.run.total:
+            self.run.step()
+            return
+        low = self.lows[len(self.images)]
+        made = self.plan.images(jnp.asarray(self.run.x_t()[low : low + self.lows.step]))
+        check_decoded(made, np.arange(low, low + len(made)))
+        self.images.append(np.asarray(self.plan.pasted(made, low), np.float32))
+
+    def x_t(self) -> Floats:
+        """The images, once they are there."""
+        return np.concatenate(self.images) if self.done == self.total else self.seen(self.run.x_t())
+
+    def x0_hat(self) -> Floats:
+        """As of the run, decoded."""
+        return self.seen(self.run.x0_hat())
+
+    def start(self) -> Floats:
+        """As of the run, decoded."""
+        return self.seen(self.run.start())
+
+    def noise(self) -> Floats:
+        """As of the run, in latents."""
+        return self.run.noise()
+
+    def seen(self, z: Floats) -> Floats:
+        """Latents as images."""
+        return np.asarray(self.plan.images(jnp.asarray(z)), np.float32)
 
 
 class Swept:

@@ -16,14 +16,14 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jddim.config import did_you_mean, type_problems
+from jddim.config import did_you_mean, image_shape, type_problems
 from jddim.ddim import sampler_table
 from jddim.images import from_uint8
 from jddim.pipeline import DDIM
 from jddim.run.methods import find
 from jddim.run.plan import Inputs, Plan, classes_in_turn, plan
 from jddim.run.request import Option, Request, options, taken_by
-from jddim.scale.stepping import Between, Inverted, Run, Stepping, Swept
+from jddim.scale.stepping import Between, Decoded, Inverted, Run, Stepping, Swept
 from jddim.timesteps import SPACINGS
 
 MODES = ("sample", "strip", "grid", "slerp", "corners", "invert", "inpaint")
@@ -159,6 +159,7 @@ def parse(
     checkpoint = choice("checkpoint", tuple(served), next(iter(served)))
     ddim = served[checkpoint]
     config, T = ddim.model.config, ddim.schedule.most_steps
+    shape = shape_of(ddim)
     mode = choice("mode", MODES, "sample")
     method = choice("method", methods[checkpoint], "ddim")
     if mode != "sample" and method != "ddim":
@@ -172,7 +173,7 @@ def parse(
     }
     if not find(method).takes_eta and asked.pop("eta"):
         problems["eta"] = f"eta is DDIM's; method {method} takes none: 0, got {_shown(data.get('eta'))}"
-    asked |= {name: value for name, value in _plain_fields(data, problems).items() if value is not None}
+    asked |= _plain_fields(data, problems)
     least = 2 if mode in ("strip", "grid", "slerp") else 1
     own: dict[str, Any] = {
         "seed_to": number("seed_to", 0, 2**32 - 1, 1),
@@ -185,9 +186,9 @@ def parse(
         own["at"] = _listed(data, "at", float, (2, 2), (0, 1), problems)
     label, guided = _classes(data, ddim, mode, number, problems)
     if mode in ("invert", "inpaint"):
-        own["picture"] = _pixels(data, "picture", (*config.image_size, config.in_channels), problems)
+        own["picture"] = _pixels(data, "picture", shape, problems)
     if mode == "inpaint":
-        own["mask"] = _pixels(data, "mask", (*config.image_size, 1), problems)
+        own["mask"] = _pixels(data, "mask", (*shape[:2], 1), problems)
         if own["mask"] is not None and not any(own["mask"]):
             problems["mask"] = "is empty: paint where the picture is to be made anew"
     if config.condition_channels:
@@ -230,12 +231,12 @@ def _plain_fields(data: Mapping[str, Any], problems: dict[str, str]) -> dict[str
     """The fields that the page makes controls of, checked by their types; their values are the plan's to judge."""
     found: dict[str, Any] = {}
     for field in fields():
-        value = data.get(field["name"])
-        found[field["name"]] = tuple(value) if isinstance(value, list) and len(value) < 9 else value
+        if (value := data.get(field["name"])) is not None:
+            found[field["name"]] = tuple(value) if isinstance(value, list) and len(value) < 9 else value
     for told in type_problems(Request(**found)):
         name = told.split(" ")[0]
         problems[name] = f"must be {field_of(name)}, got {_shown(data.get(name))}"
-        found[name] = None
+        del found[name]
     return found
 
 
@@ -249,6 +250,11 @@ def spacings(ddim: DDIM) -> tuple[str, ...]:
     """The named timetables, the checkpoint's own first."""
     own = ddim.sampler.spacing
     return (*([own] if own in SPACINGS else []), *(name for name in SPACINGS if name != own))
+
+
+def shape_of(ddim: DDIM) -> tuple[int, int, int]:
+    """(height, width, channels) of its images."""
+    return image_shape(ddim.model.config, None if ddim.autoencoder is None else ddim.autoencoder.config)
 
 
 def labels_of(request: Asked, classes: Sequence[int]) -> NDArray[np.int32] | None:
@@ -267,14 +273,12 @@ def etas_of(request: Asked) -> Any:
 
 def picture_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
     """The picture `(h, w, c)` in [-1, 1]."""
-    config = ddim.model.config
-    pixels = np.frombuffer(request.picture or b"", np.uint8)
-    return from_uint8(pixels.reshape(*config.image_size, config.in_channels))
+    return from_uint8(np.frombuffer(request.picture or b"", np.uint8).reshape(shape_of(ddim)))
 
 
 def mask_of(request: Asked, ddim: DDIM) -> NDArray[np.float32]:
     """The mask `(h, w, 1)` in [-1, 1], 1 where the picture is made anew."""
-    pixels = np.frombuffer(request.mask or b"", np.uint8).reshape(*ddim.model.config.image_size, 1)
+    pixels = np.frombuffer(request.mask or b"", np.uint8).reshape(*shape_of(ddim)[:2], 1)
     return from_uint8(pixels)
 
 
@@ -288,7 +292,13 @@ def condition_of(asked: Asked, ddim: DDIM, num: int) -> NDArray[np.float32] | No
 
 
 def run_of(asked: Asked, ddim: DDIM) -> Run:
-    """The run of a request. Raises Refused for what only the plan tells."""
+    """The run of a request, decoded where there is a first stage. Raises Refused for what only the plan tells."""
+    run, plan = _planned(asked, ddim)
+    return run if ddim.autoencoder is None else Decoded(run, plan, asked.num * max(1, len(asked.columns)))
+
+
+def _planned(asked: Asked, ddim: DDIM) -> tuple[Run, Plan]:
+    """The run of a request, and the plan of its sampling."""
     labels = labels_of(asked, classes_in_turn(ddim, asked.request))
     request, num, mode = dataclasses.replace(asked.request, eta=None), asked.num, asked.mode
     key = jax.random.key(request.seed)
@@ -301,23 +311,25 @@ def run_of(asked: Asked, ddim: DDIM) -> Run:
     try:
         if mode == "inpaint":
             pictures = np.repeat(picture_of(asked, ddim)[None], num, axis=0)
-            return Stepping(planned(images=pictures, mask=mask_of(asked, ddim)))
+            filled = planned(images=pictures, mask=mask_of(asked, ddim))
+            return Stepping(filled), filled
         if mode in ("strip", "grid"):
             rows = asked.columns or (request.steps,)
             same = np.zeros(num, np.uint32)
             plans = [planned(dataclasses.replace(request, steps=steps), numbers=same) for steps in rows]
-            return Stepping(plans[0]) if mode == "strip" else Swept(plans)
+            return Stepping(plans[0]) if mode == "strip" else Swept(plans), plans[0]
+        own = planned()  # raises what is wrong before the first part is made
+        steps = own.rows.num_steps
         if mode == "sample":
-            return Stepping(planned())
-        steps = planned().rows.num_steps  # raises what is wrong before the first part is made
+            return Stepping(own), own
         if mode in ("slerp", "corners"):
             seeds = asked.corners or (request.seed, asked.seed_to)
             at = np.array(asked.at or [(0, i / (num - 1)) for i in range(num)], np.float32).reshape(num, 2)
-            return Between(ddim, seeds, at, steps, lambda x_T: planned(x_T=x_T))
+            return Between(ddim, seeds, at, steps, lambda x_T: planned(x_T=x_T)), own
         up = dataclasses.replace(request, refine=REFINE)
         one = None if labels is None else labels[:1]
         inputs = Inputs(images=picture_of(asked, ddim)[None], labels=one, condition=condition_of(asked, ddim, 1))
-        return Inverted(_granted(plan(ddim, up, inputs)), num, steps, lambda x_T: planned(x_T=x_T))
+        return Inverted(_granted(plan(ddim, up, inputs)), num, steps, lambda x_T: planned(x_T=x_T)), own
     except ValueError as error:
         if isinstance(error, Refused):
             raise

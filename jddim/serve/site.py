@@ -41,7 +41,7 @@ from jddim.pipeline import DDIM
 from jddim.run.plan import classes_in_turn, spacing_of
 from jddim.run.request import CFG_PLUS_PLUS
 from jddim.run.request import Request as SamplingRequest
-from jddim.scale.stepping import Inverted, Run
+from jddim.scale.stepping import Decoded, Run
 from jddim.serve import snippets
 from jddim.serve.jobs import Busy, Frame, Job, Key, Queue, status
 from jddim.serve.request import (
@@ -58,6 +58,7 @@ from jddim.serve.request import (
     parse,
     picture_of,
     run_of,
+    shape_of,
     spacings,
 )
 from jddim.timetables import traps
@@ -127,7 +128,7 @@ class Site:
         self.refused: dict[Key, str] = {}
         self._kept: collections.OrderedDict[str, Result] = collections.OrderedDict()
         self._lock = threading.Lock()
-        shapes = [(*_shape(ddim), ddim.model.config.condition_channels) for ddim in self.served.values()]
+        shapes = [(*shape_of(ddim), ddim.model.config.condition_channels) for ddim in self.served.values()]
         pixels = max(h * w * (c + 1 + beside) for h, w, c, beside in shapes)
         self.most_bytes = 2 * pixels + 2**14
 
@@ -138,13 +139,13 @@ class Site:
         programs: list[tuple[Key, Callable[[], Any]]] = []
         for name, ddim in self.served.items():
             classes = ddim.model.config.num_classes
-            picture = base64.b64encode(bytes(math.prod(_shape(ddim)))).decode()
-            mask = base64.b64encode(bytes([255]) * math.prod(_shape(ddim)[:2])).decode()
+            picture = base64.b64encode(bytes(math.prod(shape_of(ddim)))).decode()
+            mask = base64.b64encode(bytes([255]) * math.prod(shape_of(ddim)[:2])).decode()
             for guided in [False] if classes is None else [False, True]:  # guidance is between classes
                 how: dict[str, Any] = {"checkpoint": name, "steps": 2, "num": 1}
                 how |= GUIDED if guided else {}
                 if (beside := ddim.model.config.condition_channels) > 0:
-                    how["condition"] = base64.b64encode(bytes(math.prod(_shape(ddim)[:2]) * beside)).decode()
+                    how["condition"] = base64.b64encode(bytes(math.prod(shape_of(ddim)[:2]) * beside)).decode()
                 asked: dict[str, Any] = {method: {"method": method} for method in self.methods[name]}
                 asked["ddim"] = {"mode": "corners", "corners": [0, 1, 2, 3], "at": [0.5, 0.5]}  # slerp's program too
                 asked["inpaint"] = {"mode": "inpaint", "picture": picture, "mask": mask}
@@ -214,13 +215,14 @@ class Site:
         )
 
     def _about(self, name: str, ddim: DDIM) -> dict[str, Any]:
-        height, width, channels = _shape(ddim)
+        height, width, channels = shape_of(ddim)
         return {
             "name": name,
             "summary": ddim.model.config.summary,
             "height": height,
             "width": width,
             "channels": channels,
+            "latent": ddim.autoencoder is not None,
             "condition_channels": ddim.model.config.condition_channels,
             "classes": ddim.model.config.num_classes,
             "null_label": ddim.null_label,
@@ -293,7 +295,8 @@ class Site:
                 if now != said:
                     said = dict(now)
                     if now["state"] == "running" and now["done"]:
-                        now["images"] = await asyncio.to_thread(_sprite, job.run.x0_hat)
+                        seen = await asyncio.to_thread(_preview, job)
+                        now |= {} if seen is None else {"images": seen}
                     yield _event("status", now)
                 else:
                     yield ":\n\n"  # whether anyone still listens
@@ -316,7 +319,10 @@ class Site:
             "jddim": __version__,
             "checkpoint_sha256": ddim.metadata.sha256 if ddim.metadata else None,
         }
-        result = Result(request, settings, run.x_t(), run.noise(), job.frames)
+        if isinstance(run, Decoded):
+            settings |= {"decode_batch": run.plan.decode_batch}
+        images, noise = run.x_t(), run.noise()
+        result = Result(request, settings, images, noise, job.frames)
         name = secrets.token_urlsafe(12)
         with self._lock:
             self._kept[name] = result
@@ -332,8 +338,8 @@ class Site:
             "id": name,
             "seconds": round(job.seconds, 3),
             "calls": run.total,
-            "images": _sprite(run.x_t),
-            "x_T": _sprite(run.noise),
+            "images": _sprite(to_uint8(images)),
+            "x_T": _sprite(to_uint8(run.seen(noise) if isinstance(run, Decoded) else noise)),
             "etas": np.broadcast_to(0.0 if etas is None else etas, (request.num,)).round(4).tolist(),
             "columns": request.columns,
             "way": [frame.row for frame in job.frames],
@@ -344,7 +350,7 @@ class Site:
             "no_command": why,
             "files": files,
         }
-        if isinstance(run, Inverted):
+        if request.mode == "invert":
             picture = picture_of(request, ddim)[None]
             said["error"] = float(np.asarray(reconstruction_error(picture, result.images[:1]))[0])
         return said
@@ -527,13 +533,14 @@ FILES: dict[str, Callable[[Result], bytes | None]] = {
 }
 
 
-def _shape(ddim: DDIM) -> tuple[int, int, int]:
-    return (*ddim.model.config.image_size, ddim.model.config.in_channels)
+def _preview(job: Job) -> str | None:
+    """What a job's page sees on the way."""
+    seen = job.preview()
+    return None if seen is None else _sprite(seen)
 
 
-def _sprite(images: Callable[[], NDArray[np.float32]]) -> str:
+def _sprite(pixels: NDArray[np.uint8]) -> str:
     """Images side by side as a PNG in base64."""
-    pixels = to_uint8(images())
     return base64.b64encode(encode_png(np.concatenate(list(pixels), axis=1), {})).decode()
 
 

@@ -14,12 +14,13 @@ from typing import Any
 from jddim.pipeline import DDIM
 from jddim.run.plan import classes_in_turn
 from jddim.run.request import Request
-from jddim.serve.request import REFINE, Asked
+from jddim.serve.request import REFINE, Asked, shape_of
 
 
 def python(asked: Asked, ddim: DDIM, path: str) -> str:
     """A program whose `x_0` are the images. path: the checkpoint's, from where it will be run."""
-    request, num, size = asked.request, asked.num, ddim.model.config.image_size
+    request, num, shape = asked.request, asked.num, shape_of(ddim)
+    size, noise = shape[:2], (*ddim.model.config.image_size, ddim.model.config.in_channels)
     elsewhere = ("seed", "dtype")
     how = {name: _written(value) for name, value in _own(request, ddim).asked().items() if name not in elsewhere}
     if asked.label == "each":
@@ -48,7 +49,7 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
             head.insert(1, "import jax.numpy as jnp")
             how["eta"] = f"jnp.linspace(0, 1, {num})"
             how.pop("steps")
-            cells = (-1, *size, ddim.model.config.in_channels)
+            cells = (-1, *shape)
             body = [
                 f"keys = jnp.stack([jddim.sample_keys(jax.random.key({request.seed}), 1)[0]] * {num})  # one x_T",
                 f"columns = [ddim.sample(keys, {num}, steps=S, {_listed(how)}) for S in {list(asked.columns)}]",
@@ -57,20 +58,18 @@ def python(asked: Asked, ddim: DDIM, path: str) -> str:
         case "slerp":
             head.append("from jddim.editing import slerp_line")
             how["eta"] = "0.0"
-            shape = (*size, ddim.model.config.in_channels)
             body = [
                 f"keys = [jddim.sample_keys(jax.random.key(seed), 1) for seed in ({request.seed}, {asked.seed_to})]",
-                f"a, b = (jddim.initial_noise(key, {shape})[0] for key in keys)",
+                f"a, b = (jddim.initial_noise(key, {noise})[0] for key in keys)",
                 f"x_0 = ddim.sample(x_T=slerp_line(a, b, {num}), {_listed(how)})",
             ]
         case "corners":
             head.append("from jddim.editing import slerp")
             how["eta"] = "0.0"
-            shape = (*size, ddim.model.config.in_channels)
             down, across = (float(f"{x:.9g}") for x in asked.at)
             body = [
                 f"keys = [jddim.sample_keys(jax.random.key(seed), 1) for seed in {asked.corners}]",
-                f"a, b, c, d = (jddim.initial_noise(key, {shape}) for key in keys)  # by row",
+                f"a, b, c, d = (jddim.initial_noise(key, {noise}) for key in keys)  # by row",
                 f"x_T = slerp(slerp(a, c, {down}), slerp(b, d, {down}), {across})",
                 f"x_0 = ddim.sample(x_T=x_T, {_listed(how)})",
             ]

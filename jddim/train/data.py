@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from jddim.config import ModelConfig
+from jddim.config import AutoencoderConfig, ModelConfig, image_shape
 from jddim.evaluate.mnist_cnn import read_mnist
 from jddim.files import read_arrays
 from jddim.images import from_uint8, open_picture
@@ -30,15 +30,17 @@ HUB = "hf:"
 
 
 class Data(NamedTuple):
-    """pixels: `(n, h, w, c)` uint8, or floats in [-1, 1]. labels: `(n,)` int32, or None. bad: what was left out."""
+    """pixels: `(n, h, w, c)` uint8, or floats in [-1, 1]; or latents. labels: `(n,)` int32, or None. bad: left out."""
 
     pixels: np.ndarray
     labels: NDArray[np.int32] | None
     bad: tuple[str, ...] = ()
 
 
-def read(path: str | os.PathLike[str], config: ModelConfig) -> Data:
-    """The images at `path` as this network takes them, `(n, *image_size, in_channels)`.
+def read(path: str | os.PathLike[str], config: ModelConfig, stage: AutoencoderConfig | None = None) -> Data:
+    """The images at `path` as this network takes them, `(n, *image_size, in_channels)`; or as a first stage does.
+
+    stage: that of a network of latents. An array of the latents' shape is taken as latents then, which are any floats.
 
     A folder of MNIST's IDX files (the training part); a folder of pictures, below it at any depth; `.npy`, mapped and
     not read, or `.npz` with `arr_0`: uint8, or floats in [-1, 1], of the network's size. Pictures of another size are
@@ -49,23 +51,27 @@ def read(path: str | os.PathLike[str], config: ModelConfig) -> Data:
     of an `.npz`, a dataset's column of classes. Pictures that cannot be read are left out and named in `bad`. Raises
     ValueError, or OSError, if there is no image left, or if the images do not fit the network.
     """
-    target = Path(path)
+    target, latents = Path(path), (*config.image_size, config.in_channels)
+    shape = image_shape(config, stage)
     if str(path).startswith(HUB):
-        found = _hub_dataset(str(path).removeprefix(HUB), config)
+        found = _hub_dataset(str(path).removeprefix(HUB), config, shape)
     elif target.is_dir():
         if (target / MNIST).exists() or (target / f"{MNIST}.gz").exists():
             images, digits = read_mnist(target, "train")
             found = Data(((images + 1) * 127.5).round().astype(np.uint8), digits.astype(np.int32))
         else:
-            found = _pictures(target, config)
+            found = _pictures(target, config, shape)
     else:
         found = _array(target)
-    shape = (*config.image_size, config.in_channels)
+        if found.pixels.dtype != np.uint8:
+            _check_floats(target, found.pixels, latents=found.pixels.shape[1:] == latents != shape)
     problems = []
-    if found.pixels.shape[1:] != shape:
-        turned = found.pixels.shape[1:] == (shape[2], *shape[:2])
+    given = found.pixels.shape[1:]
+    if given != shape and (given != latents or found.pixels.dtype == np.uint8):
+        turned = given == (shape[2], *shape[:2])
         hint = ": channels come last, array.transpose(0, 2, 3, 1)" if turned else ""
-        problems.append(f"images are {_by(found.pixels.shape[1:])}, the network's are {_by(shape)}{hint}")
+        own = "" if stage is None else f" and its latents, as floats, {_by(latents)}"
+        problems.append(f"images are {_by(given)}, the network's are {_by(shape)}{own}{hint}")
     if not len(found.pixels):
         problems.append("there is no image")
     labels = found.labels
@@ -107,18 +113,24 @@ def _array(path: Path) -> Data:
         raise ValueError(f"{path} must hold images (N, H, W, C), uint8 or floats, got {pixels.dtype} {pixels.shape}")
     if labels is not None and (labels.ndim != 1 or labels.dtype.kind not in "iu"):
         raise ValueError(f"{path}: arr_1 must hold labels, (N,) integers, got {labels.dtype} {labels.shape}")
-    if pixels.dtype != np.uint8:
-        for start in range(0, len(pixels), 4096):  # mapped ones are looked at in parts
-            part = np.asarray(pixels[start : start + 4096])
-            outside = ~(np.abs(part) <= 1.0 + 1e-6).reshape(len(part), -1).all(axis=1)
-            if outside.any():
-                first = start + int(outside.argmax())
-                hint = "; save pixels of 0..255 as uint8" if part.min() >= 0 and part.max() > 2 else ""
-                raise ValueError(f"{path}: floats must lie in [-1, 1]; those of image {first} do not{hint}")
     return Data(pixels, None if labels is None else labels.astype(np.int32))
 
 
-def _pictures(folder: Path, config: ModelConfig) -> Data:
+def _check_floats(path: Path, pixels: np.ndarray, *, latents: bool) -> None:
+    """Raise ValueError for images beyond [-1, 1], and for latents that are no numbers."""
+    for start in range(0, len(pixels), 4096):  # mapped ones are looked at in parts
+        part = np.asarray(pixels[start : start + 4096])
+        good = np.isfinite(part) if latents else np.abs(part) <= 1.0 + 1e-6
+        outside = ~good.reshape(len(part), -1).all(axis=1)
+        if outside.any():
+            first = start + int(outside.argmax())
+            if latents:
+                raise ValueError(f"{path}: latent {first} holds a NaN or infinity")
+            hint = "; save pixels of 0..255 as uint8" if part.min() >= 0 and part.max() > 2 else ""
+            raise ValueError(f"{path}: floats must lie in [-1, 1]; those of image {first} do not{hint}")
+
+
+def _pictures(folder: Path, config: ModelConfig, shape: tuple[int, int, int]) -> Data:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise ValueError(f"{folder}: neither MNIST's {MNIST} nor pictures ({', '.join(SUFFIXES)})")
@@ -131,15 +143,17 @@ def _pictures(folder: Path, config: ModelConfig) -> Data:
     if labelled:
         number = {name: i for i, name in enumerate(classes)}
         labels = np.array([number[file.relative_to(folder).parts[0]] for file in files], np.int32)
-    return decoded(str(folder), [(str(file.relative_to(folder)), file) for file in files], labels, config)
+    return decoded(str(folder), [(str(file.relative_to(folder)), file) for file in files], labels, shape)
 
 
 def decoded(
-    where: str, pictures: Sequence[tuple[str, Path | bytes]], labels: NDArray[np.int32] | None, config: ModelConfig
+    where: str,
+    pictures: Sequence[tuple[str, Path | bytes]],
+    labels: NDArray[np.int32] | None,
+    shape: tuple[int, int, int],
 ) -> Data:
-    """Pictures, (name, file or its bytes), as this network takes them. Raises ValueError if none can be read."""
-    height, width = config.image_size
-    channels = config.in_channels
+    """Pictures, (name, file or its bytes), as uint8 `shape`. Raises ValueError if none can be read."""
+    height, width, channels = shape
     if channels not in (1, 3):
         raise ValueError(f"{where}: pictures have 1 or 3 channels, the network takes {channels}; use .npy")
     pixels = np.empty((len(pictures), height, width, channels), np.uint8)
@@ -176,7 +190,7 @@ def _decode(file: Path | bytes, size: tuple[int, int], channels: int) -> NDArray
     return np.asarray(whole).reshape(size[1], size[0], channels)
 
 
-def _hub_dataset(wanted: str, config: ModelConfig) -> Data:
+def _hub_dataset(wanted: str, config: ModelConfig, shape: tuple[int, int, int]) -> Data:
     """NAME[#CONFIG][@SPLIT] of Hugging Face datasets: its first column of pictures, and of classes."""
     try:
         import datasets
@@ -210,7 +224,7 @@ def _hub_dataset(wanted: str, config: ModelConfig) -> Data:
     encoded = rows.cast_column(pictures[0], datasets.Image(decode=False))[pictures[0]]
     files = [(f"row {i}", row["bytes"] or Path(row["path"])) for i, row in enumerate(encoded)]
     labels = np.array(rows[classes[0]], np.int32) if classes else None
-    return decoded(f"{HUB}{wanted}", files, labels, config)
+    return decoded(f"{HUB}{wanted}", files, labels, shape)
 
 
 # -- the order --------------------------------------------------------------------------------------------------------
@@ -257,6 +271,11 @@ class Order:
         return picked, flips
 
 
+def in_range(pixels: np.ndarray) -> NDArray[np.float32]:
+    """Images float32 in [-1, 1] of what `Data` holds; latents as they are."""
+    return from_uint8(np.asarray(pixels)) if pixels.dtype == np.uint8 else np.asarray(pixels, np.float32)
+
+
 def batches(
     data: Data, *, batch_size: int, seed: int, flip: bool, start: int = 0, process: tuple[int, int] = (0, 1)
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -267,8 +286,7 @@ def batches(
     order, step = Order(len(data.pixels), batch_size, seed), start
     while True:
         rows, mirrored = order.rows(step, process)
-        pixels = np.asarray(data.pixels[rows])
-        images = from_uint8(pixels) if pixels.dtype == np.uint8 else pixels.astype(np.float32)
+        images = in_range(data.pixels[rows])
         if flip:
             images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
         yield {"images": images} if data.labels is None else {"images": images, "labels": data.labels[rows]}

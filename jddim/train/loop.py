@@ -31,16 +31,19 @@ from jax.sharding import PartitionSpec as P
 from jddim import __version__, images, interrupt
 from jddim.checkpoint.diff import diff_mappings
 from jddim.checkpoint.folder import CheckpointError, check_destination, save_checkpoint
-from jddim.checkpoint.metadata import Metadata
+from jddim.checkpoint.metadata import FIRST_STAGE, Metadata
 from jddim.checkpoint.orbax import is_full_disk, orbax, quiet_orbax
-from jddim.config import first_few
+from jddim.config import first_few, image_shape
 from jddim.files import lock, open_lock, read_json
 from jddim.installing import install_line
+from jddim.models.autoencoder import Autoencoder
 from jddim.models.building import abstract_model, build_model, flat_params
 from jddim.pipeline import DDIM
+from jddim.run.programs import by_parts, encode
+from jddim.run.progress import Progress
 from jddim.schedule import make_schedule
 from jddim.train import step as training
-from jddim.train.data import HUB, Data, batches
+from jddim.train.data import HUB, Data, batches, in_range
 from jddim.train.logs import open_logs
 from jddim.train.objective import Params
 from jddim.train.step import TrainState
@@ -102,13 +105,15 @@ def train(
     parent: Metadata | None = None,
     source: str = "",
     mesh: Mesh | None = None,
+    stage: Autoencoder | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Train, or go on, until `task.train.steps`, and write the checkpoint `out` with the averaged weights.
 
     params: to begin from, `parent`'s; None: fresh ones. source: where the data came from, for the records. mesh: data
-    parallel on its devices. overwrite: begin anew where there is a run (moved to OUT.run.old) or a checkpoint.
+    parallel on its devices. stage: of a network of latents; images are encoded before the first step, by the mean, and
+    it lies beside the result. overwrite: begin anew where there is a run (moved to OUT.run.old) or a checkpoint.
     say: told a line every `log_every` steps.
 
     Returns the steps taken in all. They are fewer than asked after Ctrl-C or SIGTERM, which end the run after the step
@@ -123,10 +128,14 @@ def train(
             f"null_label {null_label} is the label of {found} images, and must be one that none has: "
             f"give the network a class more, and that as null_label"
         )
+    if stage is not None and task.train.flip:
+        raise TrainError("flip would mirror latents, which are not a mirrored image's: mirror the images in DATA")
     folder = run_folder(out)
-    about = _about(task, data, source, parent)
+    about = _about(task, data, source, parent, stage)
     if folder.exists() and not overwrite:
         check_run(folder, about)
+    if stage is not None:
+        data = _encoded(data, task, stage)
     train_step = training.make_train_step(task, mesh)
     placed = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P())
     cut = placed if mesh is None else NamedSharding(mesh, P("data"))
@@ -154,7 +163,7 @@ def train(
         program = train_step.lower(abstract, example, key).compile()
         say(f"compiled in {time.perf_counter() - started:.1f} s")
         with (
-            contextlib.closing(_Run(task, loop, folder, saved, say, int(state.step))) as run,
+            contextlib.closing(_Run(task, stage, loop, folder, saved, say, int(state.step))) as run,
             interrupt.deferred() as stopped,
         ):
             for batch in feed(start=run.step):
@@ -165,15 +174,25 @@ def train(
             run.save(state)
             saved.wait_until_finished()
         if run.step >= task.train.steps:
-            write_checkpoint(out, task, state.ema, run.step, about, parent, overwrite=overwrite)
+            write_checkpoint(out, task, state.ema, run.step, about, parent, stage, overwrite=overwrite)
     return run.step
 
 
 class _Run:
     """What follows a step: looking at its loss, the log, saving, samples."""
 
-    def __init__(self, task: Task, loop: LoopConfig, folder: Path, saved: Any, say: Callable[[str], None], step: int):
+    def __init__(
+        self,
+        task: Task,
+        stage: Autoencoder | None,
+        loop: LoopConfig,
+        folder: Path,
+        saved: Any,
+        say: Callable[[str], None],
+        step: int,
+    ):
         self.task, self.loop, self.folder, self.saved, self.say = task, loop, folder, saved, say
+        self.stage = stage
         self.step = step
         self.rate = training.learning_rate(task.train)
         self.losses: list[float] = []  # since the last line
@@ -258,7 +277,7 @@ class _Run:
             labels = np.array(drawn)[np.arange(self.loop.sample_num) % len(drawn)]
         with self._pause():
             model = build_model(config, jax.device_put(state.ema, jax.devices()[0]))
-            ddim = DDIM(model, make_schedule(self.task.schedule), self.task.sampler)
+            ddim = DDIM(model, make_schedule(self.task.schedule), self.task.sampler, autoencoder=self.stage)
             path = self.folder / "samples" / f"step-{self.step:08d}.png"
             try:
                 drawn_images = ddim.sample(jax.random.key(self.task.train.seed), self.loop.sample_num, labels=labels)
@@ -302,6 +321,7 @@ def write_checkpoint(
     step: int,
     about: Mapping[str, Any],
     parent: Metadata | None,
+    stage: Autoencoder | None = None,
     *,
     overwrite: bool = False,
 ) -> Metadata:
@@ -316,18 +336,46 @@ def write_checkpoint(
     }
     if parent is not None:
         provenance["parent"] = about["parent"]
-        if "reference_options" in parent.provenance:
-            provenance["reference_options"] = parent.provenance["reference_options"]
+        kept = ("reference_options", "label_names", "autoencoder")
+        provenance |= {name: parent.provenance[name] for name in kept if name in parent.provenance}
     weights = {name: np.asarray(value, np.float32) for name, value in ema.items()}
-    return save_checkpoint(
-        out, weights, Metadata(task.model, task.schedule, task.sampler, provenance), overwrite=overwrite
-    )
+    if stage is not None:
+        weights |= {FIRST_STAGE + name: np.asarray(value) for name, value in flat_params(stage).items()}
+    own = None if stage is None else stage.config
+    metadata = Metadata(task.model, task.schedule, task.sampler, provenance, autoencoder=own)
+    return save_checkpoint(out, weights, metadata, overwrite=overwrite)
+
+
+ENCODED = 8
+"""Images that are encoded at a time."""
+
+
+def _encoded(data: Data, task: Task, stage: Autoencoder) -> Data:
+    """Latents of images, by the mean of the first stage's Gaussian; latents as they are.
+
+    Raises FloatingPointError if the encoder makes a NaN or infinity.
+    """
+    if data.pixels.shape[1:] != image_shape(task.model, stage.config):
+        return data
+    program, latents = encode.bound(stage), []
+    with Progress(len(data.pixels), "encoder") as progress:
+        progress.compiling()
+        for low in range(0, len(data.pixels), ENCODED):
+            part = in_range(data.pixels[low : low + ENCODED])
+            latents.append(np.asarray(by_parts(program, jnp.asarray(part), ENCODED)))
+            if not np.isfinite(latents[-1]).all():
+                told = f"a NaN or infinity of an image among {low}..{low + len(part) - 1} of the data"
+                raise FloatingPointError(f"the first stage's encoder made {told}; check its weights (jddim verify)")
+            progress.add(len(part))
+    return data._replace(pixels=np.concatenate(latents))
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------
 
 
-def _about(task: Task, data: Data, source: str, parent: Metadata | None) -> dict[str, Any]:
+def _about(
+    task: Task, data: Data, source: str, parent: Metadata | None, stage: Autoencoder | None = None
+) -> dict[str, Any]:
     """What run.json says."""
     optax = training._optax()
 
@@ -336,6 +384,10 @@ def _about(task: Task, data: Data, source: str, parent: Metadata | None) -> dict
     if data.labels is not None:
         digest.update(data.labels.data)
     shape = [int(n) for n in data.pixels.shape]
+    latents = {}
+    if stage is not None:
+        encoded = data.pixels.shape[1:] == image_shape(task.model, stage.config)
+        latents = {"latents": "encoded by the mean" if encoded else "as they are"}
     return {
         "format": "jddim-train",
         "format_version": FORMAT_VERSION,
@@ -345,6 +397,7 @@ def _about(task: Task, data: Data, source: str, parent: Metadata | None) -> dict
             "shape": shape,
             "left_out": len(data.bad),
             "sha256_of_1000": digest.hexdigest(),
+            **latents,
         },
         "parent": None if parent is None else {"sha256": parent.sha256, "family": parent.provenance.get("family")},
         "versions": {"jddim": __version__, "jax": jax.__version__, "optax": optax.__version__},

@@ -18,14 +18,25 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 from numpy.typing import NDArray
 
-from jddim.config import PREDICTION_TYPES, did_you_mean
+from jddim.config import EDM, PREDICTION_TYPES, did_you_mean
 from jddim.ddim import Column, add_noise, per_sample, predict_both
-from jddim.denoisers import with_scaled_time
 from jddim.models.building import build_model
 from jddim.models.layers import at_least_float32
+from jddim.run.methods import find
+from jddim.run.programs import Program, denoiser_returns, told_t
 from jddim.sampling import sample_keys
-from jddim.schedule import NoiseSchedule, noise_schedule
-from jddim.train.task import Task
+from jddim.schedule import (
+    CONTINUOUS,
+    ContinuousSchedule,
+    EDMSchedule,
+    FlowSchedule,
+    NoiseSchedule,
+    Schedule,
+    VPSchedule,
+    make_schedule,
+    noise_schedule,
+)
+from jddim.train.task import LOG_NORMAL, LOGIT_NORMAL, Task
 
 Params = dict[str, Array]
 """Dotted name -> array, as `jddim.models.building.flat_params` has them."""
@@ -36,7 +47,7 @@ class Table(NamedTuple):
 
     weight: of L_simple. x0_factor: of x_0 in the posterior's mean, Eq. 7 of arXiv:2006.11239. log_small, log_large:
     the log-variances between which a learned one lies, the posterior's (at t = 0, where it is 0, that of t = 1) and
-    beta (Eq. 15 of arXiv:2102.09672).
+    beta (Eq. 15 of arXiv:2102.09672). The last three are read for a learned variance alone.
     """
 
     alpha: Column
@@ -47,8 +58,10 @@ class Table(NamedTuple):
     log_large: Column
 
 
-def training_table(task: Task) -> Table:
-    """The float64 table of a task's schedule and weights."""
+def training_table(task: Task) -> Table | None:
+    """The float64 table of a task's schedule and weights; None where t is continuous."""
+    if task.schedule.name in CONTINUOUS:
+        return None
     schedule = noise_schedule(task.schedule)
     T, a, beta = schedule.num_train_timesteps, schedule.alphas_cumprod, schedule.betas
     a_prev = schedule.alpha_bar(np.arange(T) - 1)
@@ -58,6 +71,35 @@ def training_table(task: Task) -> Table:
         weight = snr_weights(schedule, task.sampler.prediction_type, task.train.min_snr_gamma)
     log_small = np.log(np.append(posterior[1:2], posterior[1:])) if T > 1 else np.zeros(1)
     return Table(np.sqrt(a), np.sqrt(1 - a), weight, np.sqrt(a_prev) * beta / (1 - a), log_small, np.log(beta))
+
+
+def rows_at(task: Task, table: Table | None, t: Array, dtype: DTypeLike) -> Table:
+    """Of each sample's t, `(b,)`: of the table, or of the path where t is continuous.
+
+    EDM's weight is of x_0, (t^2 + sigma_data^2) / (t sigma_data)^2: that of F's error is then 1 (arXiv:2206.00364,
+    section 5).
+    """
+    if table is not None:
+        return Table(*(jnp.asarray(column, dtype)[t] for column in table))
+    alpha, sigma = path_at(make_schedule(task.schedule), t)
+    weight = jnp.ones_like(t)
+    if task.sampler.prediction_type == EDM:
+        data = task.sampler.sigma_data
+        weight = (jnp.square(t) + data**2) / jnp.square(t * data)
+    return Table(alpha, sigma, weight, *(jnp.zeros_like(t) for _ in range(3)))
+
+
+def path_at(schedule: Schedule, t: Array) -> tuple[Array, Array]:
+    """Alpha and sigma of a continuous schedule at t, traceable: its own `alpha` and `sigma` are of the host."""
+    match schedule:
+        case FlowSchedule():
+            return 1 - t, t
+        case EDMSchedule():
+            return jnp.ones_like(t), t
+        case VPSchedule():
+            decay = jnp.square(t) * (schedule.beta_end - schedule.beta_start) / 4 + t * schedule.beta_start / 2
+            return jnp.exp(-decay), jnp.sqrt(-jnp.expm1(-2 * decay))
+    raise TypeError(f"{type(schedule).__name__} is no continuous schedule")
 
 
 def snr_weights(schedule: NoiseSchedule, prediction_type: str, gamma: float) -> NDArray[np.float64]:
@@ -96,7 +138,11 @@ def target_of(prediction_type: str, x_0: Array, noise: Array, alpha_t: ArrayLike
 
 
 class Draws(NamedTuple):
-    """What is random in a step. t: `(b,)` int32 in 0..T-1; noise: like the images; drop: `(b,)` bool, or None."""
+    """What is random in a step.
+
+    t: `(b,)` int32 in 0..T-1, or where it is continuous of the images' dtype; noise: like the images; drop: `(b,)`
+    bool, or None.
+    """
 
     t: Array
     noise: Array
@@ -107,9 +153,14 @@ def draw(key: Array, task: Task, shape: tuple[int, ...], dtype: DTypeLike) -> Dr
     """The draws of one step for a batch `shape`, `(b, h, w, c)`; key: the step's. Sample i's are of fold_in(key, i)."""
     b, T = shape[0], task.schedule.num_train_timesteps
     keys = jax.vmap(functools.partial(jax.random.split, num=3))(sample_keys(key, b))
-    t = jax.vmap(lambda k: jax.random.randint(k, (), 0, T))(keys[:, 0])
+    if task.schedule.name in CONTINUOUS:
+        low, high = _ends(task)
+        t = jax.vmap(lambda k: _continuous_t(task, k, dtype))(keys[:, 0])
+    else:
+        low, high = 0, T - 1
+        t = jax.vmap(lambda k: jax.random.randint(k, (), 0, T))(keys[:, 0])
     if task.train.t_sampling == "antithetic":
-        t = antithetic(t, T)
+        t = antithetic(t, low + high)
     noise = jax.vmap(lambda k: jax.random.normal(k, shape[1:], dtype))(keys[:, 1])
     drop = None
     if task.model.class_embedding is not None and task.train.label_dropout:
@@ -117,23 +168,43 @@ def draw(key: Array, task: Task, shape: tuple[int, ...], dtype: DTypeLike) -> Dr
     return Draws(t, noise, drop)
 
 
-def antithetic(t: Array, T: int) -> Array:
-    """T `(b,)` in 0..T-1 with the second half T - 1 minus the first; of an odd b, the middle one is alone.
+def _ends(task: Task) -> tuple[float, float]:
+    schedule = make_schedule(task.schedule)
+    assert isinstance(schedule, ContinuousSchedule)
+    return schedule.t_min, schedule.t_max
+
+
+def _continuous_t(task: Task, key: Array, dtype: DTypeLike) -> Array:
+    """A t of a continuous schedule, as `TrainConfig.t_sampling` says."""
+    config, (low, high) = task.train, _ends(task)
+    if config.t_sampling not in (LOG_NORMAL, LOGIT_NORMAL):
+        return jax.random.uniform(key, (), dtype, low, high)
+    mean, std = (-1.2, 1.2) if config.t_sampling == LOG_NORMAL else (0.0, 1.0)
+    mean, std = mean if config.t_mean is None else config.t_mean, std if config.t_std is None else config.t_std
+    normal = mean + std * jax.random.normal(key, (), dtype)
+    return jnp.exp(normal) if config.t_sampling == LOG_NORMAL else low + (high - low) * jax.nn.sigmoid(normal)
+
+
+def antithetic(t: Array, both: float) -> Array:
+    """`t`, `(b,)`, the second half of it `both` (T - 1, or t_min + t_max) minus the first; of an odd b one is alone.
 
     ermongroup's pairs, but all of them: it draws b // 2 + 1 and leaves two of an even batch alone.
     """
     half = (t.shape[0] + 1) // 2
-    return jnp.concatenate([t[:half], T - 1 - t[: t.shape[0] - half]])
+    return jnp.concatenate([t[:half], (both - t[: t.shape[0] - half]).astype(t.dtype)])
 
 
-def losses(task: Task, table: Table, params: Params, batch: Mapping[str, Array], draws: Draws) -> tuple[Array, Array]:
+def losses(
+    task: Task, table: Table | None, params: Params, batch: Mapping[str, Array], draws: Draws
+) -> tuple[Array, Array]:
     """(what is minimised, the loss per value): scalars. They differ by `reduction`'s factor alone.
 
     batch: images `(b, h, w, c)` in [-1, 1]; labels `(b,)` int32 if the network has classes.
     """
     dtype = at_least_float32(task.train.dtype)
     x_0, t = batch["images"].astype(dtype), draws.t
-    x_t = add_noise(x_0, draws.noise, *(jnp.asarray(column, dtype)[t] for column in (table.alpha, table.sigma)))
+    row = rows_at(task, table, t, dtype)
+    x_t = add_noise(x_0, draws.noise, row.alpha, row.sigma)
     labels = batch.get("labels")
     if labels is not None and draws.drop is not None:
         labels = jnp.where(draws.drop, jnp.int32(task.train.null_label or 0), labels)
@@ -142,17 +213,20 @@ def losses(task: Task, table: Table, params: Params, batch: Mapping[str, Array],
     return loss * (math.prod(x_0.shape[1:]) if task.train.reduction == "sum" else 1), loss
 
 
-def losses_of(task: Task, table: Table, output: Array, x_0: Array, x_t: Array, draws: Draws) -> Array:
-    """Each sample's loss per value, `(b,)`, of the network's output for it, `(b, h, w, c)`, or `2 c` channels with a
-    learned variance: L_simple, weighted, and then L_hybrid.
+def losses_of(task: Task, table: Table | None, output: Array, x_0: Array, x_t: Array, draws: Draws) -> Array:
+    """Each sample's loss per value, `(b,)`, of the denoiser's output for it, `(b, h, w, c)`, or `2 c` channels with a
+    learned variance: L_simple, weighted, and then L_hybrid. Of EDM's F, whose denoiser gives a velocity, that of x_0.
     """
-    kind, noise, t = task.sampler.prediction_type, draws.noise, draws.t
-    row = Table(*(jnp.asarray(column, output.dtype)[t] for column in table))
+    kind, noise, t = denoiser_returns(task.sampler), draws.noise, draws.t
+    row = rows_at(task, table, t, output.dtype)
+    if task.sampler.prediction_type == EDM:
+        x0_hat, _ = predict_both(output, x_t, row.alpha, row.sigma, kind)
+        return _mean(jnp.square(x0_hat - x_0)) * row.weight
     values = None
     if task.learns_variance:
         output, values = jnp.split(output, 2, axis=-1)
     loss = _mean(jnp.square(output - target_of(kind, x_0, noise, row.alpha, row.sigma))) * row.weight
-    if values is None:
+    if values is None or table is None:
         return loss
     x0_hat, _ = predict_both(lax.stop_gradient(output), x_t, row.alpha, row.sigma, kind)
     bound = len(table.weight) * vlb_term(x_0, x0_hat, values, t, row)
@@ -196,11 +270,10 @@ def _mean(x: Array) -> Array:
 
 def _network(task: Task) -> Callable[[Params, Array, Array, Array | None], Array]:
     """The network as a function of its parameters, with t as it takes it."""
+    program = Program.of(find("ddim"), task.sampler, make_schedule(task.schedule))
 
     def apply(params: Params, x_t: Array, t: Array, labels: Array | None) -> Array:
-        model = build_model(task.model, params, task.train.dtype)
-        scale = task.sampler.timestep_scale
-        denoise = model if scale == 1 else with_scaled_time(model, scale)
+        denoise = told_t(build_model(task.model, params, task.train.dtype), program)
         return denoise(x_t, t) if labels is None else denoise(x_t, t, labels)
 
     if not task.train.remat:

@@ -142,7 +142,7 @@ def init_state(task: Task, params: Mapping[str, ArrayLike]) -> TrainState:
 
 
 def update(
-    task: Task, table: Table, optimizer: Optimizer, state: TrainState, batch: Mapping[str, Array], draws: Draws
+    task: Task, table: Table | None, optimizer: Optimizer, state: TrainState, batch: Mapping[str, Array], draws: Draws
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step with these draws. Returns the state and the step's loss (per value) and gradient norm, unclipped."""
     config = task.train

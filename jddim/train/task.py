@@ -15,14 +15,17 @@ from jddim.config import (
     ScheduleConfig,
     did_you_mean,
     from_json,
+    later,
     to_json,
 )
 from jddim.ddim import sampler_table
 from jddim.models import MODELS, wiring_of
-from jddim.schedule import CONTINUOUS, noise_schedule
+from jddim.run.problems import denoiser_problems
+from jddim.sampling import check_prediction
+from jddim.schedule import ContinuousSchedule, EDMSchedule, FlowSchedule, make_schedule
 
 LOSSES = ("simple", "min_snr")
-T_SAMPLINGS = ("uniform", "antithetic")
+T_SAMPLINGS = ("uniform", "antithetic", LOG_NORMAL := "log_normal", LOGIT_NORMAL := "logit_normal")
 OPTIMIZERS = ("adam", "adamw")
 LR_SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -40,7 +43,10 @@ class TrainConfig:
         `min_snr_gamma`. reduction: over the values of one image, "mean", or "sum" as ermongroup has it, which clipping
         and Adam's epsilon notice.
     vlb_weight: lambda of L_hybrid, Eq. 16 of arXiv:2102.09672, where the sampler's variance is "learned_range".
-    t_sampling: "uniform" on 0..T-1, or "antithetic": the batch's second half has T - 1 - t of its first.
+    t_sampling: "uniform" on 0..T-1, or on t_min..t_max of a continuous schedule; "antithetic": the batch's second half
+        has T - 1 - t (t_min + t_max - t) of its first; "log_normal", of the schedule edm: log t is normal (arXiv:
+        2206.00364, Table 1); "logit_normal", of flow: log(t / (1 - t)) is (arXiv:2403.03206, Eq. 19). t_mean, t_std: of
+        that normal distribution; None: -1.2 and 1.2 for edm, 0 and 1 for flow, those papers'.
     label_dropout: the share of labels that become `null_label`, for classifier-free guidance (arXiv:2207.12598).
     optimizer: "adam", or "adamw" with weight_decay; lr, beta1, beta2, adam_epsilon as in PyTorch.
     lr_schedule: after `warmup_steps` updates that rise linearly from 0, "constant" or, on a cosine, to `final_lr`.
@@ -77,6 +83,8 @@ class TrainConfig:
     dtype: str = "float32"
     remat: bool = False
     flip: bool = False
+    t_mean: float | None = later(None)
+    t_std: float | None = later(None)
 
     def __post_init__(self) -> None:
         """Raise one ValueError that names everything wrong, and what would be right."""
@@ -111,7 +119,17 @@ class TrainConfig:
         whole = isinstance(self.null_label, int) and not isinstance(self.null_label, bool)
         if self.null_label is not None and not (whole and self.null_label >= 0):
             problems.append(f"null_label must be one of the labels, or null for none, got {self.null_label!r}")
+        problems += [
+            f"{name} must be {says}, or null, got {value!r}"
+            for name, value, says, least in (
+                ("t_mean", self.t_mean, "a number", -math.inf),
+                ("t_std", self.t_std, "above 0", 0),
+            )
+            if value is not None and not least < value < math.inf
+        ]
         if not problems:
+            if (self.t_mean, self.t_std) != (None, None) and self.t_sampling not in (LOG_NORMAL, LOGIT_NORMAL):
+                problems.append(f"t_mean and t_std are of t_sampling {LOG_NORMAL} and {LOGIT_NORMAL}")
             if self.steps % self.accumulate:
                 problems.append(f"steps must be a multiple of accumulate={self.accumulate}, got {self.steps}")
             if self.optimizer == "adam" and self.weight_decay:
@@ -146,23 +164,26 @@ class Task:
             )
             if value not in known
         ]
-        if self.schedule.name in CONTINUOUS or self.sampler.prediction_type == "edm":
-            raise ValueError(
-                "networks of a continuous schedule, or that predict edm's F, are sampled, not trained here"
-            )
-        schedule, model, train = noise_schedule(self.schedule), self.model, self.train
-        if self.sampler.prediction_type == "epsilon" and schedule.alphas_cumprod[-1] == 0:
-            problems.append("zero_terminal_snr needs prediction_type v_prediction or sample: eps tells nothing there")
+        schedule, model, train = make_schedule(self.schedule), self.model, self.train
+        if isinstance(schedule, ContinuousSchedule):
+            problems += self._continuous_problems(schedule)
+        else:
+            if self.sampler.prediction_type == "epsilon" and schedule.alphas_cumprod[-1] == 0:
+                told = "zero_terminal_snr needs prediction_type v_prediction or sample: eps tells nothing there"
+                problems.append(told)
+            if self.learns_variance and schedule.num_train_timesteps < 2:
+                problems.append("a learned variance needs at least two timesteps")
+            if train.t_sampling in (LOG_NORMAL, LOGIT_NORMAL):
+                problems.append(f"t_sampling {train.t_sampling} is of a continuous schedule")
+        problems += [f"sampler: {told}" for told in denoiser_problems(self.sampler, schedule)]
         wanted = model.in_channels * (2 if self.learns_variance else 1)
         if model.out_channels != wanted:
             problems.append(f"out_channels must be {wanted} with variance {self.sampler.variance}: {model.in_channels}")
             problems[-1] += f" of x_t{', and as many of the variance' if self.learns_variance else ''}"
         try:
-            sampler_table(schedule, self.sampler)
+            check_prediction(sampler_table(schedule, self.sampler), self.sampler.prediction_type)
         except ValueError as error:
             problems.append(f"sampler: {error}")
-        if self.learns_variance and schedule.num_train_timesteps < 2:
-            problems.append("a learned variance needs at least two timesteps")
         if model.condition_channels:
             problems.append(
                 "a network that is given an image beside x_t is not trained here: condition_channels must be 0"
@@ -177,6 +198,19 @@ class Task:
             problems.append(f"null_label must be one of the network's {model.num_classes or 0} classes")
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _continuous_problems(self, schedule: ContinuousSchedule) -> list[str]:
+        """What of a task is not of a continuous schedule."""
+        flow, edm = isinstance(schedule, FlowSchedule), isinstance(schedule, EDMSchedule)
+        how = self.train.t_sampling
+        problems = []
+        if self.train.loss == "min_snr":
+            problems.append("loss min_snr is of schedules with T timesteps: take simple")
+        if self.sampler.variance != "fixed_small":
+            problems.append("variance is fixed_small on a continuous schedule")
+        if (how == LOG_NORMAL and not edm) or (how == LOGIT_NORMAL and not flow):
+            problems.append(f"t_sampling {how} is of the schedule {'edm' if how == LOG_NORMAL else 'flow'}")
+        return problems
 
     @property
     def learns_variance(self) -> bool:

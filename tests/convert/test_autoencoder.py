@@ -196,6 +196,8 @@ def test_compvis_names_are_the_same_network(tmp_path: Path, capsys: pytest.Captu
         ({"block_out_channels": [8, 16]}, r"block_out_channels is \(8, 16\) by the settings, but \(8, 12\) by the ten"),
         ({"down_block_types": ["DownBlock3D"] * 2}, "down_block_types has 'DownBlock3D'"),
         ({"scaling_factor": 0}, "scaling_factor must be a number above 0, got 0"),
+        ({"scaling_facter": 2}, "unknown key 'scaling_facter', which diffusers ignores .did you mean 'scaling_factor'"),
+        ({"vq_embed_dim": 3}, "vq_embed_dim is of a VQModel, and the tensors have no codebook"),
     ],
 )
 def test_what_is_not_held_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], why: str) -> None:

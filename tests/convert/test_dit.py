@@ -306,7 +306,8 @@ def test_classes_are_asked_for_by_the_names_that_a_pipeline_has(tmp_path: Path) 
     pipeline = {"_class_name": "DiTPipeline", "id2label": {"0": "tench, Tinca tinca", "3": "crane", "4": "crane"}}
     config = {"transformer": TRANSFORMER, "scheduler": SCHEDULER, "pipeline": pipeline}
     plan = diffusers_dit.plan(diffusers_dit.open_source(theirs(), "file").tensors, config, {})
-    names = {"tench": 0, "Tinca tinca": 0, "crane": 4}  # of a name twice the last, as in DiTPipeline
+    # Of a name twice the last, as in DiTPipeline.
+    names = {"tench": 0, "Tinca tinca": 0, "tench, Tinca tinca": 0, "crane": 4}
     assert plan.label_names == names
     for wrong in ({"5": "the null label"}, {"tench": "0"}, {"1": 2}, {"1": "a\x1b[2J"}):
         with pytest.raises(ConversionError, match=r"id2label must have the names of 0\.\.4, it has"):
@@ -321,15 +322,29 @@ def test_classes_are_asked_for_by_the_names_that_a_pipeline_has(tmp_path: Path) 
     convert(tmp_path / "dit", tmp_path / "ckpt", verify=False)
     ddim = jddim.load(tmp_path / "ckpt")
     assert ddim.label_names == names
-    for text, labels in (("crane, tench", [4, 0]), ("Tinca tinca", [0, 0]), ("3", [3, 3])):
+    whole = "tench,Tinca tinca"
+    for text, labels in (
+        *(("crane, tench", [4, 0]), ("Tinca tinca", [0, 0]), ("3", [3, 3])),
+        *((whole, [0, 0]), (f"{whole},crane", [0, 4]), ("1, crane", [1, 4]), (f"crane, {whole}", [4, 0])),
+    ):
         found, problems = labels_of(ddim, Request(labels=text), np.arange(2))
         assert (list(found), problems) == (labels, [])
-    for text in ("trench", "tench,crane,trench"):
+    planned = ddim._plan("sample", 0, 2, {"labels": whole}).check("sample")  # as `sample` takes its options
+    assert np.asarray(planned.inputs.labels).tolist() == [0, 0]
+    for text in (["crane", "tench"], np.array(["crane", "tench"])):
+        for call in (lambda labels: ddim.sample(0, 2, labels=labels), ddim.denoiser):
+            with pytest.raises(ValueError, match=r"labels must be integers; DDIM\.label_names has each name's number"):
+                call(text)
+    for text in ("trench", "tench,crane,trench", f"{whole},trench"):
         ((_, told),) = labels_of(ddim, Request(labels=text), np.arange(2))[1]
         assert told == "labels: no class is called 'trench' (did you mean 'tench'?)"
+    ((_, told),) = labels_of(ddim, Request(labels="TENCH"), np.arange(2))[1]
+    assert told == "labels: no class is called 'TENCH' (did you mean 'tench'?)"
     ((_, told),) = labels_of(ddim, Request(labels="zebra"), np.arange(2))[1]
     assert told == "labels: no class is called 'zebra' (give a number in 0..5)"
-    assert "label_names     3 names, such as tench, Tinca tinca, crane" in describe_checkpoint(ddim.metadata, 1)
+    assert "label_names     4 names, such as 'tench', 'Tinca tinca', 'tench, Tinca tinca'" in describe_checkpoint(
+        ddim.metadata, 1
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from jddim.config import ScheduleConfig, UNetConfig
+from jddim.config import AutoencoderConfig, ScheduleConfig, UNetConfig
 from jddim.models.building import build_model
 from scripts import contestants
 
@@ -64,6 +65,25 @@ def case(bench: ModuleType):
         timesteps=np.array([200, 100, 0]),  # what diffusers makes of 3 steps of 300
         x_T=np.random.default_rng(5).standard_normal((2, 12, 8, 3), dtype=np.float32),
     )
+
+
+@pytest.mark.parametrize("kind", ["dit", "vae"])
+def test_transformers_and_first_stages_agree_with_both_torchs(bench: ModuleType, kind: str):
+    pytest.importorskip("diffusers", reason="it is one of the contestants: pip install diffusers")
+    rng = np.random.default_rng(3)
+    if kind == "dit":
+        config: Any = dataclasses.replace(contestants.DIT_S_2, image_size=(6, 6), channels=24, depth=2, num_heads=3)
+        x_T, timesteps = rng.standard_normal((2, 6, 6, 4), dtype=np.float32), np.array([500, 0])
+    else:
+        config = AutoencoderConfig((12, 12), channels=8, channel_mults=(1, 2), num_res_blocks=1, norm_groups=4)
+        x_T, timesteps = rng.standard_normal((2, 6, 6, 4), dtype=np.float32), np.array([0])
+    params = contestants.random_params(config, seed=7)
+    case = contestants.Case(kind, config, params, ScheduleConfig("linear", 1000), timesteps, x_T)
+    names = ("jddim", "torch", "torch-nhwc", "diffusers")
+    found = {name: contestants.to_numpy(contestants.CONTESTANTS[name].build(case, "cpu")()) for name in names}
+    errors = bench.agreement(found, "float32")
+    assert 0 < max(errors.values()) < 2e-4  # rounding, of a network with random weights
+    assert bench.arithmetic(case) > 0
 
 
 def command(*options: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -231,8 +251,8 @@ def test_cifar10_is_the_published_size(bench: ModuleType):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--sizes", "mnist,lsun"], "argument --sizes: knows mnist, cifar10; got 'lsun'"),
-        (["--sizes", ","], "argument --sizes: needs at least one of mnist, cifar10"),
+        (["--sizes", "mnist,lsun"], "argument --sizes: knows mnist, cifar10, dit-s-2, vae; got 'lsun'"),
+        (["--sizes", ","], "argument --sizes: needs at least one of mnist, cifar10, dit-s-2, vae"),
         (["--precisions", "fp8"], "argument --precisions: knows float32, tf32, bfloat16; got 'fp8'"),
         (["--contestants", "keras"], "argument --contestants: knows jddim, torch,"),
         (["--batch-sizes", "4,0"], "argument --batch-sizes: must be a whole number of at least 1, got '0'"),

@@ -78,6 +78,7 @@ function listed() {
   const data = {};
   for (const field of about.fields) {
     const controls = controlsOf(field);
+    if (controls[0].closest(".field").hidden) continue;
     if (controls.every((control) => control.value === "" && !control.validity.badInput)) continue;
     if (field.kind === "switch") data[field.name] = controls[0].value === "true";
     else data[field.name] = controls.length === 1 ? typed(controls[0].id) : controls.map((control) => typed(control.id));
@@ -173,6 +174,7 @@ function arrange() {
     field.hidden = !modes.includes(now) || ("classes" in field.dataset && current.classes === null);
   }
   $("null_label").closest(".field").hidden ||= !$("guided").checked || current.null_label !== null;
+  $("paste").closest(".field").hidden = now !== "inpaint" || !current.latent;
   $("num-name").textContent = now === "grid" ? "etas, a row each" : "images";
   const ddim = now !== "sample" || $("method").value === "ddim";
   for (const id of ["eta", "eta-slider"]) $(id).disabled = !ddim;
@@ -305,11 +307,12 @@ async function run() {
         await done(Object.assign(made, told, { visited: await visited }), first, all);
       } else if (told.state !== "running") {
         $("said").textContent = waiting(told);
-      } else if (told.images) {
-        first ??= since();
+      } else if (told.done) {
         $("progress").value = told.done / told.total;
         mark($("plot"), told.done / told.total);
         $("said").textContent = going(made.mode, told);
+        if (!told.images) continue;
+        first ??= since();
         await preview(told.images, { ...made, columns: data.columns?.length ?? 0 }, take);
       }
     }
@@ -345,6 +348,7 @@ function waiting({ state, before, now, needs, waited }) {
 }
 
 function going(now, { done, total, row, rows }) {
+  if (row === rows && done < total) return "decoding the images";
   if (!rows) return `evaluation ${done} of ${total}`;
   if (now !== "invert") return `step ${row} of ${rows}`;
   return row <= rows / 2 ? `to the noise: step ${row} of ${rows / 2}` : `and back: step ${row - rows / 2} of ${rows / 2}`;
