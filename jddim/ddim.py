@@ -150,7 +150,7 @@ def sampler_table(
     sampler: SamplerConfig,
     num_steps: int | None = None,
     dtype: npt.DTypeLike = np.float32,
-    spacing: str | Sequence[int] | np.ndarray | None = None,
+    spacing: str | Sequence[float] | np.ndarray | None = None,
 ) -> StepTable:
     """The step table of a source's conventions: its spacing, its rule for where a step ends, and the last one's end.
 

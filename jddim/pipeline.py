@@ -71,7 +71,7 @@ class Common(TypedDict, total=False):
     """The options of `DDIM.sample`, `edit` and `invert` alike; `DDIM.sample` says what they mean."""
 
     steps: int | None
-    spacing: str | Sequence[int] | np.ndarray | None
+    spacing: str | Sequence[float] | np.ndarray | None
     clip: bool | None
     clip_range: tuple[float, float] | None
     threshold: tuple[float, float] | None
@@ -328,7 +328,7 @@ class DDIM(metaclass=_Led):
     def table(
         self,
         steps: int | None = None,
-        spacing: str | Sequence[int] | np.ndarray | None = None,
+        spacing: str | Sequence[float] | np.ndarray | None = None,
         dtype: DTypeLike = np.float32,
     ) -> StepTable:
         """The step table of `steps` with a named spacing, or of an explicit descending list of timesteps.

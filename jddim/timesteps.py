@@ -202,7 +202,7 @@ SPACINGS: dict[str, Callable[[int, int], Timesteps]] = {
 
 
 def make_timesteps(
-    spacing: str | Sequence[int] | NDArray[np.integer],
+    spacing: str | Sequence[float] | NDArray[np.integer],
     num_train_timesteps: int,
     num_steps: int | None = None,
     steps_offset: int = 0,

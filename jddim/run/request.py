@@ -144,7 +144,7 @@ class Request:
         type=float,
         metavar="E",
     )
-    spacing: str | tuple[int, ...] | None = _option(
+    spacing: str | tuple[float, ...] | None = _option(
         None, "--spacing", f"{SPACING_NAMES}; default: the checkpoint's", _ASKED_ON_THE_PAGE, metavar="NAME"
     )
     clip: bool | None = _option(

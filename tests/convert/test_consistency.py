@@ -115,6 +115,8 @@ def test_a_file_is_converted_verified_sampled_and_written_back(tmp_path: Path) -
     assert any("weight_schedule: without effect" in note for note in metadata.provenance["notes"])
     ddim = jddim.load(tmp_path / "ckpt")
     assert ddim.sample(3, 2, labels=4).shape == (2, 6, 10, 3)
+    listed = ddim.sample(3, 2, labels=4, method="consistency", spacing=[80.0, 0.66])
+    assert (listed == ddim.sample(3, 2, labels=4, method="consistency", spacing="80,0.66")).all()
     with pytest.raises(ValueError, match="an explicit list of 2 timesteps does not take num_steps=3"):
         ddim.sample(3, 2, labels=4, method="consistency", spacing="80,0.66", steps=3)
     with pytest.raises(
