@@ -127,9 +127,10 @@ def test_the_training_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Monk
     from jddim.train.task import Task
 
     page = (ROOT / "docs" / "training.md").read_text()
-    (text,) = re.findall(r"```json\n(.*?)```", page, re.S)
+    text, *others = re.findall(r"```json\n(.*?)```", page, re.S)
     written = json.loads(text)
     shipped = Task.from_json(written)
+    assert len([Task.from_json({**written, **json.loads(other)}) for other in others]) == 2
     assert shipped.model == UNetConfig((28, 28), 1, 1, 32, (1, 2, 2), num_res_blocks=1, attention_levels=(2,))
     for name in to_json(shipped.train):
         assert f"`{name}`" in page, name  # every field is told of

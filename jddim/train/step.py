@@ -123,7 +123,7 @@ def make_optimizer(task: Task) -> Optimizer:
         parts.append(optax.adamw(learning_rate(config), **settings, weight_decay=config.weight_decay))
     else:
         parts.append(optax.adam(learning_rate(config), **settings))
-    if isinstance(task.model, UNetConfig) and task.model.time_embedding == "fourier":
+    if isinstance(task.model, UNetConfig) and task.model.time_embedding in ("fourier", "frequencies"):
         parts.append(optax.masked(optax.set_to_zero(), lambda params: {name: name in FIXED for name in params}))
     optimizer: Optimizer = optax.chain(*parts)
     return optimizer if config.accumulate == 1 else optax.MultiSteps(optimizer, config.accumulate)
