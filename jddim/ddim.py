@@ -182,6 +182,8 @@ def _continuous_table(
     spacing: str | Sequence[float] | np.ndarray,
 ) -> StepTable:
     """`sampler_table` where t is continuous: even in t, or in some measure of sigma / alpha, or a list of t."""
+    if sampler.steps_offset or not sampler.set_alpha_to_one:
+        raise ValueError("steps_offset and set_alpha_to_one are of schedules with T timesteps: leave them out")
     steps, ends = sampler.num_steps if num_steps is None else num_steps, (schedule.t_min, schedule.t_max)
     if isinstance(spacing, str):
         spacing = listed_times(spacing)

@@ -162,11 +162,11 @@ def invert_update(
 
         def again(_k: int, x_next: Array) -> Array:
             x0, eps = predict(denoise(x_next, t_next).astype(x_t.dtype), x_next, row.alpha_prev, row.sigma_prev)
-            if prediction_type == "epsilon":
-                return noised(ddim.predict_x0(x_t, eps, row.alpha_t, row.sigma_t), eps)
-            # By eps - x0, which tells something of x_t at alpha_next = 0 too, where eps is x_next itself.
+            by_eps = noised(ddim.predict_x0(x_t, eps, row.alpha_t, row.sigma_t), eps)
+            # At alpha_next = 0 eps is x_next itself, whatever that is; eps - x0 tells something of x_t there too.
             a, s, a_next, s_next = (jnp.asarray(c) for c in (row.alpha_t, row.sigma_t, row.alpha_prev, row.sigma_prev))
-            return ((a_next + s_next) * x_t + (a * s_next - s * a_next) * (eps - x0)) / (a + s)
+            by_velocity = ((a_next + s_next) * x_t + (a * s_next - s * a_next) * (eps - x0)) / (a + s)
+            return by_velocity if prediction_type == "velocity" else jnp.where(a_next > 0, by_eps, by_velocity)
 
         x_next = noised(x0, eps)
         return lax.fori_loop(0, refine, again, x_next), x0

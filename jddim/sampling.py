@@ -463,8 +463,8 @@ def check_prediction(table: Rows, prediction_type: str) -> None:
             )
     if prediction_type == "epsilon" and isinstance(table.alpha_t, np.ndarray) and (table.alpha_t == 0).any():
         raise ValueError(
-            "a predicted eps tells nothing of x0 at alpha_t = 0, where this table starts (zero terminal SNR); such "
-            "models predict v or x0: set prediction_type to what this one does, or leave out its last timestep"
+            "a predicted eps tells nothing of x0 at alpha_t = 0, where this table starts (a flow, zero terminal SNR); "
+            "such models predict v, x0 or a velocity: set prediction_type to what this one does"
         )
 
 

@@ -102,8 +102,9 @@ class ContinuousSchedule(abc.ABC):
 
     def __post_init__(self) -> None:
         """Raise ValueError for other bounds."""
-        if not 0 <= self.t_min < self.t_max < np.inf:
-            raise ValueError(f"t_min and t_max must be numbers with 0 <= t_min < t_max, got {self.t_min}, {self.t_max}")
+        if not 0 <= self.t_min < self.t_max <= 1e6 or 0 < self.t_min < 1e-6:
+            told = "t_min must be 0, or 1e-6 or more, and t_max above it, at most 1e6"
+            raise ValueError(f"{told}; got {self.t_min}, {self.t_max}")
 
     @property
     def summary(self) -> str:
@@ -161,6 +162,10 @@ class FlowSchedule(ContinuousSchedule):
         """The t itself."""
         return np.array(t, np.float64)
 
+    def prior_scale(self, t: float) -> float:
+        """The t itself, 1 where noise is all there is."""
+        return float(t)
+
     def time_of(self, ratio: ArrayLike) -> NDArray[np.float64]:
         """Ratio / (1 + ratio)."""
         r = np.asarray(ratio, np.float64)
@@ -215,9 +220,11 @@ class VPSchedule(ContinuousSchedule):
     def __post_init__(self) -> None:
         """Raise ValueError for other bounds."""
         super().__post_init__()
-        if not 0 < self.beta_start < self.beta_end < np.inf:
+        if not 0 < self.beta_start < self.beta_end <= 1e4:
             told = f"got {self.beta_start}, {self.beta_end}"
-            raise ValueError(f"vp's beta_start and beta_end must be numbers with 0 < beta_start < beta_end, {told}")
+            raise ValueError(
+                f"vp's beta_start and beta_end must be numbers with 0 < beta_start < beta_end <= 1e4, {told}"
+            )
 
     def alpha(self, t: ArrayLike) -> NDArray[np.float64]:
         """See the class."""

@@ -290,14 +290,14 @@ def _check(num_train_timesteps: int, num_steps: int) -> tuple[int, int]:
 def even_times(t_min: float, t_max: float, num_steps: int, shift: float = 1.0) -> Times:
     """Even in t, from t_max down: to t_min, or where that is 0, the clean image, to the last before it.
 
-    shift: > 0; each t becomes shift t / (1 + (shift - 1) t) (arXiv:2403.03206, Eq. 23), for t in 0..1.
+    shift: in 0.001..1000; each t becomes shift t / (1 + (shift - 1) t) (arXiv:2403.03206, Eq. 23), for t in 0..1.
 
     >>> even_times(0.0, 1.0, 4)
     array([1.  , 0.75, 0.5 , 0.25])
     """
     S = _check_steps(num_steps)
-    if not 0 < shift < np.inf:
-        raise ValueError(f"shift must be a number above 0, got {shift}")
+    if not 1e-3 <= shift <= 1e3:
+        raise ValueError(f"shift must be a number in 0.001..1000, got {shift}")
     if shift != 1 and t_max > 1:
         raise ValueError(f"shift is of a t in 0..1, as a flow has; this schedule's goes to {t_max:g}")
     t = np.linspace(t_max, 0, S + 1)[:-1] if t_min == 0 else np.linspace(t_max, t_min, S)
@@ -345,17 +345,18 @@ def of_ratios(spacing: str) -> bool:
 def spaced_ratios(spacing: str, least: float, largest: float, num_steps: int, rho: float = 7.0) -> Times:
     """`num_steps` of sigma / alpha, from the largest to the least, both in (0, inf), of a spacing of `RATIOS`.
 
-    rho: of "karras", > 0.
+    rho: of "karras", in 0.1..100.
     """
     S = _check_steps(num_steps)
     if not of_ratios(spacing):
-        told = f"spacing {spacing!r} is not of continuous schedules, which take even, {', '.join(RATIOS)} or T,T,..."
-        raise ValueError(told + did_you_mean(spacing, ["even", *RATIOS]))
+        raise ValueError(
+            f"spacing {spacing!r} is not of continuous schedules{did_you_mean(spacing, ['even', *RATIOS, 'T,T,...'])}"
+        )
     if not 0 < least < largest < np.inf:
         told = f"spacing {spacing!r} needs sigma / alpha within (0, inf); this schedule's goes from {largest:g} to "
-        raise ValueError(f"{told}{least:g}: take another spacing, or give the schedule other ends")
-    if not 0 < rho < np.inf:
-        raise ValueError(f"rho must be a number above 0, got {rho}")
+        raise ValueError(f"{told}{least:g}: take the spacing 'even'")
+    if not 0.1 <= rho <= 100:
+        raise ValueError(f"rho must be a number in 0.1..100, got {rho}")
     made = RATIOS[spacing.removesuffix("_rounded")](np.linspace(0, 1, S), least, largest, rho)
     made[0] = largest  # to the bit, whatever the powers round to
     made[1:][-1:] = least

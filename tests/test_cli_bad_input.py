@@ -63,7 +63,7 @@ def test_files_that_are_something_else(tmp_path: Path, fails: Callable[..., str]
             {"weight": torch.zeros(2)},
             "no checkpoint that jddim knows: it holds weight; jddim reads: a first stage (Auto",
         ),
-        ({"weight": torch.zeros(2)}, "diffusers UNet2DModel, OpenAI (a classifier of guided-diffusion), OpenAI ("),
+        ({"weight": torch.zeros(2)}, "diffusers UNet2DModel, OpenAI (a classifier of guided-diffusion), "),
         ({"weight": torch.zeros(2)}, " (docs/families.md)\n"),
     ):
         torch.save(content, source)

@@ -151,7 +151,7 @@ def test_times_have_their_distributions() -> None:
             "flow",
             {"prediction_type": "velocity"},
             {"t_sampling": "logit_normal", "t_std": 0.0},
-            "t_std must be above 0",
+            "t_std must be in 0.01",
         ),
     ],
 )

@@ -255,7 +255,7 @@ def test_spacings_of_continuous_schedules() -> None:
 @pytest.mark.parametrize(
     ("config", "spacing", "steps", "told"),
     [
-        ("flow", "linspace", 5, "spacing 'linspace' is not of continuous schedules, which take even, karras"),
+        ("flow", "linspace", 5, "spacing 'linspace' is not of continuous schedules.*even"),
         ("flow", "karras", 5, r"needs sigma / alpha within \(0, inf\); this schedule's goes from inf to 0"),
         ("flow", [0.9, 1.0], None, "timesteps must strictly descend within 0..1, above 0, got 0.9, 1"),
         ("flow", [1.0, 0.0], None, "timesteps must strictly descend within 0..1, above 0"),
@@ -272,11 +272,14 @@ def test_spacings_that_cannot_be(config: str, spacing: Any, steps: int | None, t
 
 
 def test_a_shift_is_of_a_flow() -> None:
+    for unused in (SamplerConfig("even", steps_offset=1), SamplerConfig("even", set_alpha_to_one=False)):
+        with pytest.raises(ValueError, match="steps_offset and set_alpha_to_one are of schedules with T timesteps"):
+            sampler_table(FlowSchedule(), unused, 4)
     with pytest.raises(ValueError, match=r"shift is of a t in 0..1, as a flow has; this schedule's goes to 80"):
         sampler_table(EDMSchedule(), SamplerConfig("even", shift=3.0), 4)
-    with pytest.raises(ValueError, match="shift must be a number above 0, got 0"):
+    with pytest.raises(ValueError, match=r"shift must be a number in 0.001..1000, got 0"):
         sampler_table(FlowSchedule(), SamplerConfig("even", shift=0.0), 4)
-    with pytest.raises(ValueError, match="rho must be a number above 0, got nan"):
+    with pytest.raises(ValueError, match=r"rho must be a number in 0.1..100, got nan"):
         sampler_table(EDMSchedule(), SamplerConfig("karras", rho=math.nan), 4)
 
 
@@ -287,8 +290,10 @@ def test_a_shift_is_of_a_flow() -> None:
         (ScheduleConfig("edm", beta_start=0.1, zero_terminal_snr=True), "takes no beta_start or zero_terminal_snr"),
         (ScheduleConfig("flow", t_max=1.5), "the flow's t_max is at most 1"),
         (ScheduleConfig("edm", t_min=0.0), "edm's t_min, the least sigma, must be above 0"),
-        (ScheduleConfig("vp", t_min=2.0), "0 <= t_min < t_max, got 2.0, 1.0"),
+        (ScheduleConfig("vp", t_min=2.0), "t_max above it, at most 1e6; got 2.0, 1.0"),
         (ScheduleConfig("vp", beta_start=30.0), "0 < beta_start < beta_end"),
+        (ScheduleConfig("edm", t_max=1e39), "at most 1e6; got 0.002, 1e\\+39"),
+        (ScheduleConfig("flow", t_min=1e-50), "t_min must be 0, or 1e-6 or more"),
         (ScheduleConfig("linear", t_min=0.1), "schedule 'linear' takes no t_min"),
         (ScheduleConfig("flwo"), "did you mean 'flow'"),
     ],
@@ -307,6 +312,11 @@ def test_continuous_schedules_are_json_and_invert_their_ratios() -> None:
         np.testing.assert_allclose(schedule.time_of(schedule.sigma(t) / schedule.alpha(t)), t, rtol=1e-12)
     linear = linear_schedule(100)
     np.testing.assert_allclose(linear.time_of(linear.sigma([0, 7, 99]) / linear.alpha([0, 7, 99])), [0, 7, 99])
+
+
+def test_a_run_starts_at_the_noise_of_its_first_t() -> None:
+    assert [FlowSchedule(t_max=0.5).prior_scale(0.5), FlowSchedule().prior_scale(1.0)] == [0.5, 1.0]
+    assert [EDMSchedule().prior_scale(20.0), VPSchedule().prior_scale(0.5)] == [20.0, 1.0]
 
 
 def test_traps_of_a_continuous_schedule() -> None:
@@ -364,7 +374,8 @@ def test_every_segment_is_the_same_program(name: str) -> None:
     [
         (linear_schedule(50), {"prediction_type": "edm"}, "prediction_type edm is of the schedule edm"),
         (EDMSchedule(), {"prediction_type": "v_prediction"}, "v is of paths with alpha_t"),
-        (EDMSchedule(), {"sigma_data": 0.0}, "sigma_data must be a number above 0, got 0"),
+        (EDMSchedule(), {"sigma_data": 0.0}, "sigma_data must be a number in 1e-6..1e6, got 0"),
+        (EDMSchedule(), {"timestep_scale": 0.0}, "timestep_scale must be a number in 1e-6..1e6, got 0"),
         (EDMSchedule(), {"prediction_type": "velocity", "boundary": True}, "boundary is of prediction_type edm"),
         (
             EDMSchedule(),

@@ -40,11 +40,13 @@ def sampler_problems(sampler: SamplerConfig, table: StepTable, schedule: Schedul
 def denoiser_problems(sampler: SamplerConfig, schedule: Schedule) -> list[str]:
     """What is wrong with how a network is told t, on this schedule."""
     problems = []
+    if not 1e-6 <= sampler.timestep_scale <= 1e6:
+        problems.append(f"timestep_scale must be a number in 1e-6..1e6, got {sampler.timestep_scale}")
     if sampler.prediction_type == EDM:
         if not isinstance(schedule, EDMSchedule):
             problems.append("prediction_type edm is of the schedule edm, whose t is sigma")
-        if not 0 < sampler.sigma_data < np.inf:
-            problems.append(f"sigma_data must be a number above 0, got {sampler.sigma_data}")
+        if not 1e-6 <= sampler.sigma_data <= 1e6:
+            problems.append(f"sigma_data must be a number in 1e-6..1e6, got {sampler.sigma_data}")
     elif sampler.boundary:
         problems.append("boundary is of prediction_type edm")
     if sampler.reversed_time and (sampler.prediction_type != "velocity" or not isinstance(schedule, FlowSchedule)):

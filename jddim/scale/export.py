@@ -124,8 +124,8 @@ def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[s
 
     x_t, noise: `(b, h, w, c)` float32. t: int32, float32 on a continuous schedule; ends: its row's
     `jddim.ddim.Coefficients`, in order, float32. labels: int32 `(b,)`, for a network with classes; x0_hat: the last
-    step's x0, for a self-conditioned one. The rows of the `DDIM`'s table stand in `about.json`. The arguments and what
-    is raised are `export_sampler`'s.
+    step's x0, for a self-conditioned one. The rows of the `DDIM`'s table stand in `about.json`, and `prior_scale`, by
+    which a standard normal x_T becomes the first x_t. The arguments and what is raised are `export_sampler`'s.
     """
     _need_flatbuffers()
     ddim = dataclasses.replace(ddim, autoencoder=None)  # a step is of latents
@@ -159,7 +159,8 @@ def export_step(ddim: DDIM, *, batch_size: int | None = None, platforms: tuple[s
     takes |= {"condition": beside} if config.condition_channels else {}
     names = list(takes)
     rows = {name: np.asarray(getattr(table, name)).tolist() for name in ("t", *ends)}
-    return _exported(ddim, step, takes, {"kind": "step", "table": rows}, platforms, ddim.sampler)
+    scale = ddim.schedule.prior_scale(float(table.t[0]))
+    return _exported(ddim, step, takes, {"kind": "step", "table": rows, "prior_scale": scale}, platforms, ddim.sampler)
 
 
 def save(path: Path, exported: Exported, *, beside: bool = False) -> list[Path]:

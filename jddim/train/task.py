@@ -122,10 +122,10 @@ class TrainConfig:
         problems += [
             f"{name} must be {says}, or null, got {value!r}"
             for name, value, says, least in (
-                ("t_mean", self.t_mean, "a number", -math.inf),
-                ("t_std", self.t_std, "above 0", 0),
+                ("t_mean", self.t_mean, "in -20..20", -20),
+                ("t_std", self.t_std, "in 0.01..20", 0.01),
             )
-            if value is not None and not least < value < math.inf
+            if value is not None and not least <= value <= 20
         ]
         if not problems:
             if (self.t_mean, self.t_std) != (None, None) and self.t_sampling not in (LOG_NORMAL, LOGIT_NORMAL):

@@ -93,7 +93,7 @@ def test_a_sit_is_sampled_along_the_straight_path(tmp_path: Path) -> None:
     assert checked["output_error"] <= 2e-5
     ddim = jddim.load(tmp_path / "ckpt")
     assert (ddim.metadata.schedule, ddim.metadata.sampler) == (plan.schedule, plan.sampler)
-    with pytest.raises(ValueError, match="spacing 'linspace' is not of continuous schedules, which take even, karras"):
+    with pytest.raises(ValueError, match=r"spacing .linspace. is not of continuous schedules.*even"):
         ddim.sample(0, 1, labels=2, spacing="linspace")
     with pytest.raises(ValueError, match="v is of paths with alpha_t"):
         ddim.sample(0, 1, labels=2, steps=3, prediction_type="v_prediction")
