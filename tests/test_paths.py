@@ -358,14 +358,15 @@ def test_x_T_is_standard_normal_at_every_door() -> None:
 
 @pytest.mark.parametrize("name", ["flow", "edm", "vp"])
 def test_every_segment_is_the_same_program(name: str) -> None:
-    """A run watched, of one image and of several, is equal to the bit; eta above 0 draws the same noise."""
+    """A run watched is equal to the bit; eta above 0 draws the same noise whatever the batch."""
     config, spacing = PATHS[name]
     kind = {"edm": "edm", "flow": "velocity", "vp": "epsilon"}[name]
     sampler = SamplerConfig(spacing, 6, eta=0.4, prediction_type=kind, timestep_scale=9.0)
     ddim, seen = ddim_of(make_schedule(config), sampler), []
     whole = ddim.sample(jax.random.key(1), 3, on_segment=lambda preview: seen.append(preview.done))
     np.testing.assert_array_equal(whole, ddim.sample(jax.random.key(1), 3))
-    np.testing.assert_array_equal(whole[1:], ddim.sample(jax.random.key(1), 2, start=1))
+    # two images at once are another program to XLA: rounding, as in test_pipeline_bits.py
+    np.testing.assert_allclose(whole[1:], ddim.sample(jax.random.key(1), 2, start=1), atol=2e-4)
     assert len(seen) > 1
 
 
