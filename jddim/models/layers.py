@@ -284,9 +284,12 @@ def attend(q: Array, k: Array, v: Array) -> Array:
 
     As `jax.nn.dot_product_attention`, whose softmax is float32's in float64 too.
     """
-    scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=at_least_float32(q.dtype))
-    weights = jax.nn.softmax(scores * q.shape[3] ** -0.5, axis=-1).astype(v.dtype)
-    return jnp.einsum("bnqk,bknd->bqnd", weights, v)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    scores = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=at_least_float32(q.dtype)) * q.shape[3] ** -0.5
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    # Divided by their sum after the second product, which has fewer values.
+    mixed = jnp.einsum("bnqk,bnkd->bnqd", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
+    return (mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype).swapaxes(1, 2)
 
 
 class Downsample(nnx.Module):

@@ -24,10 +24,9 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 CPU_OPTIONS: dict[str, bool | str] = {
-    # Products of matrices stay with YNNPACK; convolutions do not go there.
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    # Nothing goes to YNNPACK: neither convolutions nor products of matrices.
+    "xla_cpu_experimental_ynn_fusion_type": "",
 }
-
 
 TPU_OPTIONS: dict[str, bool | str] = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
 """Twice the memory on the chip that a fused operation may use. For `LARGE_VMEM` alone: others may not have as much."""
