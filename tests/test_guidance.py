@@ -16,6 +16,7 @@ from jddim import guidance
 from jddim.config import SamplerConfig
 from jddim.ddim import per_sample, step_table
 from jddim.denoisers import with_labels
+from jddim.run.programs import only_in_interval
 from jddim.sampling import ancestral_loop, sample_loop
 from jddim.schedule import linear_schedule
 from jddim.timesteps import linspace_timesteps
@@ -224,6 +225,46 @@ def test_sample_with_guidance() -> None:
     assert np.abs(np.asarray(each[2] - plain[2])).max() > 0.01
     over = jax.vmap(lambda w: sample(guidance_scale=w))(jnp.array([0.0, 2.0]))
     chex.assert_trees_all_close(over[1], sample(guidance_scale=2.0), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["classifier-free", "projected", "cfg++"])
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_guidance_in_an_interval(kind: str, variance: str) -> None:
+    """As a scale that is 1 outside; there the network is asked once, but for cfg++, which needs both everywhere."""
+    if kind == "cfg++" and variance == "learned_range":
+        pytest.skip("cfg++ is DDIM's")
+    channels = 2 if variance == "learned_range" else 1
+    config = small_config(class_embedding="learned", num_classes=4, out_channels=channels)
+    ddim = jddim.DDIM(random_model(config), SCHEDULE, SamplerConfig(num_steps=5, variance=variance))
+    method = "ddpm" if variance == "learned_range" else "ddim"
+    sample = partial(ddim.sample, KEY, 3, labels=[0, 2, 1], null_label=3, method=method, guidance=kind)
+    guided, plain = sample(guidance_scale=0.7), ddim.sample(KEY, 3, labels=[0, 2, 1], method=method)
+    t = ddim.table().t
+    some = sample(guidance_scale=0.7, guidance_interval=(t[3] - 0.5, t[1] + 0.5))
+    # twice the batch is another program: rounding, through five steps of a random network
+    close = partial(np.allclose, atol=1e-3, rtol=1e-3)
+    assert not close(some, guided)
+    assert not close(some, plain)
+    everywhere = sample(guidance_scale=0.7, guidance_interval=(0, T))
+    chex.assert_trees_all_close(everywhere, guided, atol=1e-3, rtol=1e-3)
+    if kind != "cfg++":
+        chex.assert_trees_all_close(sample(guidance_scale=0.7, guidance_interval=(T, T)), plain, atol=1e-3, rtol=1e-3)
+    if method == "ddim" and kind == "classifier-free":
+        pair = guidance.label_pair(ddim.model, jnp.array([0, 2, 1]), 3)
+
+        def scale(of: jax.Array) -> jax.Array:
+            return jnp.where((of >= t[3]) & (of <= t[1]), 0.7, 1.0)
+
+        x_T = jddim.initial_noise(jddim.sample_keys(KEY, 3), some.shape[1:])
+        by_hand = sample_loop(guidance.classifier_free(pair, scale), x_T, ddim.table(), clip_range=(-1.0, 1.0))
+        chex.assert_trees_all_close(some, by_hand, atol=1e-3, rtol=1e-3)
+
+
+def test_outside_its_interval_guidance_asks_once() -> None:
+    asked = only_in_interval(lambda x_t, t: x_t * 2, lambda x_t, t: x_t, (jnp.asarray(50.0), jnp.asarray(90.0)))
+    x_t = start()
+    for t, times in ((49, 1), (50, 2), (90, 2), (91, 1)):
+        chex.assert_trees_all_equal(jax.jit(asked)(x_t, jnp.full(4, t)), x_t * times)
 
 
 def test_what_guidance_refuses() -> None:

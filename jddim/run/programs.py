@@ -218,22 +218,40 @@ def _classified(denoise: Denoiser, given: Given, classifier: Classified, program
 
 
 def _guided(denoise: Denoiser, labels: jax.Array, guidance: Guidance, program: Program) -> Denoiser:
-    pair, scale = label_pair(denoise, labels, guidance.null_label), in_interval(guidance.scale, guidance.interval)
-    rescale = {} if guidance.rescale is None else {"rescale": guidance.rescale}
+    pair, scale = label_pair(denoise, labels, guidance.null_label), guidance.scale
     if program.guidance == request.CFG_PLUS_PLUS:
-        return cfg_plus_plus(pair, scale)
+        return cfg_plus_plus(pair, in_interval(scale, guidance.interval))
+    rescale = {} if guidance.rescale is None else {"rescale": guidance.rescale}
     kind = projected if program.guidance == request.PROJECTED else classifier_free
 
     def guide(pair: Pair) -> Denoiser:
         return kind(pair, scale, **rescale)
 
     if program.guidance_channels is None and not program.learned_variance:
-        return guide(pair)
-    return on_channels(pair, guide, program.guidance_channels)
+        guided = guide(pair)
+    else:
+        guided = on_channels(pair, guide, program.guidance_channels)
+    if guidance.interval is None:
+        return guided
+    return only_in_interval(guided, with_labels(denoise, labels), guidance.interval)
+
+
+def only_in_interval(guided: Denoiser, conditional: Denoiser, interval: tuple[jax.Array, jax.Array]) -> Denoiser:
+    """Guidance where low <= t <= high (arXiv:2404.07724); elsewhere the network is asked once, with the label.
+
+    t is one for all samples, as in the loops.
+    """
+    low, high = interval
+
+    def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        output: jax.Array = lax.cond((low <= t[0]) & (t[0] <= high), guided, conditional, x_t, t)
+        return output
+
+    return denoise
 
 
 def in_interval(scale: jax.Array, interval: tuple[jax.Array, jax.Array] | None) -> Scale:
-    """A scale that guides where low <= t <= high and is 1 elsewhere (arXiv:2404.07724); None: everywhere."""
+    """A scale that guides where low <= t <= high and is 1 elsewhere; None: everywhere."""
     if interval is None:
         return scale
     low, high = interval
