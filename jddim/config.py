@@ -141,6 +141,10 @@ class ModelConfig(Protocol):
         """Height and width must be multiples of it."""
 
     @property
+    def up_blocks(self) -> int:
+        """Blocks of a UNet's way up whose last ones can be asked alone (`jddim.models.unet`); 0: it is not made so."""
+
+    @property
     def summary(self) -> str:
         """The network in one line, for people."""
 
@@ -272,6 +276,22 @@ class UNetConfig:
         """Channels of the time MLP's input."""
         return (2 if self.time_embedding in ("fourier", "frequencies") else 1) * self.channels
 
+    @property
+    def up_blocks(self) -> int:
+        """Blocks of the way up, of all levels."""
+        return len(self.channel_mults) * (self.num_res_blocks + 1)
+
+    def up_block(self, blocks: int) -> tuple[int, int]:
+        """(level, number in the level) of the first of the last `blocks` blocks of the way up."""
+        before, j = divmod(self.up_blocks - blocks, self.num_res_blocks + 1)
+        return len(self.channel_mults) - 1 - before, j
+
+    def deep_shape(self, image_size: tuple[int, int], blocks: int) -> tuple[int, int, int]:
+        """(height, width, channels) of what the last `blocks` blocks of the way up are given from below."""
+        level, j = self.up_block(blocks)
+        height, width = image_size
+        return height >> level, width >> level, (*self.widths, self.widths[-1])[level if j else level + 1]
+
     def resampling(self, level: int) -> tuple[str, str]:
         """How levels `level` and `level` + 1 are joined: (down, up)."""
         down, up = (kinds[level] if len(kinds) > 1 else kinds[0] for kinds in (self.downsample, self.upsample))
@@ -392,6 +412,15 @@ TIME_EMBEDDINGS = ("sinusoidal", "fourier", "frequencies", *BY_TABLE)
 CLASS_EMBEDDINGS = ("learned", "timestep", "identity")
 
 
+class _Whole:
+    """Of a network that is asked as a whole alone."""
+
+    @property
+    def up_blocks(self) -> int:
+        """0: it has no last blocks that can be asked alone."""
+        return 0
+
+
 class _NoCondition:
     """Of a network that is given no image beside x_t."""
 
@@ -421,7 +450,7 @@ class _NoLabels:
 
 
 @dataclasses.dataclass(frozen=True)
-class LucidrainsConfig(_NoCondition, _NoLabels):
+class LucidrainsConfig(_Whole, _NoCondition, _NoLabels):
     """The UNet of lucidrains' denoising-diffusion-pytorch 2.x (`jddim.models.lucidrains`); its `Unet`'s arguments.
 
     image_size: (height, width) in pixels that the checkpoint was trained at. in_channels: the image's;
@@ -524,7 +553,7 @@ LUCIDRAINS_TIME_EMBEDDINGS = ("sinusoidal", "learned")
 
 
 @dataclasses.dataclass(frozen=True)
-class DiTConfig(_NoCondition):
+class DiTConfig(_Whole, _NoCondition):
     """The diffusion transformer of Peebles and Xie (arXiv:2212.09748; `jddim.models.dit`): adaLN-zero blocks.
 
     One wiring, two sources: facebookresearch/DiT, whose names of sizes are in brackets, and diffusers'
@@ -613,7 +642,7 @@ class DiTConfig(_NoCondition):
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifierConfig(_NoCondition):
+class ClassifierConfig(_Whole, _NoCondition):
     """A classifier of noisy images, for guidance: guided-diffusion's EncoderUNetModel (`jddim.models.classifier`).
 
     Half of OpenAI's UNet, then logits. The fields are those of `UNetConfig` with the same names, and
@@ -708,7 +737,7 @@ POOLS = ("attention", "adaptive")
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderConfig(_NoCondition, _NoLabels):
+class AutoencoderConfig(_Whole, _NoCondition, _NoLabels):
     """A first stage (arXiv:2112.10752): images to latents z and back. `jddim.models.autoencoder`.
 
     image_size: (height, width) in pixels that it was trained at. in_channels, out_channels: of the images.

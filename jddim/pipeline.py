@@ -100,6 +100,9 @@ class EditOptions(Common, total=False):
     method: str | Solver
     eta: ArrayLike | None
     variance: str | None
+    reuse: int | None
+    reuse_center: int | None
+    reuse_blocks: int | None
     noise: Images | None
     start: int
 
@@ -396,7 +399,11 @@ class DDIM(metaclass=_Led):
         guidance_scale: guidance between `null_label`, the label that meant none in training (scale 0; by default what
             is recorded), and `labels` (1), or beyond; a scalar or one value per image. Twice the
             evaluations. guidance: its kind, "classifier-free", "projected" or "cfg++" (`jddim.guidance`).
-            guidance_rescale: phi in [0, 1]. guidance_interval: (low, high), the t to guide at; else the scale is 1.
+            guidance_rescale: phi in [0, 1]. guidance_interval: (low, high), the t to guide at; elsewhere the scale is
+            1, and the network is asked once (but of cfg++).
+        reuse: of a UNet: all of it is asked at steps 0, N, 2N, ... and between them the last `reuse_blocks` blocks of
+            its way up alone (default 1), on what the rest gave at the last whole step (DeepCache, arXiv:2312.00858).
+            reuse_center: the whole steps lie denser around this one (`jddim.timetables.whole_steps`).
         classifier: a network that `load_classifier` gives, which leads to `labels` by its gradient, classifier_scale
             times: a scalar or one value an image. labels are then needed for a network without classes, too. x0 is
             limited before the gradient is added, and not again (OpenAI's condition_score). Not for method "ddpm".

@@ -85,7 +85,7 @@ class State(NamedTuple):
 
     x_t: `(b, ...)`. first_bad: int32 `(b,)`, the index of the step after which a sample first held a NaN or an
     infinity, or -1. trajectory: filled as the steps are taken, or None. x0_hat: the last step's x0, zeros at first.
-    memory: what a step hands to the next, or None.
+    memory: what a step hands to the next, or None. deep: what the denoiser hands to its next evaluation, or None.
     """
 
     x_t: Array
@@ -93,6 +93,7 @@ class State(NamedTuple):
     trajectory: Trajectory | None
     x0_hat: Array
     memory: Memory = None
+    deep: Array | None = None
 
 
 class Draws(TypedDict, total=False):
@@ -547,7 +548,11 @@ def _scan(
         state, (row, noise_row) = lax.optimization_barrier((state, row_and_noise))
         x_t = state.x_t
         t = jnp.broadcast_to(row.t, x_t.shape[:1])
-        output = denoise(x_t, t, state.x0_hat) if self_condition else denoise(x_t, t)
+        deep = state.deep
+        if deep is not None:
+            output, deep = denoise(x_t, t, deep, row.step)
+        else:
+            output = denoise(x_t, t, state.x0_hat) if self_condition else denoise(x_t, t)
         expected = (*x_t.shape[:-1], outputs * x_t.shape[-1])
         if output.shape != expected:
             raise ValueError(f"denoise must return {expected} for an x_t like {x_t.shape}, it returned {output.shape}")
@@ -557,7 +562,7 @@ def _scan(
         newly_bad = ~_all_finite(x_prev) & (state.first_bad < 0)
         first_bad = jnp.where(newly_bad, row.step, state.first_bad)
         trajectory = _record(state.trajectory, row, x_prev, x0, trajectory_every)
-        return State(x_prev, first_bad, trajectory, x0, *carried), None
+        return State(x_prev, first_bad, trajectory, x0, carried[0] if carried else None, deep), None
 
     state, _ = lax.scan(step, state, (jax.tree.map(jnp.asarray, table), noise_rows))
     return state

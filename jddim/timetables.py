@@ -35,6 +35,28 @@ def karras_timesteps(schedule: NoiseSchedule, num_steps: int, rho: float = 7.0) 
     return check_timesteps(t, schedule.num_train_timesteps)
 
 
+def whole_steps(num_steps: int, every: int, center: int | None = None, power: float = 1.2) -> tuple[int, ...]:
+    """The steps at which a network is asked as a whole, where those between reuse its deep half: 0, every, 2 every, ...
+
+    center: as many, but denser around this step: evenly in the power's root of the distance from it, whole numbers, as
+    DeepCache's code has it (arXiv:2312.00858; its power is 1.2, taken less where two steps fall on one).
+    """
+    if num_steps < 1 or every < 1:
+        raise ValueError(f"num_steps and every must be at least 1, got {num_steps} and {every}")
+    if center is None:
+        return tuple(range(0, num_steps, every))
+    if not 0 <= center <= num_steps:
+        raise ValueError(f"center must be a step in 0..{num_steps}, got {center}")
+    count = -(-num_steps // every)
+    while True:
+        # Left of the center the powers are complex, of which the source's code takes the real part.
+        roots = np.linspace(complex(-center) ** (1 / power), (num_steps - center) ** (1 / power), count + 1)
+        steps = [0, *(center + np.unique((roots**power).real.astype(np.int32))[1:-1]).tolist()]
+        power -= 0.02
+        if len(steps) == count or power <= 1:
+            return tuple(sorted(set(steps)))
+
+
 def elbo_costs(schedule: NoiseSchedule, mean_squared_errors: ArrayLike, *, data_sigma: float = 1 / 255) -> Floats:
     """What each step t -> s costs the variational bound: (SNR(s) - SNR(t)) / 2 times E |x0 - x0_hat(x_t)|^2, in nats.
 

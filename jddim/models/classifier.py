@@ -78,6 +78,6 @@ class Classifier(nnx.Module):
         size = self.config.image_size
         if self.config.pool == "attention" and x_t.shape[1:3] != size:
             raise ValueError(f"Classifier: x_t must be of {size[0]}x{size[1]} pixels, got {x_t.shape}")
-        h, _, _ = yield from self.encoder.encoded(x_t, t)
+        h, _ = yield from self.encoder.encoded(x_t, t, None, [])
         h = jax.nn.silu(self.norm_out(h))
         yield "logits", self.pool(h) if isinstance(self.pool, AttentionPool) else self.pool(h.mean((1, 2)))

@@ -56,11 +56,10 @@ class Middle(nnx.Module):
 
 
 class Encoded(NamedTuple):
-    """What the way down ends in: the middle's output, what every block is told of t, and each entry's output."""
+    """What the way down ends in: the middle's output, and what every block is told of t."""
 
     h: Array
     time: Array
-    skips: list[Array]
 
 
 class Encoder(nnx.Module):
@@ -119,9 +118,12 @@ class Encoder(nnx.Module):
         )
 
     def encoded(
-        self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None
+        self, x_t: Array, t: ArrayLike, labels: ArrayLike | None, skips: list[Array]
     ) -> Generator[tuple[str, Array], None, Encoded]:
-        """The way down, one `(name, output)` per block in the order computed; and what the second half needs."""
+        """The way down, one `(name, output)` per block in the order computed; and what the second half needs.
+
+        skips: receives the outputs that the way up reads, as they are made.
+        """
         if x_t.ndim != 4 or x_t.shape[3] != self.config.input_channels:
             parts = ", x_t's and the condition's" if self.config.condition_channels else ""
             raise ValueError(f"UNet: x_t must be (b, h, w, {self.config.input_channels}{parts}), got {x_t.shape}")
@@ -134,7 +136,7 @@ class Encoder(nnx.Module):
         aux = 2 * x_t - 1 if self.config.center_input else x_t
         h = self.conv_in(aux)
         yield "conv_in", h
-        skips = [h]
+        skips.append(h)
         for i, level in enumerate(self.down):
             for j, block in enumerate(level.blocks):
                 h = block(h, time)
@@ -159,7 +161,7 @@ class Encoder(nnx.Module):
                 yield "mid.attn_1", h
             h = self.mid.block_2(h, time)
             yield "mid.block_2", h
-        return Encoded(h, time, skips)
+        return Encoded(h, time)
 
     def _embedding(self, t: Array, labels: Array | None) -> Array:
         """What every block is told: the time MLP's output, plus the class's embedding, `(b, time_width)`."""
@@ -246,9 +248,46 @@ class UNet(Encoder):
 
         `jddim verify` compares these one by one; the names are those of the PyTorch reference's blocks.
         """
-        h, time, skips = yield from self.encoded(x_t, t, labels)
+        skips: list[Array] = []
+        h, time = yield from self.encoded(x_t, t, labels, skips)
+        yield from self._decoded(h, time, skips, x_t, t)
+
+    def whole(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None, *, blocks: int) -> tuple[Array, Array]:
+        """The output, and what its last `blocks` blocks of the way up are given: `shallow`'s `deep`."""
+        level, j = self.config.up_block(blocks)
+        deep = output = x_t
+        for name, made in self.activations(x_t, t, labels):
+            deep = output if name == f"up.{level}.block.{j}" else deep
+            output = made
+        return output.astype(x_t.dtype), deep
+
+    def shallow(self, x_t: Array, t: ArrayLike, labels: ArrayLike | None = None, *, deep: Array, blocks: int) -> Array:
+        """The output by the last `blocks` blocks of the way up alone, from the `deep` of another x_t and t.
+
+        DeepCache (Ma et al., arXiv:2312.00858). Of the way down only what these blocks read is computed.
+        """
+        skips: list[Array] = []
+        way = self.encoded(x_t, t, labels, skips)
+        _, time = next(way)
+        for _ in way:
+            if len(skips) == blocks:  # seen one block late, whose output XLA then leaves out
+                break
+        *_, (_, output) = self._decoded(deep, time, skips, x_t, t)
+        return output.astype(x_t.dtype)
+
+    def _decoded(
+        self, h: Array, time: Array, skips: list[Array], x_t: Array, t: ArrayLike
+    ) -> Iterator[tuple[str, Array]]:
+        """The way up, as many of its last blocks as there are skips: `(name, output)` as of `activations`."""
+        left_out = self.config.up_blocks - len(skips)
         for i, level in reversed(list(enumerate(self.up))):
+            if left_out >= len(level.blocks):
+                left_out -= len(level.blocks)
+                continue
             for j, block in enumerate(level.blocks):
+                if left_out:
+                    left_out -= 1
+                    continue
                 h = block(jnp.concatenate([h, skips.pop()], axis=-1), time)
                 yield f"up.{i}.block.{j}", h
                 if (k := j - len(level.blocks) + len(level.attentions)) >= 0:  # fewer attentions are of the last blocks

@@ -49,6 +49,7 @@ from jddim.run.problems import (
     num_problems,
     pair_problems,
     range_problems,
+    reuse_problems,
     sampler_problems,
     start_problems,
 )
@@ -58,6 +59,7 @@ from jddim.sampling import State, init_state, is_zero
 from jddim.schedule import Schedule
 from jddim.solvers import cast
 from jddim.timesteps import openai_respacing
+from jddim.timetables import whole_steps
 
 Images = Array | np.ndarray
 
@@ -235,6 +237,15 @@ class Plan:
         interval = None if self.interval is None else (jnp.asarray(self.interval[0]), jnp.asarray(self.interval[1]))
         return Guidance(scale, jnp.asarray(self.null_label), rescale, interval)
 
+    def deep(self, num: int) -> Array | None:
+        """What the first step of `num` images finds of the network's deep half: zeros, or None where none is reused."""
+        if self.program.reuse is None:
+            return None
+        config: Any = self.model.config
+        asked = num if self.scale is None else 2 * num
+        shape = config.deep_shape(self.shape[:2], self.program.reuse_blocks)
+        return jnp.zeros((asked, *shape), self.model.dtype)
+
     def check(self, of: str) -> Plan:
         """Itself. Raises RequestError with everything that is wrong. of: the function that was called."""
         if self.problems:
@@ -309,7 +320,7 @@ class Part:
             if kept is not None and kept.noise is None:
                 x = kept.keep * kept.known + (1 - kept.keep) * x
         state = _fresh(x) if trajectory_every is None else init_state(x, plan.rows, trajectory_every)
-        return state._replace(memory=plan.program.method.memory(plan.rows, x))
+        return state._replace(memory=plan.program.method.memory(plan.rows, x), deep=plan.deep(x.shape[0]))
 
     def images(self, x_0: Array) -> Array:
         """What the caller gets of the samples after the last row, without the copies that filled the batch up.
@@ -418,7 +429,27 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         resampled=resampled,
         guidance_channels=None if scale is None else sampler.guidance_channels,
     )
+    unusable = reuse_problems(
+        config,
+        reuse=request.reuse,
+        center=request.reuse_center,
+        blocks=request.reuse_blocks,
+        num_steps=rows.num_steps,
+        beside={
+            "guidance_interval": request.guidance_interval is not None,
+            "a classifier": inputs.classifier is not None,
+            "resample": resampled,
+            "a self-conditioned network": sampler.self_condition,
+        },
+    )
+    if request.reuse is not None and not unusable:
+        whole = whole_steps(rows.num_steps, request.reuse, request.reuse_center)
+        first_step = int(rows.step[0])
+        program = dataclasses.replace(
+            program, reuse=tuple(first_step + step for step in whole), reuse_blocks=request.reuse_blocks or 1
+        )
 
+    problems += unusable
     problems += misfits or network_problems(config, sampler, (height, width))
     problems += num_problems(num)
     problems += sampler_problems(sampler, table, ddim.schedule) + batch_size_problems(batch_size)

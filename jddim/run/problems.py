@@ -5,6 +5,8 @@ Of traced values only shapes are looked at.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -267,6 +269,41 @@ def guidance_problems(
     if interval is not None and not interval[0] <= interval[1]:
         problems.append(("guidance_interval", f"guidance_interval must be (low, high), low <= high, got {interval}"))
     return problems
+
+
+def reuse_problems(
+    config: ModelConfig,
+    *,
+    reuse: int | None,
+    center: int | None,
+    blocks: int | None,
+    num_steps: int,
+    beside: Mapping[str, bool],
+) -> Problems:
+    """What is wrong with reusing the deep half of a network with this config.
+
+    num_steps: evaluations. beside: what it does not go with, by name, and whether that is there.
+    """
+    if reuse is None:
+        others = {"reuse_center": center, "reuse_blocks": blocks}
+        told = "is for reuse: give reuse too, or leave it out"
+        return [(name, f"{name} {told}") for name, value in others.items() if value is not None]
+    if not config.up_blocks:
+        told = "reuse is of UNets of Ho et al.'s wiring, whose last blocks can be asked alone; this network is none"
+        return [("reuse", f"{told}: leave it out")]
+    problems: Problems = []
+    if reuse < 1:
+        problems.append(("reuse", f"reuse must be at least 1, which asks all of the network at each step; got {reuse}"))
+    if center is not None and not 0 <= center < num_steps:
+        problems.append(("reuse_center", f"reuse_center must be a step in 0..{num_steps - 1}, got {center}"))
+    if blocks is not None and not 1 <= blocks <= config.up_blocks:
+        told = f"reuse_blocks must lie in 1..{config.up_blocks}, the blocks of the network's way up"
+        problems.append(("reuse_blocks", f"{told}, got {blocks}"))
+    return problems + [
+        ("reuse", f"reuse does not go with {name}: leave one of the two out")
+        for name, is_there in beside.items()
+        if is_there
+    ]
 
 
 def classifier_problems(

@@ -54,7 +54,8 @@ class Program:
 
     guidance: its kind, or None. resampled: inpainting by RePaint, whose rows draw twice. guidance_channels,
     reversed_time: as in `SamplerConfig`. prediction_type: what the denoiser returns; edm: for a network of EDM's
-    preconditioning, whose denoiser returns the velocity, its sigma_data and `with_edm`'s t_free.
+    preconditioning, whose denoiser returns the velocity, its sigma_data and `with_edm`'s t_free. reuse: the steps that
+    ask the whole network, where others ask the last `reuse_blocks` blocks of its way up; None: all ask the whole.
     """
 
     method: Method
@@ -68,6 +69,8 @@ class Program:
     guidance_channels: int | None = None
     reversed_time: bool = False
     edm: tuple[float, float] | None = None
+    reuse: tuple[int, ...] | None = None
+    reuse_blocks: int = 1
 
     def __post_init__(self) -> None:
         """Raise ValueError for a name that is not known."""
@@ -133,7 +136,8 @@ def segment(
     """
     # What is constant (in a caller's jit, on a mesh, in an export) would be folded, and round otherwise.
     state, rows, given = lax.optimization_barrier((state, rows, given))
-    denoise = network_denoiser(cast_kernels(model), program, given.labels, given.guidance, given.condition)
+    ask = network_denoiser if program.reuse is None else reusing_denoiser
+    denoise: Any = ask(cast_kernels(model), program, given.labels, given.guidance, given.condition)
     if given.classifier is None:
         update = program.method.update(denoise, given, program)
     else:
@@ -167,7 +171,52 @@ def network_denoiser(
 
     condition: `(b, h, w, channels)`, for a network that is given an image beside each x_t.
     """
-    denoise = told_t(model, program)
+    return _around(model, program, labels, guidance, condition, first=model.config.condition_first)
+
+
+def reusing_denoiser(
+    model: Network,
+    program: Program,
+    labels: jax.Array | None,
+    guidance: Guidance | None,
+    condition: jax.Array | None = None,
+) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """`denoise(x_t, t, deep, step)` -> (output, deep): at the steps of `program.reuse` by the whole network.
+
+    At the others its last blocks alone are asked, given the `deep` of the last whole step. The arguments are
+    `network_denoiser`'s. A UNet's alone (`jddim.models.unet.UNet.shallow`).
+    """
+    unet: Any = model
+    blocks = program.reuse_blocks
+
+    def denoise(x_t: jax.Array, t: jax.Array, deep: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        is_whole, kept = jnp.isin(step, jnp.asarray(program.reuse)), [deep]
+
+        def network(x_t: jax.Array, t: jax.Array, *labels: jax.Array) -> jax.Array:
+            def shallow(deep: jax.Array) -> tuple[jax.Array, jax.Array]:
+                return unet.shallow(x_t, t, *labels, deep=deep, blocks=blocks), deep
+
+            output: jax.Array
+            output, kept[0] = lax.cond(is_whole, lambda _: unet.whole(x_t, t, *labels, blocks=blocks), shallow, deep)
+            return output
+
+        output = _around(network, program, labels, guidance, condition, first=model.config.condition_first)(x_t, t)
+        return output, kept[0]
+
+    return denoise
+
+
+def _around(
+    network: Denoiser,
+    program: Program,
+    labels: jax.Array | None,
+    guidance: Guidance | None,
+    condition: jax.Array | None,
+    *,
+    first: bool,
+) -> Denoiser:
+    """What `network_denoiser` puts around a network. first: a condition's channels come before x_t's."""
+    denoise = told_t(network, program)
     if program.variance in TWICE and not program.learned_variance:
         denoise = without_variance(denoise)
     if labels is not None and guidance is not None:
@@ -175,7 +224,7 @@ def network_denoiser(
     elif labels is not None:
         denoise = with_labels(denoise, labels)
     if condition is not None:
-        denoise = with_condition(denoise, condition, first=model.config.condition_first)
+        denoise = with_condition(denoise, condition, first=first)
     return with_self_condition(denoise) if program.self_condition else denoise
 
 

@@ -244,6 +244,30 @@ class Request:
         type=int,
         metavar="N",
     )
+    reuse: int | None = _option(
+        None,
+        "--reuse",
+        "of a UNet: ask all of it every N steps, between them its last blocks alone (DeepCache): faster, not exact",
+        {"invert": "inversion goes back the exact steps", **_COMPILED},
+        type=int,
+        metavar="N",
+    )
+    reuse_center: int | None = _option(
+        None,
+        "--reuse-center",
+        "of --reuse: as many whole steps, but denser around step C",
+        {"invert": "inversion goes back the exact steps", **_COMPILED},
+        type=int,
+        metavar="C",
+    )
+    reuse_blocks: int | None = _option(
+        None,
+        "--reuse-blocks",
+        "of --reuse: how many last blocks of the way up are asked at each step; default 1",
+        {"invert": "inversion goes back the exact steps", **_COMPILED},
+        type=int,
+        metavar="K",
+    )
     classifier_scale: float | None = _option(
         None,
         "--classifier-scale",

@@ -88,7 +88,7 @@ def export_sampler(
         given = dict(zip(names[3:], rest, strict=True))
         keys = numbered_keys(jax.random.key(seed), numbers)
         state = init_state(x_T := planned.noised(draw_noise(keys, planned.shape, dtype)), planned.rows)
-        state = state._replace(memory=method.memory(planned.rows, x_T))
+        state = state._replace(memory=method.memory(planned.rows, x_T), deep=planned.deep(x_T.shape[0]))
         each = lambda value: jnp.broadcast_to(jnp.asarray(value, dtype), numbers.shape)  # noqa: E731
         rows = jax.tree.map(jnp.asarray, planned.rows)
         values = Given(
