@@ -72,6 +72,8 @@ class Common(TypedDict, total=False):
 
     steps: int | None
     spacing: str | Sequence[float] | np.ndarray | None
+    shift: float | None
+    rho: float | None
     clip: bool | None
     clip_range: tuple[float, float] | None
     threshold: tuple[float, float] | None
@@ -383,7 +385,7 @@ class DDIM(metaclass=_Led):
         method: "ddim"; "ddpm", ancestral sampling with the checkpoint's variance or `variance`; one of
             `jddim.solvers.SOLVERS`, such as "dpm++2m", or a `Solver`. `noise` then has one row an evaluation.
         steps: S; spacing: a name that `jddim.timesteps.make_timesteps` takes, or a descending list of timesteps (then
-            no steps).
+            no steps). shift: of a flow's spacing "even"; rho: of the spacing "karras".
         eta: 0 deterministic ... 1 as noisy as DDPM; a scalar or one value per image, `(num,)`. May be traced. For
             "ddim" alone.
         clip: clamp x0 to clip_range at each step; threshold: instead, (ratio, largest) of dynamic thresholding;

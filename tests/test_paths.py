@@ -356,6 +356,22 @@ def test_x_T_is_standard_normal_at_every_door() -> None:
     assert not np.allclose(half, made)
 
 
+def test_shift_and_rho_are_options() -> None:
+    key = jax.random.key(5)
+    flow = ddim_of(FlowSchedule(), SamplerConfig("even", 5, prediction_type="velocity", timestep_scale=9.0))
+    shifted = flow.sample(key, 2, shift=3.0)
+    np.testing.assert_array_equal(shifted, flow.with_sampler(shift=3.0).sample(key, 2))
+    assert not np.allclose(shifted, flow.sample(key, 2))
+    edm = ddim_of(EDMSchedule(), EDM)
+    np.testing.assert_array_equal(edm.sample(key, 2, rho=3.0), edm.with_sampler(rho=3.0).sample(key, 2))
+    with pytest.raises(RequestError, match="shift is of the spacing even, this run's is karras"):
+        edm.sample(key, 2, shift=3.0)
+    with pytest.raises(RequestError, match="rho is of the spacing karras, this run's is even"):
+        flow.sample(key, 2, rho=3.0)
+    with pytest.raises(RequestError, match="shift must be a number in 0.001..1000, got 0"):
+        flow.sample(key, 2, shift=0.0)
+
+
 @pytest.mark.parametrize("name", ["flow", "edm", "vp"])
 def test_every_segment_is_the_same_program(name: str) -> None:
     """A run watched is equal to the bit; eta above 0 draws the same noise whatever the batch."""

@@ -449,7 +449,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
             program, reuse=tuple(first_step + step for step in whole), reuse_blocks=request.reuse_blocks or 1
         )
 
-    problems += unusable
+    problems += unusable + _spacing_options(request, spacing)
     problems += misfits or network_problems(config, sampler, (height, width))
     problems += num_problems(num)
     problems += sampler_problems(sampler, table, ddim.schedule) + batch_size_problems(batch_size)
@@ -736,6 +736,18 @@ def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
         told = "rederive_eps is not False beside a classifier, whose eps is taken from the limited x0: leave it out"
         problems.append(("rederive_eps", told))
     return problems
+
+
+def _spacing_options(request: Request, spacing: str | np.ndarray) -> Problems:
+    """What is asked of the spacing that it has no use for."""
+    named = spacing if isinstance(spacing, str) else "of listed t"
+    fits = {"shift": named == "even", "rho": named.startswith("karras")}
+    of = {"shift": "even", "rho": "karras"}
+    return [
+        (name, f"{name} is of the spacing {of[name]}, this run's is {named}: leave it out, or ask for that spacing")
+        for name, fit in fits.items()
+        if getattr(request, name) is not None and not fit
+    ]
 
 
 def stage_options(request: Request, has_stage: bool) -> Problems:

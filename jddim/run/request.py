@@ -147,6 +147,24 @@ class Request:
     spacing: str | tuple[float, ...] | None = _option(
         None, "--spacing", f"{SPACING_NAMES}; default: the checkpoint's", _ASKED_ON_THE_PAGE, metavar="NAME"
     )
+    shift: float | None = _option(
+        None,
+        "--shift",
+        "of a flow's spacing even: each t becomes N t / (1 + (N - 1) t), towards the noise above 1",
+        _ASKED_ON_THE_PAGE,
+        convention=True,
+        type=float,
+        metavar="N",
+    )
+    rho: float | None = _option(
+        None,
+        "--rho",
+        "of the spacing karras: even steps in sigma^(1 / N)",
+        _ASKED_ON_THE_PAGE,
+        convention=True,
+        type=float,
+        metavar="N",
+    )
     clip: bool | None = _option(
         None, "--clip", "clamp x0 to the clip range at each step", _COMPILED, convention=True, action=_SWITCH
     )
