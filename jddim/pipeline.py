@@ -102,6 +102,10 @@ class EditOptions(Common, total=False):
     method: str | Solver
     eta: ArrayLike | None
     variance: str | None
+    s_churn: float | None
+    s_tmin: float | None
+    s_tmax: float | None
+    s_noise: float | None
     reuse: int | None
     reuse_center: int | None
     reuse_blocks: int | None
@@ -384,6 +388,7 @@ class DDIM(metaclass=_Led):
 
         method: "ddim"; "ddpm", ancestral sampling with the checkpoint's variance or `variance`; one of
             `jddim.solvers.SOLVERS`, such as "dpm++2m", or a `Solver`. `noise` then has one row an evaluation.
+            s_churn, s_tmin, s_tmax, s_noise: of "heun" on EDM's path, as `jddim.solvers.churned_heun`'s.
         steps: S; spacing: a name that `jddim.timesteps.make_timesteps` takes, or a descending list of timesteps (then
             no steps). shift: of a flow's spacing "even"; rho: of the spacing "karras".
         eta: 0 deterministic ... 1 as noisy as DDPM; a scalar or one value per image, `(num,)`. May be traced. For

@@ -18,6 +18,7 @@ make a `Solver` and pass it, or name it in `SOLVERS`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -389,6 +390,43 @@ def heun_plan(table: StepTable) -> SolverTable:
     2 S - 1 evaluations.
     """
     return _heun(table)
+
+
+@functools.cache
+def churned_heun(s_churn: float, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0) -> Solver:
+    """Heun's method with churn, for EDM's path: Algorithm 2 of arXiv:2206.00364 and its defaults.
+
+    s_churn: in a run of S steps each one's sigma grows by the factor 1 + min(s_churn / S, sqrt(2) - 1) first, by noise
+    of the standard deviation s_noise. s_tmin, s_tmax: the sigmas at which it does. The noise before a step is drawn at
+    the end of the one before it; before the first it is part of x_T, so a run starts at the grown sigma.
+
+    Raises ValueError unless s_churn >= 0, 0 <= s_tmin <= s_tmax and s_noise > 0; its plan, for a path with another
+    alpha than 1.
+    """
+    if not (0 <= s_churn < math.inf and 0 <= s_tmin <= s_tmax and 0 < s_noise < math.inf):
+        raise ValueError(
+            "s_churn must be at least 0, s_noise above 0, and s_tmin at most s_tmax; got "
+            f"s_churn {s_churn:g}, s_noise {s_noise:g}, s_tmin {s_tmin:g} and s_tmax {s_tmax:g}"
+        )
+    return Solver(partial(_churned, churn=(s_churn, s_tmin, s_tmax, s_noise)), history="eps", stochastic=True)
+
+
+def _churned(table: StepTable, churn: tuple[float, float, float, float]) -> SolverTable:
+    s_churn, s_tmin, s_tmax, s_noise = churn
+    alpha, sigma, _, sigma_prev = _alphas(table)
+    if (alpha != 1).any():
+        raise ValueError("s_churn is of EDM's path, where alpha_t is 1; this schedule's is not")
+    grown = np.where((s_tmin <= sigma) & (sigma <= s_tmax), min(s_churn / table.num_steps, math.sqrt(2) - 1), 0.0)
+    sigma_hat = sigma * (1 + grown)
+    heun = _heun(table._replace(t=sigma_hat, sigma_t=sigma_hat))
+    # The last evaluation of each step but the last adds what the next step's sigma grows by.
+    ends = np.flatnonzero(
+        np.diff(np.append(np.repeat(np.arange(table.num_steps), np.where(sigma_prev == 0, 1, 2)), -1))
+    )
+    added = s_noise * np.sqrt(sigma_hat**2 - sigma**2)[1:]
+    noise = np.zeros(heun.num_steps)
+    noise[ends[:-1]] = added
+    return heun._replace(noise=noise)
 
 
 def heun_flow_plan(table: StepTable) -> SolverTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from jddim.inversion import invert_loop
 from jddim.run.request import RequestError
 from jddim.sampling import sample_loop
 from jddim.schedule import EDMSchedule, FlowSchedule, Schedule, VPSchedule, linear_schedule, make_schedule
-from jddim.solvers import solver_loop
+from jddim.solvers import churned_heun, solver_loop
 from jddim.timetables import traps
 
 pytestmark = [pytest.mark.quick, pytest.mark.unoptimised]
@@ -368,8 +369,71 @@ def test_shift_and_rho_are_options() -> None:
         edm.sample(key, 2, shift=3.0)
     with pytest.raises(RequestError, match="rho is of the spacing karras, this run's is even"):
         flow.sample(key, 2, rho=3.0)
-    with pytest.raises(RequestError, match="shift must be a number in 0.001..1000, got 0"):
+    with pytest.raises(RequestError, match=r"shift must be a number in 0\.001\.\.1000, got 0"):
         flow.sample(key, 2, shift=0.0)
+
+
+@pytest.mark.parametrize("churn", [(40.0, 0.05, 50.0, 1.003), (3.0, 0.0, np.inf, 1.0), (0.0, 0.0, np.inf, 1.0)])
+def test_heun_with_churn_is_algorithm_2(churn: tuple[float, float, float, float]) -> None:
+    """Of arXiv:2206.00364, in NumPy, noise by noise; the first step's is part of x_T."""
+    S, shape = 7, (3, 5, 2)
+    s_churn, s_tmin, s_tmax, s_noise = churn
+    sampler = SamplerConfig("karras", S, prediction_type="edm")
+    table = sampler_table(EDMSchedule(), sampler, S, np.float64)
+    solver = churned_heun(*churn)
+    rng = np.random.default_rng(3)
+    n, z = rng.standard_normal((4, *shape)), rng.standard_normal((2 * S - 1, 4, *shape))
+
+    def D(xp: Any, x: Any, sigma: Any) -> Any:
+        return xp.tanh(0.7 * x / (1 + sigma)) * 0.5
+
+    sigmas = np.append(np.asarray(table.sigma_t), 0.0)
+    x, start = None, None
+    for i, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+        gamma = min(s_churn / S, np.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        hat = sigma * (1 + gamma)
+        if i == 0:
+            x = start = n * hat
+        else:
+            x = x + np.sqrt(hat**2 - sigma**2) * s_noise * z[2 * i - 1]
+        d = (x - D(np, x, hat)) / hat
+        x_next = x + (following - hat) * d
+        if following > 0:
+            x_next = x + (following - hat) * (d + (x_next - D(np, x_next, following)) / following) / 2
+        x = x_next
+
+    def denoise(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        return D(jnp, x_t, t.reshape(-1, 1, 1, 1))
+
+    x_0 = solver_loop(
+        denoise,
+        jnp.asarray(start, jnp.float32),
+        table,
+        solver,
+        noise=jnp.asarray(z, jnp.float32),
+        prediction_type="sample",
+    )
+    np.testing.assert_allclose(x_0, x, atol=1e-4)  # float32, from a start of 300
+
+
+def test_churn_is_an_option() -> None:
+    ddim, key = ddim_of(EDMSchedule(), EDM), jax.random.key(3)
+    run = partial(ddim.sample, key, 3, method="heun", steps=5)
+    churned = run(s_churn=3.0)
+    assert not np.allclose(churned, run())
+    np.testing.assert_array_equal(churned, run(s_churn=3.0, on_segment=lambda preview: None))
+    np.testing.assert_allclose(churned[1:], run(s_churn=3.0, s_tmax=np.inf)[1:], atol=2e-4)
+    np.testing.assert_allclose(run(s_churn=0.0), run(), atol=2e-4)
+    for told, options in (
+        ("s_churn is of method heun, not of 'ddim'", {"s_churn": 3.0, "method": "ddim"}),
+        ("s_noise is of s_churn: give s_churn too", {"s_noise": 1.0}),
+        ("s_tmin at most s_tmax; got s_churn 3, s_noise 1, s_tmin 2", {"s_churn": 3.0, "s_tmin": 2.0, "s_tmax": 1.0}),
+    ):
+        with pytest.raises(RequestError, match=told):
+            run(**options)
+    discrete = ddim_of(linear_schedule(50), SamplerConfig(num_steps=5))
+    with pytest.raises(RequestError, match="s_churn is of EDM's path"):
+        discrete.sample(key, 2, method="heun", s_churn=3.0)
 
 
 @pytest.mark.parametrize("name", ["flow", "edm", "vp"])

@@ -57,7 +57,7 @@ from jddim.run.programs import Program, by_parts, check_decoded, decode, draw_ke
 from jddim.run.request import CFG_PLUS_PLUS, CLASSIFIER_FREE, Problems, Request, RequestError
 from jddim.sampling import State, init_state, is_zero
 from jddim.schedule import Schedule
-from jddim.solvers import cast
+from jddim.solvers import cast, churned_heun
 from jddim.timesteps import openai_respacing
 from jddim.timetables import whole_steps
 
@@ -130,6 +130,9 @@ class Batch(NamedTuple):
         if not missing:
             return rows
         return jnp.concatenate([rows, jnp.repeat(jnp.take(rows, jnp.array([-1]), axis), missing, axis)], axis)
+
+
+CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -538,7 +541,7 @@ def plan(ddim: Source, request: Request, inputs: Inputs, num: int | None = None,
         decodes=stage is not None and not request.latents and not isinstance(method, Inversion),
         decode_batch=request.decode_batch or 1,
         pastes=request.paste,
-        prior_scale=ddim.schedule.prior_scale(float(table.t[0])),
+        prior_scale=ddim.schedule.prior_scale(float((table if request.s_churn is None else rows).t[0])),
     )
 
 
@@ -653,9 +656,17 @@ def _method(request: Request, inputs: Inputs) -> Method:
     """DDIM's way up for images to invert, else the method asked for."""
     inverting = inputs.images is not None and inputs.mask is None and request.strength is None
     if not inverting:
-        return methods.find(request.method)
+        return methods.find(request.method) if request.s_churn is None else _churned(request)
     known = request.convention in CONVENTIONS  # an unknown one is among the problems
     return Inversion(request.convention if known else CONVENTIONS[0], request.refine)
+
+
+def _churned(request: Request) -> Method:
+    """The method heun with the request's churn. Raises ValueError for another method."""
+    if request.method != "heun":
+        raise ValueError(f"s_churn is of method heun, not of {request.method!r}: take that one, or leave s_churn out")
+    asked = {name: getattr(request, name) for name in CHURN if getattr(request, name) is not None}
+    return methods.BySolver(churned_heun(**asked))
 
 
 def spacing_of(request: Request, sampler: SamplerConfig, T: int) -> str | np.ndarray:
@@ -723,6 +734,9 @@ def _unused(request: Request, program: Program, *, rederives: bool) -> Problems:
     problems: Problems = []
     if request.variance is not None and not program.method.takes_variance:
         problems.append(("variance", f"variance is for method ddpm, not for {request.method!r}: leave it out"))
+    if request.s_churn is None:
+        told = "is of s_churn: give s_churn too, or leave it out"
+        problems += [(name, f"{name} {told}") for name in CHURN if getattr(request, name) is not None]
     if request.guidance_channels is not None and program.guidance is None:
         problems.append(
             ("guidance_channels", "guidance_channels is for guidance: give guidance_scale too, or leave it out")

@@ -147,6 +147,38 @@ class Request:
     spacing: str | tuple[float, ...] | None = _option(
         None, "--spacing", f"{SPACING_NAMES}; default: the checkpoint's", _ASKED_ON_THE_PAGE, metavar="NAME"
     )
+    s_churn: float | None = _option(
+        None,
+        "--s-churn",
+        "of method heun on EDM's path: how much noise a run adds before its steps (Algorithm 2; EDM's ImageNet-64: 40)",
+        {"invert": "inversion draws no noise", **_COMPILED},
+        type=float,
+        metavar="X",
+    )
+    s_tmin: float | None = _option(
+        None,
+        "--s-tmin",
+        "of --s-churn: the least sigma at which it does (0.05)",
+        {"invert": "inversion draws no noise", **_COMPILED},
+        type=float,
+        metavar="SIGMA",
+    )
+    s_tmax: float | None = _option(
+        None,
+        "--s-tmax",
+        "of --s-churn: the largest (50)",
+        {"invert": "inversion draws no noise", **_COMPILED},
+        type=float,
+        metavar="SIGMA",
+    )
+    s_noise: float | None = _option(
+        None,
+        "--s-noise",
+        "of --s-churn: that noise's standard deviation, 1 by default (1.003)",
+        {"invert": "inversion draws no noise", **_COMPILED},
+        type=float,
+        metavar="X",
+    )
     shift: float | None = _option(
         None,
         "--shift",

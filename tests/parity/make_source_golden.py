@@ -295,7 +295,11 @@ def edm(name: str, case: SourceCase) -> dict[str, Any]:
     labels = None if case.labels is None else torch.eye(case.network["label_dim"])[list(case.labels)]
     found = {"shapes": shapes, "fixed": {key: value.tolist() for key, value in fixed.items()}}
     found["eps"] = network(nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t), labels)
-    found["heun"] = edm_sampler(whole, nchw(images(case, len(case.t), seed=2)), labels, num_steps=STEPS).float()
+    x_T, drawn = (nchw(images(case, len(case.t), seed=2)), iter(images(case, STEPS, len(case.t), seed=3)))
+    found["heun"] = edm_sampler(whole, x_T, labels, num_steps=STEPS).float()
+    churn = {"S_churn": 40, "S_min": 0.05, "S_max": 50, "S_noise": 1.003}
+    draw = lambda like: nchw(next(drawn)).to(like)  # noqa: E731
+    found["churn"] = edm_sampler(whole, x_T, labels, draw, num_steps=STEPS, **churn).float()
     return found
 
 
