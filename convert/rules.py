@@ -1,10 +1,9 @@
 """Rename rules: source module names to the model's, as templates with {i} for numbers.
 
 A family is a table of them, `{"down.{i}.block.{j}.temb_proj": "down.{i}.blocks.{j}.time_proj", ...}`. What a rule
-names is a module ("": the network itself); its `weight` and `bias` go to whichever leaves the target module has
-(`kernel`, `scale` or `embedding`, `bias`), and the layout follows from the target leaf: OIHW -> HWIO, (out, in) ->
-(in, out), 1x1 convolutions into linears. A source module that stacks several of the model's, such as a qkv projection,
-is `Fused`.
+names is a module; its `weight` and `bias` go to whichever leaves the target module has (`kernel`, `scale` or
+`embedding`, `bias`), and the layout follows from the target leaf: OIHW -> HWIO, (out, in) -> (in, out), 1x1
+convolutions into linears. A source module that stacks several of the model's, such as a qkv projection, is `Fused`.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def source_of(name: str, rules: Rules) -> str:
     for source, target in rules.items():
         for part in parts_of(target):
             if numbers := _match(part, module):
-                return f"{source.format_map(numbers)}.{kind}".removeprefix(".")
+                return f"{source.format_map(numbers)}.{kind}"
     return f"? (for {name}: no rule)"
 
 

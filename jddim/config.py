@@ -450,7 +450,7 @@ class _NoLabels:
 
 
 @dataclasses.dataclass(frozen=True)
-class LucidrainsConfig(_Whole, _NoCondition):
+class LucidrainsConfig(_Whole, _NoCondition, _NoLabels):
     """The UNet of lucidrains' denoising-diffusion-pytorch 2.x (`jddim.models.lucidrains`); its `Unet`'s arguments.
 
     image_size: (height, width) in pixels that the checkpoint was trained at. in_channels: the image's;
@@ -462,8 +462,6 @@ class LucidrainsConfig(_Whole, _NoCondition):
     the last level's also in the middle, which is always full. memory: learned keys and values of every attention.
     time_embedding: "sinusoidal", with frequencies theta^(-i / (channels / 2 - 1)), or "learned": t and time_features
     sines and cosines of learned or random frequencies.
-    num_classes: of the Unet in its classifier_free_guidance.py, the null label, the last, included. That one halves by
-    4x4 convolutions, has no memory, and heads of its own in the middle: mid_heads of mid_head_channels each.
     """
 
     image_size: tuple[int, int]
@@ -480,19 +478,6 @@ class LucidrainsConfig(_Whole, _NoCondition):
     time_embedding: str = "sinusoidal"
     time_features: int = 16
     theta: float = 10000.0
-    num_classes: int | None = later(None)
-    mid_heads: int | None = later(None)
-    mid_head_channels: int | None = later(None)
-
-    @property
-    def class_embedding(self) -> str | None:
-        """What kind of labels it takes: integers, where it has classes."""
-        return None if self.num_classes is None else "learned"
-
-    @property
-    def middle_heads(self) -> tuple[int, int]:
-        """Heads of the middle's attention and a head's channels: the last level's where they are not said."""
-        return self.mid_heads or self.num_heads[-1], self.mid_head_channels or self.head_channels[-1]
 
     @property
     def input_channels(self) -> int:
@@ -549,13 +534,6 @@ class LucidrainsConfig(_Whole, _NoCondition):
                 problems.append(f"{name}={given} must hold one value for each of {levels} levels, numbers at least 1")
         if self.memory < 0:
             problems.append(f"memory={self.memory} must not be negative")
-        problems += [
-            f"{name}={value} must be at least {least}, or null"
-            for name, least in (("num_classes", 2), ("mid_heads", 1), ("mid_head_channels", 1))
-            if (value := getattr(self, name)) is not None and value < least
-        ]
-        if self.num_classes is not None and (self.memory or self.self_condition):
-            problems.append("a network with classes has no memory and no self-conditioning: memory=0")
         if self.time_embedding not in LUCIDRAINS_TIME_EMBEDDINGS:
             hint = did_you_mean(self.time_embedding, LUCIDRAINS_TIME_EMBEDDINGS)
             problems.append(f"time_embedding {self.time_embedding!r} is unknown{hint}")

@@ -4,8 +4,6 @@ The Trainer saves {step, model, opt, ema, scaler, version}. `model` is a Gaussia
 schedule in float32 buffers, and the Unet's tensors under `model.`; `ema` is ema_pytorch's, with a GaussianDiffusion
 under `ema_model.` and the raw one again under `online_model.`. A GaussianDiffusion's or a Unet's own state dict is
 read too. Buffers tell T, the schedule and the objective; shapes tell all of the network but a sinusoid's theta.
-
-The Unet of its classifier_free_guidance.py has classes, attention of other names, and defaults of its own.
 """
 
 from __future__ import annotations
@@ -67,11 +65,10 @@ def _not_ours(state: Mapping[Any, Any]) -> str | None:
     names = [str(name) for name in state]
     if any(name.startswith("net.") for name in names):
         return "is an ElucidatedDiffusion, whose sampler is Karras et al.'s and not DDIM; not supported"
-    if any(".2.fn." in name for name in names) and not any(name.endswith("null_classes_emb") for name in names):
+    if any(re.search(r"classes_(emb|mlp)\.|\.2\.fn\.", name) for name in names):
         return (
-            "is a Unet of guided_diffusion.py or of a version before 2.0 (its attention is under `.2.fn.`, and it has "
-            "no null_classes_emb); only denoising_diffusion_pytorch.py and classifier_free_guidance.py of 2.x are "
-            "supported"
+            "is a Unet of classifier_free_guidance.py, guided_diffusion.py or a version before 2.0 (its attention is "
+            "under `.2.fn.`, or it has classes_emb); only denoising_diffusion_pytorch.py of 2.x is supported"
         )
     if any(re.search(r"\.block1\.(norm\.weight$|block\.\d)", name) for name in names):
         return "is of denoising-diffusion-pytorch 0.x or 1.x, whose blocks have group norms; only 2.x is supported"
@@ -109,8 +106,7 @@ SETTINGS = {
     "random_fourier_features": "whether t's frequencies are random (the tensors tell: learned or random)",
     "learned_sinusoidal_dim": "learned or random features of t (checked against the tensors)",
     "attn_dim_head": "a head's channels, one for all levels or one each (checked against the tensors)",
-    "attn_heads": "heads, one for all levels or one each (checked against the tensors); with classes, the middle's",
-    "num_classes": "classes, without the null label (checked against the tensors)",
+    "attn_heads": "heads, one for all levels or one each (checked against the tensors)",
     "full_attn": "full or linear attention, one for all levels or one each (checked against the tensors)",
 }
 
@@ -128,7 +124,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "objective": one_of(*OBJECTIVES),
     "beta_schedule": one_of(*BETA_SCHEDULES),
     **dict.fromkeys(("timesteps", "sampling_timesteps", "dim", "init_dim", "out_dim", "channels"), integer),
-    **dict.fromkeys(("learned_sinusoidal_dim", "num_classes"), integer),
+    **dict.fromkeys(("learned_sinusoidal_dim",), integer),
     **dict.fromkeys(("ddim_sampling_eta", "sinusoidal_pos_emb_theta"), number),
     **dict.fromkeys(("auto_normalize", "self_condition", "learned_variance"), boolean),
     **dict.fromkeys(("learned_sinusoidal_cond", "random_fourier_features"), boolean),
@@ -168,9 +164,6 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     Facts are taken from several tensors each, by majority, so that one missing, misshapen or stray tensor is reported
     as such and not as a different network. Raises ConversionError where too few are there.
     """
-    with_classes = "classes_emb.weight" in tensors or "null_classes_emb" in tensors
-    if with_classes:
-        tensors = {re.sub(r"\.(fn\.)+", ".", name): value for name, value in tensors.items()}
 
     def votes(pattern: str, axis: int, divide: int = 1) -> int:
         if (size := common_size(tensors, pattern, axis, divide)) is None:
@@ -181,10 +174,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     levels = sum(count >= 20 for count in found.values())  # a level has about 50 tensors, in `downs` and `ups` together
     if not levels or any(found[level] < 20 for level in range(levels)):
         raise ConversionError("too few tensors of the Unet are there to tell its shape; is the file whole?")
-    if with_classes:  # a block is told the time and the class, side by side
-        dim = votes(r"time_mlp\.[13]\.bias|classes_mlp\.[02]\.bias", -1, 4)
-    else:
-        dim = votes(r"time_mlp\.[13]\.bias|.*\.mlp\.1\.weight", -1, 4)
+    dim = votes(r"time_mlp\.[13]\.bias|.*\.mlp\.1\.weight", -1, 4)
     if not dim:
         raise ConversionError("the time MLP has no width; is the file whole?")
     widths = [
@@ -192,10 +182,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     ]
     if odd := [width for width in widths if width % dim]:
         raise ConversionError(f"the levels' widths {widths} are not multiples of the time MLP's dim = {dim}: {odd}")
-    if with_classes:
-        attentions = [(False, *_LINEAR)] * levels
-    else:
-        attentions = [_attention(tensors, (f"downs.{i}.2", f"ups.{levels - 1 - i}.2")) for i in range(levels)]
+    attentions = [_attention(tensors, (f"downs.{i}.2", f"ups.{levels - 1 - i}.2")) for i in range(levels)]
     features = votes(r"time_mlp\.1\.weight", 1) if "time_mlp.1.weight" in tensors else dim
     learned = "time_mlp.0.weights" in tensors or features != dim
     return {
@@ -205,16 +192,10 @@ def infer(tensors: Tensors) -> dict[str, Any]:
         "full_attn": tuple(full for full, _, _ in attentions),
         "attn_heads": tuple(heads for _, heads, _ in attentions),
         "attn_dim_head": tuple(width for _, _, width in attentions),
-        "num_mem_kv": 0 if with_classes else _memory(tensors, levels, [full for full, _, _ in attentions]),
-        "num_classes": votes(r"classes_emb\.weight", 0) if with_classes else None,
-        "mid_width": votes(r"mid_attn\.to_qkv\.weight", 0, 3) if with_classes else None,
+        "num_mem_kv": _memory(tensors, levels, [full for full, _, _ in attentions]),
         "learned_sinusoidal_dim": features - 1 if learned else None,
         **_ends(tensors),
     }
-
-
-_LINEAR = 4, 32
-"""Heads and a head's channels of the linear attentions in classifier_free_guidance.py, which no argument changes."""
 
 
 def _attention(tensors: Tensors, places: Iterable[str]) -> tuple[bool, int, int]:
@@ -342,8 +323,6 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     found = infer({name: value for name, value in tensors.items() if name not in _BUFFERS})
     assumed: list[str] = []
     settle = settling(told, assumed)
-    with_classes = found["num_classes"] is not None
-    default = _WITH_CLASSES if with_classes else _DEFAULTS
     problems = _contradictions(told, found)
 
     if not told.get("auto_normalize", True):
@@ -365,31 +344,28 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             assumed.append("schedule: explicit betas, from the buffer alphas_cumprod (no schedule of the source's)")
     else:
         T = settle("timesteps", 1000, "GaussianDiffusion's default")
-        name = settle("beta_schedule", default["beta_schedule"], "GaussianDiffusion's default")
+        name = settle("beta_schedule", "sigmoid", "GaussianDiffusion's default")
         schedule = _source_schedule(name, max(T, 1))
         if T < 1 or _built(schedule) is None:
             problems.append(f"timesteps={T} makes no {name} schedule")
     read = _objective(tensors)
-    objective = _settle_objective(read, found, told, assumed, problems, default["objective"])
-    if with_classes:
-        _settle_middle(found, settle, told, problems)
-    else:
-        settle("auto_normalize", True, "GaussianDiffusion's default")
+    objective = _settle_objective(read, found, told, assumed, problems)
+    settle("auto_normalize", True, "GaussianDiffusion's default")
     theta = 10000.0
-    if found["learned_sinusoidal_dim"] is None and not with_classes:
+    if found["learned_sinusoidal_dim"] is None:
         theta = settle("sinusoidal_pos_emb_theta", 10000.0, "Unet's default")
     steps = settle("sampling_timesteps", min(250, T), "the README's example" if T > 250 else "T")
-    eta = settle("ddim_sampling_eta", default["ddim_sampling_eta"], "GaussianDiffusion's default")
+    eta = settle("ddim_sampling_eta", 0.0, "GaussianDiffusion's default")
     if not 1 <= steps <= T:
         problems.append(f"sampling_timesteps={steps} must lie in 1..{T}")
     elif _built(schedule) is not None:
         limit = largest_eta(step_table(noise_schedule(schedule), make_timesteps("linspace", T, steps)))
         if not 0 <= eta <= limit:
             problems.append(f"ddim_sampling_eta={eta:g} must lie in 0..{limit:.4g} for this table of steps")
-    untold = ["image_size", *(["attn_heads"] if with_classes else ["auto_normalize"])]
+    untold = ["image_size", "auto_normalize"]
     untold += [] if "betas" in tensors and "alphas_cumprod" in tensors else ["timesteps", "beta_schedule"]
     untold += ["objective"] if read is None else []
-    untold += ["sinusoidal_pos_emb_theta"] if found["learned_sinusoidal_dim"] is None and not with_classes else []
+    untold += ["sinusoidal_pos_emb_theta"] if found["learned_sinusoidal_dim"] is None else []
     missing = {}
     if "image_size" not in told:
         missing["image_size=SIDE"] = "the tensors do not tell the image size; --set image_size=64"
@@ -402,9 +378,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         num_steps=steps,
         eta=eta,
         clip=True,
-        # LearnedGaussianDiffusion's model_predictions keeps the network's eps beside the clipped x0; so does that of
-        # classifier_free_guidance.py where the network predicts it.
-        rederive_eps=objective != "pred_noise" if with_classes else not found["learned_variance"],
+        # LearnedGaussianDiffusion's model_predictions keeps the network's eps beside the clipped x0.
+        rederive_eps=not found["learned_variance"],
         prediction_type=OBJECTIVES[objective],
         self_condition=found["self_condition"],
         variance="learned_range" if found["learned_variance"] else "fixed_small",
@@ -426,31 +401,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         asks=asking(untold, told),
         unchecked=tuple(key for key in given if key in untold),
         wording=wording,
-        null_label=found["num_classes"],
     )
-
-
-_DEFAULTS: dict[str, Any] = {"objective": "pred_v", "beta_schedule": "sigmoid", "ddim_sampling_eta": 0.0}
-_WITH_CLASSES: dict[str, Any] = {"objective": "pred_noise", "beta_schedule": "cosine", "ddim_sampling_eta": 1.0}
-"""GaussianDiffusion's defaults, and those of the class of that name in classifier_free_guidance.py."""
-
-
-def _settle_middle(
-    found: dict[str, Any], settle: Callable[[str, Any, str], Any], told: Mapping[str, Any], problems: list[str]
-) -> None:
-    """Heads of the middle's attention, of which the tensors tell heads times a head's channels."""
-    if found["learned_variance"]:
-        problems.append("learned_variance: the source has no sampler for such a Unet with classes")
-    heads = settle("attn_heads", 4, "Unet's default")
-    if not isinstance(heads, int) or heads < 1 or found["mid_width"] % heads:
-        problems.append(
-            f"attn_heads={heads} must be one number that divides the middle's {found['mid_width']} channels"
-        )
-        return
-    found["mid_heads"], found["mid_head_channels"] = heads, found["mid_width"] // heads
-    if told.get("attn_dim_head", found["mid_head_channels"]) != found["mid_head_channels"]:
-        given = told["attn_dim_head"]
-        problems.append(f"attn_dim_head is {given} by --set, but {found['mid_head_channels']} in the tensors")
 
 
 def _notes(found: Mapping[str, Any], steps: int, T: int) -> tuple[str, ...]:
@@ -481,9 +432,6 @@ def _model(found: Mapping[str, Any], image_size: tuple[int, int], theta: float) 
         memory=found["num_mem_kv"],
         time_embedding="sinusoidal" if features is None else "learned",
         theta=theta,
-        num_classes=None if found["num_classes"] is None else found["num_classes"] + 1,
-        mid_heads=found.get("mid_heads"),
-        mid_head_channels=found.get("mid_head_channels"),
         **({} if features is None else {"time_features": features}),
     )
 
@@ -492,14 +440,10 @@ def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
     """Each --set value that the tensors contradict."""
     problems = []
     levels = len(found["dim_mults"])
-    own = ("dim", "init_dim", "out_dim", "dim_mults", "channels", "self_condition", "learned_variance", "num_classes")
-    for key in own:
+    for key in ("dim", "init_dim", "out_dim", "dim_mults", "channels", "self_condition", "learned_variance"):
         if key in told and told[key] != found[key]:
             problems.append(f"{key} is {told[key]} by --set, but {found[key]} in the tensors")
-    with_classes = found["num_classes"] is not None
-    if with_classes and "full_attn" in told:
-        problems.append("full_attn is no argument of a Unet with classes, whose levels' attention is linear")
-    for key in () if with_classes else ("attn_heads", "attn_dim_head", "full_attn"):
+    for key in ("attn_heads", "attn_dim_head", "full_attn"):
         value = told.get(key)
         if value is False:  # as in the source, where full_attn=False means its default
             value = (*[False] * (levels - 1), True)
@@ -519,12 +463,7 @@ def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
 
 
 def _settle_objective(
-    read: str | None,
-    found: Mapping[str, Any],
-    told: Mapping[str, Any],
-    assumed: list[str],
-    problems: list[str],
-    default: str,
+    read: str | None, found: Mapping[str, Any], told: Mapping[str, Any], assumed: list[str], problems: list[str]
 ) -> str:
     """The objective that DDIM goes by."""
     asked = told.get("objective")
@@ -537,8 +476,8 @@ def _settle_objective(
     if read is not None and asked not in (None, read):
         problems.append(f"objective is {asked} by --set, but loss_weight is {read}'s")
     if asked is None and read is None:
-        assumed.append(f"objective = {default} (GaussianDiffusion's default)")
-    return asked or read or default
+        assumed.append("objective = pred_v (GaussianDiffusion's default)")
+    return asked or read or "pred_v"
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -579,15 +518,8 @@ _ATTENTIONS = {"downs.{i}.2": "down.{i}.attention", "ups.{i}.2": "up.{i}.attenti
 
 
 def rules(config: LucidrainsConfig) -> Rules:
-    """The rename table. With classes an attention is in a PreNorm in a Residual."""
-    inside = _ATTENTION
-    if config.num_classes is not None:
-        inside = {"fn.norm" if name == "norm" else f"fn.fn.{name}": ours for name, ours in _ATTENTION.items()}
+    """The rename table, the same for every config."""
     return {
-        "": "class_embed",  # null_classes_emb
-        "classes_emb": "class_embed.table",
-        "classes_mlp.0": "class_embed.mlp.linear_1",
-        "classes_mlp.2": "class_embed.mlp.linear_2",
         "init_conv": "conv_in",
         "time_mlp.0": "time_features",
         "time_mlp.1": "time_embed.linear_1",
@@ -599,7 +531,7 @@ def rules(config: LucidrainsConfig) -> Rules:
         "final_conv": "conv_out",
         **_ATTENTIONS,
         **{f"{a}.{x}": f"{b}.{y}" for a, b in _BLOCKS.items() for x, y in _BLOCK.items()},
-        **{f"{a}.{x}": f"{b}.{y}" for a, b in _ATTENTIONS.items() for x, y in inside.items()},
+        **{f"{a}.{x}": f"{b}.{y}" for a, b in _ATTENTIONS.items() for x, y in _ATTENTION.items()},
     }
 
 
@@ -620,9 +552,6 @@ def reference(config: LucidrainsConfig) -> Any:
         num_mem_kv=config.memory,
         learned_sinusoidal_dim=config.time_features if config.time_embedding == "learned" else None,
         sinusoidal_pos_emb_theta=config.theta,
-        num_classes=None if config.num_classes is None else config.num_classes - 1,
-        mid_heads=config.mid_heads,
-        mid_dim_head=config.mid_head_channels,
     )
 
 
@@ -632,8 +561,6 @@ def reference(config: LucidrainsConfig) -> Any:
 def write_trainer(metadata: Metadata, params: Tensors, path: Path) -> None:
     """One file as the Trainer saves and loads it. Raw and EMA weights are equal; the optimizer is untrained."""
     config, problems = of_wiring(metadata.model, LucidrainsConfig), []
-    if config.num_classes is not None:
-        problems.append("classifier_free_guidance.py has no Trainer; use lucidrains-unet")
     if config.time_embedding == "learned":
         problems.append("GaussianDiffusion refuses a Unet with learned or random features of t; use lucidrains-unet")
     if metadata.schedule.zero_terminal_snr:

@@ -105,16 +105,13 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels and learned keys and values; the residual is the network's.
+    """Self-attention over pixels and learned keys and values; the residual is the network's."""
 
-    memory: None: without them, and without the norm, which is `PreNorm`'s then.
-    """
-
-    def __init__(self, channels: int, heads: int, dim_head: int, memory: int | None):
+    def __init__(self, channels: int, heads: int, dim_head: int, memory: int):
         super().__init__()
         self.heads = heads
-        self.norm = nn.Identity() if memory is None else RMSNorm(channels)
-        self.mem_kv = nn.Parameter(torch.randn(2, heads, memory, dim_head)) if memory is not None else None
+        self.norm = RMSNorm(channels)
+        self.mem_kv = nn.Parameter(torch.randn(2, heads, memory, dim_head))
         self.to_qkv = nn.Conv2d(channels, 3 * heads * dim_head, 1, bias=False)
         self.to_out = nn.Conv2d(heads * dim_head, channels, 1)
 
@@ -124,23 +121,19 @@ class Attention(nn.Module):
         q, k, v = (  # each (b, heads, h * w, dim_head)
             part.reshape(b, self.heads, -1, h * w).transpose(2, 3) for part in self.to_qkv(self.norm(x)).chunk(3, dim=1)
         )
-        if self.mem_kv is not None:
-            k, v = (torch.cat([m.expand(b, -1, -1, -1), p], dim=2) for m, p in zip(self.mem_kv, (k, v), strict=True))
+        k, v = (torch.cat([m.expand(b, -1, -1, -1), p], dim=2) for m, p in zip(self.mem_kv, (k, v), strict=True))
         weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3)
         return self.to_out((weights @ v).transpose(2, 3).reshape(b, -1, h, w))
 
 
 class LinearAttention(nn.Module):
-    """Queries' softmax over a head's channels, keys' over positions and memory; the residual is the network's.
+    """Queries' softmax over a head's channels, keys' over positions and memory; the residual is the network's."""
 
-    memory: as `Attention`'s.
-    """
-
-    def __init__(self, channels: int, heads: int, dim_head: int, memory: int | None):
+    def __init__(self, channels: int, heads: int, dim_head: int, memory: int):
         super().__init__()
         self.heads = heads
-        self.norm = nn.Identity() if memory is None else RMSNorm(channels)
-        self.mem_kv = nn.Parameter(torch.randn(2, heads, dim_head, memory)) if memory is not None else None
+        self.norm = RMSNorm(channels)
+        self.mem_kv = nn.Parameter(torch.randn(2, heads, dim_head, memory))
         self.to_qkv = nn.Conv2d(channels, 3 * heads * dim_head, 1, bias=False)
         self.to_out = nn.Sequential(nn.Conv2d(heads * dim_head, channels, 1), RMSNorm(channels))
 
@@ -150,35 +143,10 @@ class LinearAttention(nn.Module):
         q, k, v = (  # each (b, heads, dim_head, h * w)
             part.reshape(b, self.heads, -1, h * w) for part in self.to_qkv(self.norm(x)).chunk(3, dim=1)
         )
-        if self.mem_kv is not None:
-            k, v = (torch.cat([m.expand(b, -1, -1, -1), p], dim=3) for m, p in zip(self.mem_kv, (k, v), strict=True))
+        k, v = (torch.cat([m.expand(b, -1, -1, -1), p], dim=3) for m, p in zip(self.mem_kv, (k, v), strict=True))
         q = q.softmax(dim=2) * q.shape[2] ** -0.5
         context = torch.einsum("bhdn,bhen->bhde", k.softmax(dim=3), v)
         return self.to_out(torch.einsum("bhde,bhdn->bhen", context, q).reshape(b, -1, h, w))
-
-
-class PreNorm(nn.Module):
-    """A norm, then `fn`. Of classifier_free_guidance.py, where a `Residual` is around it."""
-
-    def __init__(self, channels: int, fn: nn.Module):
-        super().__init__()
-        self.norm, self.fn = RMSNorm(channels), fn
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: `(b, c, h, w)`. Returns what `fn` does."""
-        return self.fn(self.norm(x))
-
-
-class Residual(nn.Module):
-    """The source's name for what adds x; here, as for the other attentions, the network does."""
-
-    def __init__(self, fn: nn.Module):
-        super().__init__()
-        self.fn = fn
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: `(b, c, h, w)`. Returns what `fn` does."""
-        return self.fn(x)
 
 
 class PixelUnshuffle(nn.Module):
@@ -194,8 +162,7 @@ class LucidrainsUNet(nn.Module):
 
     Arguments have the source's names; full_attn, attn_heads and attn_dim_head are one value per level. A
     self-conditioned network is given the conditioning and x_t already concatenated, in this order.
-    learned_sinusoidal_dim: None for the fixed sinusoid. num_classes: of the Unet of classifier_free_guidance.py,
-    without the null label, which is the label after the last; mid_heads, mid_dim_head: of its middle.
+    learned_sinusoidal_dim: None for the fixed sinusoid.
     """
 
     def __init__(
@@ -213,25 +180,18 @@ class LucidrainsUNet(nn.Module):
         num_mem_kv: int = 4,
         learned_sinusoidal_dim: int | None = None,
         sinusoidal_pos_emb_theta: float = 10000,
-        num_classes: int | None = None,
-        mid_heads: int | None = None,
-        mid_dim_head: int | None = None,
     ):
         super().__init__()
-        with_classes = num_classes is not None
         self.factor = 2 ** (len(dim_mults) - 1)
         time_width = 4 * dim
         widths = [init_dim, *(dim * mult for mult in dim_mults)]
 
         def block(channels_in: int, channels_out: int) -> nn.Module:
-            return ResnetBlock(channels_in, channels_out, time_width * (1 + with_classes))
+            return ResnetBlock(channels_in, channels_out, time_width)
 
-        def attention(
-            level: int, width: int, full: bool, heads: int | None = None, wide: int | None = None
-        ) -> nn.Module:
-            kind, memory = Attention if full else LinearAttention, None if with_classes else num_mem_kv
-            made = kind(width, heads or attn_heads[level], wide or attn_dim_head[level], memory)
-            return Residual(PreNorm(width, made)) if with_classes else made
+        def attention(level: int, width: int, full: bool) -> nn.Module:
+            kind = Attention if full else LinearAttention
+            return kind(width, attn_heads[level], attn_dim_head[level], num_mem_kv)
 
         self.init_conv = nn.Conv2d(channels * (1 + self_condition), init_dim, 7, padding=3)
         if learned_sinusoidal_dim is None:
@@ -240,20 +200,14 @@ class LucidrainsUNet(nn.Module):
             embedding = LearnedSinusoidalPosEmb(learned_sinusoidal_dim)
             self.time_mlp = TimeMLP(embedding, learned_sinusoidal_dim + 1, time_width)
 
-        if num_classes is not None:
-            self.classes_emb = nn.Embedding(num_classes, dim)
-            self.null_classes_emb = nn.Parameter(torch.randn(dim))
-            self.classes_mlp = nn.Sequential(nn.Linear(dim, time_width), nn.GELU(), nn.Linear(time_width, time_width))
-
-        def halving(width: int, deeper: int) -> nn.Module:
-            if with_classes:
-                return nn.Conv2d(width, deeper, 4, stride=2, padding=1)
-            return nn.Sequential(PixelUnshuffle(), nn.Conv2d(4 * width, deeper, 1))
-
         last = len(dim_mults) - 1
         downs, ups = [], []
         for level, (width, deeper) in enumerate(pairwise(widths)):
-            shrink = nn.Conv2d(width, deeper, 3, padding=1) if level == last else halving(width, deeper)
+            shrink = (
+                nn.Conv2d(width, deeper, 3, padding=1)
+                if level == last
+                else nn.Sequential(PixelUnshuffle(), nn.Conv2d(4 * width, deeper, 1))
+            )
             attend = attention(level, width, full_attn[level])
             downs.append(nn.ModuleList([block(width, width), block(width, width), attend, shrink]))
             grow = nn.Conv2d(deeper, width, 3, padding=1)
@@ -271,20 +225,17 @@ class LucidrainsUNet(nn.Module):
         self.downs = nn.ModuleList(downs)
         self.ups = nn.ModuleList(reversed(ups))  # in the order that they run
         self.mid_block1 = block(widths[-1], widths[-1])
-        self.mid_attn = attention(last, widths[-1], True, mid_heads, mid_dim_head)
+        self.mid_attn = attention(last, widths[-1], True)
         self.mid_block2 = block(widths[-1], widths[-1])
         self.final_res_block = block(2 * init_dim, init_dim)
         self.final_conv = nn.Conv2d(init_dim, out_dim, 1)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: `(b, input channels, h, w)` in the parameters' dtype, t: `(b,)`. Raises ValueError if the size is odd."""
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(f"height and width must be multiples of {self.factor}, got {x.shape[2]}x{x.shape[3]}")
         x = stem = self.init_conv(x)
         time = self.time_mlp(t)
-        if labels is not None:
-            rows = torch.cat([self.classes_emb.weight, self.null_classes_emb[None]])
-            time = torch.cat([time, self.classes_mlp(rows[labels])], dim=1)
         skips = []
         for level in self.downs:
             block1, block2, attention, shrink = level.children()
@@ -305,16 +256,14 @@ class LucidrainsUNet(nn.Module):
             x = grow(x)
         return self.final_conv(self.final_res_block(torch.cat([x, stem], dim=1), time))
 
-    def activations(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Iterable[tuple[str, Tensor]]:
+    def activations(self, x: Tensor, t: Tensor, labels: None = None) -> Iterable[tuple[str, Tensor]]:
         """Every module's output by its name in the source, in the order computed, the model's last. No gradients.
 
         `init_conv`, `time_mlp`, `downs.{i}.{0..3}` (block, block, attention without its residual, resampling),
-        `mid_block1`, `mid_attn`, `mid_block2`, `ups.{i}.{0..3}`, `final_res_block`, `final_conv`; with classes also
-        `classes_mlp`.
+        `mid_block1`, `mid_attn`, `mid_block2`, `ups.{i}.{0..3}`, `final_res_block`, `final_conv`. It takes no labels.
         """
-        left_out = ("downs", "ups", "classes_emb")
-        parts = {name: module for name, module in self.named_children() if name not in left_out}
+        parts = {name: module for name, module in self.named_children() if name not in ("downs", "ups")}
         for side in ("downs", "ups"):
             for i, level in enumerate(getattr(self, side)):
                 parts |= {f"{side}.{i}.{j}": module for j, module in enumerate(level)}
-        return recorded(self, parts, x, t, *([] if labels is None else [labels])).items()
+        return recorded(self, parts, x, t).items()

@@ -3,9 +3,6 @@
 Norms come after the convolutions and are RMS norms over the channels of each pixel; every level ends in an attention,
 linear or full, with learned memory keys and values; both of a level's skips are of its own resolution, and the stem's
 output is concatenated once more at the end. NHWC, like everything here.
-
-With classes it is the Unet of classifier_free_guidance.py: attention without that memory, linear in all levels, levels
-that end in strided convolutions, and a class's embedding beside the time's in every block.
 """
 
 from __future__ import annotations
@@ -68,22 +65,6 @@ class TimeMLP(nnx.Module):
         return self.linear_2(jax.nn.gelu(self.linear_1(features), approximate=False))
 
 
-class ClassMLP(nnx.Module):
-    """A table's row, the last one the null label's, linear, exact gelu, linear: `(b,)` int -> `(b, 4 channels)`."""
-
-    def __init__(self, config: LucidrainsConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        assert config.num_classes is not None
-        shape = (config.num_classes - 1, config.channels)
-        self.dtype = dtype
-        self.table = nnx.Embed(*shape, embedding_init=nnx.initializers.normal(1.0), dtype=dtype, rngs=rngs)
-        self.null_classes_emb = nnx.Param(jax.random.normal(rngs.params(), shape[1:], jnp.float32))
-        self.mlp = TimeMLP(config.channels, config.time_width, dtype=dtype, rngs=rngs)
-
-    def __call__(self, labels: Array) -> Array:
-        rows = jnp.concatenate([self.table.embedding[...], self.null_classes_emb[...][None]])
-        return self.mlp(rows.astype(self.dtype)[labels])
-
-
 class Block(nnx.Module):
     """conv, norm, scale and shift by time, silu; conv, norm, silu; + shortcut: `(b, h, w, in)` -> `(b, h, w, out)`."""
 
@@ -108,37 +89,23 @@ class Attention(nnx.Module):
     """Self-attention over the pixels and `memory` learned keys and values, which come first: `(b, h, w, c)` -> same.
 
     Without the residual, which is the network's. Scale head_channels^-1/2. mem_kv: `(2, heads, memory, head_channels)`,
-    keys then values; memory None: it has no such parameter.
+    keys then values.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        heads: int,
-        head_channels: int,
-        memory: int | None,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.dtype, self.heads = dtype, heads
+    def __init__(self, channels: int, *, heads: int, head_channels: int, memory: int, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype = dtype
         self.norm = RMSNorm(channels, dtype=dtype)
-        self.mem_kv = (
-            None
-            if memory is None
-            else nnx.Param(jax.random.normal(rngs.params(), (2, heads, memory, head_channels), jnp.float32))
-        )
+        self.mem_kv = nnx.Param(jax.random.normal(rngs.params(), (2, heads, memory, head_channels), jnp.float32))
         self.qkv = linear(channels, 3 * heads * head_channels, use_bias=False, dtype=dtype, rngs=rngs)
         self.out = linear(heads * head_channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         b, h, w, c = x.shape
+        _, heads, _, width = self.mem_kv.shape
         qkv = self.qkv(self.norm(x).reshape(b, h * w, c))
-        q, k, v = (part.reshape(b, h * w, self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
-        if self.mem_kv is not None:
-            memory = self.mem_kv[...].astype(self.dtype).transpose(0, 2, 1, 3)  # (2, memory, heads, width)
-            k, v = (_prepend(memory[i], pixels) for i, pixels in enumerate((k, v)))
-        heads, width = q.shape[2:]
+        q, k, v = (part.reshape(b, h * w, heads, width) for part in jnp.split(qkv, 3, axis=-1))
+        memory = self.mem_kv[...].astype(self.dtype).transpose(0, 2, 1, 3)  # (2, memory, heads, width)
+        k, v = (_prepend(memory[i], pixels) for i, pixels in enumerate((k, v)))
         scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=at_least_float32(self.dtype))
         weights = jax.nn.softmax(scores * width**-0.5, axis=-1).astype(v.dtype)
         mixed = jnp.einsum("bnqk,bknd->bqnd", weights, v).reshape(b, h * w, heads * width)
@@ -149,39 +116,25 @@ class LinearAttention(nnx.Module):
     """Attention that is linear in the number of pixels: `(b, h, w, c)` -> the same, without the residual.
 
     softmax(q) over a head's channels, times head_channels^-1/2; softmax(k) over the positions, the memory's included.
-    mem_kv: `(2, heads, head_channels, memory)`, or None. Between the projections it computes in float32 at least.
+    mem_kv: `(2, heads, head_channels, memory)`. Between the projections it computes in float32 at least.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        heads: int,
-        head_channels: int,
-        memory: int | None,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.dtype, self.heads = dtype, heads
+    def __init__(self, channels: int, *, heads: int, head_channels: int, memory: int, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype = dtype
         self.norm = RMSNorm(channels, dtype=dtype)
-        self.mem_kv = (
-            None
-            if memory is None
-            else nnx.Param(jax.random.normal(rngs.params(), (2, heads, head_channels, memory), jnp.float32))
-        )
+        self.mem_kv = nnx.Param(jax.random.normal(rngs.params(), (2, heads, head_channels, memory), jnp.float32))
         self.qkv = linear(channels, 3 * heads * head_channels, use_bias=False, dtype=dtype, rngs=rngs)
         self.out_proj = linear(heads * head_channels, channels, dtype=dtype, rngs=rngs)
         self.out_norm = RMSNorm(channels, dtype=dtype)
 
     def __call__(self, x: Array) -> Array:
         b, h, w, _ = x.shape
+        _, heads, width, _ = self.mem_kv.shape
         dtype = at_least_float32(self.dtype)
-        qkv = self.qkv(self.norm(x)).astype(dtype).reshape(b, h * w, -1)
-        q, k, v = (part.reshape(b, h * w, self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
-        if self.mem_kv is not None:
-            memory = self.mem_kv[...].astype(dtype).transpose(0, 3, 1, 2)  # (2, memory, heads, width)
-            k, v = (_prepend(memory[i], pixels) for i, pixels in enumerate((k, v)))
-        heads, width = q.shape[2:]
+        qkv = self.qkv(self.norm(x)).astype(dtype).reshape(b, h * w, 3 * heads * width)
+        q, k, v = (part.reshape(b, h * w, heads, width) for part in jnp.split(qkv, 3, axis=-1))
+        memory = self.mem_kv[...].astype(dtype).transpose(0, 3, 1, 2)  # (2, memory, heads, width)
+        k, v = (_prepend(memory[i], pixels) for i, pixels in enumerate((k, v)))
         q = jax.nn.softmax(q, axis=-1) * width**-0.5
         context = jnp.einsum("bknd,bkne->bnde", jax.nn.softmax(k, axis=1), v)
         mixed = jnp.einsum("bnde,bqnd->bqne", context, q).reshape(b, h * w, heads * width)
@@ -240,8 +193,7 @@ class LucidrainsUNet(nnx.Module):
     """The network: `unet(x_t, t)`, x_t `(b, h, w, input_channels)` float, t `(b,)` int or float.
 
     A self-conditioned one takes the last step's x0 (zeros before the first) and x_t, concatenated in this order along
-    the channels, so input_channels is twice the image's. labels: int in 0..num_classes-1, the last the null label,
-    `(b,)` or one for all; needed by a model with classes, refused by one without (ValueError).
+    the channels, so input_channels is twice the image's. labels must be None: this wiring has no classes.
 
     Returns `(b, h, w, out_channels)` in x_t's dtype. h and w need not be the config's, but must be multiples of
     2^(levels - 1); others raise ValueError. dtype: the compute dtype; norms and softmaxes are never below float32.
@@ -250,26 +202,23 @@ class LucidrainsUNet(nnx.Module):
     def __init__(self, config: LucidrainsConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        with_classes = config.num_classes is not None
-        block = partial(Block, time_channels=(1 + with_classes) * config.time_width, dtype=dtype, rngs=rngs)
-        attending = partial(Attention, memory=None if with_classes else config.memory, dtype=dtype, rngs=rngs)
-        linearly = partial(LinearAttention, memory=None if with_classes else config.memory, dtype=dtype, rngs=rngs)
+        block = partial(Block, time_channels=config.time_width, dtype=dtype, rngs=rngs)
 
         def attention(level: int, channels: int, *, full: bool) -> Attention | LinearAttention:
-            heads, head_channels = config.num_heads[level], config.head_channels[level]
-            return (attending if full else linearly)(channels, heads=heads, head_channels=head_channels)
+            return (Attention if full else LinearAttention)(
+                channels,
+                heads=config.num_heads[level],
+                head_channels=config.head_channels[level],
+                memory=config.memory,
+                dtype=dtype,
+                rngs=rngs,
+            )
 
         learned = config.time_embedding == "learned"
         self.time_features = LearnedFeatures(config.time_features, rngs=rngs) if learned else None
         features = config.time_features + 1 if learned else config.channels
         self.time_embed = TimeMLP(features, config.time_width, dtype=dtype, rngs=rngs)
-        self.class_embed = ClassMLP(config, dtype=dtype, rngs=rngs) if with_classes else None
         self.conv_in = conv(config.input_channels, config.stem, 7, dtype=dtype, rngs=rngs)
-
-        def halving(width: int, deeper: int) -> Downsample | nnx.Conv:
-            if with_classes:
-                return conv(width, deeper, 4, strides=2, padding=(1, 1), dtype=dtype, rngs=rngs)
-            return Downsample(width, deeper, dtype=dtype, rngs=rngs)
 
         widths = (config.stem, *config.widths)
         last = len(config.widths) - 1
@@ -277,7 +226,7 @@ class LucidrainsUNet(nnx.Module):
         down, up = [], []
         for level, (width, deeper) in enumerate(pairwise(widths)):
             attend = attention(level, width, full=config.full_attention[level])
-            halve = conv3(width, deeper) if level == last else halving(width, deeper)
+            halve = conv3(width, deeper) if level == last else Downsample(width, deeper, dtype=dtype, rngs=rngs)
             down.append(Level(block(width, width), block(width, width), attend, halve))
         for level, (above, width) in reversed(list(enumerate(pairwise(widths)))):
             both = width + above  # the skips have the encoder's width at this resolution
@@ -286,8 +235,8 @@ class LucidrainsUNet(nnx.Module):
             up.append(Level(block(both, width), block(both, width), attend, double))
         self.down = nnx.List(down)
         deepest = widths[-1]
-        mid_heads, mid_head_channels = config.middle_heads
-        middle = attending(deepest, heads=mid_heads, head_channels=mid_head_channels)
+        middle = attention(last, deepest, full=True)
+        assert isinstance(middle, Attention)
         self.mid = Middle(block(deepest, deepest), middle, block(deepest, deepest))
         self.up = nnx.List(up)  # in the order computed, as in the source: up[0] is the lowest resolution
         self.block_out = block(2 * config.stem, config.stem)
@@ -303,9 +252,8 @@ class LucidrainsUNet(nnx.Module):
         The attentions' are without the residual. The last is the network's output.
         """
         config = self.config
-        if (self.class_embed is None) != (labels is None):
-            wanted = "takes no labels: it has no classes" if self.class_embed is None else "needs labels"
-            raise ValueError(f"LucidrainsUNet: this model {wanted}")
+        if labels is not None:
+            raise ValueError("LucidrainsUNet: this model takes no labels: it has no classes")
         if x_t.ndim != 4 or x_t.shape[3] != config.input_channels:
             parts = ", self-conditioning and x_t" if config.self_condition else ""
             raise ValueError(f"LucidrainsUNet: x_t must be (b, h, w, {config.input_channels}{parts}), got {x_t.shape}")
@@ -316,10 +264,6 @@ class LucidrainsUNet(nnx.Module):
         yield "init_conv", h
         time = self.time_embed(self._features(per_sample(t, x_t)))
         yield "time_mlp", time
-        if self.class_embed is not None and labels is not None:
-            of_class = self.class_embed(per_sample(labels, x_t))
-            yield "classes_mlp", of_class
-            time = jnp.concatenate([time, of_class], axis=1)
         skips = []
         for i, level in enumerate(self.down):
             h = level.block_1(h, time)

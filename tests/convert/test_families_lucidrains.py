@@ -93,6 +93,7 @@ def renamed(old: str, new: str) -> dict[str, np.ndarray]:
     ("state", "reason"),
     [
         (renamed("downs.0.2.", "downs.0.2.fn."), r"before 2\.0"),
+        ({**draw(CONFIG, 1), "classes_emb.weight": np.zeros((3, 4), np.float32)}, "classifier_free_guidance.py"),
         (renamed("block1.norm.g", "block1.norm.weight"), r"0\.x or 1\.x, whose blocks have group norms"),
         (renamed("block1.proj", "block1.block.0"), r"0\.x or 1\.x, whose blocks have group norms"),
         ({f"net.{name}": value for name, value in draw(LEARNED, 1).items()}, "ElucidatedDiffusion"),
@@ -403,66 +404,3 @@ def test_the_buffers_are_those_of_the_posterior() -> None:
     np.testing.assert_allclose(made["posterior_variance"][1:], (b * (1 - before) / (1 - a))[1:], rtol=1e-3)
     np.testing.assert_allclose(made["loss_weight"], a / (1 - a), rtol=1e-3)
     assert all(value.dtype == np.float32 and value.shape == (100,) for value in made.values())
-
-
-# -- classifier_free_guidance.py --------------------------------------------------------------------------------------
-
-CLASSES = small_config(
-    full_attention=(False, False),
-    num_heads=(4, 4),
-    head_channels=(32, 32),
-    memory=0,
-    num_classes=4,
-    mid_heads=3,
-    mid_head_channels=5,
-)
-
-
-def test_a_unet_with_classes(tmp_path: Path) -> None:
-    """Whole, with its buffers, verified; and back, strictly."""
-    unet = draw(CLASSES, 1)
-    source = write(tmp_path / "guided.pt", diffusion(unet, ScheduleConfig("linear", 100, 1e-3, 0.2), "pred_noise"))
-    told = {**SETTINGS, "attn_heads": "3"}
-    metadata = convert(source, tmp_path / "out", settings=told)
-    assert metadata.model == CLASSES
-    assert metadata.null_label == 3
-    assert metadata.sampler == SamplerConfig("linspace", 100, 1.0, clip=True, rederive_eps=False)
-    assert metadata.provenance["verification"]["output_error"] <= 2e-5
-    assert [fact.partition(" =")[0] for fact in metadata.provenance["assumed"]] == [
-        "sampling_timesteps",
-        "ddim_sampling_eta",
-    ]
-    ddim = jddim.load(tmp_path / "out")
-    guided = ddim.sample(0, 2, labels=[2, 0], steps=3, guidance="projected", guidance_scale=6.0)
-    assert np.isfinite(guided).all()
-    with pytest.raises(ConversionError, match=r"has no Trainer; use lucidrains-unet"):
-        export(tmp_path / "out", tmp_path / "back.pt", "lucidrains")
-    export(tmp_path / "out", tmp_path / "back.pt", "lucidrains-unet")
-    back = torch.load(tmp_path / "back.pt")
-    assert back.keys() == unet.keys()
-    for name, value in unet.items():
-        np.testing.assert_array_equal(back[name].numpy(), value)
-
-
-@pytest.mark.parametrize(
-    ("told", "problem"),
-    [
-        ({"attn_heads": "4"}, "attn_heads=4 must be one number that divides the middle's 15 channels"),
-        ({"attn_heads": "3", "attn_dim_head": "32"}, "attn_dim_head is 32 by --set, but 5 in the tensors"),
-        ({"attn_heads": "3", "num_classes": "4"}, "num_classes is 4 by --set, but 3 in the tensors"),
-        ({"attn_heads": "3", "full_attn": "True"}, "full_attn is no argument of a Unet with classes"),
-    ],
-)
-def test_what_a_unet_with_classes_cannot_be(told: dict[str, str], problem: str) -> None:
-    with pytest.raises(ConversionError, match=problem):
-        plan(open_source(draw(CLASSES, 1), "file").tensors, None, {**SETTINGS, **told})
-
-
-def test_a_unet_with_classes_alone_has_that_files_defaults() -> None:
-    found = plan(open_source(draw(CLASSES, 1), "file").tensors, None, {**SETTINGS, "attn_heads": "3"})
-    assert found.schedule == ScheduleConfig("cosine", 1000)
-    assert found.sampler is not None
-    assert (found.sampler.prediction_type, found.sampler.eta, found.null_label) == ("epsilon", 1.0, 3)
-    incomplete = {name: value for name, value in draw(CLASSES, 1).items() if name != "null_classes_emb"}
-    with pytest.raises(ConversionError, match=r"no null_classes_emb"):
-        open_source(incomplete, "file")

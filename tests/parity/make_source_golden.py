@@ -10,7 +10,6 @@
                                                                           # willisma/SiT at 947f95b (and torchdiffeq)
     python tests/parity/make_source_golden.py consistency CHECKOUT  # openai/consistency_models at e32b69e
     python tests/parity/make_source_golden.py edm CHECKOUT                # NVlabs/edm at 008a4e5
-    python tests/parity/make_source_golden.py lucidrains CHECKOUT         # lucidrains/denoising-... at faed4db
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
@@ -25,7 +24,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -305,37 +303,6 @@ def edm(name: str, case: SourceCase) -> dict[str, Any]:
     return found
 
 
-def lucidrains(name: str, case: SourceCase) -> dict[str, Any]:
-    """The network of classifier_free_guidance.py, with and without labels, and its sampler by DDIM, guided."""
-    from denoising_diffusion_pytorch import classifier_free_guidance as source
-
-    assert case.labels is not None
-    network, shapes = redrawn(source.Unet(**case.network))
-    x_t, t, labels = nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t), torch.tensor(case.labels)
-    null = labels == case.network["num_classes"]
-    asked = [network(x_t, t, labels.where(~null, 0), cond_drop_prob=drop) for drop in (0.0, 1.0)]
-    found = {"shapes": shapes, "eps": asked[1].where(null[:, None, None, None], asked[0])}
-    told = case.settings
-    diffusion = source.GaussianDiffusion(
-        network,
-        image_size=case.size,
-        timesteps=int(told["timesteps"]),
-        sampling_timesteps=STEPS,
-        objective=told["objective"],
-        beta_schedule=told["beta_schedule"],
-        ddim_sampling_eta=ETA,
-    )
-    shape = tuple(x_t.shape)
-    start, noise = nchw(images(case, shape[0], seed=2)), iter(nchw(images(case, STEPS, shape[0], seed=3)))
-    first, then = (mock.patch.object(torch, of, by) for of, by in (
-        ("randn", lambda *shape, **options: start), ("randn_like", lambda x: next(noise))
-    ))  # fmt: skip
-    with first, then:
-        made = diffusion.ddim_sample(labels.where(~null, 1), shape, cond_scale=CFG_SCALE, rescaled_phi=0.7)
-    found["guided"] = 2 * made - 1
-    return found
-
-
 MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "pytorch_ddpm": pytorch_ddpm,
     "openai": openai,
@@ -345,7 +312,6 @@ MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "dit": dit,
     "consistency": consistency,
     "edm": edm,
-    "lucidrains": lucidrains,
 }
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def unet_inputs(case: UNetCase, seed: int, dtype: Any) -> tuple[np.ndarray, np.n
     return x.astype(dtype), np.array(case.t, dtype if fractional else np.int32)
 
 
-apply = jax.jit(lambda model, x_t, t, *labels: model(x_t, t, *labels))
+apply = jax.jit(lambda model, x_t, t: model(x_t, t))
 
 
 def unet_error(name: str, dtype: Any, seed: int = 3) -> float:

@@ -20,7 +20,7 @@ from convert.families import FAMILIES, Family, Plan
 from jddim.models.building import abstract_model, flat_params
 
 STEPS, ETA = 7, 0.6  # of the runs by DDIM
-CFG_SCALE = 1.5  # of DiT's guided runs, and of lucidrains'
+CFG_SCALE = 1.5  # of DiT's guided runs
 VISITED = (0, 2, 5, 6)  # of a consistency model's STEPS noise levels, the last of which ends the run
 INPAINTER = "residual resampling"
 UPSAMPLER = "guided-diffusion's SuperResModel"
@@ -120,23 +120,6 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
             3,
             (-100.0, 748.9331),
         ),
-    },
-    "lucidrains": {  # classifier_free_guidance.py
-        objective: SourceCase(
-            {
-                **{"dim": 8, "init_dim": 12, "dim_mults": [1, 3], "channels": 2, "num_classes": 5},
-                **{"attn_dim_head": 7, "attn_heads": 3},
-            },
-            {
-                **{"image_size": "6x10", "attn_heads": "3", "objective": objective, "beta_schedule": schedule},
-                **{"timesteps": "300", "sampling_timesteps": str(STEPS), "ddim_sampling_eta": str(ETA)},
-            },
-            (6, 10),
-            2,
-            (0, 149, 299),
-            (4, 5, 0),
-        )
-        for objective, schedule in (("pred_noise", "linear"), ("pred_v", "cosine"))
     },
     "edm": {
         "DDPM++": SourceCase(
