@@ -13,6 +13,7 @@ from source_cases import (
     CFG_SCALE,
     ETA,
     INPAINTER,
+    SDE_TIMES,
     SOURCES,
     STEPS,
     UPSAMPLER,
@@ -120,6 +121,29 @@ def test_edms_own_sampler_is_heuns(name: str) -> None:
     labels = None if case.labels is None else np.array(case.labels)
     x_T = images(case, len(case.t), seed=2)
     assert error(ddim.sample(x_T=x_T, labels=labels, steps=STEPS, method="heun"), golden("edm")[f"{name}/heun"]) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["ddpm", "DDPM++", "NCSN++"])
+@pytest.mark.parametrize(("run", "options"), [("DDIM, eta 0", {"eta": 0.0}), ("DDIM", {"eta": ETA})])
+def test_score_sdes_networks_sample_by_its_score_functions(name: str, run: str, options: dict[str, Any]) -> None:
+    case = SOURCES["score_sde"][name]
+    plan, params = converted("score_sde", name)
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    steps = len(SDE_TIMES) if name == "ddpm" else STEPS
+    options = options | ({"spacing": list(SDE_TIMES)} if name == "ddpm" else {"steps": STEPS})
+    noise = images(case, STEPS, len(case.t), seed=3)[:steps]
+    x_0 = ddim.sample(x_T=images(case, len(case.t), seed=2), noise=noise, **options)
+    assert error(x_0, golden("score_sde")[f"{name}/{run}"]) <= 1e-4
+
+
+def test_score_sdes_ancestral_predictor() -> None:
+    """Of a network that was trained at whole timesteps, at these."""
+    case = SOURCES["score_sde"]["ddpm"]
+    plan, params = converted("score_sde", "ddpm")
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    noise = images(case, case.network["num_scales"], len(case.t), seed=3)
+    x_0 = ddim.sample(x_T=images(case, len(case.t), seed=2), noise=noise, method="ddpm", steps=len(noise))
+    assert error(x_0, golden("score_sde")["ddpm/ancestral"]) <= 1e-4
 
 
 def test_consistency_sample_as_the_source_does() -> None:
