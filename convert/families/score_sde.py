@@ -144,7 +144,8 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     starts = [next((i for i in range(a, len(kinds)) if kinds[i] == "block"), 0) for a in (0, *steps[: levels - 1])]
     widths = [_width(tensors, start, "out") for start in starts]
     nf = common_size(tensors, r"all_modules\.[01]\.bias", 0, 4)
-    stem = common_size(tensors, r"all_modules\.2\.weight", 1)
+    last = rf"all_modules\.{len(kinds) - 1}\.(weight|bias)"
+    stem = common_size(tensors, r"all_modules\.2\.weight", 1) or common_size(tensors, last, 0)
     if len(steps) % 2 or blocks < 1 or not nf or not stem or not all(widths):
         raise ConversionError("too few tensors of the network are there to tell its shape; is the file whole?")
     sigmas = tensors.get("sigmas")
@@ -166,7 +167,7 @@ def _another(kinds: list[str], tensors: Tensors) -> list[str]:
     of_ve = "no published VP model has it, and jddim does not read it"
     if kinds[0] == "frequencies":
         return [f"the network is told the logarithm of sigma (embedding_type fourier): {_VE}"]
-    if kinds[:2] != ["linear", "linear"]:
+    if not any(".Dense_0." in name for name in tensors):
         return ["the network is not told t (conditional=False), as jddim's all are"]
     if kinds.count("norm") > 1:
         return [f"its output is summed over levels (progressive): {of_ve}"]
@@ -221,6 +222,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         if key not in told
     }
     asked = [key for key in _ASKED if song or key not in ("skip_rescale", "fir", "fir_kernel")]
+    if not (found["pyramid"] or told.get("fir")):
+        asked = [key for key in asked if key != "fir_kernel"]
     asks = () if problems else asking(asked, told, missing)
     refuse([*problems, *(f"the tensors do not tell {what}" for what in missing.values())], asks)
 

@@ -124,16 +124,16 @@ def test_edms_own_sampler_is_heuns(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddpm", "DDPM++", "NCSN++"])
-@pytest.mark.parametrize(("run", "options"), [("DDIM, eta 0", {"eta": 0.0}), ("DDIM", {"eta": ETA})])
-def test_score_sdes_networks_sample_by_its_score_functions(name: str, run: str, options: dict[str, Any]) -> None:
+def test_score_sdes_networks_sample_by_its_score_functions(name: str) -> None:
     case = SOURCES["score_sde"][name]
     plan, params = converted("score_sde", name)
     ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
-    steps = len(SDE_TIMES) if name == "ddpm" else STEPS
-    options = options | ({"spacing": list(SDE_TIMES)} if name == "ddpm" else {"steps": STEPS})
-    noise = images(case, STEPS, len(case.t), seed=3)[:steps]
-    x_0 = ddim.sample(x_T=images(case, len(case.t), seed=2), noise=noise, **options)
-    assert error(x_0, golden("score_sde")[f"{name}/{run}"]) <= 1e-4
+    x_T, noise = images(case, len(case.t), seed=2), images(case, STEPS, len(case.t), seed=3)
+    table: dict[str, Any] = {"spacing": list(SDE_TIMES)} if name == "ddpm" else {"steps": STEPS}
+    noise = noise[: len(SDE_TIMES)] if name == "ddpm" else noise
+    for run, eta in (("DDIM, eta 0", 0.0), ("DDIM", ETA)):
+        x_0 = ddim.sample(x_T=x_T, noise=noise, eta=eta, **table)
+        assert error(x_0, golden("score_sde")[f"{name}/{run}"]) <= 1e-4
 
 
 def test_score_sdes_ancestral_predictor() -> None:
