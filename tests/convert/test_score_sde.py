@@ -70,7 +70,7 @@ def test_a_checkpoints_ema_list_gets_the_models_names(tmp_path: Path) -> None:
     assert metadata.sampler == SamplerConfig(num_steps=20, clip=False, variance="fixed_large")
     assert [fact.partition(" =")[0] for fact in metadata.provenance["assumed"]] == ["name", "centered", "beta_min"]
 
-    contents["ema"]["shadow_params"] = [*shadow[:5], shadow[6], shadow[5], *shadow[7:]]
+    contents["ema"]["shadow_params"] = [*shadow[:4], shadow[5], shadow[4], *shadow[6:]]
     torch.save(contents, tmp_path / "mixed.pth")
     with pytest.raises(ConversionError, match=r"no ema weights .*is a list of \d+ tensors without names"):
         convert(tmp_path / "mixed.pth", tmp_path / "no", settings=SETTINGS, weights="ema")

@@ -11,6 +11,8 @@
     python tests/parity/make_source_golden.py consistency CHECKOUT  # openai/consistency_models at e32b69e
     python tests/parity/make_source_golden.py edm CHECKOUT                # NVlabs/edm at 008a4e5
     python tests/parity/make_source_golden.py score_sde CHECKOUT          # yang-song/score_sde_pytorch at cb1f359
+    python tests/parity/make_source_golden.py lucidrains CHECKOUT         # lucidrains/denoising-diffusion-pytorch, 2.3.1
+                                                                          # (and einops)
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
@@ -37,6 +39,7 @@ from source_cases import (
     GOLDEN,
     GUIDED,
     INPAINTER,
+    OBJECTIVES,
     SCALE,
     SDE_TIMES,
     SOURCES,
@@ -301,6 +304,30 @@ def edm(name: str, case: SourceCase) -> dict[str, Any]:
     return found
 
 
+def lucidrains(name: str, case: SourceCase) -> dict[str, Any]:
+    """The network, for the null class too, and its two loops, guided by their defaults."""
+    from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
+
+    unet, shapes = redrawn(Unet(**case.network))
+    x_t, t, labels = nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t), torch.tensor(case.labels)
+    null = labels == case.network["num_classes"]
+    given = unet(x_t, t, labels.where(~null, 0), cond_drop_prob=0.0)
+    found = {"shapes": shapes, "eps": given.where(~null[:, None, None, None], unet(x_t, t, 0 * labels, 1.0))}
+    labels, T = labels.where(~null, 1), int(case.settings["timesteps"])
+    for objective in OBJECTIVES:
+        for run, steps, eta in (("DDIM, eta 0", STEPS, 0.0), ("DDIM", STEPS, ETA), ("ancestral", T, 0.0)):
+            told = {"timesteps": T, "sampling_timesteps": steps, "ddim_sampling_eta": eta, "objective": objective}
+            diffusion = GaussianDiffusion(unet, image_size=case.size[0], **told)
+            noise = iter(nchw(images(case, T, len(labels), seed=3)))
+            torch.randn_like = lambda x, noise=noise: next(noise)
+            x_T, real = nchw(images(case, len(labels), seed=2)), torch.randn
+            torch.randn = lambda shape, x_T=x_T, **options: x_T
+            loop = diffusion.p_sample_loop if run == "ancestral" else diffusion.ddim_sample
+            found[f"{objective}, {run}"] = 2 * loop(labels, x_T.shape) - 1
+            torch.randn = real
+    return found
+
+
 def score_sde(name: str, case: SourceCase) -> dict[str, Any]:
     """The network; runs of its ancestral predictor at whole timesteps, and of DDIM by its score function."""
     import torch.utils.cpp_extension
@@ -358,6 +385,7 @@ MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "consistency": consistency,
     "edm": edm,
     "score_sde": score_sde,
+    "lucidrains": lucidrains,
 }
 
 if __name__ == "__main__":

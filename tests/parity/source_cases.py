@@ -20,6 +20,7 @@ from convert.families import FAMILIES, Family, Plan
 from jddim.models.building import abstract_model, flat_params
 
 STEPS, ETA = 7, 0.6  # of the runs by DDIM
+OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
 CFG_SCALE = 1.5  # of DiT's guided runs
 VISITED = (0, 2, 5, 6)  # of a consistency model's STEPS noise levels, the last of which ends the run
 INPAINTER = "residual resampling"
@@ -188,6 +189,16 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
             (4, 6),
             3,
             (0.999, 999.0),
+        ),
+    },
+    "lucidrains": {
+        "classifier-free": SourceCase(
+            {"dim": 8, "num_classes": 3, "dim_mults": (1, 2), "init_dim": 6},
+            {"image_size": "6x10", "sampling_timesteps": str(STEPS), "timesteps": "40"},
+            (6, 10),
+            3,
+            (0, 7, 39),
+            (2, 0, 3),
         ),
     },
     "palette": {

@@ -13,17 +13,21 @@ from source_cases import (
     CFG_SCALE,
     ETA,
     INPAINTER,
+    OBJECTIVES,
     SDE_TIMES,
     SOURCES,
     STEPS,
     UPSAMPLER,
     VISITED,
     converted,
+    filled,
     golden,
     images,
     mask_of,
+    source_tensors,
 )
 
+from convert.families import FAMILIES
 from jddim.ddim import sampler_table, step_table
 from jddim.models.building import build_model
 from jddim.pipeline import DDIM
@@ -121,6 +125,27 @@ def test_edms_own_sampler_is_heuns(name: str) -> None:
     labels = None if case.labels is None else np.array(case.labels)
     x_T = images(case, len(case.t), seed=2)
     assert error(ddim.sample(x_T=x_T, labels=labels, steps=STEPS, method="heun"), golden("edm")[f"{name}/heun"]) <= 1e-4
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_lucidrains_classifier_free_guidance_samples_as_its_loops_do(objective: str) -> None:
+    """With its cond_scale of 6 and rescaled_phi of 0.7; eps is taken from the clipped x0 but where it is predicted."""
+    case = SOURCES["lucidrains"]["classifier-free"]
+    tensors = source_tensors("lucidrains", "classifier-free")
+    plan, params = filled(FAMILIES["lucidrains"], tensors, case.settings | {"objective": objective})
+    assert (plan.null_label, plan.sampler.eta) == (3, 1.0)
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    labels, T = np.array([2, 0, 1]), int(case.settings["timesteps"])
+    given: dict[str, Any] = {"labels": labels, "null_label": 3, "x_T": images(case, 3, seed=2)}
+    given |= {"guidance": "projected", "guidance_scale": 6.0, "guidance_rescale": 0.7}
+    noise = images(case, T, 3, seed=3)
+    for run, options in (
+        ("DDIM, eta 0", {"eta": 0.0}),
+        ("DDIM", {"eta": ETA}),
+        ("ancestral", {"method": "ddpm", "steps": T}),
+    ):
+        x_0 = ddim.sample(noise=noise[: options.get("steps", STEPS)], **given, **options)
+        assert error(x_0, golden("lucidrains")[f"classifier-free/{objective}, {run}"]) <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["ddpm", "DDPM++", "NCSN++"])
