@@ -4,7 +4,7 @@ The Trainer saves {step, model, opt, ema, scaler, version}. `model` is a Gaussia
 schedule in float32 buffers, and the Unet's tensors under `model.`; `ema` is ema_pytorch's, with a GaussianDiffusion
 under `ema_model.` and the raw one again under `online_model.`. A GaussianDiffusion's or a Unet's own state dict is
 read too. Buffers tell T, the schedule and the objective; shapes tell all of the network but a sinusoid's theta.
-classifier_free_guidance.py's Unet, which has labels, is of another wiring, and its GaussianDiffusion has other defaults.
+classifier_free_guidance.py's Unet, which has labels, is wired otherwise, and its GaussianDiffusion has other defaults.
 """
 
 from __future__ import annotations
@@ -396,8 +396,8 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         num_steps=steps,
         eta=eta,
         clip=True,
-        # The model_predictions of LearnedGaussianDiffusion keeps the network's eps beside the clipped x0, as does that of
-        # classifier_free_guidance.py.
+        # LearnedGaussianDiffusion's model_predictions keeps the network's eps beside the clipped x0, and so does
+        # classifier_free_guidance.py's.
         rederive_eps=not found["learned_variance"] and (classes is None or objective != "pred_noise"),
         prediction_type=OBJECTIVES[objective],
         self_condition=found["self_condition"],
@@ -440,8 +440,8 @@ def _of_labelled(found: Mapping[str, Any]) -> list[str]:
     ]
     if found["attended"] not in (None, heads * width):
         problems.append(
-            f"its middle attention has {found['attended']} channels: how they are split into heads no tensor tells; jddim "
-            f"reads the source's default, {heads} heads of {width}"
+            f"its middle attention has {found['attended']} channels, and no tensor tells their heads; "
+            f"jddim reads the source's default, {heads} heads of {width}"
         )
     return problems
 

@@ -285,8 +285,9 @@ class LucidrainsUNet(nn.Module):
     def activations(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Iterable[tuple[str, Tensor]]:
         """Every module's output by its name in the source, in the order computed, the model's last. No gradients.
 
-        `init_conv`, `time_mlp`, `classes_mlp` (of a network with classes), `downs.{i}.{0..3}` (block, block, attention without its residual, resampling),
-        `mid_block1`, `mid_attn`, `mid_block2`, `ups.{i}.{0..3}`, `final_res_block`, `final_conv`.
+        `init_conv`, `time_mlp`, `classes_mlp` (where there are classes), `downs.{i}.{0..3}` (block, block, attention
+        without its residual, resampling), `mid_block1`, `mid_attn`, `mid_block2`, `ups.{i}.{0..3}`, `final_res_block`,
+        `final_conv`.
         """
         parts = {name: module for name, module in self.named_children() if name not in ("downs", "ups", "classes_emb")}
         for side in ("downs", "ups"):

@@ -222,13 +222,13 @@ class LucidrainsUNet(nnx.Module):
         self.time_features = LearnedFeatures(config.time_features, rngs=rngs) if learned else None
         features = config.time_features + 1 if learned else config.channels
         self.time_embed = TimeMLP(features, config.time_width, dtype=dtype, rngs=rngs)
-        self.class_embed, self.class_mlp = None, None
-        if config.num_classes is not None:
-            normal = nnx.initializers.normal(1.0)
-            self.class_embed = nnx.Embed(
-                config.num_classes, config.channels, embedding_init=normal, dtype=dtype, rngs=rngs
-            )
-            self.class_mlp = TimeMLP(config.channels, config.time_width, dtype=dtype, rngs=rngs)
+        normal = nnx.initializers.normal(1.0)
+        self.class_embed = (
+            nnx.Embed(config.num_classes, config.channels, embedding_init=normal, dtype=dtype, rngs=rngs)
+            if config.num_classes is not None
+            else None
+        )
+        self.class_mlp = TimeMLP(config.channels, config.time_width, dtype=dtype, rngs=rngs) if labelled else None
         self.conv_in = conv(config.input_channels, config.stem, 7, dtype=dtype, rngs=rngs)
 
         widths = (config.stem, *config.widths)

@@ -72,6 +72,11 @@ CASES: dict[str, tuple[ModuleType, ModelConfig, dict[str, bool]]] = {
     ),
     "dit": (dit, DiTConfig(**TRANSFORMER), {}),
     "diffusers_dit": (diffusers_dit, DiTConfig(**TRANSFORMER), {}),
+    "lucidrains, classes": (
+        lucidrains,
+        LucidrainsConfig(**LUCIDRAINS | {"full_attention": (False, False)}, num_classes=3, strided=True, memory=0),
+        {},
+    ),
     "lucidrains": (lucidrains, LucidrainsConfig(**LUCIDRAINS, stem_channels=6), {}),
 }
 

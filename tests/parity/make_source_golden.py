@@ -11,8 +11,7 @@
     python tests/parity/make_source_golden.py consistency CHECKOUT  # openai/consistency_models at e32b69e
     python tests/parity/make_source_golden.py edm CHECKOUT                # NVlabs/edm at 008a4e5
     python tests/parity/make_source_golden.py score_sde CHECKOUT          # yang-song/score_sde_pytorch at cb1f359
-    python tests/parity/make_source_golden.py lucidrains CHECKOUT         # lucidrains/denoising-diffusion-pytorch, 2.3.1
-                                                                          # (and einops)
+    python tests/parity/make_source_golden.py lucidrains CHECKOUT         # lucidrains/denoising-... at faed4db (2.3.1)
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
