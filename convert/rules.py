@@ -48,7 +48,7 @@ class Fused:
 class Nin:
     """A linear or 1x1 convolution that the source keeps as W (in, out) and b (score_sde's NIN). parts: its target."""
 
-    parts: tuple[str]
+    parts: tuple[str, ...]
 
     def split(self, array: NDArray) -> list[NDArray]:
         """[The source tensor as torch's linears have it]; W becomes (out, in)."""

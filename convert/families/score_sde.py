@@ -59,7 +59,15 @@ def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
 
 
 _TOLD_BY_TENSORS = ("embedding_type", "progressive", "progressive_input", "progressive_combine", "resblock_type")
-_IDLE = ("dropout", "ema_rate", "normalization", "nonlinearity", "attention_type", "init_scale", "fourier_scale")
+_IDLE: tuple[str, ...] = (
+    "dropout",
+    "ema_rate",
+    "normalization",
+    "nonlinearity",
+    "attention_type",
+    "init_scale",
+    "fourier_scale",
+)
 _IDLE += ("conv_size", "resamp_with_conv", "sigma_min", "sigma_max", *_TOLD_BY_TENSORS)
 SETTINGS = {
     "name": "ncsnpp or ddpm, the network's class; blocks that resample are ncsnpp's (checked)",
@@ -138,8 +146,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     refuse(_another(kinds, tensors))
     steps = [i for i, kind in enumerate(kinds) if kind.startswith("resampling")]
     levels = len(steps) // 2 + 1
-    parts = [[kind for kind in kinds[a + 1 : b] if kind != "fir"] for a, b in itertools.pairwise([-1, *steps, None])]
-    counts = [Counter(part) for part in parts[:levels]]
+    counts = [Counter(kinds[a + 1 : b]) for a, b in itertools.pairwise([-1, *steps, len(kinds)])][:levels]
     blocks = counts[0]["block"] if levels > 1 else (counts[0]["block"] - 3) // 2
     starts = [next((i for i in range(a, len(kinds)) if kinds[i] == "block"), 0) for a in (0, *steps[: levels - 1])]
     widths = [_width(tensors, start, "out") for start in starts]
@@ -158,7 +165,7 @@ def infer(tensors: Tensors) -> dict[str, Any]:
         "levels": tuple(i for i, count in enumerate(counts) if count["attention"] > (i == levels - 1)),
         "pyramid": "fir" in kinds,
         "num_scales": sigmas.shape[0] if sigmas is not None and sigmas.ndim == 1 else None,
-        "norms": min((value.size for key, value in tensors.items() if re.search(r"GroupNorm_\d\.weight$", key))),
+        "norms": min((v.size for key, v in tensors.items() if re.search(r"GroupNorm_\d\.weight$", key)), default=0),
     }
 
 
@@ -328,7 +335,8 @@ def rules(config: UNetConfig) -> Rules:
     """The rename table, spelled out: the source's numbers run through the whole network."""
     blocks_resample = config.downsample == ("resnet",)
     names = (f"all_modules.{i}" for i in itertools.count())
-    table: dict[str, Target] = {next(names): f"time_embed.linear_{i}" for i in (1, 2)} | {next(names): "conv_in"}
+    table: dict[str, Target] = {next(names): f"time_embed.linear_{i}" for i in (1, 2)}
+    table[next(names)] = "conv_in"
 
     def block(target: str) -> None:
         name = next(names)
@@ -369,7 +377,9 @@ def rules(config: UNetConfig) -> Rules:
             attention(f"up.{level}.attentions.0")
         if level:
             resampling(f"up.{level}.upsample")
-    return table | {next(names): "norm_out"} | {next(names): "conv_out"}
+    table[next(names)] = "norm_out"
+    table[next(names)] = "conv_out"
+    return table
 
 
 def reference(config: UNetConfig) -> Any:

@@ -237,6 +237,7 @@ class LucidrainsUNet(nnx.Module):
         down, up = [], []
         for level, (width, deeper) in enumerate(pairwise(widths)):
             attend = attention(level, width, full=config.full_attention[level])
+            halve: Downsample | nnx.Conv
             if level == last:
                 halve = conv3(width, deeper)
             elif config.strided:

@@ -156,7 +156,7 @@ def test_its_own_defaults_stand_in() -> None:
         (
             {"mid_attn.fn.fn.to_qkv.weight": (48, 8, 1, 1)},
             {},
-            "its middle attention has 16 channels, and no tensor tells",
+            "its middle attention has 16 channels, and no ",
         ),
         ({"init_conv.weight": (6, 2, 7, 7)}, {}, r"self_condition: classifier_free_guidance\.py has no sampler"),
         ({"null_classes_emb": (5,)}, {}, r"null_classes_emb is no row of classes_emb"),
