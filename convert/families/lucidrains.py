@@ -350,6 +350,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     classes = found["num_classes"]
     if classes is not None:
         problems += _of_labelled(found)
+        problems += [f"missing {_NULL}, the null label's embedding"] if _NULL not in tensors else []
     if "betas" in tensors and "alphas_cumprod" in tensors:
         schedule, name = _schedule(tensors)
         T = schedule.num_train_timesteps

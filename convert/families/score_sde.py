@@ -60,15 +60,9 @@ def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
 
 _TOLD_BY_TENSORS = ("embedding_type", "progressive", "progressive_input", "progressive_combine", "resblock_type")
 _IDLE: tuple[str, ...] = (
-    "dropout",
-    "ema_rate",
-    "normalization",
-    "nonlinearity",
-    "attention_type",
-    "init_scale",
-    "fourier_scale",
+    *("dropout", "ema_rate", "normalization", "nonlinearity", "attention_type", "init_scale", "fourier_scale"),
+    *("conv_size", "resamp_with_conv", "sigma_min", "sigma_max", *_TOLD_BY_TENSORS),
 )
-_IDLE += ("conv_size", "resamp_with_conv", "sigma_min", "sigma_max", *_TOLD_BY_TENSORS)
 SETTINGS = {
     "name": "ncsnpp or ddpm, the network's class; blocks that resample are ncsnpp's (checked)",
     "image_size": "side of the training images in pixels, or HEIGHTxWIDTH",
