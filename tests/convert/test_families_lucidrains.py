@@ -173,7 +173,7 @@ def test_what_its_unets_are_not_is_refused(
 def test_a_missing_null_label_is_named() -> None:
     tensors = labelled()
     del tensors["null_classes_emb"]
-    with pytest.raises(ConversionError, match="^missing null_classes_emb, the null label's embedding$"):
+    with pytest.raises(ConversionError, match=r"^missing null_classes_emb, the null label's embedding$"):
         plan(tensors, None, SETTINGS)
 
 
