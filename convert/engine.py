@@ -19,6 +19,7 @@ from jddim.converting import ConversionError, UnsettledError
 from .files.mapped import FLOATS, release
 from .rules import (
     Fused,
+    Nin,
     Rules,
     Target,
     from_layout,
@@ -95,17 +96,19 @@ def matched(
             continue
         origin |= dict.fromkeys(leaves, name)
         ones = None if pointwise is None else _ones(name, pointwise)
-        wanted = torch_shape(expected[leaves[0]], array, leaves[0], ones)
+        wanted = shape = torch_shape(expected[leaves[0]], array, leaves[0], ones)
         if isinstance(target, Fused):
             wanted = (len(leaves) * wanted[0], *wanted[1:])
-        pieces = target.split(array) if isinstance(target, Fused) else [array]
+        elif isinstance(target, Nin):
+            wanted = wanted[1::-1]
+        pieces = [array] if isinstance(target, str) else target.split(array)
         if array.shape != wanted or not pieces:
             problems["misshapen"].append(f"{name} has shape {array.shape}, expected {wanted}")
             continue
         if not np.issubdtype(array.dtype, np.floating) and array.dtype.name not in FLOATS:
             problems["not usable"].append(f"{name} holds {array.dtype}, not floating point numbers")
             continue
-        fitting[name] = list(zip(leaves, pieces, strict=True))
+        fitting[name] = list(zip(leaves, [piece.reshape(shape) for piece in pieces], strict=True))
     missing = [source_of(leaf, rules) for leaf in expected if leaf not in origin]
     problems["missing"] += [f"missing {name}" for name in dict.fromkeys(missing)]
     return fitting, problems
@@ -183,7 +186,7 @@ def source_tensors(params: Mapping[str, np.ndarray], rules: Rules, shapes: Mappi
     for name, shape in shapes.items():
         ((target, leaves),) = _matches(name, rules, params)
         pieces = [from_layout(params[leaf], leaf) for leaf in leaves]
-        tensors[name] = (target.join(pieces) if isinstance(target, Fused) else pieces[0]).reshape(tuple(shape))
+        tensors[name] = (pieces[0] if isinstance(target, str) else target.join(pieces)).reshape(tuple(shape))
         left -= set(leaves)
     assert not left, f"the reference's state dict has no tensor for {sorted(left)}"
     return tensors

@@ -28,7 +28,7 @@ _MARKS = {
     r"(^|\.)map_layer0\.": (
         "has map_layer0 as EDM's networks have (SongUNet, DhariwalUNet), but not also enc.NxN_ and dec.NxN_"
     ),
-    r"(^|\.)all_modules\.": "is a score_sde model; this family is not supported",
+    r"(^|\.)all_modules\.": ("has all_modules as score_sde's networks have, but not the blocks of its ddpm or ncsnpp"),
     r"timembedding\.": "has a timembedding as w86763777/pytorch-ddpm's networks have, but too few of their blocks",
     r"down_blocks[._].*transformer_blocks[._]": (
         "is a diffusers model with cross-attention to text; jddim's take class labels or nothing"

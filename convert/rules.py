@@ -44,10 +44,26 @@ class Fused:
         return np.stack([a.reshape(self.groups, -1, *rest) for a in arrays], axis=1).reshape(-1, *rest)
 
 
-Target = str | Fused
+@dataclasses.dataclass(frozen=True)
+class Nin:
+    """A linear or 1x1 convolution that the source keeps as W (in, out) and b (score_sde's NIN). parts: its target."""
+
+    parts: tuple[str, ...]
+
+    def split(self, array: NDArray) -> list[NDArray]:
+        """[The source tensor as torch's linears have it]; W becomes (out, in)."""
+        return [array.T]
+
+    def join(self, arrays: Sequence[NDArray]) -> NDArray:
+        """The inverse of `split`."""
+        return arrays[0].T
+
+
+Target = str | Fused | Nin
 Rules = Mapping[str, Target]
 
 _LEAVES = {"weight": ("kernel", "scale", "embedding"), "bias": ("bias",)}
+_NIN_LEAVES = {"W": ("kernel",), "b": ("bias",)}
 
 
 def targets_of(name: str, rules: Rules) -> list[Target]:
@@ -62,28 +78,27 @@ def targets_of(name: str, rules: Rules) -> list[Target]:
 def source_of(name: str, rules: Rules) -> str:
     """The source tensor that would fill target leaf `name`: for naming what is missing."""
     module, _, leaf = name.rpartition(".")
-    kind = next((kind for kind, leaves in _LEAVES.items() if leaf in leaves), leaf)
     for source, target in rules.items():
         for part in parts_of(target):
             if numbers := _match(part, module):
+                kind = next((kind for kind, leaves in _kinds(target).items() if leaf in leaves), leaf)
                 return f"{source.format_map(numbers)}.{kind}"
     return f"? (for {name}: no rule)"
 
 
 def parts_of(target: Target) -> tuple[str, ...]:
     """The target modules, of which there are several for `Fused` alone."""
-    return target.parts if isinstance(target, Fused) else (target,)
+    return (target,) if isinstance(target, str) else target.parts
 
 
-def target_leaf(module: str, kind: str, leaves: Sequence[str] | Mapping[str, object]) -> str | None:
-    """The leaf of the target module that takes a source tensor's `weight` or `bias`, or None."""
-    names = (f"{module}.{leaf}" for leaf in _LEAVES.get(kind, (kind,)))
-    return next((name for name in names if name in leaves), None)
+def _kinds(target: Target) -> Mapping[str, tuple[str, ...]]:
+    return _NIN_LEAVES if isinstance(target, Nin) else _LEAVES
 
 
 def target_leaves(target: Target, kind: str, leaves: Sequence[str] | Mapping[str, object]) -> list[str]:
     """The leaves, one for each of the target's parts, that take a source tensor; [] if a part has none."""
-    found = [target_leaf(part, kind, leaves) for part in parts_of(target)]
+    ends = _kinds(target).get(kind, (kind,))
+    found = [next((name for end in ends if (name := f"{part}.{end}") in leaves), None) for part in parts_of(target)]
     return [] if None in found else [leaf for leaf in found if leaf is not None]
 
 
@@ -125,9 +140,9 @@ def _is_kernel(leaf: str) -> bool:
 
 
 def _formatted(target: Target, numbers: Mapping[str, str]) -> Target:
-    if isinstance(target, Fused):
-        return dataclasses.replace(target, parts=tuple(part.format_map(numbers) for part in target.parts))
-    return target.format_map(numbers)
+    if isinstance(target, str):
+        return target.format_map(numbers)
+    return dataclasses.replace(target, parts=tuple(part.format_map(numbers) for part in target.parts))
 
 
 def _match(template: str, name: str) -> Mapping[str, str] | None:

@@ -450,7 +450,7 @@ class _NoLabels:
 
 
 @dataclasses.dataclass(frozen=True)
-class LucidrainsConfig(_Whole, _NoCondition, _NoLabels):
+class LucidrainsConfig(_Whole, _NoCondition):
     """The UNet of lucidrains' denoising-diffusion-pytorch 2.x (`jddim.models.lucidrains`); its `Unet`'s arguments.
 
     image_size: (height, width) in pixels that the checkpoint was trained at. in_channels: the image's;
@@ -462,6 +462,8 @@ class LucidrainsConfig(_Whole, _NoCondition, _NoLabels):
     the last level's also in the middle, which is always full. memory: learned keys and values of every attention.
     time_embedding: "sinusoidal", with frequencies theta^(-i / (channels / 2 - 1)), or "learned": t and time_features
     sines and cosines of learned or random frequencies.
+    num_classes: labels that it takes, the null label's last (classifier_free_guidance.py); None: it takes none.
+    strided: levels are joined by a convolution of stride 2, as there, in place of 2x2 squares side by side.
     """
 
     image_size: tuple[int, int]
@@ -478,6 +480,13 @@ class LucidrainsConfig(_Whole, _NoCondition, _NoLabels):
     time_embedding: str = "sinusoidal"
     time_features: int = 16
     theta: float = 10000.0
+    num_classes: int | None = later(None)
+    strided: bool = later(False)
+
+    @property
+    def class_embedding(self) -> str | None:
+        """None if the network takes no labels."""
+        return None if self.num_classes is None else "learned"
 
     @property
     def input_channels(self) -> int:
@@ -532,6 +541,8 @@ class LucidrainsConfig(_Whole, _NoCondition, _NoLabels):
             given = getattr(self, name)
             if len(given) != levels or any(value < (name != "full_attention") for value in given):
                 problems.append(f"{name}={given} must hold one value for each of {levels} levels, numbers at least 1")
+        if self.num_classes is not None and self.num_classes < 1:
+            problems.append(f"num_classes={self.num_classes} must be at least 1, or None for a network without labels")
         if self.memory < 0:
             problems.append(f"memory={self.memory} must not be negative")
         if self.time_embedding not in LUCIDRAINS_TIME_EMBEDDINGS:

@@ -17,6 +17,7 @@ from . import (
     openai_classifier,
     palette,
     pytorch_ddpm,
+    score_sde,
 )
 from .base import Family, Plan, Source
 
@@ -24,7 +25,7 @@ FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
     for module in (
         *(autoencoder, ho, pytorch_ddpm, monai, diffusers, openai_classifier, consistency, openai, palette),
-        *(lucidrains, dit, diffusers_dit, edm, flax_autoencoder),
+        *(lucidrains, dit, diffusers_dit, edm, score_sde, flax_autoencoder),
     )
 }
 """In the order in which they are asked: diffusers would take MONAI's names for its own where a file is damaged, and

@@ -4,6 +4,7 @@ The Trainer saves {step, model, opt, ema, scaler, version}. `model` is a Gaussia
 schedule in float32 buffers, and the Unet's tensors under `model.`; `ema` is ema_pytorch's, with a GaussianDiffusion
 under `ema_model.` and the raw one again under `online_model.`. A GaussianDiffusion's or a Unet's own state dict is
 read too. Buffers tell T, the schedule and the objective; shapes tell all of the network but a sinusoid's theta.
+classifier_free_guidance.py's Unet, which has labels, is wired otherwise, and its GaussianDiffusion has other defaults.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .values import asking, boolean, integer, not_read, number, one_of, parse, s
 _UNET_NAME = re.compile(
     r"(downs|ups)\.\d+\.[0-3]\.(block[12]\.proj|mlp\.1|to_qkv|mem_kv|fn\.)|mid_(block[12]|attn)\.|final_res_block\."
 )
+_NULL = "null_classes_emb"
 
 
 def recognise(state: Mapping[Any, Any]) -> bool:
@@ -65,10 +67,11 @@ def _not_ours(state: Mapping[Any, Any]) -> str | None:
     names = [str(name) for name in state]
     if any(name.startswith("net.") for name in names):
         return "is an ElucidatedDiffusion, whose sampler is Karras et al.'s and not DDIM; not supported"
-    if any(re.search(r"classes_(emb|mlp)\.|\.2\.fn\.", name) for name in names):
+    labelled = any(re.search(r"(^|\.)(classes_(emb|mlp)\.|null_classes_emb$)", name) for name in names)
+    if not labelled and any(".2.fn." in name for name in names):
         return (
-            "is a Unet of classifier_free_guidance.py, guided_diffusion.py or a version before 2.0 (its attention is "
-            "under `.2.fn.`, or it has classes_emb); only denoising_diffusion_pytorch.py of 2.x is supported"
+            "is a Unet of guided_diffusion.py or a version before 2.0 (its attention is under `.2.fn.`); only "
+            "denoising_diffusion_pytorch.py and classifier_free_guidance.py of 2.x are supported"
         )
     if any(re.search(r"\.block1\.(norm\.weight$|block\.\d)", name) for name in names):
         return "is of denoising-diffusion-pytorch 0.x or 1.x, whose blocks have group norms; only 2.x is supported"
@@ -107,6 +110,8 @@ SETTINGS = {
     "learned_sinusoidal_dim": "learned or random features of t (checked against the tensors)",
     "attn_dim_head": "a head's channels, one for all levels or one each (checked against the tensors)",
     "attn_heads": "heads, one for all levels or one each (checked against the tensors)",
+    "num_classes": "classes of classifier_free_guidance.py's (checked against the tensors)",
+    "cond_drop_prob": "how often a label was dropped in training; without effect on sampling",
     "full_attn": "full or linear attention, one for all levels or one each (checked against the tensors)",
 }
 
@@ -124,7 +129,8 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "objective": one_of(*OBJECTIVES),
     "beta_schedule": one_of(*BETA_SCHEDULES),
     **dict.fromkeys(("timesteps", "sampling_timesteps", "dim", "init_dim", "out_dim", "channels"), integer),
-    **dict.fromkeys(("learned_sinusoidal_dim",), integer),
+    **dict.fromkeys(("learned_sinusoidal_dim", "num_classes"), integer),
+    "cond_drop_prob": number,
     **dict.fromkeys(("ddim_sampling_eta", "sinusoidal_pos_emb_theta"), number),
     **dict.fromkeys(("auto_normalize", "self_condition", "learned_variance"), boolean),
     **dict.fromkeys(("learned_sinusoidal_cond", "random_fourier_features"), boolean),
@@ -174,7 +180,9 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     levels = sum(count >= 20 for count in found.values())  # a level has about 50 tensors, in `downs` and `ups` together
     if not levels or any(found[level] < 20 for level in range(levels)):
         raise ConversionError("too few tensors of the Unet are there to tell its shape; is the file whole?")
-    dim = votes(r"time_mlp\.[13]\.bias|.*\.mlp\.1\.weight", -1, 4)
+    labelled = sum(name == _NULL or bool(re.match(r"classes_(emb|mlp)\.", name)) for name in tensors) >= 3
+    of_labels = r"|classes_mlp\.[02]\.bias" if labelled else r"|.*\.mlp\.1\.weight"  # these are told labels beside t
+    dim = votes(rf"time_mlp\.[13]\.bias{of_labels}", -1, 4)
     if not dim:
         raise ConversionError("the time MLP has no width; is the file whole?")
     widths = [
@@ -182,7 +190,8 @@ def infer(tensors: Tensors) -> dict[str, Any]:
     ]
     if odd := [width for width in widths if width % dim]:
         raise ConversionError(f"the levels' widths {widths} are not multiples of the time MLP's dim = {dim}: {odd}")
-    attentions = [_attention(tensors, (f"downs.{i}.2", f"ups.{levels - 1 - i}.2")) for i in range(levels)]
+    places = [(f"downs.{i}.2", f"ups.{levels - 1 - i}.2") for i in range(levels)]
+    attentions = [(False, *_HEADS) if labelled else _attention(tensors, each) for each in places]
     features = votes(r"time_mlp\.1\.weight", 1) if "time_mlp.1.weight" in tensors else dim
     learned = "time_mlp.0.weights" in tensors or features != dim
     return {
@@ -192,10 +201,16 @@ def infer(tensors: Tensors) -> dict[str, Any]:
         "full_attn": tuple(full for full, _, _ in attentions),
         "attn_heads": tuple(heads for _, heads, _ in attentions),
         "attn_dim_head": tuple(width for _, _, width in attentions),
-        "num_mem_kv": _memory(tensors, levels, [full for full, _, _ in attentions]),
+        "num_mem_kv": 0 if labelled else _memory(tensors, levels, [full for full, _, _ in attentions]),
+        "num_classes": votes(r"classes_emb\.weight", 0) if labelled else None,
+        "attended": common_size(tensors, r"mid_attn\.fn\.fn\.to_qkv\.weight", 0, 3),
         "learned_sinusoidal_dim": features - 1 if learned else None,
         **_ends(tensors),
     }
+
+
+_HEADS = (4, 32)
+"""Of classifier_free_guidance.py's attentions: heads, channels of each."""
 
 
 def _attention(tensors: Tensors, places: Iterable[str]) -> tuple[bool, int, int]:
@@ -332,6 +347,10 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         )
     if told.get("self_condition") and told.get("learned_variance"):
         problems.append("self_condition and learned_variance together: the source has no sampler for such a Unet")
+    classes = found["num_classes"]
+    if classes is not None:
+        problems += _of_labelled(found)
+        problems += [f"missing {_NULL}, the null label's embedding"] if _NULL not in tensors else []
     if "betas" in tensors and "alphas_cumprod" in tensors:
         schedule, name = _schedule(tensors)
         T = schedule.num_train_timesteps
@@ -344,7 +363,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
             assumed.append("schedule: explicit betas, from the buffer alphas_cumprod (no schedule of the source's)")
     else:
         T = settle("timesteps", 1000, "GaussianDiffusion's default")
-        name = settle("beta_schedule", "sigmoid", "GaussianDiffusion's default")
+        name = settle("beta_schedule", "sigmoid" if classes is None else "cosine", "GaussianDiffusion's default")
         schedule = _source_schedule(name, max(T, 1))
         if T < 1 or _built(schedule) is None:
             problems.append(f"timesteps={T} makes no {name} schedule")
@@ -352,10 +371,10 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     objective = _settle_objective(read, found, told, assumed, problems)
     settle("auto_normalize", True, "GaussianDiffusion's default")
     theta = 10000.0
-    if found["learned_sinusoidal_dim"] is None:
+    if found["learned_sinusoidal_dim"] is None and classes is None:
         theta = settle("sinusoidal_pos_emb_theta", 10000.0, "Unet's default")
     steps = settle("sampling_timesteps", min(250, T), "the README's example" if T > 250 else "T")
-    eta = settle("ddim_sampling_eta", 0.0, "GaussianDiffusion's default")
+    eta = settle("ddim_sampling_eta", 0.0 if classes is None else 1.0, "GaussianDiffusion's default")
     if not 1 <= steps <= T:
         problems.append(f"sampling_timesteps={steps} must lie in 1..{T}")
     elif _built(schedule) is not None:
@@ -365,7 +384,7 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
     untold = ["image_size", "auto_normalize"]
     untold += [] if "betas" in tensors and "alphas_cumprod" in tensors else ["timesteps", "beta_schedule"]
     untold += ["objective"] if read is None else []
-    untold += ["sinusoidal_pos_emb_theta"] if found["learned_sinusoidal_dim"] is None else []
+    untold += ["sinusoidal_pos_emb_theta"] if found["learned_sinusoidal_dim"] is None and classes is None else []
     missing = {}
     if "image_size" not in told:
         missing["image_size=SIDE"] = "the tensors do not tell the image size; --set image_size=64"
@@ -378,13 +397,19 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         num_steps=steps,
         eta=eta,
         clip=True,
-        # LearnedGaussianDiffusion's model_predictions keeps the network's eps beside the clipped x0.
-        rederive_eps=not found["learned_variance"],
+        # LearnedGaussianDiffusion's model_predictions keeps the network's eps beside the clipped x0, and so does
+        # classifier_free_guidance.py's.
+        rederive_eps=not found["learned_variance"] and (classes is None or objective != "pred_noise"),
         prediction_type=OBJECTIVES[objective],
         self_condition=found["self_condition"],
         variance="learned_range" if found["learned_variance"] else "fixed_small",
     )
     ignored = {name: reason for name, reason in _BUFFERS.items() if name in tensors}
+    implied = {}
+    if classes is not None and _NULL in tensors:
+        ignored[_NULL] = "kept as the last row of classes_emb"
+        with refusing(f"{_NULL} is no row of classes_emb"):
+            implied["classes_emb.weight"] = np.concatenate([tensors["classes_emb.weight"], tensors[_NULL][None]])
     wording = Wording(
         {"beta_schedule": name or "(none of the source's)", "timesteps": str(T)},
         {
@@ -401,12 +426,34 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         asks=asking(untold, told),
         unchecked=tuple(key for key in given if key in untold),
         wording=wording,
+        implied=implied,
+        null_label=classes,
     )
+
+
+def _of_labelled(found: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a Unet of classifier_free_guidance.py."""
+    heads, width = _HEADS
+    problems = [
+        f"{key}: classifier_free_guidance.py has no sampler for such a Unet"
+        for key in ("self_condition", "learned_variance")
+        if found[key]
+    ]
+    if found["attended"] not in (None, heads * width):
+        problems.append(
+            f"its middle attention has {found['attended']} channels, and no tensor tells their heads; "
+            f"jddim reads the source's default, {heads} heads of {width}"
+        )
+    return problems
 
 
 def _notes(found: Mapping[str, Any], steps: int, T: int) -> tuple[str, ...]:
     """Where the source itself would not run DDIM."""
     notes = []
+    if found["num_classes"] is not None:
+        notes.append(
+            "the source samples with cond_scale 6: --guidance projected --guidance-scale 6 --guidance-rescale 0.7"
+        )
     if found["learned_variance"]:
         notes.append("LearnedGaussianDiffusion's ddim_sample fails by a missing import; jddim does what it says")
     if found["learned_sinusoidal_dim"] is not None:
@@ -432,6 +479,8 @@ def _model(found: Mapping[str, Any], image_size: tuple[int, int], theta: float) 
         memory=found["num_mem_kv"],
         time_embedding="sinusoidal" if features is None else "learned",
         theta=theta,
+        num_classes=None if found["num_classes"] is None else found["num_classes"] + 1,
+        strided=found["num_classes"] is not None,
         **({} if features is None else {"time_features": features}),
     )
 
@@ -440,7 +489,16 @@ def _contradictions(told: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
     """Each --set value that the tensors contradict."""
     problems = []
     levels = len(found["dim_mults"])
-    for key in ("dim", "init_dim", "out_dim", "dim_mults", "channels", "self_condition", "learned_variance"):
+    for key in (
+        "dim",
+        "init_dim",
+        "out_dim",
+        "dim_mults",
+        "channels",
+        "self_condition",
+        "learned_variance",
+        "num_classes",
+    ):
         if key in told and told[key] != found[key]:
             problems.append(f"{key} is {told[key]} by --set, but {found[key]} in the tensors")
     for key in ("attn_heads", "attn_dim_head", "full_attn"):
@@ -475,9 +533,10 @@ def _settle_objective(
         return asked or read or "pred_noise"
     if read is not None and asked not in (None, read):
         problems.append(f"objective is {asked} by --set, but loss_weight is {read}'s")
+    default = "pred_v" if found["num_classes"] is None else "pred_noise"
     if asked is None and read is None:
-        assumed.append("objective = pred_v (GaussianDiffusion's default)")
-    return asked or read or "pred_v"
+        assumed.append(f"objective = {default} (GaussianDiffusion's default)")
+    return asked or read or default
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -518,8 +577,12 @@ _ATTENTIONS = {"downs.{i}.2": "down.{i}.attention", "ups.{i}.2": "up.{i}.attenti
 
 
 def rules(config: LucidrainsConfig) -> Rules:
-    """The rename table, the same for every config."""
+    """The rename table; a network with classes has its attentions, and what comes before them, under other names."""
+    labelled = config.num_classes is not None
+    of_attention = {"fn.norm" if x == "norm" else f"fn.fn.{x}": y for x, y in _ATTENTION.items()}
     return {
+        **({"classes_emb": "class_embed", "classes_mlp.0": "class_mlp.linear_1"} if labelled else {}),
+        **({"classes_mlp.2": "class_mlp.linear_2"} if labelled else {}),
         "init_conv": "conv_in",
         "time_mlp.0": "time_features",
         "time_mlp.1": "time_embed.linear_1",
@@ -531,7 +594,11 @@ def rules(config: LucidrainsConfig) -> Rules:
         "final_conv": "conv_out",
         **_ATTENTIONS,
         **{f"{a}.{x}": f"{b}.{y}" for a, b in _BLOCKS.items() for x, y in _BLOCK.items()},
-        **{f"{a}.{x}": f"{b}.{y}" for a, b in _ATTENTIONS.items() for x, y in _ATTENTION.items()},
+        **{
+            f"{a}.{x}": f"{b}.{y}"
+            for a, b in _ATTENTIONS.items()
+            for x, y in (of_attention if labelled else _ATTENTION).items()
+        },
     }
 
 
@@ -552,6 +619,7 @@ def reference(config: LucidrainsConfig) -> Any:
         num_mem_kv=config.memory,
         learned_sinusoidal_dim=config.time_features if config.time_embedding == "learned" else None,
         sinusoidal_pos_emb_theta=config.theta,
+        num_classes=config.num_classes,
     )
 
 
@@ -561,6 +629,8 @@ def reference(config: LucidrainsConfig) -> Any:
 def write_trainer(metadata: Metadata, params: Tensors, path: Path) -> None:
     """One file as the Trainer saves and loads it. Raw and EMA weights are equal; the optimizer is untrained."""
     config, problems = of_wiring(metadata.model, LucidrainsConfig), []
+    if config.num_classes is not None:
+        problems.append("classifier_free_guidance.py has no Trainer; use lucidrains-unet")
     if config.time_embedding == "learned":
         problems.append("GaussianDiffusion refuses a Unet with learned or random features of t; use lucidrains-unet")
     if metadata.schedule.zero_terminal_snr:
@@ -580,7 +650,11 @@ def write_trainer(metadata: Metadata, params: Tensors, path: Path) -> None:
 def write_unet(metadata: Metadata, params: Tensors, path: Path) -> None:
     """One file, the Unet's own state dict."""
     config = of_wiring(metadata.model, LucidrainsConfig)
-    save_torch(torch_tensors(params, rules(config), lambda: reference(config)), path)
+    tensors = torch_tensors(params, rules(config), lambda: reference(config))
+    if config.num_classes is not None:
+        tensors["classes_emb.weight"], tensors[_NULL] = np.split(tensors["classes_emb.weight"], [-1])
+        tensors[_NULL] = tensors[_NULL][0]
+    save_torch(tensors, path)
 
 
 def buffers(schedule: ScheduleConfig, objective: str) -> dict[str, np.ndarray]:

@@ -111,7 +111,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = RMSNorm(channels)
-        self.mem_kv = nn.Parameter(torch.randn(2, heads, memory, dim_head))
+        self.mem_kv = nn.Parameter(torch.randn(2, heads, memory, dim_head)) if memory else None
         self.to_qkv = nn.Conv2d(channels, 3 * heads * dim_head, 1, bias=False)
         self.to_out = nn.Conv2d(heads * dim_head, channels, 1)
 
@@ -121,7 +121,8 @@ class Attention(nn.Module):
         q, k, v = (  # each (b, heads, h * w, dim_head)
             part.reshape(b, self.heads, -1, h * w).transpose(2, 3) for part in self.to_qkv(self.norm(x)).chunk(3, dim=1)
         )
-        k, v = (torch.cat([m.expand(b, -1, -1, -1), p], dim=2) for m, p in zip(self.mem_kv, (k, v), strict=True))
+        if self.mem_kv is not None:
+            k, v = (torch.cat([m.expand(b, -1, -1, -1), p], dim=2) for m, p in zip(self.mem_kv, (k, v), strict=True))
         weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(dim=3)
         return self.to_out((weights @ v).transpose(2, 3).reshape(b, -1, h, w))
 
@@ -133,7 +134,7 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = RMSNorm(channels)
-        self.mem_kv = nn.Parameter(torch.randn(2, heads, dim_head, memory))
+        self.mem_kv = nn.Parameter(torch.randn(2, heads, dim_head, memory)) if memory else None
         self.to_qkv = nn.Conv2d(channels, 3 * heads * dim_head, 1, bias=False)
         self.to_out = nn.Sequential(nn.Conv2d(heads * dim_head, channels, 1), RMSNorm(channels))
 
@@ -143,10 +144,24 @@ class LinearAttention(nn.Module):
         q, k, v = (  # each (b, heads, dim_head, h * w)
             part.reshape(b, self.heads, -1, h * w) for part in self.to_qkv(self.norm(x)).chunk(3, dim=1)
         )
-        k, v = (torch.cat([m.expand(b, -1, -1, -1), p], dim=3) for m, p in zip(self.mem_kv, (k, v), strict=True))
+        if self.mem_kv is not None:
+            k, v = (torch.cat([m.expand(b, -1, -1, -1), p], dim=3) for m, p in zip(self.mem_kv, (k, v), strict=True))
         q = q.softmax(dim=2) * q.shape[2] ** -0.5
         context = torch.einsum("bhdn,bhen->bhde", k.softmax(dim=3), v)
         return self.to_out(torch.einsum("bhde,bhdn->bhen", context, q).reshape(b, -1, h, w))
+
+
+class PreNormed(nn.Module):
+    """An attention under the names that it has in classifier_free_guidance.py: `fn.fn`, and its norm `fn.norm`."""
+
+    def __init__(self, attention: Attention | LinearAttention):
+        super().__init__()
+        self.fn = nn.Module()
+        self.fn.fn, self.fn.norm, attention.norm = attention, attention.norm, nn.Identity()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: `(b, c, h, w)`. Returns the same shape."""
+        return self.fn.fn(self.fn.norm(x))  # type: ignore[operator]
 
 
 class PixelUnshuffle(nn.Module):
@@ -162,7 +177,8 @@ class LucidrainsUNet(nn.Module):
 
     Arguments have the source's names; full_attn, attn_heads and attn_dim_head are one value per level. A
     self-conditioned network is given the conditioning and x_t already concatenated, in this order.
-    learned_sinusoidal_dim: None for the fixed sinusoid.
+    learned_sinusoidal_dim: None for the fixed sinusoid. num_classes: of classifier_free_guidance.py's, the null class's
+    row in classes_emb too.
     """
 
     def __init__(
@@ -180,6 +196,7 @@ class LucidrainsUNet(nn.Module):
         num_mem_kv: int = 4,
         learned_sinusoidal_dim: int | None = None,
         sinusoidal_pos_emb_theta: float = 10000,
+        num_classes: int | None = None,
     ):
         super().__init__()
         self.factor = 2 ** (len(dim_mults) - 1)
@@ -187,11 +204,12 @@ class LucidrainsUNet(nn.Module):
         widths = [init_dim, *(dim * mult for mult in dim_mults)]
 
         def block(channels_in: int, channels_out: int) -> nn.Module:
-            return ResnetBlock(channels_in, channels_out, time_width)
+            return ResnetBlock(channels_in, channels_out, time_width * (1 if num_classes is None else 2))
 
         def attention(level: int, width: int, full: bool) -> nn.Module:
             kind = Attention if full else LinearAttention
-            return kind(width, attn_heads[level], attn_dim_head[level], num_mem_kv)
+            made = kind(width, attn_heads[level], attn_dim_head[level], num_mem_kv)
+            return made if num_classes is None else PreNormed(made)
 
         self.init_conv = nn.Conv2d(channels * (1 + self_condition), init_dim, 7, padding=3)
         if learned_sinusoidal_dim is None:
@@ -200,12 +218,18 @@ class LucidrainsUNet(nn.Module):
             embedding = LearnedSinusoidalPosEmb(learned_sinusoidal_dim)
             self.time_mlp = TimeMLP(embedding, learned_sinusoidal_dim + 1, time_width)
 
+        if num_classes is not None:
+            self.classes_emb = nn.Embedding(num_classes, dim)
+            self.classes_mlp = nn.Sequential(nn.Linear(dim, time_width), nn.GELU(), nn.Linear(time_width, time_width))
+
         last = len(dim_mults) - 1
         downs, ups = [], []
         for level, (width, deeper) in enumerate(pairwise(widths)):
             shrink = (
                 nn.Conv2d(width, deeper, 3, padding=1)
                 if level == last
+                else nn.Conv2d(width, deeper, 4, stride=2, padding=1)
+                if num_classes is not None
                 else nn.Sequential(PixelUnshuffle(), nn.Conv2d(4 * width, deeper, 1))
             )
             attend = attention(level, width, full_attn[level])
@@ -230,12 +254,14 @@ class LucidrainsUNet(nn.Module):
         self.final_res_block = block(2 * init_dim, init_dim)
         self.final_conv = nn.Conv2d(init_dim, out_dim, 1)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """x: `(b, input channels, h, w)` in the parameters' dtype, t: `(b,)`. Raises ValueError if the size is odd."""
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(f"height and width must be multiples of {self.factor}, got {x.shape[2]}x{x.shape[3]}")
         x = stem = self.init_conv(x)
         time = self.time_mlp(t)
+        if labels is not None:
+            time = torch.cat([time, self.classes_mlp(self.classes_emb(labels))], dim=1)
         skips = []
         for level in self.downs:
             block1, block2, attention, shrink = level.children()
@@ -256,14 +282,15 @@ class LucidrainsUNet(nn.Module):
             x = grow(x)
         return self.final_conv(self.final_res_block(torch.cat([x, stem], dim=1), time))
 
-    def activations(self, x: Tensor, t: Tensor, labels: None = None) -> Iterable[tuple[str, Tensor]]:
+    def activations(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Iterable[tuple[str, Tensor]]:
         """Every module's output by its name in the source, in the order computed, the model's last. No gradients.
 
-        `init_conv`, `time_mlp`, `downs.{i}.{0..3}` (block, block, attention without its residual, resampling),
-        `mid_block1`, `mid_attn`, `mid_block2`, `ups.{i}.{0..3}`, `final_res_block`, `final_conv`. It takes no labels.
+        `init_conv`, `time_mlp`, `classes_mlp` (where there are classes), `downs.{i}.{0..3}` (block, block, attention
+        without its residual, resampling), `mid_block1`, `mid_attn`, `mid_block2`, `ups.{i}.{0..3}`, `final_res_block`,
+        `final_conv`.
         """
-        parts = {name: module for name, module in self.named_children() if name not in ("downs", "ups")}
+        parts = {name: module for name, module in self.named_children() if name not in ("downs", "ups", "classes_emb")}
         for side in ("downs", "ups"):
             for i, level in enumerate(getattr(self, side)):
                 parts |= {f"{side}.{i}.{j}": module for j, module in enumerate(level)}
-        return recorded(self, parts, x, t).items()
+        return recorded(self, parts, x, t, *([] if labels is None else [labels])).items()

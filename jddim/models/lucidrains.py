@@ -93,19 +93,20 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, channels: int, *, heads: int, head_channels: int, memory: int, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.dtype = dtype
+        self.dtype, self.heads = dtype, heads
         self.norm = RMSNorm(channels, dtype=dtype)
-        self.mem_kv = nnx.Param(jax.random.normal(rngs.params(), (2, heads, memory, head_channels), jnp.float32))
+        self.mem_kv = _memory((2, heads, memory, head_channels), rngs)
         self.qkv = linear(channels, 3 * heads * head_channels, use_bias=False, dtype=dtype, rngs=rngs)
         self.out = linear(heads * head_channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         b, h, w, c = x.shape
-        _, heads, _, width = self.mem_kv.shape
         qkv = self.qkv(self.norm(x).reshape(b, h * w, c))
-        q, k, v = (part.reshape(b, h * w, heads, width) for part in jnp.split(qkv, 3, axis=-1))
-        memory = self.mem_kv[...].astype(self.dtype).transpose(0, 2, 1, 3)  # (2, memory, heads, width)
-        k, v = (_prepend(memory[i], pixels) for i, pixels in enumerate((k, v)))
+        q, k, v = (part.reshape(b, h * w, self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+        heads, width = q.shape[2:]
+        if self.mem_kv is not None:
+            memory = self.mem_kv[...].astype(self.dtype).transpose(0, 2, 1, 3)  # (2, memory, heads, width)
+            k, v = (_prepend(memory[i], pixels) for i, pixels in enumerate((k, v)))
         scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=at_least_float32(self.dtype))
         weights = jax.nn.softmax(scores * width**-0.5, axis=-1).astype(v.dtype)
         mixed = jnp.einsum("bnqk,bknd->bqnd", weights, v).reshape(b, h * w, heads * width)
@@ -120,21 +121,22 @@ class LinearAttention(nnx.Module):
     """
 
     def __init__(self, channels: int, *, heads: int, head_channels: int, memory: int, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.dtype = dtype
+        self.dtype, self.heads = dtype, heads
         self.norm = RMSNorm(channels, dtype=dtype)
-        self.mem_kv = nnx.Param(jax.random.normal(rngs.params(), (2, heads, head_channels, memory), jnp.float32))
+        self.mem_kv = _memory((2, heads, head_channels, memory), rngs)
         self.qkv = linear(channels, 3 * heads * head_channels, use_bias=False, dtype=dtype, rngs=rngs)
         self.out_proj = linear(heads * head_channels, channels, dtype=dtype, rngs=rngs)
         self.out_norm = RMSNorm(channels, dtype=dtype)
 
     def __call__(self, x: Array) -> Array:
         b, h, w, _ = x.shape
-        _, heads, width, _ = self.mem_kv.shape
         dtype = at_least_float32(self.dtype)
-        qkv = self.qkv(self.norm(x)).astype(dtype).reshape(b, h * w, 3 * heads * width)
-        q, k, v = (part.reshape(b, h * w, heads, width) for part in jnp.split(qkv, 3, axis=-1))
-        memory = self.mem_kv[...].astype(dtype).transpose(0, 3, 1, 2)  # (2, memory, heads, width)
-        k, v = (_prepend(memory[i], pixels) for i, pixels in enumerate((k, v)))
+        qkv = self.qkv(self.norm(x)).astype(dtype).reshape(b, h * w, -1)
+        q, k, v = (part.reshape(b, h * w, self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
+        heads, width = q.shape[2:]
+        if self.mem_kv is not None:
+            memory = self.mem_kv[...].astype(dtype).transpose(0, 3, 1, 2)  # (2, memory, heads, width)
+            k, v = (_prepend(memory[i], pixels) for i, pixels in enumerate((k, v)))
         q = jax.nn.softmax(q, axis=-1) * width**-0.5
         context = jnp.einsum("bknd,bkne->bnde", jax.nn.softmax(k, axis=1), v)
         mixed = jnp.einsum("bnde,bqnd->bqne", context, q).reshape(b, h * w, heads * width)
@@ -193,7 +195,8 @@ class LucidrainsUNet(nnx.Module):
     """The network: `unet(x_t, t)`, x_t `(b, h, w, input_channels)` float, t `(b,)` int or float.
 
     A self-conditioned one takes the last step's x0 (zeros before the first) and x_t, concatenated in this order along
-    the channels, so input_channels is twice the image's. labels must be None: this wiring has no classes.
+    the channels, so input_channels is twice the image's. labels: `(b,)` int, or one for all; needed by a network with
+    classes, refused by one without (ValueError).
 
     Returns `(b, h, w, out_channels)` in x_t's dtype. h and w need not be the config's, but must be multiples of
     2^(levels - 1); others raise ValueError. dtype: the compute dtype; norms and softmaxes are never below float32.
@@ -202,7 +205,8 @@ class LucidrainsUNet(nnx.Module):
     def __init__(self, config: LucidrainsConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
-        block = partial(Block, time_channels=config.time_width, dtype=dtype, rngs=rngs)
+        labelled = config.num_classes is not None
+        block = partial(Block, time_channels=config.time_width * (1 + labelled), dtype=dtype, rngs=rngs)
 
         def attention(level: int, channels: int, *, full: bool) -> Attention | LinearAttention:
             return (Attention if full else LinearAttention)(
@@ -218,6 +222,13 @@ class LucidrainsUNet(nnx.Module):
         self.time_features = LearnedFeatures(config.time_features, rngs=rngs) if learned else None
         features = config.time_features + 1 if learned else config.channels
         self.time_embed = TimeMLP(features, config.time_width, dtype=dtype, rngs=rngs)
+        normal = nnx.initializers.normal(1.0)
+        self.class_embed = (
+            nnx.Embed(config.num_classes, config.channels, embedding_init=normal, dtype=dtype, rngs=rngs)
+            if config.num_classes is not None
+            else None
+        )
+        self.class_mlp = TimeMLP(config.channels, config.time_width, dtype=dtype, rngs=rngs) if labelled else None
         self.conv_in = conv(config.input_channels, config.stem, 7, dtype=dtype, rngs=rngs)
 
         widths = (config.stem, *config.widths)
@@ -226,7 +237,13 @@ class LucidrainsUNet(nnx.Module):
         down, up = [], []
         for level, (width, deeper) in enumerate(pairwise(widths)):
             attend = attention(level, width, full=config.full_attention[level])
-            halve = conv3(width, deeper) if level == last else Downsample(width, deeper, dtype=dtype, rngs=rngs)
+            halve: Downsample | nnx.Conv
+            if level == last:
+                halve = conv3(width, deeper)
+            elif config.strided:
+                halve = conv(width, deeper, 4, strides=2, padding=(1, 1), dtype=dtype, rngs=rngs)
+            else:
+                halve = Downsample(width, deeper, dtype=dtype, rngs=rngs)
             down.append(Level(block(width, width), block(width, width), attend, halve))
         for level, (above, width) in reversed(list(enumerate(pairwise(widths)))):
             both = width + above  # the skips have the encoder's width at this resolution
@@ -252,8 +269,9 @@ class LucidrainsUNet(nnx.Module):
         The attentions' are without the residual. The last is the network's output.
         """
         config = self.config
-        if labels is not None:
-            raise ValueError("LucidrainsUNet: this model takes no labels: it has no classes")
+        if (labels is None) != (self.class_embed is None):
+            wanted = "needs labels" if labels is None else "takes no labels: it has no classes"
+            raise ValueError(f"LucidrainsUNet: this model {wanted}")
         if x_t.ndim != 4 or x_t.shape[3] != config.input_channels:
             parts = ", self-conditioning and x_t" if config.self_condition else ""
             raise ValueError(f"LucidrainsUNet: x_t must be (b, h, w, {config.input_channels}{parts}), got {x_t.shape}")
@@ -264,6 +282,10 @@ class LucidrainsUNet(nnx.Module):
         yield "init_conv", h
         time = self.time_embed(self._features(per_sample(t, x_t)))
         yield "time_mlp", time
+        if labels is not None and self.class_embed is not None and self.class_mlp is not None:
+            told = self.class_mlp(self.class_embed(per_sample(labels, x_t)))
+            yield "classes_mlp", told
+            time = jnp.concatenate([time, told], axis=-1)
         skips = []
         for i, level in enumerate(self.down):
             h = level.block_1(h, time)
@@ -304,6 +326,11 @@ class LucidrainsUNet(nnx.Module):
         if self.time_features is not None:
             return self.time_features(t, dtype)
         return timestep_embedding(t, self.config.channels, dtype, theta=self.config.theta)
+
+
+def _memory(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param[Array] | None:
+    """Learned keys and values of this shape; None if there are none of them."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32)) if 0 not in shape else None
 
 
 def _prepend(memory: Array, pixels: Array) -> Array:

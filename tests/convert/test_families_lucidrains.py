@@ -93,7 +93,6 @@ def renamed(old: str, new: str) -> dict[str, np.ndarray]:
     ("state", "reason"),
     [
         (renamed("downs.0.2.", "downs.0.2.fn."), r"before 2\.0"),
-        ({**draw(CONFIG, 1), "classes_emb.weight": np.zeros((3, 4), np.float32)}, "classifier_free_guidance.py"),
         (renamed("block1.norm.g", "block1.norm.weight"), r"0\.x or 1\.x, whose blocks have group norms"),
         (renamed("block1.proj", "block1.block.0"), r"0\.x or 1\.x, whose blocks have group norms"),
         ({f"net.{name}": value for name, value in draw(LEARNED, 1).items()}, "ElucidatedDiffusion"),
@@ -105,6 +104,77 @@ def renamed(old: str, new: str) -> dict[str, np.ndarray]:
 def test_relatives_are_refused_with_a_reason(state: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConversionError, match=reason):
         recognise(state, "file")
+
+
+# -- classifier_free_guidance.py --------------------------------------------------------------------------------------
+
+LABELLED = small_config(
+    **{"full_attention": (False, False), "num_heads": (4, 4), "head_channels": (32, 32), "memory": 0},
+    **{"num_classes": 4, "strided": True, "stem_channels": 6},
+)
+
+
+def labelled() -> dict[str, np.ndarray]:
+    """A Unet's state dict: three classes, and the null class by itself."""
+    state = draw(LABELLED, 1)
+    table = state.pop("classes_emb.weight")
+    return {**state, "classes_emb.weight": table[:3], "null_classes_emb": table[3]}
+
+
+def test_labels_and_the_null_label_are_converted_and_go_back(tmp_path: Path) -> None:
+    unet = labelled()
+    file = write(tmp_path / "a.pt", diffusion(unet, COSINE, "pred_noise"))
+    metadata = convert(file, tmp_path / "out", settings=SETTINGS | {"cond_drop_prob": "0.5", "num_classes": "3"})
+    assert (metadata.model, metadata.null_label, metadata.schedule) == (LABELLED, 3, COSINE)
+    assert metadata.sampler == SamplerConfig(spacing="linspace", num_steps=100, eta=1.0)
+    assert metadata.provenance["verification"]["output_error"] <= 2e-5
+    params = jddim.checkpoint.folder.load_params(tmp_path / "out", metadata)
+    np.testing.assert_array_equal(params["class_embed.embedding"][3], unet["null_classes_emb"])
+    export(tmp_path / "out", tmp_path / "b.pt", "lucidrains-unet")
+    back = {name: value.numpy() for name, value in torch.load(tmp_path / "b.pt").items()}
+    assert back.keys() == unet.keys()
+    assert all(np.array_equal(value, unet[name]) for name, value in back.items())
+    with pytest.raises(ConversionError, match=r"classifier_free_guidance\.py has no Trainer; use lucidrains-unet"):
+        export(tmp_path / "out", tmp_path / "c.pt", "lucidrains")
+
+
+def test_its_own_defaults_stand_in() -> None:
+    made = plan(labelled(), None, SETTINGS)
+    assert [fact.split(" (")[0] for fact in made.assumed] == [
+        *("timesteps = 1000", "beta_schedule = cosine", "objective = pred_noise", "auto_normalize = True"),
+        *("sampling_timesteps = 250", "ddim_sampling_eta = 1.0"),
+    ]
+    assert any("--guidance projected --guidance-scale 6 --guidance-rescale 0.7" in note for note in made.notes)
+    assert plan(labelled(), None, SETTINGS | {"objective": "pred_x0"}).sampler.rederive_eps
+    assert not made.sampler.rederive_eps
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "told"),
+    [
+        ({}, {"num_classes": "4"}, "num_classes is 4 by --set, but 3 in the tensors"),
+        (
+            {"mid_attn.fn.fn.to_qkv.weight": (48, 8, 1, 1)},
+            {},
+            "its middle attention has 16 channels, and no ",
+        ),
+        ({"init_conv.weight": (6, 2, 7, 7)}, {}, r"self_condition: classifier_free_guidance\.py has no sampler"),
+        ({"null_classes_emb": (5,)}, {}, r"null_classes_emb is no row of classes_emb"),
+    ],
+)
+def test_what_its_unets_are_not_is_refused(
+    changes: dict[str, tuple[int, ...]], given: dict[str, str], told: str
+) -> None:
+    wrong = {name: np.zeros(shape, np.float32) for name, shape in changes.items()}
+    with pytest.raises(ConversionError, match=told):
+        plan(labelled() | wrong, None, SETTINGS | given)
+
+
+def test_a_missing_null_label_is_named() -> None:
+    tensors = labelled()
+    del tensors["null_classes_emb"]
+    with pytest.raises(ConversionError, match=r"^missing null_classes_emb, the null label's embedding$"):
+        plan(tensors, None, SETTINGS)
 
 
 # -- what buffers and shapes tell -------------------------------------------------------------------------------------

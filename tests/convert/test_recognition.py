@@ -30,6 +30,7 @@ from convert.families import (
     openai,
     palette,
     pytorch_ddpm,
+    score_sde,
 )
 from convert.families import diffusers_config as configs
 from convert.recognition import as_asked, recognise
@@ -59,6 +60,10 @@ PYTORCH_DDPM = UNetConfig(
 MONAI = UNetConfig(
     **{"image_size": (6, 10), "in_channels": 1, "out_channels": 1, "channels": 6, "channel_mults": (1,)},
     **{"num_res_blocks": 1, "attention_levels": (0,), "norm_groups": 2},
+)
+SCORE_SDE = UNetConfig(
+    **{"image_size": (6, 10), "in_channels": 1, "out_channels": 1, "channels": 32, "channel_mults": (1,)},
+    **{"num_res_blocks": 1, "attention_levels": (0,), "up_attention_last": True},
 )
 DIT = DiTConfig((6, 10), channels=8, depth=1, num_heads=2, num_classes=3)
 PALETTE = dataclasses.replace(
@@ -102,6 +107,12 @@ CASES: dict[str, tuple[str, Callable[[int], State], Any, dict[str, str]]] = {
         None,
         {"img_size": "6x10", "norm_groups": "2"},
     ),
+    "score_sde": (
+        "score_sde",
+        lambda seed: drawn(score_sde, SCORE_SDE, seed),
+        None,
+        {"image_size": "6x10", "sde": "vpsde", "continuous": "true"},
+    ),
     "dit": (
         "dit",
         lambda seed: named.state_dict(dit, DIT, seed),
@@ -137,6 +148,9 @@ CASES: dict[str, tuple[str, Callable[[int], State], Any, dict[str, str]]] = {
         lucidrains_files.SETTINGS,
     ),
 }
+
+
+_FIRST = ("conv_in", "init_conv", "input_blocks.0", "head", "all_modules.2.", "x_embedder", "proj_out")
 
 
 @cache
@@ -279,7 +293,10 @@ def test_a_partial_average_is_not_taken_and_that_is_said(case: str) -> None:
     rest = {
         name: value
         for name, value in ema.items()
-        if any(part in name for part in ("conv_in", "init_conv", "input_blocks.0", "head", "x_embedder", "proj_out"))
+        if any(
+            part in name
+            for part in ("conv_in", "init_conv", "input_blocks.0", "head", "all_modules.2", "x_embedder", "proj_out")
+        )
     }
     source = recognise({"model": state(case), "ema": rest}, "file")[1]
     assert (source.taken, source.note) == ("model", "ema has the names of no family's network")

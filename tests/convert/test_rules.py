@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from convert.engine import ConversionError, fill, source_tensors
-from convert.rules import Fused, from_layout, source_of, target_leaf, targets_of, to_layout, torch_shape
+from convert.rules import Fused, Nin, from_layout, source_of, target_leaves, targets_of, to_layout, torch_shape
 
 pytestmark = pytest.mark.quick
 
@@ -64,12 +64,12 @@ def test_the_way_back_names_what_is_missing(leaf: str, source: str) -> None:
 
 def test_a_weight_goes_to_the_leaf_that_the_module_has() -> None:
     leaves = ["conv.kernel", "conv.bias", "norm.scale", "norm.bias", "table.embedding"]
-    assert target_leaf("conv", "weight", leaves) == "conv.kernel"
-    assert target_leaf("norm", "weight", leaves) == "norm.scale"
-    assert target_leaf("table", "weight", leaves) == "table.embedding"
-    assert target_leaf("norm", "bias", leaves) == "norm.bias"
-    assert target_leaf("norm", "running_mean", leaves) is None
-    assert target_leaf("absent", "weight", leaves) is None
+    assert target_leaves("conv", "weight", leaves) == ["conv.kernel"]
+    assert target_leaves("norm", "weight", leaves) == ["norm.scale"]
+    assert target_leaves("table", "weight", leaves) == ["table.embedding"]
+    assert target_leaves("norm", "bias", leaves) == ["norm.bias"]
+    assert target_leaves("norm", "running_mean", leaves) == []
+    assert target_leaves("absent", "weight", leaves) == []
 
 
 def test_a_convolution_computes_the_same_after_the_change_of_layout() -> None:
@@ -160,3 +160,18 @@ def test_what_is_wrong_with_a_fused_tensor_is_said_once() -> None:
     assert str(caught.value) == (
         "2 tensors do not fit the model: missing a.7.qkv.bias; a.7.qkv.weight has shape (17, 5, 1), expected (18, 5, 1)"
     )
+
+
+def test_a_nins_w_is_no_transpose() -> None:
+    """Of a linear and of a 1x1 convolution; it is named as such where it is missing."""
+    rules = {"a.NIN_0": Nin(("q",)), "b.NIN_0": Nin(("shortcut",))}
+    W = np.arange(6.0).reshape(3, 2)
+    source = {"a.NIN_0.W": W, "a.NIN_0.b": np.ones(2), "b.NIN_0.W": W, "b.NIN_0.b": np.ones(2)}
+    expected = {"q.kernel": (3, 2), "q.bias": (2,), "shortcut.kernel": (1, 1, 3, 2), "shortcut.bias": (2,)}
+    params = fill(source, expected, rules)
+    for leaf in ("q.kernel", "shortcut.kernel"):
+        np.testing.assert_array_equal(params[leaf].reshape(3, 2), W)
+    back = source_tensors(params, rules, {name: value.shape for name, value in source.items()})
+    assert all(np.array_equal(back[name], value) for name, value in source.items())
+    with pytest.raises(ConversionError, match=r"missing b\.NIN_0\.W; a\.NIN_0\.W has shape \(2, 3\), exp.* \(3, 2\)"):
+        fill({"a.NIN_0.W": W.T, "a.NIN_0.b": np.ones(2), "b.NIN_0.b": np.ones(2)}, expected, rules)

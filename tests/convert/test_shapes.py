@@ -23,6 +23,7 @@ from convert.families import (
     openai_classifier,
     palette,
     pytorch_ddpm,
+    score_sde,
 )
 from convert.writers import state_shapes
 from jddim.config import ClassifierConfig, DiTConfig, LucidrainsConfig, ModelConfig, UNetConfig
@@ -59,8 +60,23 @@ CASES: dict[str, tuple[ModuleType, ModelConfig, dict[str, bool]]] = {
     "openai_classifier, adaptive": (openai_classifier, ClassifierConfig(**CLASSIFIER, pool="adaptive"), {}),
     "pytorch_ddpm": (pytorch_ddpm, UNetConfig(**UNET, time_embedding="learned", num_timesteps=3), {}),
     "monai": (monai, UNetConfig(**UNET), {"core": True, "combined": True}),
+    "score_sde": (score_sde, UNetConfig(**SMALL | {"channels": 32}, attention_levels=(1,), up_attention_last=True), {}),
+    "score_sde, blocks resample": (
+        score_sde,
+        UNetConfig(
+            **SMALL | {"channels": 32, "attention_levels": (), "up_attention_last": True, "resample_shortcut": True},
+            **{"input_pyramid": True, "downsample": ("resnet",), "upsample": ("resnet",)},
+            resample_filter=(1.0, 3.0, 3.0, 1.0),
+        ),
+        {},
+    ),
     "dit": (dit, DiTConfig(**TRANSFORMER), {}),
     "diffusers_dit": (diffusers_dit, DiTConfig(**TRANSFORMER), {}),
+    "lucidrains, classes": (
+        lucidrains,
+        LucidrainsConfig(**LUCIDRAINS | {"full_attention": (False, False)}, num_classes=3, strided=True, memory=0),
+        {},
+    ),
     "lucidrains": (lucidrains, LucidrainsConfig(**LUCIDRAINS, stem_channels=6), {}),
 }
 

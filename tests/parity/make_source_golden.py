@@ -10,6 +10,8 @@
                                                                           # willisma/SiT at 947f95b (and torchdiffeq)
     python tests/parity/make_source_golden.py consistency CHECKOUT  # openai/consistency_models at e32b69e
     python tests/parity/make_source_golden.py edm CHECKOUT                # NVlabs/edm at 008a4e5
+    python tests/parity/make_source_golden.py score_sde CHECKOUT          # yang-song/score_sde_pytorch at cb1f359
+    python tests/parity/make_source_golden.py lucidrains CHECKOUT         # lucidrains/denoising-... at faed4db (2.3.1)
 
 CHECKOUT: the source's files, whose own requirements have to be there. Needs to be run again only if a case changes.
 """
@@ -36,7 +38,9 @@ from source_cases import (
     GOLDEN,
     GUIDED,
     INPAINTER,
+    OBJECTIVES,
     SCALE,
+    SDE_TIMES,
     SOURCES,
     STEPS,
     UPSAMPLER,
@@ -303,6 +307,77 @@ def edm(name: str, case: SourceCase) -> dict[str, Any]:
     return found
 
 
+def lucidrains(name: str, case: SourceCase) -> dict[str, Any]:
+    """The network, for the null class too, and its two loops, guided by their defaults."""
+    from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
+
+    unet, shapes = redrawn(Unet(**case.network))
+    x_t, t, labels = nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t), torch.tensor(case.labels)
+    null = labels == case.network["num_classes"]
+    given = unet(x_t, t, labels.where(~null, 0), cond_drop_prob=0.0)
+    found = {"shapes": shapes, "eps": given.where(~null[:, None, None, None], unet(x_t, t, 0 * labels, 1.0))}
+    labels, T = labels.where(~null, 1), int(case.settings["timesteps"])
+    for objective in OBJECTIVES:
+        for run, steps, eta in (("DDIM, eta 0", STEPS, 0.0), ("DDIM", STEPS, ETA), ("ancestral", T, 0.0)):
+            told = {"timesteps": T, "sampling_timesteps": steps, "ddim_sampling_eta": eta, "objective": objective}
+            diffusion = GaussianDiffusion(unet, image_size=case.size[0], **told)
+            noise = iter(nchw(images(case, T, len(labels), seed=3)))
+            torch.randn_like = lambda x, noise=noise: next(noise)
+            x_T, real = nchw(images(case, len(labels), seed=2)), torch.randn
+            torch.randn = lambda shape, x_T=x_T, **options: x_T
+            loop = diffusion.p_sample_loop if run == "ancestral" else diffusion.ddim_sample
+            found[f"{objective}, {run}"] = 2 * loop(labels, x_T.shape) - 1
+            torch.randn = real
+    return found
+
+
+def score_sde(name: str, case: SourceCase) -> dict[str, Any]:
+    """The network; runs of its ancestral predictor at whole timesteps, and of DDIM by its score function."""
+    import torch.utils.cpp_extension
+
+    torch.utils.cpp_extension.load = lambda *args, **options: None  # of a GPU; on a CPU the source's own is in Python
+    from models import ddpm, layerspp, ncsnpp, utils  # noqa: F401  # by which the classes get their names
+    from sampling import AncestralSamplingPredictor
+    from sde_lib import VPSDE
+
+    told = {"num_scales": 1000, "beta_min": 0.1, "beta_max": 20.0, **case.network}
+    fixed = {"sigma_min": 0.01, "sigma_max": 50, "dropout": 0.1, "resamp_with_conv": True, "conditional": True}
+    fixed |= {"scale_by_sigma": False, "nonlinearity": "swish", "normalization": "GroupNorm", "init_scale": 0.0}
+    fixed |= {"fir_kernel": [1, 3, 3, 1], "progressive": "none", "progressive_combine": "sum"}
+    config = types.SimpleNamespace(
+        model=types.SimpleNamespace(**fixed, **told, embedding_type="positional", fourier_scale=16),
+        data=types.SimpleNamespace(image_size=told["image_size"], num_channels=told["num_channels"], centered=True),
+        training=types.SimpleNamespace(continuous=told["continuous"]),
+    )
+    network, shapes = redrawn(utils.get_model(told["name"])(config))
+    found = {"shapes": shapes, "eps": network(nchw(images(case, len(case.t), seed=1)), torch.tensor(case.t))}
+    many, N = len(case.t), told["num_scales"]
+    sde = VPSDE(told["beta_min"], told["beta_max"], N)
+    score = utils.get_score_fn(sde, network, continuous=told["continuous"])
+    whole = lambda k: torch.full((many,), (k + 1e-6) / (N - 1), dtype=torch.float64)  # noqa: E731  # it rounds down
+    if not told["continuous"]:
+        noise = iter(nchw(images(case, N, many, seed=3)))
+        torch.randn_like = lambda x: next(noise)
+        predictor, x = AncestralSamplingPredictor(sde, score), nchw(images(case, many, seed=2))
+        for k in reversed(range(N)):
+            x, mean = predictor.update_fn(x, whole(k))
+        found["ancestral"] = mean
+        levels = [(whole(k), sde.alphas_cumprod[k].double()) for k in SDE_TIMES]
+    else:
+        times = [torch.full((many,), t, dtype=torch.float64) for t in np.linspace(1, 1e-3, STEPS)]
+        levels = [(t, sde.marginal_prob(torch.ones(many, 1, 1, 1), t)[0][0, 0, 0, 0] ** 2) for t in times]
+    for run, eta in (("DDIM, eta 0", 0.0), ("DDIM", ETA)):
+        x, noise = nchw(images(case, many, seed=2)).double(), iter(nchw(images(case, STEPS, many, seed=3)))
+        for (t, alpha_bar), after in zip(levels, [*(level for _, level in levels[1:]), torch.tensor(1.0)], strict=True):
+            std = (1 - alpha_bar).sqrt()
+            eps = -score(x.float(), t.float() if told["continuous"] else t) * std
+            x_0 = (x - std * eps) / alpha_bar.sqrt()
+            sigma = eta * ((1 - after) / (1 - alpha_bar) * (1 - alpha_bar / after)).sqrt()
+            x = after.sqrt() * x_0 + (1 - after - sigma**2).clamp(min=0).sqrt() * eps + sigma * next(noise)
+        found[run] = x.float()
+    return found
+
+
 MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "pytorch_ddpm": pytorch_ddpm,
     "openai": openai,
@@ -312,6 +387,8 @@ MAKERS: dict[str, Callable[[str, SourceCase], dict[str, Any]]] = {
     "dit": dit,
     "consistency": consistency,
     "edm": edm,
+    "score_sde": score_sde,
+    "lucidrains": lucidrains,
 }
 
 if __name__ == "__main__":

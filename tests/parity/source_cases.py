@@ -20,6 +20,7 @@ from convert.families import FAMILIES, Family, Plan
 from jddim.models.building import abstract_model, flat_params
 
 STEPS, ETA = 7, 0.6  # of the runs by DDIM
+OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
 CFG_SCALE = 1.5  # of DiT's guided runs
 VISITED = (0, 2, 5, 6)  # of a consistency model's STEPS noise levels, the last of which ends the run
 INPAINTER = "residual resampling"
@@ -43,6 +44,12 @@ SMALL: dict[str, Any] = {
 TRANSFORMER: dict[str, Any] = {
     **{"input_size": 10, "hidden_size": 24, "depth": 2, "num_heads": 3, "num_classes": 5},
 }
+OF_SDE: dict[str, Any] = {
+    **{"image_size": 12, "num_channels": 3, "num_res_blocks": 1, "ch_mult": (1, 2), "attn_resolutions": (6,)},
+    **{"skip_rescale": True, "resblock_type": "biggan", "progressive_input": "none", "fir": False},
+}
+SDE = {"image_size": "8x12", "sde": "vpsde"}
+SDE_TIMES = (19, 13, 9, 4, 0)  # of "ddpm"'s runs by DDIM
 OF_EDM: dict[str, Any] = {"img_resolution": 8, "img_channels": 3, "model_channels": 128, "num_blocks": 1}
 SOURCES: dict[str, dict[str, SourceCase]] = {
     "dit": {
@@ -149,6 +156,49 @@ SOURCES: dict[str, dict[str, SourceCase]] = {
             3,
             (-1.5536520, 1.0955067),
             (4, 0),
+        ),
+    },
+    "score_sde": {
+        "ddpm": SourceCase(
+            {**OF_SDE, "name": "ddpm", "nf": 32, "num_scales": 20, "num_res_blocks": 2, "attn_resolutions": (12, 6)}
+            | {"continuous": False, "beta_max": 6.0},
+            {**SDE, "continuous": "false", "beta_max": "6"},
+            (8, 12),
+            3,
+            (0, 7, 19),
+        ),
+        "DDPM++": SourceCase(
+            {**OF_SDE, "name": "ncsnpp", "nf": 128, "continuous": True},
+            {**SDE, "continuous": "true", "skip_rescale": "true", "fir": "false"},
+            (8, 12),
+            3,
+            (0.999, 413.7, 999.0),
+        ),
+        "NCSN++": SourceCase(
+            {**OF_SDE, "name": "ncsnpp", "nf": 128, "ch_mult": (1, 1, 1), "attn_resolutions": (12, 3)}
+            | {"continuous": True, "fir": True, "progressive_input": "residual"},
+            {**SDE, "continuous": "true", "skip_rescale": "true"},
+            (8, 12),
+            3,
+            (0.999, 999.0),
+        ),
+        "blocks of ddpm, rescaled": SourceCase(
+            {**OF_SDE, "name": "ncsnpp", "nf": 128, "ch_mult": (1,), "attn_resolutions": ()}
+            | {"continuous": True, "resblock_type": "ddpm"},
+            {**SDE, "continuous": "true", "name": "ncsnpp", "skip_rescale": "true"},
+            (4, 6),
+            3,
+            (0.999, 999.0),
+        ),
+    },
+    "lucidrains": {
+        "classifier-free": SourceCase(
+            {"dim": 8, "num_classes": 3, "dim_mults": (1, 2), "init_dim": 6},
+            {"image_size": "6x10", "sampling_timesteps": str(STEPS), "timesteps": "40"},
+            (6, 10),
+            3,
+            (0, 7, 39),
+            (2, 0, 3),
         ),
     },
     "palette": {

@@ -14,16 +14,21 @@ from source_cases import (
     CFG_SCALE,
     ETA,
     INPAINTER,
+    OBJECTIVES,
+    SDE_TIMES,
     SOURCES,
     STEPS,
     UPSAMPLER,
     VISITED,
     converted,
+    filled,
     golden,
     images,
     mask_of,
+    source_tensors,
 )
 
+from convert.families import FAMILIES
 from jddim.ddim import sampler_table, step_table
 from jddim.models.building import build_model
 from jddim.pipeline import DDIM
@@ -126,6 +131,50 @@ def test_edms_own_sampler_is_heuns(name: str) -> None:
     noise[1::2] = images(case, STEPS, len(case.t), seed=3)[1:]
     churned = heun(noise=noise, s_churn=40.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.003)
     assert error(churned, golden("edm")[f"{name}/churn"]) <= 1e-4
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_lucidrains_classifier_free_guidance_samples_as_its_loops_do(objective: str) -> None:
+    """With its cond_scale of 6 and rescaled_phi of 0.7; eps is taken from the clipped x0 but where it is predicted."""
+    case = SOURCES["lucidrains"]["classifier-free"]
+    tensors = source_tensors("lucidrains", "classifier-free")
+    plan, params = filled(FAMILIES["lucidrains"], tensors, case.settings | {"objective": objective})
+    assert (plan.null_label, plan.sampler.eta) == (3, 1.0)
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    labels, T = np.array([2, 0, 1]), int(case.settings["timesteps"])
+    given: dict[str, Any] = {"labels": labels, "null_label": 3, "x_T": images(case, 3, seed=2)}
+    given |= {"guidance": "projected", "guidance_scale": 6.0, "guidance_rescale": 0.7}
+    noise = images(case, T, 3, seed=3)
+    for run, options in (
+        ("DDIM, eta 0", {"eta": 0.0}),
+        ("DDIM", {"eta": ETA}),
+        ("ancestral", {"method": "ddpm", "steps": T}),
+    ):
+        x_0 = ddim.sample(noise=noise[: options.get("steps", STEPS)], **given, **options)
+        assert error(x_0, golden("lucidrains")[f"classifier-free/{objective}, {run}"]) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["ddpm", "DDPM++", "NCSN++"])
+def test_score_sdes_networks_sample_by_its_score_functions(name: str) -> None:
+    case = SOURCES["score_sde"][name]
+    plan, params = converted("score_sde", name)
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    x_T, noise = images(case, len(case.t), seed=2), images(case, STEPS, len(case.t), seed=3)
+    table: dict[str, Any] = {"spacing": list(SDE_TIMES)} if name == "ddpm" else {"steps": STEPS}
+    noise = noise[: len(SDE_TIMES)] if name == "ddpm" else noise
+    for run, eta in (("DDIM, eta 0", 0.0), ("DDIM", ETA)):
+        x_0 = ddim.sample(x_T=x_T, noise=noise, eta=eta, **table)
+        assert error(x_0, golden("score_sde")[f"{name}/{run}"]) <= 1e-4
+
+
+def test_score_sdes_ancestral_predictor() -> None:
+    """Of a network that was trained at whole timesteps, at these."""
+    case = SOURCES["score_sde"]["ddpm"]
+    plan, params = converted("score_sde", "ddpm")
+    ddim = DDIM(build_model(plan.model, params), make_schedule(plan.schedule), plan.sampler)
+    noise = images(case, case.network["num_scales"], len(case.t), seed=3)
+    x_0 = ddim.sample(x_T=images(case, len(case.t), seed=2), noise=noise, method="ddpm", steps=len(noise))
+    assert error(x_0, golden("score_sde")["ddpm/ancestral"]) <= 1e-4
 
 
 def test_consistency_sample_as_the_source_does() -> None:
