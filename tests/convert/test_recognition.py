@@ -436,7 +436,7 @@ FOREIGN = {
     "pos_embed.proj.weight transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight": "is a diffusion transf",
     "conv_in.conv.weight time_embed.0.weight down_blocks.0.resnets.0.conv1.conv.weight": "is a network of MONAI's, but",
     "model.map_layer0.weight model.enc.32x32_conv.weight": "has map_layer0 as EDM's networks have",
-    "module.all_modules.0.W": "is a score_sde model",
+    "module.all_modules.0.W": "has all_modules as score_sde's networks have",
     "time_embedding.timembedding.0.weight downblocks.0.weight": "has a timembedding as w86763777/pytorch-ddpm's",
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": "cross-attention to text",
     "first_stage_model.x": "is a first stage that jddim does not read",
