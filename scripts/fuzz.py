@@ -34,6 +34,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import warnings
 import zipfile
 import zlib
@@ -167,6 +168,41 @@ class Specimen:
     seal: Callable[[bytes], bytes] | None = None
 
 
+class Persistent:
+    """What NVlabs' snapshots hold for a module: the source of its class, which is not to run, and its attributes."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self.state = {
+            "training": False,
+            "_parameters": {name: torch.nn.Parameter(value) for name, value in tensors.items()},
+            "_buffers": {},
+            "_modules": {},
+            "_init_args": (),
+            "_init_kwargs": {"img_resolution": 6},
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        meta = {"type": "class", "version": 6, "module_src": "import os; os.abort()", "class_name": "EDMPrecond"}
+        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, ({**meta, "state": self.state},)
+
+
+def snapshot(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """A snapshot of one module, pickled where a stand-in has the name of NVlabs' module."""
+
+    def _reconstruct_persistent_obj(meta: object) -> None:
+        raise AssertionError("a snapshot was unpickled")
+
+    stand_in: Any = types.ModuleType("torch_utils.persistence")
+    _reconstruct_persistent_obj.__module__ = stand_in.__name__
+    _reconstruct_persistent_obj.__qualname__ = _reconstruct_persistent_obj.__name__
+    stand_in._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    sys.modules |= {"torch_utils": types.ModuleType("torch_utils"), stand_in.__name__: stand_in}
+    try:
+        return pickle.dumps({"ema": Persistent(tensors)})
+    finally:
+        del sys.modules["torch_utils"], sys.modules[stand_in.__name__]
+
+
 def corpus(folder: Path) -> dict[str, Specimen]:
     """Name -> specimen, of each container and family."""
     tensors = arrays()
@@ -198,6 +234,7 @@ def corpus(folder: Path) -> dict[str, Specimen]:
         "old format": file("a.pt", saved(state, _use_new_zipfile_serialization=False)),
         "hostile old format": file("a.pt", saved(hostile, _use_new_zipfile_serialization=False), refused=True),
         "hostile pickle": file("a.pkl", pickle.dumps({"a": Runs()}, 4), refused=True),
+        "snapshot": file("a.pkl", snapshot(state), refused=True),  # a family's networks are too large for this
         "safetensors": file("a.safetensors", save(tensors)),
         "msgpack": file("a.msgpack", serialization.to_bytes({"encoder": tensors}), refused=True),
         "config.yml": Specimen(
