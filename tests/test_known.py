@@ -54,7 +54,8 @@ def test_what_is_told_of_a_file_is_what_its_preset_says() -> None:
         assert each.classes == (1000 if told.get("class_cond") == "True" or "num_classes" in told else 0)
         if "var_type" in told:
             assert each.variance == {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}[told["var_type"]]
-    published = {name for family in families.values() for name in family.presets}
+    # score_sde's files lie in one folder, without addresses of their own
+    published = {name for family in families.values() if family.name != "score_sde" for name in family.presets}
     # of which no PyTorch file is published
     rest = {"celebahq", "uncropping_places2", "colorization_mirflickr25k", "SiT-XL/2-512"}
     sizes = {

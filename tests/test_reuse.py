@@ -1,4 +1,4 @@
-"""Reusing the deep half of a UNet: what it computes, and what it refuses. tests/parity/test_reuse.py has PyTorch."""
+"""Reusing the deep half of a UNet: what it computes, what it refuses. tests/parity/test_reuse_parity.py has PyTorch."""
 
 from __future__ import annotations
 

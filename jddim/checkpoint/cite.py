@@ -117,6 +117,14 @@ _EDM = _paper(
     2022,
     "2206.00364",
 )
+_SCORE_SDE = _paper(
+    "song2021scoresde",
+    "Yang Song and Jascha Sohl-Dickstein and Diederik P. Kingma and Abhishek Kumar and Stefano Ermon and Ben Poole",
+    "Score-Based Generative Modeling through Stochastic Differential Equations",
+    "International Conference on Learning Representations",
+    2021,
+    "2011.13456",
+)
 _CONSISTENCY = _paper(
     "song2023consistency",
     "Yang Song and Prafulla Dhariwal and Mark Chen and Ilya Sutskever",
@@ -219,7 +227,7 @@ def _origin(family: str | None, provenance: Mapping[str, Any]) -> tuple[list[Ent
             "openai_classifier": [_GUIDED],
         },
         "palette": [_PALETTE, _PALETTE_CODE],
-        **{"edm": [_EDM], "consistency": [_EDM, _CONSISTENCY]},
+        **{"edm": [_EDM], "consistency": [_EDM, _CONSISTENCY], "score_sde": [_SCORE_SDE]},
         **{"autoencoder": [_LATENT], "dit": [_DIT], "diffusers_dit": [_DIT, _DIFFUSERS]},
     }
     if family not in known:

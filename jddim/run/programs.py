@@ -171,7 +171,7 @@ def network_denoiser(
 
     condition: `(b, h, w, channels)`, for a network that is given an image beside each x_t.
     """
-    return _around(model, program, labels, guidance, condition, first=model.config.condition_first)
+    return _around(model, program, labels, guidance, condition, first=_comes_first(model, condition))
 
 
 def reusing_denoiser(
@@ -200,10 +200,15 @@ def reusing_denoiser(
             output, kept[0] = lax.cond(is_whole, lambda _: unet.whole(x_t, t, *labels, blocks=blocks), shallow, deep)
             return output
 
-        output = _around(network, program, labels, guidance, condition, first=model.config.condition_first)(x_t, t)
+        output = _around(network, program, labels, guidance, condition, first=_comes_first(model, condition))(x_t, t)
         return output, kept[0]
 
     return denoise
+
+
+def _comes_first(model: Network, condition: jax.Array | None) -> bool:
+    """Whether a condition's channels come before x_t's."""
+    return condition is not None and model.config.condition_first
 
 
 def _around(

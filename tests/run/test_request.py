@@ -46,6 +46,9 @@ VALUES: dict[str, tuple[Any, dict[str, Any]]] = {  # a value that changes someth
     "guidance_interval": ((200.0, 700.0), GUIDED),
     "guidance_channels": (1, GUIDED),
     "null_label": (3, {"guidance_scale": 2.0}),
+    "reuse": (2, {}),
+    "reuse_center": (1, {"reuse": 2}),
+    "reuse_blocks": (2, {"reuse": 2}),
     "classifier_scale": (1.5, {}),
     "image_size": ((12, 6), {}),
     "dtype": ("bfloat16", {}),
@@ -171,6 +174,7 @@ def test_each_field_reaches_the_command_or_is_refused_with_its_reason(
     assert {o.name for o in options()} - VALUES.keys() == {
         *("strength", "resample", "jump_length", "paste", "convention", "refine"),
         *("latents", "decode_batch"),  # of a checkpoint with a first stage: test_latents
+        *("shift", "rho", "s_churn", "s_tmin", "s_tmax", "s_noise"),  # of other paths: test_paths
     }
     base = fingerprint(planned_by(command, {}))
     assert base == fingerprint(expected(command, folder, {}))
