@@ -84,7 +84,7 @@ def test_the_research_pages_python_runs(tmp_path: Path, monkeypatch: pytest.Monk
     write_checkpoint(tmp_path / "ckpt", class_embedding="learned", num_classes=5, **small)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "research.md").read_text(), re.S)
-    assert len(blocks) == 17
+    assert len(blocks) == 18
     monkeypatch.setattr("jddim.solvers.SOLVERS", dict(SOLVERS))  # the page registers one
     found: dict = {}
     for block in blocks:
