@@ -17,18 +17,7 @@ from numpy.typing import NDArray
 from jddim.converting import ConversionError, UnsettledError
 
 from .files.mapped import FLOATS, release
-from .rules import (
-    Fused,
-    Nin,
-    Rules,
-    Target,
-    from_layout,
-    source_of,
-    target_leaves,
-    targets_of,
-    to_layout,
-    torch_shape,
-)
+from .rules import Rules, Target, from_layout, source_of, target_leaves, targets_of, to_layout, torch_shape
 
 
 def fill(
@@ -96,11 +85,8 @@ def matched(
             continue
         origin |= dict.fromkeys(leaves, name)
         ones = None if pointwise is None else _ones(name, pointwise)
-        wanted = shape = torch_shape(expected[leaves[0]], array, leaves[0], ones)
-        if isinstance(target, Fused):
-            wanted = (len(leaves) * wanted[0], *wanted[1:])
-        elif isinstance(target, Nin):
-            wanted = wanted[1::-1]
+        shape = torch_shape(expected[leaves[0]], array, leaves[0], ones)
+        wanted = shape if isinstance(target, str) else target.whole(shape)
         pieces = [array] if isinstance(target, str) else target.split(array)
         if array.shape != wanted or not pieces:
             problems["misshapen"].append(f"{name} has shape {array.shape}, expected {wanted}")
@@ -170,9 +156,9 @@ def source_shapes(
     shapes: dict[str, tuple[int, ...]] = {}
     for leaf, value in params.items():
         name = source_of(leaf, rules)
+        ((target, _),) = _matches(name, rules, params)
         shape = torch_shape(value.shape, value, leaf, _ones(name, pointwise or {}))
-        before = shapes.get(name)  # of the parts of a fused one
-        shapes[name] = shape if before is None else (before[0] + shape[0], *shape[1:])
+        shapes[name] = shape if isinstance(target, str) else target.whole(shape)
     return shapes
 
 

@@ -29,6 +29,10 @@ class Fused:
     parts: tuple[str, ...]
     groups: int = 1
 
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The source tensor's shape, from that of a part."""
+        return (len(self.parts) * shape[0], *shape[1:])
+
     def split(self, array: NDArray) -> list[NDArray]:
         """A source tensor `(parts * width, ...)` -> each part's, `(width, ...)`; [] if it does not divide."""
         count = len(self.parts)
@@ -49,6 +53,10 @@ class Nin:
     """A linear or 1x1 convolution that the source keeps as W (in, out) and b (score_sde's NIN). parts: its target."""
 
     parts: tuple[str, ...]
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The source tensor's shape, from that of torch's linear or 1x1 convolution."""
+        return shape[1::-1]
 
     def split(self, array: NDArray) -> list[NDArray]:
         """[The source tensor as torch's linears have it]; W becomes (out, in)."""

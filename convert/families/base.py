@@ -15,7 +15,7 @@ from jddim.schedule import make_schedule
 
 from ..engine import ConversionError, refusing
 from ..rules import Rules
-from .tensors import Tensors
+from .tensors import Tensors, check_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,12 @@ class Source:
     taken: str = ""
     beside: str = ""
     told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def all_tensors(state: Mapping[Any, Any], file_name: str) -> Source:
+    """A state dict's tensors under the names that it has; ConversionError if it holds anything else."""
+    check_tensors(state, file_name)
+    return Source({str(name): value for name, value in state.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +125,10 @@ class Family:
     name: str
     title: str
     recognise: Callable[[Mapping[Any, Any]], bool]
-    open_source: Callable[[Mapping[Any, Any], str], Source]
     plan: Callable[[Tensors, Mapping[str, Any] | None, Mapping[str, str]], Plan]
     reference: Callable[..., Any]
     settings: Mapping[str, str]
+    open_source: Callable[[Mapping[Any, Any], str], Source] = all_tensors
     buffers: frozenset[str] = frozenset()
     entry: str = ""
     pointwise: Mapping[str, int] = dataclasses.field(default_factory=dict)

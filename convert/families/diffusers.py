@@ -21,7 +21,7 @@ from jddim.models.building import abstract_model, flat_params
 
 from ..engine import ConversionError, refuse, shortened
 from ..files.shards import INDEX
-from ..rules import Fused, Rules, source_of, target_leaves, targets_of
+from ..rules import Rules, source_of, target_leaves, targets_of
 from ..writers import save_safetensors, torch_tensors
 from . import diffusers_config as configs
 from .base import FIRST_STAGES, Family, Plan, Source, of_wiring
@@ -338,7 +338,7 @@ def loaded_by(module: Any, config: ModelConfig, own: Rules, table: Rules) -> Any
         for theirs in list(state):
             value, (source, _, kind) = state.pop(theirs), theirs.rpartition(".")
             for target in targets_of(source, table):
-                pieces = target.split(value) if isinstance(target, Fused) else [value]
+                pieces = [value] if isinstance(target, str) else target.split(value)
                 for leaf, piece in zip(target_leaves(target, kind, leaves), pieces, strict=False):
                     name = source_of(leaf, own)
                     tensors[name] = piece.reshape(shapes[name])

@@ -24,8 +24,8 @@ from ..engine import ConversionError, cannot_hold, refuse, refusing, source_shap
 from ..rules import Fused, Rules
 from ..writers import save_torch
 from . import diffusers, diffusers_dit
-from .base import Family, Plan, Source, Wording, check_sampler, checked, of_wiring
-from .tensors import Tensors, check_tensors, common_size
+from .base import Family, Plan, Wording, check_sampler, checked, of_wiring
+from .tensors import Tensors, common_size
 from .values import asking, boolean, integer, literal, not_read, one_of, parse, sections, settling, sides
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -45,12 +45,6 @@ def recognise(state: Mapping[Any, Any]) -> bool:
         any(re.match(pattern, name) for name in names)
         for pattern in (r"x_embedder\.proj\.", r"t_embedder\.mlp\.", r"blocks\.\d+\.adaLN_modulation\.1\.")
     )
-
-
-def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
-    """The tensors."""
-    check_tensors(state, file_name)
-    return Source({str(name): value for name, value in state.items()})
 
 
 SETTINGS = {
@@ -349,7 +343,6 @@ FAMILY = Family(
     name="dit",
     title="DiT (facebookresearch)",
     recognise=recognise,
-    open_source=open_source,
     plan=plan,
     reference=reference,
     settings=SETTINGS,

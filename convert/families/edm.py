@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ from jddim.config import EDM, SamplerConfig, ScheduleConfig, UNetConfig
 from ..engine import ConversionError, refuse, refusing
 from ..files.persistence import ENTRY
 from ..rules import Fused, Rules, Target
-from .base import Family, Plan, Source, Wording, check_sampler, checked
-from .tensors import Tensors, check_tensors
+from .base import Family, Plan, Wording, check_sampler, checked
+from .tensors import Tensors
 from .values import (
     asking,
     integer,
@@ -45,12 +44,6 @@ def recognise(state: Mapping[Any, Any]) -> bool:
     names = [str(name) for name in state]
     halves = {found[1] for name in names if (found := _PLACE.match(name))}
     return halves == {"enc", "dec"} and any(name.startswith("map_layer0.") for name in names)
-
-
-def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
-    """The tensors."""
-    check_tensors(state, file_name)
-    return Source({str(name): value for name, value in state.items()})
 
 
 _TOLD_BY_TENSORS = ("embedding_type", "channel_mult_noise", "channel_mult_emb", "encoder_type", "decoder_type")
@@ -333,20 +326,14 @@ def reference(config: UNetConfig) -> Any:
     )
 
 
-def _configs(weights: Path) -> list[Path]:
-    """None: a snapshot says what its network was made with."""
-    return []
-
-
 FAMILY = Family(
     name="edm",
     title="EDM (NVlabs)",
     recognise=recognise,
-    open_source=open_source,
     plan=plan,
     reference=reference,
     settings=SETTINGS,
     pointwise={"qkv": 2, "proj": 2},
     entry=ENTRY,
-    config_files=_configs,
+    config_files=lambda weights: [],  # a snapshot says what its network was made with
 )

@@ -26,7 +26,7 @@ from ..engine import ConversionError, cannot_hold, refuse, refusing
 from ..rules import Rules, from_layout, source_of
 from ..writers import save_torch, torch_tensors
 from .base import Family, Plan, Source, Wording, check_sampler, checked, of_wiring, scaled_t
-from .tensors import Tensors, check_tensors, common_size
+from .tensors import Tensors, common_size
 from .values import (
     asking,
     boolean,
@@ -51,12 +51,6 @@ def recognise(state: Mapping[Any, Any]) -> bool:
         name for name in map(str, state) if re.match(r"(temb\.dense|(down|up)\.\d+\.block|mid\.(block|attn)_)", name)
     ]
     return len(names) >= 4 and any("temb" in name for name in names)
-
-
-def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
-    """The tensors."""
-    check_tensors(state, file_name)
-    return Source({str(name): value for name, value in state.items()})
 
 
 def placed(source: Source, file: Path, config: Mapping[str, Any] | None) -> Source:
@@ -528,7 +522,6 @@ FAMILY = Family(
     name="ho",
     title="Ho et al. (ermongroup/ddim, pesser/pytorch_diffusion)",
     recognise=recognise,
-    open_source=open_source,
     plan=plan,
     reference=reference,
     settings=SETTINGS,

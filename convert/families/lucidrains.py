@@ -405,6 +405,11 @@ def plan(tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str,
         variance="learned_range" if found["learned_variance"] else "fixed_small",
     )
     ignored = {name: reason for name, reason in _BUFFERS.items() if name in tensors}
+    ignored |= {
+        name: "an attention without memory"
+        for name, value in tensors.items()
+        if name.endswith(".mem_kv") and not value.size
+    }
     implied = {}
     if classes is not None and _NULL in tensors:
         ignored[_NULL] = "kept as the last row of classes_emb"

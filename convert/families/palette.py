@@ -22,7 +22,7 @@ from ..engine import ConversionError, refuse
 from ..rules import Rules
 from . import openai
 from .base import Family, Plan, Source, Wording, check_sampler, checked
-from .tensors import Tensors, check_tensors
+from .tensors import Tensors
 from .values import (
     asking,
     boolean,
@@ -42,12 +42,6 @@ from .values import (
 def recognise(state: Mapping[Any, Any]) -> bool:
     """A state dict with this family's names."""
     return {"input_blocks", "middle_block", "cond_embed"} <= {str(name).partition(".")[0] for name in state}
-
-
-def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
-    """The tensors."""
-    check_tensors(state, file_name)
-    return Source({str(name): value for name, value in state.items()})
 
 
 _NAMED = re.compile(r"(?P<step>0|[1-9]\d{0,11})_Network(?P<ema>_ema)?\.pth")
@@ -289,7 +283,6 @@ FAMILY = Family(
     name="palette",
     title="Palette (Janspiry)",
     recognise=recognise,
-    open_source=open_source,
     plan=plan,
     reference=reference,
     settings=SETTINGS,

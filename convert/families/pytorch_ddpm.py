@@ -17,8 +17,8 @@ from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
 from ..engine import ConversionError, refuse, refusing
 from ..rules import Rules
 from . import diffusers
-from .base import Family, Plan, Source, Wording, check_sampler, checked
-from .tensors import Tensors, check_tensors, common_size
+from .base import Family, Plan, Wording, check_sampler, checked
+from .tensors import Tensors, common_size
 from .values import (
     asking,
     integer,
@@ -42,12 +42,6 @@ def recognise(state: Mapping[Any, Any]) -> bool:
     telling = rf"{re.escape(_TIME)}\.|(down|middle|up)blocks\.\d+\.(block[12]|temb_proj)\."
     names = [name for name in map(str, state) if re.match(telling, name)]
     return len(names) >= 4 and any(name.startswith(_TIME) for name in names)
-
-
-def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
-    """The tensors."""
-    check_tensors(state, file_name)
-    return Source({str(name): value for name, value in state.items()})
 
 
 def locate(folder: Path, weights: str | None, variant: str | None) -> Path | None:
@@ -258,7 +252,6 @@ FAMILY = Family(
     name="pytorch_ddpm",
     title="w86763777/pytorch-ddpm",
     recognise=recognise,
-    open_source=open_source,
     plan=plan,
     reference=reference,
     settings=SETTINGS,

@@ -12,7 +12,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from jddim.config import SamplerConfig, ScheduleConfig, UNetConfig
 
 from ..engine import ConversionError, refuse, refusing
 from ..rules import Nin, Rules, Target
-from .base import Family, Plan, Source, Wording, check_sampler, checked
-from .tensors import Tensors, check_tensors, common_size
+from .base import Family, Plan, Wording, check_sampler, checked
+from .tensors import Tensors, common_size
 from .values import (
     asking,
     boolean,
@@ -50,12 +49,6 @@ def recognise(state: Mapping[Any, Any]) -> bool:
     """A state dict with this family's names."""
     found = (_PART.match(str(name)) for name in state)
     return sum(bool(match and match[2]) for match in found) >= 4
-
-
-def open_source(state: Mapping[Any, Any], file_name: str) -> Source:
-    """The tensors."""
-    check_tensors(state, file_name)
-    return Source({str(name): value for name, value in state.items()})
 
 
 _TOLD_BY_TENSORS = ("embedding_type", "progressive", "progressive_input", "progressive_combine", "resblock_type")
@@ -393,11 +386,6 @@ def reference(config: UNetConfig) -> Any:
     )
 
 
-def _configs(weights: Path) -> list[Path]:
-    """None: a run's config is Python code."""
-    return []
-
-
 _CIFAR10 = {"sde": "vpsde", "image_size": "32", "nf": "128", "ch_mult": "1,2,2,2", "attn_resolutions": "16"}
 _256 = {**_CIFAR10, "image_size": "256", "ch_mult": "1,1,2,2,4,4"}
 _EVERY = {"centered": "true", "beta_min": "0.1", "beta_max": "20", "num_scales": "1000"}
@@ -425,11 +413,10 @@ FAMILY = Family(
     name="score_sde",
     title="score_sde_pytorch, VP",
     recognise=recognise,
-    open_source=open_source,
     plan=plan,
     reference=reference,
     settings=SETTINGS,
     buffers=BUFFERS,
     presets=PRESETS,
-    config_files=_configs,
+    config_files=lambda weights: [],  # a run's config is Python code
 )

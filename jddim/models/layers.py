@@ -280,9 +280,10 @@ class Attention(nnx.Module):
 
 
 def attend(q: Array, k: Array, v: Array) -> Array:
-    """v, weighted by the softmax of q k: each `(b, pixels, heads, c / heads)`. Scale (c / heads)^-1/2.
+    """v, weighted by the softmax of q k over the keys; scale width^-1/2.
 
-    As `jax.nn.dot_product_attention`, whose softmax is float32's in float64 too.
+    q: `(b, n, heads, width)`; k, v: `(b, m, heads, width)`, of q's dtype. Returns q's shape and dtype. The softmax is
+    float32's or, for float64, float64's; `jax.nn.dot_product_attention` has float32's there too.
     """
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     scores = jnp.einsum("bnqd,bnkd->bnqk", q, k, preferred_element_type=at_least_float32(q.dtype)) * q.shape[3] ** -0.5

@@ -20,7 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from jddim.config import LucidrainsConfig, size_problems
-from jddim.models.layers import at_least_float32, conv, linear, nearest, per_sample, timestep_embedding
+from jddim.models.layers import at_least_float32, attend, conv, linear, nearest, per_sample, timestep_embedding
 
 
 class RMSNorm(nnx.Module):
@@ -103,14 +103,10 @@ class Attention(nnx.Module):
         b, h, w, c = x.shape
         qkv = self.qkv(self.norm(x).reshape(b, h * w, c))
         q, k, v = (part.reshape(b, h * w, self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
-        heads, width = q.shape[2:]
         if self.mem_kv is not None:
             memory = self.mem_kv[...].astype(self.dtype).transpose(0, 2, 1, 3)  # (2, memory, heads, width)
             k, v = (_prepend(memory[i], pixels) for i, pixels in enumerate((k, v)))
-        scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=at_least_float32(self.dtype))
-        weights = jax.nn.softmax(scores * width**-0.5, axis=-1).astype(v.dtype)
-        mixed = jnp.einsum("bnqk,bknd->bqnd", weights, v).reshape(b, h * w, heads * width)
-        return self.out(mixed).reshape(b, h, w, c)
+        return self.out(attend(q, k, v).reshape(b, h * w, -1)).reshape(b, h, w, c)
 
 
 class LinearAttention(nnx.Module):
@@ -236,7 +232,7 @@ class LucidrainsUNet(nnx.Module):
         conv3 = partial(conv, size=3, dtype=dtype, rngs=rngs)
         down, up = [], []
         for level, (width, deeper) in enumerate(pairwise(widths)):
-            attend = attention(level, width, full=config.full_attention[level])
+            mixer = attention(level, width, full=config.full_attention[level])
             halve: Downsample | nnx.Conv
             if level == last:
                 halve = conv3(width, deeper)
@@ -244,12 +240,12 @@ class LucidrainsUNet(nnx.Module):
                 halve = conv(width, deeper, 4, strides=2, padding=(1, 1), dtype=dtype, rngs=rngs)
             else:
                 halve = Downsample(width, deeper, dtype=dtype, rngs=rngs)
-            down.append(Level(block(width, width), block(width, width), attend, halve))
+            down.append(Level(block(width, width), block(width, width), mixer, halve))
         for level, (above, width) in reversed(list(enumerate(pairwise(widths)))):
             both = width + above  # the skips have the encoder's width at this resolution
-            attend = attention(level, width, full=config.full_attention[level])
+            mixer = attention(level, width, full=config.full_attention[level])
             double = conv3(width, above) if level == 0 else Upsample(width, above, dtype=dtype, rngs=rngs)
-            up.append(Level(block(both, width), block(both, width), attend, double))
+            up.append(Level(block(both, width), block(both, width), mixer, double))
         self.down = nnx.List(down)
         deepest = widths[-1]
         middle = attention(last, deepest, full=True)

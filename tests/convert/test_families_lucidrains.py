@@ -82,6 +82,26 @@ def test_the_sets_of_weights() -> None:
         as_asked(recognise(draw(CONFIG, 2), "file", "ema")[1], "ema", "file")
 
 
+def test_empty_memories_are_none(tmp_path: Path) -> None:
+    """What num_mem_kv=0 saves in the source; flax and Orbax have no empty tensors."""
+    config = small_config(memory=0)
+    memories = {
+        name.replace("to_qkv.weight", "mem_kv"): np.zeros((2, 0, 1, 1), np.float32)
+        for name in draw(config, 1)
+        if "to_qkv" in name
+    }
+    for i, level in enumerate(zip(config.full_attention, config.num_heads, config.head_channels, strict=True)):
+        full, heads, width = level
+        shape = (2, heads, 0, width) if full else (2, heads, width, 0)
+        last = len(config.full_attention) - 1
+        memories |= dict.fromkeys((f"downs.{i}.2.mem_kv", f"ups.{last - i}.2.mem_kv"), np.zeros(shape, np.float32))
+    memories["mid_attn.mem_kv"] = np.zeros((2, heads, 0, width), np.float32)
+    file = write(tmp_path / "a.pt", {**draw(config, 1), **memories})
+    metadata = convert(file, tmp_path / "out", settings=SETTINGS)
+    assert metadata.model == config
+    assert metadata.provenance["verification"]["output_error"] <= 2e-5
+
+
 LEARNED = small_config(time_embedding="learned", time_features=6)
 
 

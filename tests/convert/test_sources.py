@@ -74,7 +74,7 @@ def test_the_emas_folder_of_pesser_says_so(tmp_path: Path) -> None:
         ("ema_x.ckpt", "ema", None),
         ("ema_diffusion_x/other.ckpt", "unstated", None),
     ):
-        source = ho.placed(ho.open_source(tiny.arrays(), name), tmp_path / name, None)
+        source = ho.placed(ho.FAMILY.open_source(tiny.arrays(), name), tmp_path / name, None)
         assert (source.weights, source.step) == (weights, step)
 
 
