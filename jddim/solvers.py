@@ -413,19 +413,15 @@ def churned_heun(s_churn: float, s_tmin: float = 0.0, s_tmax: float = math.inf, 
 
 def _churned(table: StepTable, churn: tuple[float, float, float, float]) -> SolverTable:
     s_churn, s_tmin, s_tmax, s_noise = churn
-    alpha, sigma, _, sigma_prev = _alphas(table)
+    alpha, sigma, _, _ = _alphas(table)
     if (alpha != 1).any():
         raise ValueError("s_churn is of EDM's path, where alpha_t is 1; this schedule's is not")
     grown = np.where((s_tmin <= sigma) & (sigma <= s_tmax), min(s_churn / table.num_steps, math.sqrt(2) - 1), 0.0)
     sigma_hat = sigma * (1 + grown)
     heun = _heun(table._replace(t=sigma_hat, sigma_t=sigma_hat))
-    # The last evaluation of each step but the last adds what the next step's sigma grows by.
-    ends = np.flatnonzero(
-        np.diff(np.append(np.repeat(np.arange(table.num_steps), np.where(sigma_prev == 0, 1, 2)), -1))
-    )
-    added = s_noise * np.sqrt(sigma_hat**2 - sigma**2)[1:]
+    # The second evaluation of each step but the last adds what the next step's sigma grows by.
     noise = np.zeros(heun.num_steps)
-    noise[ends[:-1]] = added
+    noise[1 : 2 * table.num_steps - 2 : 2] = s_noise * np.sqrt(sigma_hat**2 - sigma**2)[1:]
     return heun._replace(noise=noise)
 
 

@@ -40,7 +40,11 @@ def whole_steps(num_steps: int, every: int, center: int | None = None, power: fl
 
     center: as many, but denser around this step: evenly in the power's root of the distance from it, whole numbers, as
     DeepCache's code has it (arXiv:2312.00858; its power is 1.2, taken less where two steps fall on one).
+
+    Raises ValueError unless num_steps and every are at least 1, the power too, and the center is in 0..num_steps.
     """
+    if power < 1:
+        raise ValueError(f"power must be at least 1, which spaces the steps evenly; got {power:g}")
     if num_steps < 1 or every < 1:
         raise ValueError(f"num_steps and every must be at least 1, got {num_steps} and {every}")
     if center is None:

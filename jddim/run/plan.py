@@ -132,9 +132,6 @@ class Batch(NamedTuple):
         return jnp.concatenate([rows, jnp.repeat(jnp.take(rows, jnp.array([-1]), axis), missing, axis)], axis)
 
 
-CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """A request, settled: what is compiled, what the scan runs over, and every array that goes in.
@@ -659,6 +656,10 @@ def _method(request: Request, inputs: Inputs) -> Method:
         return methods.find(request.method) if request.s_churn is None else _churned(request)
     known = request.convention in CONVENTIONS  # an unknown one is among the problems
     return Inversion(request.convention if known else CONVENTIONS[0], request.refine)
+
+
+CHURN = ("s_churn", "s_tmin", "s_tmax", "s_noise")
+"""The fields of `Request` that are `churned_heun`'s arguments."""
 
 
 def _churned(request: Request) -> Method:

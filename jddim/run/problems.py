@@ -300,9 +300,7 @@ def reuse_problems(
         told = f"reuse_blocks must lie in 1..{config.up_blocks}, the blocks of the network's way up"
         problems.append(("reuse_blocks", f"{told}, got {blocks}"))
     return problems + [
-        ("reuse", f"reuse does not go with {name}: leave one of the two out")
-        for name, is_there in beside.items()
-        if is_there
+        ("reuse", f"reuse does not go with {name}: leave reuse out") for name, is_there in beside.items() if is_there
     ]
 
 

@@ -166,12 +166,23 @@ def network_denoiser(
     labels: jax.Array | None,
     guidance: Guidance | None,
     condition: jax.Array | None = None,
+    call: Denoiser | None = None,
 ) -> Denoiser:
     """The network as the loops take it: given t as it was trained with, at these labels or guided by them.
 
-    condition: `(b, h, w, channels)`, for a network that is given an image beside each x_t.
+    condition: `(b, h, w, channels)`, for a network that is given an image beside each x_t. call: what is asked in the
+    model's place, with the model's arguments.
     """
-    return _around(model, program, labels, guidance, condition, first=_comes_first(model, condition))
+    denoise = told_t(call or model, program)
+    if program.variance in TWICE and not program.learned_variance:
+        denoise = without_variance(denoise)
+    if labels is not None and guidance is not None:
+        denoise = _guided(denoise, labels, guidance, program)
+    elif labels is not None:
+        denoise = with_labels(denoise, labels)
+    if condition is not None:
+        denoise = with_condition(denoise, condition, first=model.config.condition_first)
+    return with_self_condition(denoise) if program.self_condition else denoise
 
 
 def reusing_denoiser(
@@ -200,37 +211,10 @@ def reusing_denoiser(
             output, kept[0] = lax.cond(is_whole, lambda _: unet.whole(x_t, t, *labels, blocks=blocks), shallow, deep)
             return output
 
-        output = _around(network, program, labels, guidance, condition, first=_comes_first(model, condition))(x_t, t)
+        output = network_denoiser(model, program, labels, guidance, condition, call=network)(x_t, t)
         return output, kept[0]
 
     return denoise
-
-
-def _comes_first(model: Network, condition: jax.Array | None) -> bool:
-    """Whether a condition's channels come before x_t's."""
-    return condition is not None and model.config.condition_first
-
-
-def _around(
-    network: Denoiser,
-    program: Program,
-    labels: jax.Array | None,
-    guidance: Guidance | None,
-    condition: jax.Array | None,
-    *,
-    first: bool,
-) -> Denoiser:
-    """What `network_denoiser` puts around a network. first: a condition's channels come before x_t's."""
-    denoise = told_t(network, program)
-    if program.variance in TWICE and not program.learned_variance:
-        denoise = without_variance(denoise)
-    if labels is not None and guidance is not None:
-        denoise = _guided(denoise, labels, guidance, program)
-    elif labels is not None:
-        denoise = with_labels(denoise, labels)
-    if condition is not None:
-        denoise = with_condition(denoise, condition, first=first)
-    return with_self_condition(denoise) if program.self_condition else denoise
 
 
 def told_t(model: Denoiser, program: Program) -> Denoiser:

@@ -96,6 +96,12 @@ def whole_seed(text: str) -> int:
 
 _ASKED_ON_THE_PAGE = {"serve": "whoever uses the page chooses it there"}
 _COMPILED = {"page": "another value is another program, and the page has those of its start: give it to jddim serve"}
+_OF_CHURN = {
+    "invert": "inversion draws no noise",
+    "sweep": "it is of method heun, and a sweep is of ddim",
+    **_COMPILED,
+}
+_OF_REUSE = {"invert": "inversion goes back the exact steps", **_COMPILED}
 _WHEN_RUN = {"export": "it is given when the exported sampler is run"}
 _SWITCH = argparse.BooleanOptionalAction
 ONE_NETWORK = {
@@ -151,7 +157,7 @@ class Request:
         None,
         "--s-churn",
         "of method heun on EDM's path: how much noise a run adds before its steps (Algorithm 2; EDM's ImageNet-64: 40)",
-        {"invert": "inversion draws no noise", **_COMPILED},
+        _OF_CHURN,
         type=float,
         metavar="X",
     )
@@ -159,7 +165,7 @@ class Request:
         None,
         "--s-tmin",
         "of --s-churn: the least sigma at which it does (0.05)",
-        {"invert": "inversion draws no noise", **_COMPILED},
+        _OF_CHURN,
         type=float,
         metavar="SIGMA",
     )
@@ -167,7 +173,7 @@ class Request:
         None,
         "--s-tmax",
         "of --s-churn: the largest (50)",
-        {"invert": "inversion draws no noise", **_COMPILED},
+        _OF_CHURN,
         type=float,
         metavar="SIGMA",
     )
@@ -175,7 +181,7 @@ class Request:
         None,
         "--s-noise",
         "of --s-churn: that noise's standard deviation, 1 by default (1.003)",
-        {"invert": "inversion draws no noise", **_COMPILED},
+        _OF_CHURN,
         type=float,
         metavar="X",
     )
@@ -298,7 +304,7 @@ class Request:
         None,
         "--reuse",
         "of a UNet: ask all of it every N steps, between them its last blocks alone (DeepCache): faster, not exact",
-        {"invert": "inversion goes back the exact steps", **_COMPILED},
+        _OF_REUSE,
         type=int,
         metavar="N",
     )
@@ -306,7 +312,7 @@ class Request:
         None,
         "--reuse-center",
         "of --reuse: as many whole steps, but denser around step C",
-        {"invert": "inversion goes back the exact steps", **_COMPILED},
+        _OF_REUSE,
         type=int,
         metavar="C",
     )
@@ -314,7 +320,7 @@ class Request:
         None,
         "--reuse-blocks",
         "of --reuse: how many last blocks of the way up are asked at each step; default 1",
-        {"invert": "inversion goes back the exact steps", **_COMPILED},
+        _OF_REUSE,
         type=int,
         metavar="K",
     )
