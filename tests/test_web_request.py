@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,24 @@ import pytest
 from tiny import SIZE, write_checkpoint
 
 import jddim
+from jddim.config import ScheduleConfig
 from jddim.images import from_uint8
 from jddim.pipeline import DDIM
 from jddim.run.request import Request
-from jddim.serve.request import Bounds, Refused, etas_of, fields, labels_of, mask_of, parse, picture_of, run_of
+from jddim.serve.request import (
+    Bounds,
+    Refused,
+    etas_of,
+    fields,
+    labels_of,
+    mask_of,
+    parse,
+    picture_of,
+    run_of,
+    spacings,
+)
 from jddim.serve.snippets import command, python
+from jddim.timesteps import SPACINGS
 
 PICTURE = np.random.default_rng(3).integers(0, 256, (*SIZE, 1), dtype=np.uint8)
 FLAT = base64.b64encode(bytes(PICTURE.size)).decode()
@@ -28,6 +42,26 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DDIM]:
     folder = tmp_path_factory.mktemp("served")
     classes = write_checkpoint(folder / "classes", class_embedding="learned", num_classes=5)
     return {"plain": jddim.load(write_checkpoint(folder / "plain")), "classes": jddim.load(classes)}
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "offered"),
+    [
+        ("edm", {"spacing": "karras", "prediction_type": "edm"}, ("karras", "even", "exponential", "beta")),
+        ("flow", {"spacing": "even", "prediction_type": "velocity"}, ("even",)),
+        ("linear", {"spacing": "karras_rounded"}, ("karras_rounded", *SPACINGS)),
+    ],
+)
+def test_timetables_are_the_schedules(
+    name: str, sampler: dict[str, Any], offered: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The page used to offer whole timesteps' alone, so nothing of a continuous t could be drawn."""
+    path = write_checkpoint(tmp_path / "checkpoint", schedule=ScheduleConfig(name), sampler=sampler)
+    served = {"it": jddim.load(path)}
+    assert spacings(served["it"]) == offered
+    asked = parse({"num": 1, "steps": 3}, served, {"it": ["ddim"]}, Bounds())
+    assert asked.request.spacing == offered[0]
+    assert run_of(asked, served["it"]).total == 3
 
 
 def ask(served: dict[str, DDIM], **data: Any) -> Any:

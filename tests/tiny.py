@@ -71,6 +71,7 @@ def write_checkpoint(
     edit: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
     seed: int = 0,
     prediction_type: str = "epsilon",
+    schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008  # frozen
     sampler: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
     autoencoder: AutoencoderConfig | None = None,
@@ -79,8 +80,8 @@ def write_checkpoint(
     """A jddim checkpoint with random parameters, made without torch.
 
     edit: (dotted name, array) -> what to store instead. prediction_type: what the random network is taken to predict;
-    as eps its images reach hundreds, as v ("v_prediction") they stay about 1. sampler: other conventions. provenance:
-    more of it. autoencoder: with this first stage, random too.
+    as eps its images reach hundreds, as v ("v_prediction") they stay about 1. schedule, sampler: other conventions.
+    provenance: more of it. autoencoder: with this first stage, random too.
     fields: of `small_config`, over one level with attention: what reads a checkpoint does not care, and compiling takes
     half the time.
     """
@@ -101,7 +102,7 @@ def write_checkpoint(
     own = {"spacing": "uniform", "num_steps": 5, "clip": False, "prediction_type": prediction_type} | (sampler or {})
     metadata = Metadata(
         config,
-        ScheduleConfig(),
+        schedule,
         SamplerConfig(**own),
         {"family": "ho", "source": {}} | (provenance or {}),
         autoencoder=autoencoder,

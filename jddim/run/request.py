@@ -99,6 +99,7 @@ _COMPILED = {"page": "another value is another program, and the page has those o
 _OF_CHURN = {
     "invert": "inversion draws no noise",
     "sweep": "it is of method heun, and a sweep is of ddim",
+    "serve": "it is of method heun, and half of the page is ddim's: give it to jddim sample",
     **_COMPILED,
 }
 _OF_REUSE = {"invert": "inversion goes back the exact steps", **_COMPILED}

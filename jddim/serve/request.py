@@ -10,6 +10,7 @@ import binascii
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,7 +25,8 @@ from jddim.run.methods import find
 from jddim.run.plan import Inputs, Plan, classes_in_turn, plan
 from jddim.run.request import Option, Request, options, taken_by
 from jddim.scale.stepping import Between, Decoded, Inverted, Run, Stepping, Swept
-from jddim.timesteps import SPACINGS
+from jddim.schedule import NoiseSchedule
+from jddim.timesteps import RATIOS, SPACINGS, of_ratios
 
 MODES = ("sample", "strip", "grid", "slerp", "corners", "invert", "inpaint")
 MANY_LABELS = ("sample", "inpaint")
@@ -249,7 +251,19 @@ def field_of(name: str) -> str:
 def spacings(ddim: DDIM) -> tuple[str, ...]:
     """The named timetables, the checkpoint's own first."""
     own = ddim.sampler.spacing
-    return (*([own] if own in SPACINGS else []), *(name for name in SPACINGS if name != own))
+    names = [*SPACINGS] if isinstance(ddim.schedule, NoiseSchedule) else ["even", *RATIOS]
+    if own not in names and of_ratios(own):
+        names.append(own)
+    return tuple(sorted(filter(partial(_makes_steps, ddim), names), key=lambda name: name != own))
+
+
+def _makes_steps(ddim: DDIM, spacing: str) -> bool:
+    """Whether the schedule has timetables of this name: a flow has none whose sigma / alpha is finite."""
+    try:
+        sampler_table(ddim.schedule, ddim.sampler, 2, spacing=spacing)
+    except ValueError:
+        return False
+    return True
 
 
 def shape_of(ddim: DDIM) -> tuple[int, int, int]:

@@ -190,7 +190,8 @@ class Site:
             self.now = ""
             self.queue.wake()
         if not left:
-            self.say(f"ready [{time.perf_counter() - started:.1f} s]")
+            ready = "ready" if self.compiled else "nothing can be drawn, for the reasons above"
+            self.say(f"{ready} [{time.perf_counter() - started:.1f} s]")
 
     def needs(self, request: Asked) -> set[Key]:
         """The programs of a request."""

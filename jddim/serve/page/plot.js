@@ -10,7 +10,7 @@ export function draw(place, table) {
   const y = (value) => TOP + ((high - (value ?? low)) / (high - low || 1)) * (H - TOP - BOTTOM);
   const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img" });
   const n = table.visited.length;
-  svg.setAttribute("aria-label", `log SNR over t; ${n} steps, from t = ${table.visited[0]} to ${table.visited[n - 1]}`);
+  svg.setAttribute("aria-label", `log SNR over t; ${n} steps, from t = ${+table.visited[0].toPrecision(4)} to ${+table.visited[n - 1].toPrecision(4)}`);
   const step = niceStep((high - low) / 4);
   for (let v = Math.ceil(low / step) * step; v <= high; v += step) {
     svg.append(make("line", { x1: LEFT, x2: W - RIGHT, y1: y(v), y2: y(v), class: "grid" }));
@@ -30,7 +30,7 @@ export function draw(place, table) {
     const height = most > 0 ? ((table.sigma[i] ?? 0) / most) * (BARS - 4) : 0;
     svg.append(make("line", { x1: x(t), x2: x(t), y1: bottom, y2: bottom - height, class: "bar" }));
     const dot = make("circle", { cx: x(t), cy: y(table.visited_log_snr[i]), r: n > 80 ? 2 : 3.5, class: "dot" });
-    dot.append(Object.assign(make("title", {}), { textContent: `step ${i + 1}: t = ${t}` }));
+    dot.append(Object.assign(make("title", {}), { textContent: `step ${i + 1}: t = ${+t.toPrecision(4)}` }));
     svg.append(dot);
   });
   if (place.firstChild?.getAttribute("viewBox") === svg.getAttribute("viewBox")) {

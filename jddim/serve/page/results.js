@@ -113,7 +113,7 @@ export async function look(press) {
   const steps = shown.mode === "invert" ? rows / 2 : rows, up = shown.mode === "invert" && way[k] < steps;
   const t = shown.mode === "invert" ? undefined : shown.visited?.[way[k]];
   const where = `${up ? "Up, step" : shown.mode === "invert" ? "Down, step" : "Step"} ${(way[k] % steps) + 1} of ${steps}`;
-  $("way-said").textContent = `${where}${t === undefined ? "" : `, t = ${t}`}. Left: x_t, before it. Right: `
+  $("way-said").textContent = `${where}${t === undefined ? "" : `, t = ${+t.toPrecision(4)}`}. Left: x_t, before it. Right: `
     + (up ? "x_t after it." : "x0_hat, the clean image that the network predicts of it.");
   return way[k] / rows;
 }
