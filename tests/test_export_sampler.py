@@ -77,11 +77,11 @@ def test_the_pages_lines_run_with_jax_alone(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("users_emitters")
-@pytest.mark.parametrize("open_batch", [True, False])
-def test_labels_guidance_and_ancestral_sampling(open_batch: bool) -> None:
+@pytest.mark.parametrize(("open_batch", "more"), [(True, {}), (False, {}), (False, {"reuse": 2})])
+def test_labels_guidance_and_ancestral_sampling(open_batch: bool, more: dict[str, Any]) -> None:
     config = small_config(class_embedding="learned", num_classes=5, **NARROW)
     ddim = DDIM(random_model(config), linear_schedule(100), SamplerConfig(num_steps=3))
-    how: dict[str, Any] = {"method": "ddpm", "guidance_scale": 1.5, "null_label": 4}
+    how: dict[str, Any] = {"method": "ddpm", "guidance_scale": 1.5, "null_label": 4, **more}
     where = {} if open_batch else {"batch_size": 5, "platforms": ("cpu",)}
     labels = np.array([0, 3, 1, 2, 0], np.int32)
     seed = 2**32 - 1

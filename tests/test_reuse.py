@@ -51,6 +51,8 @@ def test_one_program_for_all_who_watch() -> None:
     chex.assert_trees_all_close(sample(reuse=1), exact, atol=1e-4)
     assert np.abs(sample(reuse=3, reuse_center=5) - reused).max() > 1e-3
     chex.assert_trees_all_close(sample(reuse=3, batch_size=2), reused, atol=1e-3)  # two images: other rounding
+    swept = jax.vmap(lambda eta: sample(reuse=3, eta=eta))(jnp.array([0.6, 0.2]))
+    chex.assert_trees_all_close(swept[0], reused, atol=1e-3)
     # half a run begins with a whole step of its own
     half = ddim.edit(jnp.zeros((3, *SIZE, 1)), KEY, strength=0.5, labels=[0, 2, 1], reuse=2)
     assert np.isfinite(half).all()
