@@ -1,10 +1,11 @@
 """How the programs of `sample` and `invert` are compiled: what XLA does not choose by itself, in one place.
 
 On a CPU XLA gives convolutions and products of matrices to YNNPACK, which is slower than Eigen at nearly all sizes of a
-UNet or a transformer: an option leaves both to Eigen. From 128 channels on `jddim.models.fast.winograd` is faster again. On NVIDIA's GPUs
-CUDA graphs by default leave each convolution out, which cuts a step into some thirty; an option makes it one. On TPUs
-with room for it a fused operation may use twice the memory on the chip. On both `jddim.models.fast.lean_layers` has
-layers that read and write less. docs/benchmarks.md says what each was measured to do, and what was tried and left out.
+UNet or a transformer: an option leaves both to Eigen. From 128 channels on `jddim.models.fast.winograd` is faster
+again. On NVIDIA's GPUs CUDA graphs by default leave each convolution out, which cuts a step into some thirty; an option
+makes it one. On TPUs with room for it a fused operation may use twice the memory on the chip. On both
+`jddim.models.fast.lean_layers` has layers that read and write less. docs/benchmarks.md says what each was measured to
+do, and what was tried and left out.
 """
 
 from __future__ import annotations
