@@ -4,8 +4,8 @@
     python scripts/emoji_model.py PIPELINE DATA scripts/assets/emoji
 
 Beside the conversion it records what a pipeline has no place for: the null label, and the classes' names. Then it
-measures samples against DATA, and draws them (eta 0), and those that are nearest to pictures of the training set beside
-these: docs/emoji.png and docs/emoji-nearest.png.
+measures samples against DATA, and draws them (eta 0), those that are nearest to pictures of the training set beside
+these, and one sample a class at five eta: docs/emoji.png, docs/emoji-nearest.png and docs/emoji-eta.png.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from jddim.images import grid, labelled, save_picture
 
 LICENCE = "Apache-2.0"
 PER_CLASS, SCALE, STEPS, SHOWN = 12, 2.0, 50, 12
+ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def ship(pipeline: Path, names: list[str], out: Path) -> None:
@@ -79,6 +80,12 @@ def main() -> int:
     save_picture(args.pictures / "emoji-nearest.png", labelled(grid(rows, SHOWN, side=64), ["sample", "nearest"]), {})
     by_class = samples[np.argsort(labels, kind="stable")]
     save_picture(args.pictures / "emoji.png", labelled(grid(by_class, PER_CLASS, side=64), names), {})
+    sweep = [
+        np.asarray(ddim.sample(jax.random.key(5), len(names), eta=eta, **{**how, "labels": np.arange(len(names))}))
+        for eta in ETAS
+    ]
+    strip = grid(np.concatenate(sweep), len(names), side=64)
+    save_picture(args.pictures / "emoji-eta.png", labelled(strip, [f"eta {eta:g}" for eta in ETAS]), {})
     return 0
 
 
