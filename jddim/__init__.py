@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; the tables below say t
     from jddim import editing as editing
     from jddim import guidance as guidance
     from jddim import inversion as inversion
+    from jddim import restoration as restoration
     from jddim import sampling as sampling
     from jddim import schedule as schedule
     from jddim import solvers as solvers
@@ -84,7 +85,7 @@ _HOME = {
 
 _MODULES = (
     *("ddim", "sampling", "schedule", "timesteps", "timetables"),
-    *("denoisers", "guidance", "solvers", "inversion", "editing"),
+    *("denoisers", "guidance", "solvers", "inversion", "editing", "restoration"),
 )
 
 __all__ = sorted([*_HOME, *_MODULES])

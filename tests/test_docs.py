@@ -33,6 +33,7 @@ PUBLIC = (
     "solvers",
     "inversion",
     "editing",
+    "restoration",
     "compat.diffusers_flax",
 )
 
