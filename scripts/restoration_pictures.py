@@ -67,7 +67,7 @@ def main(data: Path, folder: Path) -> None:
         print(f"| {name} | {' | '.join(said)} |", flush=True)
         rows += [np.asarray(part)[:: NUM // SHOWN] for part in (operator.pinv(y), x_0)]
         names += [name, "restored"]
-    save_picture(folder / "restoration.png", labelled(grid(np.concatenate(rows), SHOWN, side=32), names), {})
+    save_picture(folder / "restoration.png", labelled(grid(np.concatenate(rows), SHOWN, side=64), names), {})
 
 
 if __name__ == "__main__":

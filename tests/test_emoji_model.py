@@ -26,10 +26,14 @@ def ddim() -> jddim.DDIM:
     return jddim.load(FOLDER)
 
 
+ASKED = [*["Smileys & Emotion"] * 8, *["Animals & Nature"] * 4, *["People & Body"] * 4, *["Flags"] * 4]
+
+
 @pytest.fixture(scope="module")
 def samples(ddim: jddim.DDIM) -> np.ndarray:
-    """Three of each class: 20 steps, eta 0, guidance 2."""
-    return np.asarray(ddim.sample(jax.random.key(1), 30, labels=np.arange(30) % 10, guidance_scale=2.0, steps=20))
+    """Of the classes of ASKED: 12 steps, eta 0, guidance 2."""
+    labels = np.array([NAMES.index(name) for name in ASKED])
+    return np.asarray(ddim.sample(jax.random.key(1), len(labels), labels=labels, guidance_scale=2.0, steps=12))
 
 
 def test_what_it_says_of_itself(ddim: jddim.DDIM) -> None:
@@ -43,15 +47,15 @@ def test_what_it_says_of_itself(ddim: jddim.DDIM) -> None:
 
 
 def test_pictures_are_of_the_classes_asked_for_and_in_colour(samples: np.ndarray) -> None:
-    by_class = samples.reshape(3, 10, 32, 32, 3)
-    corners = by_class[..., [0, 0, -1, -1], [0, -1, 0, -1], :]
-    assert np.median(corners[:, [1, 3, 6, 7]]) > 0.8  # what is cut out stands on white
-    inside = by_class[..., 8:24, 8:24, :]
-    colourful = (inside.max(-1) - inside.min(-1)).mean((2, 3))
+    corners = samples[:16][:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert np.median(corners) > 0.8  # what is cut out stands on white
+    inside = samples[:, 8:24, 8:24]
+    colourful = (inside.max(-1) - inside.min(-1)).mean((1, 2))
     assert np.median(colourful) > 0.3, colourful  # grey has 0
-    red, green, blue = np.moveaxis(inside[:, NAMES.index("Smileys & Emotion")].mean((1, 2)), -1, 0)
-    assert np.median(red - blue) > 0.5, (red, blue)  # yellow faces, or hearts
-    assert np.median(green - blue) > 0.3, (green, blue)
+    red, green, blue = np.moveaxis(inside.mean((1, 2)), -1, 0)
+    yellow = (red - blue > 0.5) & (green - blue > 0.3)
+    assert yellow[:8].sum() >= 5, yellow  # faces, but for hearts and the like
+    assert yellow[16:].sum() <= 1, yellow  # flags
 
 
 def test_few_are_copies(samples: np.ndarray) -> None:

@@ -18,7 +18,7 @@ from jddim.run.request import RequestError
 from jddim.schedule import linear_schedule
 from jddim.timetables import whole_steps
 
-pytestmark = [pytest.mark.unoptimised, pytest.mark.quick]
+pytestmark = pytest.mark.unoptimised
 
 KEY, SIZE = jax.random.key(2), (6, 10)
 CONFIG = small_config(image_size=SIZE, num_res_blocks=2, class_embedding="learned", num_classes=4)
