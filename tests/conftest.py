@@ -127,6 +127,7 @@ if find_spec("torch") is None:
         "measure_digits.py",
         "measure_training.py",
         "parity/make_source_golden.py",
+        "parity/make_ddnm_golden.py",
         "parity/make_flax_golden.py",
     ]
     collect_ignore_glob = ["convert/reference/*", *measured]
