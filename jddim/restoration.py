@@ -28,7 +28,7 @@ from jddim.sampling import (
     as_eta,
     check_prediction,
     is_zero,
-    limiter,
+    predictor,
     update_loop,
 )
 
@@ -125,14 +125,10 @@ def ddnm_update(
     rederive_eps: bool = False,
 ) -> Callable[..., tuple[Array, Array]]:
     """`restore_loop`'s step, for `update_loop`; what the arguments mean is said there."""
-    limit = limiter(clip_range, threshold)
+    predict = predictor(prediction_type, clip_range, threshold, rederive_eps=rederive_eps)
 
     def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
-        x0, eps = ddim.predict_both(output, x_t, row.alpha_t, row.sigma_t, prediction_type)
-        if limit is not None:
-            x0 = limit(x0)
-            if rederive_eps:
-                eps = ddim.predict_eps(x_t, x0, row.alpha_t, row.sigma_t)
+        x0, eps = predict(output, x_t, row)
         x0 = x0 - operator.pinv(operator.forward(x0) - y)  # Eq. 13
         share = ddim.per_sample(as_eta(eta, x_t), x_t)
         mixed = share * noise + jnp.sqrt(1 - share**2) * eps

@@ -289,14 +289,10 @@ def ddim_update(
     rederive_eps: bool = False,
 ) -> Callable[..., tuple[Array, Array]]:
     """`sample_loop`'s step, for `update_loop`; what the arguments mean is said there."""
-    limit = limiter(clip_range, threshold)
+    predict = predictor(prediction_type, clip_range, threshold, rederive_eps=rederive_eps)
 
     def update(x_t: Array, output: Array, noise: Array, row: StepTable) -> tuple[Array, Array]:
-        x0, eps = ddim.predict_both(output, x_t, row.alpha_t, row.sigma_t, prediction_type)
-        if limit is not None:
-            x0 = limit(x0)
-            if rederive_eps:
-                eps = ddim.predict_eps(x_t, x0, row.alpha_t, row.sigma_t)
+        x0, eps = predict(output, x_t, row)
         return ddim.ddim_step(x0, eps, noise, **ddim.coefficients(row), eta=as_eta(eta, x_t)), x0
 
     return update
@@ -521,6 +517,23 @@ def _noise_source(
 
 def _normal(keys: Array, fold: ArrayLike, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, fold), shape, dtype))(keys)
+
+
+def predictor(
+    prediction_type: str, clip_range: Limits | None, threshold: Limits | None, *, rederive_eps: bool
+) -> Callable[[Array, Array, StepTable], tuple[Array, Array]]:
+    """`predict(output, x_t, row)` -> (x0, eps), x0 limited; what the arguments mean is said at `sample_loop`."""
+    limit = limiter(clip_range, threshold)
+
+    def predict(output: Array, x_t: Array, row: StepTable) -> tuple[Array, Array]:
+        x0, eps = ddim.predict_both(output, x_t, row.alpha_t, row.sigma_t, prediction_type)
+        if limit is not None:
+            x0 = limit(x0)
+            if rederive_eps:
+                eps = ddim.predict_eps(x_t, x0, row.alpha_t, row.sigma_t)
+        return x0, eps
+
+    return predict
 
 
 def limiter(clip_range: Limits | None, threshold: Limits | None) -> Callable[[Array], Array] | None:

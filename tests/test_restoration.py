@@ -22,12 +22,13 @@ pytestmark = pytest.mark.unoptimised
 
 H, W = 6, 10
 RNG = np.random.default_rng(5)
+KEEP, ROWS, COLUMNS = RNG.uniform(size=(H, W, 1)) < 0.5, RNG.standard_normal((4, H)), RNG.standard_normal((13, W))
 OPERATORS: dict[str, Callable[[], Operator]] = {
-    "inpainting": lambda: restoration.inpainting(RNG.uniform(size=(H, W, 1)) < 0.5),
+    "inpainting": lambda: restoration.inpainting(KEEP),
     "channel_mix": lambda: restoration.channel_mix((0.2, 0.7, 0.1)),
     "average_pooling": lambda: restoration.average_pooling((H, W), 2),
     "blur": lambda: restoration.blur((H, W), (0.2,) * 5, least=0.1),
-    "separable": lambda: restoration.separable(RNG.standard_normal((4, H)), RNG.standard_normal((13, W))),
+    "separable": lambda: restoration.separable(ROWS, COLUMNS),
 }
 
 
@@ -90,6 +91,42 @@ def test_what_is_restored_has_the_measurement(name: str) -> None:
         chex.assert_trees_all_close(etas[0], restored(y, 0.0), atol=1e-3)
         each = restored(y, jnp.array([0.0, 0.85, 0.3]))
         chex.assert_trees_all_close(each[:2], jnp.stack([etas[0, 0], etas[1, 1]]), atol=1e-3)
+
+
+def test_every_prediction_is_the_same_and_has_a_gradient() -> None:
+    """A network of v is asked for v; the gradient in y is that of finite differences."""
+    operator, T = restoration.average_pooling((H, W), 2), 50
+    x_T, y = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in ((1, (2, H, W, 3)), (2, (2, H // 2, W // 2, 3)))
+    )
+    table = pipeline().table()
+    alpha, sigma = (
+        jnp.asarray(column(np.arange(T)), jnp.float32)
+        for column in (linear_schedule(T).alpha, linear_schedule(T).sigma)
+    )
+
+    def eps(x_t: Any, t: Any) -> Any:
+        return jnp.tanh(x_t + 0.3 * jnp.roll(x_t, 1, axis=1))
+
+    def v(x_t: Any, t: Any) -> Any:
+        a, s = (column[t][:, None, None, None] for column in (alpha, sigma))
+        return (eps(x_t, t) - s * x_t) / a
+
+    def restored(y: Any, denoise: Any = eps, **options: Any) -> Any:
+        return restoration.restore_loop(denoise, operator, y, x_T, table, eta=0.85, key=jax.random.key(3), **options)
+
+    exact = restored(y)
+    chex.assert_trees_all_close(restored(y, v, prediction_type="v_prediction"), exact, atol=1e-3)
+    clipped = {"clip_range": (-1.0, 1.0)}
+    assert np.abs(restored(y, **clipped, rederive_eps=True) - restored(y, **clipped)).max() > 1e-3
+
+    def loss(y: Any) -> Any:
+        return (restored(y) ** 2).mean()
+
+    way = jax.random.normal(jax.random.key(4), y.shape)
+    step = 1e-2
+    slope = (loss(y + step * way) - loss(y - step * way)) / (2 * step)
+    np.testing.assert_allclose((jax.grad(loss)(y) * way).sum(), slope, rtol=2e-2)
 
 
 def test_an_operator_of_all_pixels_is_the_image_and_of_none_the_sampler() -> None:
