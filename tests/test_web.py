@@ -330,6 +330,7 @@ def test_what_a_checkpoint_has_not_is_left_out_not_waited_for(checkpoint: Path) 
     assert all("no step from alpha_t = 0" in why for why in site.refused.values())
     assert site.refused.keys() == {("zero", "heun", False), ("zero", "heun", True)}
     assert said[0].startswith("left out 1 of ")
+    assert said[-1].startswith("nothing can be drawn, for the reasons above")
     with pytest.raises(Refused, match="method: must be one of ddim; got 'heun'"):
         parse({"method": "heun", "label": 0}, site.served, site.methods, site.bounds)
 

@@ -10,7 +10,6 @@ import binascii
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -164,13 +163,14 @@ def parse(
     shape = shape_of(ddim)
     mode = choice("mode", MODES, "sample")
     method = choice("method", methods[checkpoint], "ddim")
+    timetables = spacings(ddim)
     if mode != "sample" and method != "ddim":
         problems["method"] = f"mode {mode} is DDIM's: take ddim, got {method}"
     asked: dict[str, Any] = {
         "method": method,
         "steps": number("steps", 1, min(bounds.steps, T), min(20, T)),
         "eta": number("eta", 0, 10, 0.0, whole=False),
-        "spacing": choice("spacing", spacings(ddim), spacings(ddim)[0]),
+        "spacing": choice("spacing", timetables, timetables[0]),
         "seed": number("seed", 0, 2**32 - 1, 0),
     }
     if not find(method).takes_eta and asked.pop("eta"):
@@ -251,14 +251,17 @@ def field_of(name: str) -> str:
 def spacings(ddim: DDIM) -> tuple[str, ...]:
     """The named timetables, the checkpoint's own first."""
     own = ddim.sampler.spacing
-    names = [*SPACINGS] if isinstance(ddim.schedule, NoiseSchedule) else ["even", *RATIOS]
-    if own not in names and of_ratios(own):
+    if isinstance(ddim.schedule, NoiseSchedule):
+        names = [*SPACINGS]
+    else:
+        names = ["even", *(name for name in RATIOS if _makes_steps(ddim, name))]
+    if of_ratios(own) and own not in names:
         names.append(own)
-    return tuple(sorted(filter(partial(_makes_steps, ddim), names), key=lambda name: name != own))
+    return tuple(sorted(names, key=lambda name: name != own))
 
 
 def _makes_steps(ddim: DDIM, spacing: str) -> bool:
-    """Whether the schedule has timetables of this name: a flow has none whose sigma / alpha is finite."""
+    """Whether the schedule has timetables of this name: sigma / alpha is infinite at a flow's first t."""
     try:
         sampler_table(ddim.schedule, ddim.sampler, 2, spacing=spacing)
     except ValueError:
