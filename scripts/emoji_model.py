@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jddim
 from convert.conversion import convert
 from jddim.checkpoint.folder import load_params, save_checkpoint
+from jddim.cli.options import OneLineParser
 from jddim.images import grid, labelled, save_picture
 
 LICENCE = "Apache-2.0"
@@ -31,13 +33,16 @@ ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def ship(pipeline: Path, names: list[str], out: Path) -> None:
-    """The pipeline as a checkpoint whose last label is the null label."""
-    metadata = convert(pipeline, out, license=LICENCE)
+    """The pipeline as a checkpoint whose last label is the null label, in the place of `out`, whose licence stays."""
+    texts = {file: file.read_bytes() for file in (out / "LICENSE", out / "NOTICE") if file.exists()}
     told = {"null_label": len(names), "label_names": {name: i for i, name in enumerate(names)}}
-    params = load_params(out, metadata)
-    save_checkpoint(
-        out, params, dataclasses.replace(metadata, provenance={**metadata.provenance, **told}), overwrite=True
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        metadata = convert(pipeline, Path(folder) / "converted", license=LICENCE)
+        params = load_params(Path(folder) / "converted", metadata)
+    provenance = {**metadata.provenance, **told}
+    save_checkpoint(out, params, dataclasses.replace(metadata, provenance=provenance), overwrite=True)
+    for file, text in texts.items():
+        file.write_bytes(text)
 
 
 def nearest(images: NDArray[np.float32], among: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -53,20 +58,27 @@ def read(file: Path) -> NDArray[np.float32]:
         return (arrays["arr_0"] / 127.5 - 1).astype(np.float32)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = OneLineParser(
+        prog="emoji_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("data", type=Path, help="a folder with train.npz and held-out.npz")
     parser.add_argument("out", type=Path)
     parser.add_argument("--pictures", type=Path, default=Path("docs"), help="where the pictures go")
-    args = parser.parse_args()
-    with np.load(args.data / "train.npz") as arrays:
-        names = [str(name) for name in arrays["categories"]]
-    ship(args.pipeline, names, args.out)
+    args = parser.parse_args(argv)
+    try:
+        train, held_out = read(args.data / "train.npz"), read(args.data / "held-out.npz")
+        with np.load(args.data / "train.npz") as arrays:
+            names = [str(name) for name in arrays["categories"]]
+        if not args.pictures.is_dir():
+            raise ValueError(f"no folder {args.pictures} for the pictures")
+        ship(args.pipeline, names, args.out)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(" ".join(str(error).split()))
 
     ddim = jddim.load(args.out)
     labels = np.tile(np.arange(len(names)), PER_CLASS)
-    train, held_out = read(args.data / "train.npz"), read(args.data / "held-out.npz")
     how = {"labels": labels, "guidance_scale": SCALE, "steps": STEPS, "batch_size": 50}
     for eta in (1.0, 0.0):
         samples = np.asarray(ddim.sample(jax.random.key(0), len(labels), eta=eta, **how))

@@ -7,6 +7,7 @@ Prints a table: of each operator the PSNR of A^+ y and of what is restored from 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jax import Array
 
 import jddim
 from jddim import restoration, sampling
+from jddim.cli.options import OneLineParser
 from jddim.images import grid, labelled, save_picture
 from jddim.restoration import Operator
 
@@ -44,9 +46,18 @@ def psnr(images: Array, of: Array) -> float:
     return float(np.mean(10 * np.log10(4 / error)))
 
 
-def main(data: Path, folder: Path) -> None:
+def main(argv: list[str] | None = None) -> int:
+    parser = OneLineParser(
+        prog="restoration_pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, help="a folder with held-out.npz")
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "docs", help="where the picture goes")
+    args = parser.parse_args(argv)
+    file = args.data / "held-out.npz"
+    if missing := [path for path in (file, args.folder) if not path.exists()]:
+        parser.error(f"there is no {missing[0]}")
     ddim = jddim.load(ROOT / "scripts" / "assets" / "emoji")
-    with np.load(data / "held-out.npz") as arrays:
+    with np.load(file) as arrays:
         chosen = np.linspace(0, len(arrays["arr_0"]) - 1, NUM).astype(int)
         images = (arrays["arr_0"][chosen] / 127.5 - 1).astype(np.float32)
         labels = arrays["arr_1"][chosen]
@@ -67,8 +78,9 @@ def main(data: Path, folder: Path) -> None:
         print(f"| {name} | {' | '.join(said)} |", flush=True)
         rows += [np.asarray(part)[:: NUM // SHOWN] for part in (operator.pinv(y), x_0)]
         names += [name, "restored"]
-    save_picture(folder / "restoration.png", labelled(grid(np.concatenate(rows), SHOWN, side=64), names), {})
+    save_picture(args.folder / "restoration.png", labelled(grid(np.concatenate(rows), SHOWN, side=64), names), {})
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "docs")
+    sys.exit(main())

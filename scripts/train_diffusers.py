@@ -19,6 +19,7 @@ import copy
 import json
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,11 @@ import numpy as np
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from jddim.cli.options import OneLineParser
+from jddim.config import from_json
+from jddim.evaluate.mnist_cnn import read_mnist
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,6 @@ class Recipe:
 def read(data: Path) -> tuple[Tensor, Tensor]:
     """Images, `(n, c, h, w)` uint8, and labels, `(n,)` int64, of an .npz, or of a folder with MNIST's training part."""
     if data.is_dir():
-        from jddim.evaluate.mnist_cnn import read_mnist
-
         images, labels = read_mnist(data, "train")
         pixels = ((images + 1) * 127.5).round().astype(np.uint8)
     else:
@@ -93,7 +97,7 @@ def train(
     scheduler = DDIMScheduler(**config["scheduler"])
     optimizer = torch.optim.Adam(unet.parameters(), lr=recipe.lr)
     pixels, digits = read(data)
-    state_file, log = out.with_suffix(".pt"), out.with_suffix(".jsonl")
+    state_file, log = (out.parent / f"{out.name}{suffix}" for suffix in (".pt", ".jsonl"))
     begun = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -114,9 +118,8 @@ def train(
 
     since, losses = time.perf_counter(), []
     for step in range(begun, recipe.steps):
-        generator = torch.Generator().manual_seed(
-            recipe.seed * 2**32 + step
-        )  # a run in parts draws what a whole one does
+        # Of the step alone, so that a run in parts draws what a whole one does.
+        generator = torch.Generator().manual_seed(recipe.seed * 2**32 + step)
         rows = torch.randint(len(pixels), (recipe.batch_size,), generator=generator)
         x0 = pixels[rows].float() / 127.5 - 1
         optimizer.param_groups[0]["lr"] = recipe.lr_at(step)
@@ -147,8 +150,10 @@ def train(
     return 0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = OneLineParser(
+        prog="train_diffusers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path, metavar="CONFIG.json", help="unet, scheduler and train")
     parser.add_argument(
         "data", type=Path, help="an .npz with arr_0 (n, h, w, c) uint8 and arr_1, or a folder of MNIST's"
@@ -158,10 +163,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="in place of the configuration's")
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--save-every", type=int, default=250)
-    args = parser.parse_args()
-    config = json.loads(args.config.read_text())
-    recipe = Recipe(**config["train"] | ({} if args.steps is None else {"steps": args.steps}))
-    return train(config, recipe, args.data, args.out, args.begin, args.log_every, args.save_every)
+    args = parser.parse_args(argv)
+    try:
+        config = json.loads(args.config.read_text())
+        if set(config) != {"unet", "scheduler", "train"}:
+            raise ValueError(f"{args.config} must have the sections unet, scheduler and train, got {', '.join(config)}")
+        recipe = from_json(Recipe, config["train"] | ({} if args.steps is None else {"steps": args.steps}))
+        return train(config, recipe, args.data, args.out, args.begin, args.log_every, args.save_every)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        parser.error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

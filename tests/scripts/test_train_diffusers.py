@@ -21,12 +21,16 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.unoptimised
 
 
-@pytest.fixture(scope="module")
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("train_diffusers", ROOT / "scripts" / "train_diffusers.py")
+def of_scripts(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    return of_scripts("train_diffusers")
 
 
 SMALL = {
@@ -92,6 +96,50 @@ def test_a_run_in_parts_is_a_whole_one_and_converts(
     script.train(config, script.Recipe(**config["train"] | {"lr": 0.0}), data, begun, tmp_path / "parts", 2, 2)
     again = torch.load(tmp_path / "begun.pt", weights_only=True)["unet"]
     assert all(torch.equal(value, parts["average"][name]) for name, value in again.items())
+
+    ship, shipped = of_scripts("emoji_model").ship, tmp_path / "shipped"
+    names = [f"class {i}" for i in range(10)]
+    ship(tmp_path / "parts", names, shipped)
+    (shipped / "NOTICE").write_text("whose pictures they are")
+    ship(tmp_path / "whole", names[::-1], shipped)  # again, in its place
+    ddim = jddim.load(shipped)
+    assert (ddim.null_label, ddim.label_names) == (10, {f"class {9 - i}": i for i in range(10)})
+    assert (shipped / "NOTICE").read_text() == "whose pictures they are"
+
+
+@pytest.mark.parametrize(
+    ("words", "change", "told"),
+    [
+        (["gone.json", "train.npz", "out"], {}, "No such file or directory: 'gone.json'"),
+        (["it.json", "gone.npz", "out"], {}, "No such file or directory: 'gone.npz'"),
+        (["it.json", "train.npz", "out"], {"train": {"step": 4}}, "unknown key 'step'"),
+        (["it.json", "train.npz", "out"], {"train": {"steps": "4"}}, "steps must be"),
+        (["it.json", "train.npz", "out"], {"more": {}}, "the sections unet, scheduler and train, got unet, "),
+        (["it.json", "train.npz", "out"], {"unet": {"channels": 3}}, "unexpected keyword argument 'channels'"),
+        (["it.json", "train.npz", "out", "--step", "3"], {}, "unrecognized arguments: --step"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    script: Any,
+    config: dict[str, Any],
+    data: Path,
+    words: list[str],
+    change: dict[str, Any],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.npz").write_bytes(data.read_bytes())
+    Path("it.json").write_text(json.dumps(config | change))
+    with pytest.raises(SystemExit) as stop:
+        script.main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert told in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["it.json", "train.npz"]
 
 
 def test_the_loss_is_min_snrs(script: Any) -> None:
